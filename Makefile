@@ -1,0 +1,34 @@
+# Each target does all the set-up it needs: a Python >= 3.12 is looked for, .venv is made, exact versions are installed.
+# Run again, the set-up takes no time. ARGS adds flags: make quickstart ARGS=--help, make test ARGS=tests/quant
+# GPU users, once, after either target: .venv/bin/pip install -c constraints.txt -e '.[cuda13]' (or cuda12)
+
+PYTHON_IN_VENV = .venv/bin/python
+PACKAGES = $(wildcard qlora_jax pallas_kernels experiments configs)
+ARGS =
+
+unexport PYTHONPATH
+unexport PYTHONHOME
+
+.PHONY: quickstart test lint constraints clean venv
+
+# Quantize, finetune and export a small model, and show what that gained
+quickstart: venv
+	@$(PYTHON_IN_VENV) -m experiments.quickstart $(ARGS)
+
+test: lint
+	$(PYTHON_IN_VENV) -m pytest -n 2 $(ARGS)
+
+lint: venv
+	$(PYTHON_IN_VENV) -m ruff check .
+	$(PYTHON_IN_VENV) -m mypy $(PACKAGES)
+
+venv:
+	@scripts/make_venv
+
+# Write the versions that .venv has now into constraints.txt
+constraints: venv
+	$(PYTHON_IN_VENV) scripts/make_constraints.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
