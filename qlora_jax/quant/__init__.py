@@ -1,0 +1,1 @@
+"""4-bit formats: quantize, dequantize, and the interchange with bitsandbytes."""

@@ -1,0 +1,70 @@
+"""The values that 4-bit codes and 8-bit scale codes stand for.
+
+nf4, fp4: bitsandbytes' tables (`functional.get_4bit_type`); fp4's codes are ordered by bit pattern (sign, exponent,
+mantissa), not by value. int4: symmetric, -7..7 over absmax; code 15 is never written.
+Thresholds lie midway between neighbouring values, computed in float32; a value on a threshold takes the lower neighbour.
+"""
+
+import dataclasses
+from functools import cache
+
+import numpy as np
+
+from qlora_jax.errors import InputError
+
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_FP4_OVER_12 = (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)
+_INT4_OVER_7 = (*range(-7, 8), 7)
+
+
+@dataclasses.dataclass(frozen=True)
+class Codebook:
+    """A 4-bit format.
+
+    values: float32, value of code 0..15.
+    thresholds: float32, ascending; the number of thresholds strictly below a scaled weight is its rank.
+    codes_by_rank: the code of each rank (the identity where codes ascend with value).
+    """
+
+    name: str
+    values: tuple[float, ...]
+    thresholds: tuple[float, ...]
+    codes_by_rank: tuple[int, ...]
+
+
+def _codebook(name: str, values: np.ndarray, used: int = 16) -> Codebook:
+    order = np.argsort(values[:used], kind="stable")
+    ascending = values[order]
+    thresholds = (ascending[:-1] + ascending[1:]) / np.float32(2)
+    return Codebook(name, tuple(map(float, values)), tuple(map(float, thresholds)), tuple(map(int, order)))
+
+
+CODEBOOKS = {
+    "nf4": _codebook("nf4", np.asarray(_NF4, np.float32)),
+    "fp4": _codebook("fp4", np.asarray(_FP4_OVER_12, np.float32) / np.float32(12)),
+    "int4": _codebook("int4", np.asarray(_INT4_OVER_7, np.float32) / np.float32(7), used=15),
+}
+
+
+def codebook(name: str) -> Codebook:
+    """The format of that name. Raises InputError for an unknown one."""
+    if name not in CODEBOOKS:
+        raise InputError(f"unknown 4-bit format {name!r}; known: {', '.join(CODEBOOKS)}")
+    return CODEBOOKS[name]
+
+
+@cache
+def absmax_map() -> tuple[float, ...]:
+    """The 256 ascending values of an 8-bit scale: bitsandbytes' signed dynamic map (`create_dynamic_map`).
+
+    Per decade i of 7: the midpoints of linspace(0.1, 1, 2^i + 1) times 10^(i - 6), both signs; plus 0 and 1.
+    """
+    positive: list[float] = []
+    for i in range(7):
+        edges = np.linspace(0.1, 1, 2**i + 1, dtype=np.float32)
+        positive.extend((10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)).astype(np.float32).tolist())
+    return tuple(map(float, np.sort(np.asarray([*positive, *(-v for v in positive), 0.0, 1.0], np.float32))))

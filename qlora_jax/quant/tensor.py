@@ -1,0 +1,102 @@
+"""QuantizedTensor: a frozen 4-bit weight as a pytree, and the functions that make, read and multiply it."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import nf4_matmul
+from qlora_jax.errors import InputError
+from qlora_jax.quant.blockwise import quantize_packed
+from qlora_jax.quant.codebooks import absmax_map, codebook
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight [O, I] in packed 4-bit form. Layers stacked for a scan carry a leading L on every array; `shape` stays [O, I].
+
+    codes: uint8 [ceil(O * I / 2)], halves side by side (layout: pallas_kernels/nf4_matmul/reference.py).
+    absmax: float32 [C'], or uint8 [C'] with double quantization; C' = ceil(O * I / block_size).
+    nested_absmax: float32 [ceil(C' / 256)], offset: float32 []; both None without double quantization.
+    """
+
+    codes: jax.Array
+    absmax: jax.Array
+    nested_absmax: jax.Array | None
+    offset: jax.Array | None
+    shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    format: str = dataclasses.field(metadata={"static": True})
+    block_size: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def double_quant(self) -> bool:
+        return self.nested_absmax is not None
+
+    @property
+    def packed(self) -> nf4_matmul.Packed:
+        return nf4_matmul.Packed(self.codes, self.absmax, self.nested_absmax, self.offset)
+
+    @property
+    def codec(self) -> nf4_matmul.Codec:
+        return nf4_matmul.Codec(self.shape, self.block_size, codebook(self.format).values, absmax_map())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes really stored, scales included (all stacked layers together)."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def bits_per_param(self) -> float:
+        """Bits a weight, scales included: 4.5 at block size 64, 4.127 with double quantization."""
+        layers = math.prod(self.codes.shape[:-1])
+        return 8 * self.nbytes / (layers * math.prod(self.shape))
+
+
+def check_block_size(block_size: int) -> None:
+    """Raises InputError unless block_size is a power of two from 32 to 4096."""
+    if block_size not in [2**k for k in range(5, 13)]:
+        raise InputError(f"block_size is {block_size}; expected a power of two from 32 to 4096")
+
+
+def quantize(
+    w: jax.Array, format: str = "nf4", block_size: int = 64, double_quant: bool = True, name: str = "the weight"
+) -> QuantizedTensor:
+    """Quantizes w blockwise to 4 bits (QLoRA, section 3), bit-exact with bitsandbytes' CPU path.
+
+    Args:
+      w: [O, I], any float dtype. Blocks run over the flattened values and may cross rows; the last may be short.
+      format: "nf4", "fp4" or "int4".
+      block_size: values that share one scale; a power of two from 32 to 4096.
+      double_quant: store the scales in 8 bits.
+      name: what errors call the tensor.
+    Returns:
+      QuantizedTensor of shape [O, I].
+    Raises:
+      InputError: w is not two-dimensional or empty, or holds NaN or inf (not checked while tracing: there are no values yet);
+        the format or block size is unknown.
+    """
+    check_block_size(block_size)
+    book = codebook(format)
+    if w.ndim != 2 or w.size == 0:
+        raise InputError(f"{name} has shape {list(w.shape)}; 4-bit quantization takes a non-empty [out, in] matrix")
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise InputError(f"{name} has dtype {w.dtype}; 4-bit quantization takes a floating-point weight")
+    packed, check = quantize_packed(w, book, block_size, double_quant)
+    if not isinstance(check, jax.core.Tracer) and not math.isfinite(float(check)):
+        raise InputError(f"{name} holds {'NaN' if math.isnan(float(check)) else 'inf'}; a frozen weight must be finite")
+    return QuantizedTensor(*packed, shape=(w.shape[0], w.shape[1]), format=format, block_size=block_size)
+
+
+def dequantize(q: QuantizedTensor, dtype: jnp.dtype = jnp.bfloat16) -> jax.Array:
+    """W [O, I]: value of each code times its scale in float32, rounded once to dtype."""
+    return nf4_matmul.dequantize(q.packed, q.codec, jnp.dtype(dtype))
+
+
+def matmul(x: jax.Array, q: QuantizedTensor) -> jax.Array:
+    """y = x W^T: x [..., I] -> [..., O] in x's dtype, accumulated in float32. Differentiable in x; q gets no gradient.
+
+    What the backward pass keeps is q itself, never a 16-bit W. Raises ValueError when x's last dimension is not I.
+    """
+    return nf4_matmul.matmul(x, q.packed, q.codec)
