@@ -1,0 +1,1 @@
+"""Files: Hugging Face checkpoints in and out, PEFT adapters, orbax checkpoints of a run."""

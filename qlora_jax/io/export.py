@@ -1,0 +1,71 @@
+"""Writing Hugging Face folders: whole checkpoints in 16 or 32 bits, and the atomic writes everything else uses."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from qlora_jax.errors import InputError
+from qlora_jax.models.llama import EMBEDDING, FINAL_NORM, HEAD, LAYER, LINEARS, NORMS, Llama
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+@contextmanager
+def atomic_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place when the block ends well; otherwise nothing is left
+    behind."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    building, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    try:
+        yield building
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    building.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all: written beside and renamed."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_checkpoint(out: Path, hf_config: dict, model: Llama, dtype: str = "bfloat16") -> None:
+    """config.json and model.safetensors of an unquantized model; other files of the folder stay.
+
+    Raises InputError for an unknown dtype.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+    tensors = {EMBEDDING: model.embedding.get_value(), FINAL_NORM: model.norm.weight.get_value()}
+    if model.head is not None:
+        tensors[HEAD] = model.head.get_value()
+    for name in LINEARS:
+        group, projection = name.split(".")
+        stacked = getattr(getattr(model.blocks, group), projection).weight.get_value()
+        tensors |= {LAYER.format(index, name): stacked[index] for index in range(model.config.L)}
+    for name in NORMS:
+        stacked = getattr(model.blocks, name).weight.get_value()
+        tensors |= {LAYER.format(index, name): stacked[index] for index in range(model.config.L)}
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "config.json", hf_config | {"torch_dtype": dtype})
+    partial = out / ".model.safetensors.partial"
+    save_file(
+        {key: np.asarray(value, DTYPES[dtype]) for key, value in tensors.items()}, partial, metadata={"format": "pt"}
+    )
+    os.replace(partial, out / "model.safetensors")

@@ -1,0 +1,129 @@
+"""LoRA adapters on the frozen linear layers: config, targets, initialisation, split of the parameter tree.
+
+A linear layer with an adapter computes y = x W^T + scale * dropout(x) A^T B^T with A [R, I], B [O, R] in float32 and
+scale = alpha / R. B starts at zero, so a fresh adapter changes nothing; A is drawn as PEFT draws it (Kaiming-uniform with
+a = sqrt(5), that is uniform within 1 / sqrt(I)). Source: Hu et al., 2021; peft's LoraLayer.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qlora_jax.errors import InputError
+from qlora_jax.models.layers import Linear
+from qlora_jax.models.llama import LINEARS, Llama
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    rank: int = 64
+    alpha: float = 16.0
+    dropout: float = 0.1  # probability, on the adapter's input
+    targets: tuple[str, ...] = ("all-linear",)
+    use_rslora: bool = False  # scale by alpha / sqrt(rank)
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise InputError(f"lora.rank is {self.rank}; expected at least 1")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"lora.dropout is {self.dropout}; expected a probability from 0 to below 1")
+        if not math.isfinite(self.alpha) or self.alpha <= 0:
+            raise InputError(f"lora.alpha is {self.alpha}; expected a positive number")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+def select_targets(targets: Sequence[str], layers: int) -> list[str]:
+    """Names of the linear layers that carry an adapter, in the order of LINEARS.
+
+    Args:
+      targets: "all-linear", a layer's name ("q_proj", "mlp.up_proj"), or a regular expression that matches a full name
+        ("model.layers.0.self_attn.q_proj").
+      layers: L. Layers are stacked, so a projection carries an adapter in every layer or in none.
+    Raises:
+      InputError: a target matches nothing, is no regular expression, or picks only some of the layers.
+    """
+    chosen: set[str] = set()
+    for target in targets:
+        if target == "all-linear":
+            chosen |= set(LINEARS)
+            continue
+        named = {name for name in LINEARS if name == target or name.endswith("." + target)}
+        chosen |= named or _matched(target, layers)
+    if not chosen:
+        raise InputError('lora.targets is empty; expected "all-linear", names or regular expressions')
+    return [name for name in LINEARS if name in chosen]
+
+
+def _matched(pattern: str, layers: int) -> set[str]:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"lora.targets: {pattern!r} is no regular expression: {error}") from error
+    counts = {
+        name: sum(bool(expression.fullmatch(f"model.layers.{index}.{name}")) for index in range(layers)) for name in LINEARS
+    }
+    partly = [f"{name} in {count} of {layers}" for name, count in counts.items() if 0 < count < layers]
+    if partly:
+        raise InputError(f"lora.targets: {pattern!r} picks {', '.join(partly)} layers; a projection takes adapters in all or none")
+    matched = {name for name, count in counts.items() if count}
+    if not matched:
+        known = ", ".join(name.split(".")[-1] for name in LINEARS)
+        raise InputError(f"lora.targets: {pattern!r} matches no linear layer; names are {known}, or a regular expression over full names")
+    return matched
+
+
+def linear(model: Llama, name: str) -> Linear:
+    """The stacked layer called `name`, such as "self_attn.q_proj"."""
+    group, projection = name.split(".")
+    return getattr(getattr(model.blocks, group), projection)
+
+
+def attach(model: Llama, config: LoRAConfig, key: jax.Array) -> list[str]:
+    """Puts a fresh adapter on the model in place and returns the names of the layers that carry one."""
+    names = select_targets(config.targets, model.config.L)
+    for place, name in enumerate(LINEARS):
+        if name in names:
+            O, I = shape(model, name)
+            bound = 1 / math.sqrt(I)
+            a_shape, b_shape = (model.config.L, config.rank, I), (model.config.L, O, config.rank)
+            a = jax.random.uniform(jax.random.fold_in(key, place), a_shape, jnp.float32, -bound, bound)
+            set_adapter(model, name, a, jnp.zeros(b_shape, jnp.float32), config.scale)
+    model.dropout_rate = config.dropout
+    return names
+
+
+def set_adapter(model: Llama, name: str, a: jax.Array, b: jax.Array, scale: float) -> None:
+    """a [L, R, I], b [L, O, R], float32."""
+    layer = linear(model, name)
+    layer.lora_a, layer.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
+    layer.lora_scale = scale
+
+
+def shape(model: Llama, name: str) -> tuple[int, int]:
+    """(O, I) of a linear layer."""
+    w = linear(model, name).weight.get_value()
+    return w.shape[-2], w.shape[-1]
+
+
+def split(model: Llama) -> tuple[Any, Any, Any]:
+    """(graph, adapter, base): `nnx.merge(graph, adapter, base)` is the model again. Only the adapter is differentiated."""
+    return nnx.split(model, nnx.LoRAParam, ...)
+
+
+def adapter_arrays(adapter: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """The adapter's state -> {"self_attn.q_proj": (A [L, R, I], B [L, O, R])}."""
+    pure = nnx.to_pure_dict(adapter)["blocks"] if jax.tree.leaves(adapter) else {}
+    return {
+        f"{group}.{projection}": (arrays["lora_a"], arrays["lora_b"])
+        for group, projections in pure.items()
+        for projection, arrays in projections.items()
+    }

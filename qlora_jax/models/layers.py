@@ -1,0 +1,98 @@
+"""Layers that every decoder shares: a linear layer over a frozen weight, RMSNorm, rotary embedding, attention.
+
+A block's arrays are stacked: inside `lax.scan` each layer sees its own slice, so a Linear here is written for one layer.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels.nf4_matmul import dense_matmul
+from qlora_jax.quant.tensor import QuantizedTensor, matmul
+
+
+class Frozen(nnx.Variable):
+    """A weight that never trains: a QuantizedTensor, or an array for what stays in 16 or 32 bits."""
+
+
+class Dropout:
+    """LoRA dropout of one layer in one step: hands each linear layer its own mask.
+
+    The mask depends on the key and the layer's place alone, so a recomputed forward pass (remat) draws the same one.
+    """
+
+    def __init__(self, rate: float, key: jax.Array | None):
+        self.rate, self.key, self.calls = rate, key, 0
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x with a share `rate` of its values zeroed and the others scaled by 1 / (1 - rate)."""
+        if self.key is None or self.rate == 0:
+            return x
+        self.calls += 1
+        bits = jax.random.bits(jax.random.fold_in(self.key, self.calls), x.shape, jnp.uint16)  # 16 bits: half the cost
+        keep = bits >= round(self.rate * 65536)
+        return jnp.where(keep, x / jnp.asarray(1 - self.rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+class Linear(nnx.Module):
+    """y = x W^T, plus scale * dropout(x) A^T B^T where an adapter is attached.
+
+    weight: W [O, I], QuantizedTensor or array. lora_a: A [R, I], lora_b: B [O, R], float32.
+    """
+
+    def __init__(self, weight: QuantizedTensor | jax.Array):
+        self.weight = Frozen(weight)
+        self.lora_a = nnx.data(None)
+        self.lora_b = nnx.data(None)
+        self.lora_scale = 1.0
+
+    def __call__(self, x: jax.Array, dropout: Dropout) -> jax.Array:
+        w = self.weight.get_value()
+        y = matmul(x, w) if isinstance(w, QuantizedTensor) else dense_matmul(x, w.astype(x.dtype), contract=1)
+        if self.lora_a is None:
+            return y
+        a, b = self.lora_a.get_value().astype(x.dtype), self.lora_b.get_value().astype(x.dtype)
+        low_rank = dense_matmul(dropout(x), a, contract=1)
+        return y + dense_matmul(low_rank, b, contract=1) * jnp.asarray(self.lora_scale, x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * weight, in float32; the result has x's dtype."""
+
+    def __init__(self, weight: jax.Array, eps: float):
+        self.weight = Frozen(weight)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * self.weight.get_value()).astype(x.dtype)
+
+
+def rope_inverse_frequencies(H: int, theta: float, scaling: dict) -> jax.Array:
+    """float32 [H / 2], angle a position; scaling is {} or transformers' rope parameters of type linear or llama3."""
+    inverse = 1.0 / theta ** (jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+    if scaling.get("rope_type") == "linear":
+        return inverse / scaling["factor"]
+    if scaling.get("rope_type") == "llama3":
+        return _llama3_frequencies(inverse, scaling)
+    return inverse
+
+
+def _llama3_frequencies(inverse: jax.Array, scaling: dict) -> jax.Array:
+    """Llama 3.1: long wavelengths slowed by `factor`, short ones kept, a linear blend between."""
+    context = scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    wavelength = 2 * math.pi / inverse
+    blend = jnp.clip((context / wavelength - low) / (high - low), 0, 1)
+    return (1 - blend) * inverse / scaling["factor"] + blend * inverse
+
+
+def rotate(x: jax.Array, positions: jax.Array, inverse_frequencies: jax.Array) -> jax.Array:
+    """Rotary embedding of x [B, T, N, H] at positions int32 [B, T]; pairs are (h, h + H / 2), as in Hugging Face's files."""
+    angles = positions[..., None].astype(jnp.float32) * inverse_frequencies
+    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
