@@ -1,0 +1,133 @@
+"""The data of a run, read, checked and counted before its first step."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qlora_jax.data.batches import Batches, FileBatches
+from qlora_jax.data.examples import Example, Truncated, tokenize_examples
+from qlora_jax.data.formats import FORMATS, format_rows
+from qlora_jax.data.read import read_rows
+from qlora_jax.data.split import split
+from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.errors import InputError
+
+# Padding comes after everything that attends to it and is no target, so any id that every vocabulary has will do.
+PAD_ID = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedData:
+    """Training batches, the held-out examples (for `eval_batches`), and lines that say what was loaded."""
+
+    batches: Batches | FileBatches
+    heldout: list[Example]
+    report: list[str]
+    pad_id: int = PAD_ID
+
+
+def load_data(config: Any, tokenizer: Tokenizer | None, batch_size: int, vocab_size: int) -> LoadedData:
+    """Everything from the config's `data` section to batches.
+
+    Args:
+      config: the `data` section (configs/base.py explains its keys). `max_examples` takes the first examples of
+        the data set; `batches` goes before `path`.
+      tokenizer: of the model; may be None with `batches`.
+      batch_size: sequences an optimizer step, B.
+      vocab_size: rows of the model's embedding; every token id must be lower.
+
+    Raises:
+      InputError: whatever is wrong with config or data, in one line.
+    """
+    if config.batches:
+        return _load_file(config.batches, batch_size, vocab_size)
+    if tokenizer is None:
+        raise InputError("the model's folder has no tokenizer, which data.path needs; only data.batches goes without")
+    if config.format not in FORMATS:
+        raise InputError(f"unknown data.format {config.format!r}; known formats: {', '.join(FORMATS)}")
+    for name in ("max_examples", "seed"):
+        if getattr(config, name) < 0:
+            raise InputError(f"data.{name} is {getattr(config, name)}, expected 0 or more")
+    rows = read_rows(config.path, config.revision)
+    found = len(rows)
+    # All rows are checked, also those that max_examples leaves aside.
+    texts, left_out = format_rows(rows, config.format)
+    if config.max_examples:
+        texts = texts[: config.max_examples]
+    if not texts:
+        raise InputError(f"{config.path}: none of its {found} rows has anything to learn")
+    examples, truncated = tokenize_examples(
+        texts, tokenizer, config.max_source_len, config.max_target_len, config.train_on_source
+    )
+    _check_ids(examples, vocab_size)
+    if config.eval_path:
+        train, heldout = examples, _read_heldout(config, tokenizer, vocab_size)
+    else:
+        train, heldout = split(examples, config.eval_examples, config.seed)
+    batches = Batches(train, batch_size, config.group_by_length, config.pad_to_multiple_of, PAD_ID, config.seed)
+    report = _report(config, found, left_out, truncated, examples, train, heldout, batches)
+    return LoadedData(batches, heldout, report)
+
+
+def _read_heldout(config: Any, tokenizer: Tokenizer, vocab_size: int) -> list[Example]:
+    """The first eval_examples (0: all) of a file of its own."""
+    texts, _ = format_rows(read_rows(config.eval_path, config.revision), config.format)
+    texts = texts[: config.eval_examples] if config.eval_examples else texts
+    lengths = config.max_source_len, config.max_target_len, config.train_on_source
+    examples, _ = tokenize_examples(texts, tokenizer, *lengths)
+    _check_ids(examples, vocab_size)
+    return examples
+
+
+def _load_file(path: str, batch_size: int, vocab_size: int) -> LoadedData:
+    batches = FileBatches(path)
+    if batches.batch_size != batch_size:
+        raise InputError(
+            f"data.batches: {path} has {batches.batch_size} sequences a batch, train.batch_size is {batch_size}; "
+            "set them equal"
+        )
+    if batches.max_token_id >= vocab_size:
+        raise InputError(f"data.batches: {path} has token id {batches.max_token_id}, the model has {vocab_size} tokens")
+    shape = f"{len(batches)} batches of {batches.batch_size} x {batches.max_length} tokens"
+    return LoadedData(batches, [], [f"data: {path}: {shape}, every token but the first of a row a target"])
+
+
+def _check_ids(examples: Sequence[Example], vocab_size: int) -> None:
+    highest = max(examples, key=lambda example: int(example.tokens.max()))
+    token = int(highest.tokens.max())
+    if token >= vocab_size:
+        raise InputError(
+            f"{highest.where}: the tokenizer gives token id {token}, the model has embeddings for {vocab_size} tokens: "
+            "tokenizer and model do not belong together"
+        )
+
+
+def _report(
+    config: Any,
+    found: int,
+    left_out: int,
+    truncated: Truncated,
+    examples: Sequence[Example],
+    train: Sequence[Example],
+    heldout: Sequence[Example],
+    batches: Batches,
+) -> list[str]:
+    targets = sum(int(np.count_nonzero(example.loss_mask)) for example in train)
+    total = sum(len(example) for example in train)
+    lines = [f"data: {config.path} ({config.format}): {found:,} rows, {len(examples):,} examples"]
+    if left_out:
+        lines.append(f"data: {left_out:,} rows left out: no assistant turn to learn")
+    if config.max_examples and len(examples) < found - left_out:
+        lines.append(f"data: only the first {len(examples):,} by data.max_examples")
+    if truncated.sources or truncated.targets:
+        lines.append(
+            f"data: cut to length: {truncated.sources:,} sources (max_source_len {config.max_source_len}), "
+            f"{truncated.targets:,} targets (max_target_len {config.max_target_len})"
+        )
+    lines.append(
+        f"data: train on {len(train):,} examples, {total:,} tokens, {targets:,} of them targets; "
+        f"{len(heldout):,} held out; {batches.steps_per_epoch:,} steps an epoch"
+    )
+    return lines

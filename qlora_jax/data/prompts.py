@@ -1,0 +1,54 @@
+"""The texts around an instruction: Alpaca's prompt and Guanaco's conversation.
+
+A model answers well only to the very text it was trained on, so training, generation and evaluation all take their
+prompts from here. Sources: the QLoRA paper's training code and its Guanaco release.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from qlora_jax.errors import InputError
+
+_ALPACA_INTRO = "Below is an instruction that describes a task"
+_ALPACA_REQUEST = "Write a response that appropriately completes the request."
+
+GUANACO_SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+GUANACO_LABELS = {"user": "### Human:", "assistant": "### Assistant:"}
+
+
+def alpaca_prompt(instruction: str, input: str = "") -> str:
+    """Alpaca's prompt up to where the answer begins; `input` is left out, with its heading, when it is blank."""
+    if input.strip():
+        intro = f"{_ALPACA_INTRO}, paired with an input that provides further context. {_ALPACA_REQUEST}"
+        return f"{intro}\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response: "
+    return f"{_ALPACA_INTRO}. {_ALPACA_REQUEST}\n\n### Instruction:\n{instruction}\n\n### Response: "
+
+
+def guanaco_conversation(turns: Sequence[Mapping[str, str]]) -> str:
+    """Turns {"role": "user" | "assistant", "content"} as Guanaco is trained on them: each begins a line with its label.
+
+    Raises:
+      InputError: a role is neither of the two.
+    """
+    for turn in turns:
+        if turn["role"] not in GUANACO_LABELS:
+            raise InputError(f"role {turn['role']!r} in a Guanaco conversation, expected user or assistant")
+    return "\n".join(f"{GUANACO_LABELS[turn['role']]} {turn['content'].strip()}" for turn in turns)
+
+
+def guanaco_prompt(turns: Sequence[Mapping[str, str]]) -> str:
+    """The prompt for Guanaco's next answer: system line, the turns so far, and the assistant's label.
+
+    The system line is GUANACO_SYSTEM unless the first turn has the role "system". The last turn is the user's.
+
+    Raises:
+      InputError: there is no turn, the last is not the user's, or a role is unknown.
+    """
+    system = GUANACO_SYSTEM
+    if turns and turns[0]["role"] == "system":
+        system, turns = turns[0]["content"].strip(), turns[1:]
+    if not turns or turns[-1]["role"] != "user":
+        raise InputError("a Guanaco prompt needs a conversation that ends with a user turn")
+    return f"{system}\n{guanaco_conversation(turns)}\n{GUANACO_LABELS['assistant']}"

@@ -1,0 +1,151 @@
+"""The whole way from the config's data section to batches, on files made here and on real ones."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from qlora_jax.data.batches import Batches, FileBatches, eval_batches
+from qlora_jax.data.load import load_data
+from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.errors import InputError
+
+
+def config(**changes):
+    section = ConfigDict(
+        {
+            "path": "",
+            "revision": "main",
+            "format": "input-output",
+            "batches": "",
+            "max_source_len": 16,
+            "max_target_len": 16,
+            "train_on_source": False,
+            "group_by_length": True,
+            "pad_to_multiple_of": 8,
+            "max_examples": 0,
+            "eval_examples": 4,
+            "seed": 0,
+        }
+    )
+    with section.ignore_type():
+        section.update(changes)
+    return section
+
+
+def trained_on(data):
+    assert isinstance(data.batches, Batches)
+    return data.batches.examples
+
+
+@pytest.fixture
+def path(tmp_path):
+    rows = [{"input": f"question {number}", "output": f"answer {number}"} for number in range(20)]
+    rows[7]["output"] = "a much longer answer"
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(file)
+
+
+def test_rows_become_batches(path, byte_tokenizer):
+    data = load_data(config(path=path), byte_tokenizer, 5, 259)
+    assert len(data.heldout) == 4 and len(trained_on(data)) == 16
+    wheres = sorted(int(e.where.rpartition(" ")[2]) for e in [*data.heldout, *trained_on(data)])
+    assert wheres == list(range(1, 21))
+    batch = data.batches.batch(0)
+    assert batch["tokens"].shape[0] == 5
+    learned = byte_tokenizer.decode(batch["tokens"][0][batch["loss_mask"][0]])
+    assert learned.startswith(("answer ", "a much"))
+    assert sum(int(b["loss_mask"].sum()) for b in eval_batches(data.heldout, 5, 8, data.pad_id)) > 0
+
+
+def test_report(path, byte_tokenizer):
+    data = load_data(config(path=path, max_examples=10, eval_examples=2), byte_tokenizer, 4, 259)
+    targets = sum(int(example.loss_mask.sum()) for example in trained_on(data))
+    report = "\n".join(data.report)
+    for part in (
+        f"{path} (input-output): 20 rows, 10 examples",
+        "only the first 10 by data.max_examples",
+        "0 sources (max_source_len 16), 1 targets (max_target_len 16)",
+        "train on 8 examples",
+        f"{targets} of them targets",
+        "2 held out; 2 steps an epoch",
+    ):
+        assert part in report
+    assert {int(e.where.rpartition(" ")[2]) for e in [*data.heldout, *trained_on(data)]} == set(range(1, 11))
+
+
+def test_a_bad_line_anywhere_stops_before_anything_runs(path, byte_tokenizer):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('\n{"input": "x"}\n{"input": "y"}')
+    with pytest.raises(InputError, match=r'rows.jsonl, line 21: no field "output".* \(and 1 more bad row'):
+        load_data(config(path=path, max_examples=5), byte_tokenizer, 4, 259)
+
+
+def test_tokenizer_of_another_model(path, byte_tokenizer):
+    with pytest.raises(InputError, match="token id 257, the model has embeddings for 200 tokens: tokenizer and model"):
+        load_data(config(path=path), byte_tokenizer, 4, 200)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "alpacca"}, "unknown data.format 'alpacca'"),
+        ({"path": ""}, "set data.path"),
+        ({"max_examples": -1}, "data.max_examples is -1"),
+        ({"seed": -1}, "data.seed is -1"),
+        ({"eval_examples": 20}, "nothing is left to train on"),
+        ({"pad_to_multiple_of": 0}, "data.pad_to_multiple_of is 0"),
+    ],
+)
+def test_bad_settings(path, byte_tokenizer, changes, message):
+    with pytest.raises(InputError, match=message):
+        load_data(config(**({"path": path} | changes)), byte_tokenizer, 4, 259)
+
+
+def test_no_tokenizer(path):
+    with pytest.raises(InputError, match="has no tokenizer"):
+        load_data(config(path=path), None, 4, 259)
+
+
+def test_nothing_to_learn(tmp_path, byte_tokenizer):
+    (tmp_path / "a.jsonl").write_text('{"text": "### Human: Q"}')
+    with pytest.raises(InputError, match="none of its 1 rows has anything to learn"):
+        load_data(config(path=str(tmp_path / "a.jsonl"), format="oasst1"), byte_tokenizer, 4, 259)
+
+
+def test_batches_from_a_file(tmp_path):
+    path = str(tmp_path / "b.npy")
+    np.save(path, np.full((3, 2, 8), 5, np.int32))
+    data = load_data(config(batches=path), None, 2, 6)
+    assert isinstance(data.batches, FileBatches) and len(data.batches) == 3 and data.heldout == []
+    assert "3 batches of 2 x 8 tokens" in data.report[0]
+    with pytest.raises(InputError, match="has 2 sequences a batch, train.batch_size is 4"):
+        load_data(config(batches=path), None, 4, 6)
+    with pytest.raises(InputError, match="has token id 5, the model has 5 tokens"):
+        load_data(config(batches=path), None, 2, 5)
+
+
+def test_real_alpaca_with_a_real_tokenizer(shared_data):
+    tokenizer = Tokenizer.from_folder(shared_data / "stories260K")
+    section = config(path=str(shared_data / "alpaca" / "alpaca_small.json"), format="alpaca", eval_examples=100)
+    section.max_source_len, section.max_target_len = 384, 128
+    data = load_data(section, tokenizer, 16, 512)
+    assert len(trained_on(data)) + len(data.heldout) == 2000
+    example = trained_on(data)[0]
+    assert tokenizer.decode(example.tokens[~example.loss_mask]).startswith("Below is an instruction")
+    assert example.tokens[0] == 1 and example.tokens[-1] == 2
+    assert all(len(example) <= 512 for example in trained_on(data))
+
+
+def test_real_trees_with_a_real_tokenizer(tmp_path, shared_data):
+    shutil.copyfile(shared_data / "tokenizers" / "llama2_32k" / "tokenizer.model", tmp_path / "tokenizer.model")
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    section = config(path=str(shared_data / "oasst1" / "en_100_tree.jsonl"), format="oasst1", max_target_len=512)
+    data = load_data(section, tokenizer, 16, 32000)
+    example = trained_on(data)[0]
+    assert example.tokens[0] == 1 and example.loss_mask[1:].all()
+    assert tokenizer.decode(example.tokens).startswith("### Human: ")
+    assert max(len(example) for example in trained_on(data)) == 513
