@@ -1,0 +1,64 @@
+"""A config as plain values: for JSON, for its hash, and for naming what differs between two."""
+
+import hashlib
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from qlora_jax.errors import InputError
+
+SECTIONS = ("model", "quant", "lora", "data", "optimizer", "train", "mesh", "eval")
+
+
+def resolved(config: ConfigDict) -> dict[str, Any]:
+    """The config as JSON has it: dicts in the order of SECTIONS, lists for tuples.
+
+    Raises:
+      InputError: a value that JSON has no form for.
+    """
+    plain = {name: _plain(value, name) for name, value in config.to_dict().items()}
+    return {name: plain[name] for name in (*SECTIONS, *plain) if name in plain}
+
+
+def _plain(value: Any, path: str) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(inner, f"{path}.{name}") for name, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item, path) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise InputError(f"config key {path}: a {type(value).__name__} cannot be written as JSON; use numbers and strings")
+
+
+def config_hash(plain: dict[str, Any]) -> str:
+    """SHA-256, in hex, of `plain` as JSON with sorted keys and no spaces: equal for equal values in any order."""
+    return hashlib.sha256(_canonical(plain).encode()).hexdigest()
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def differing_keys(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """What differs between two resolved configs, a line a key: "train.steps: 10 there, 20 here".
+
+    Empty exactly if their hashes are equal.
+    """
+    a = {key: _canonical(value) for key, value in flatten(there).items()}
+    b = {key: _canonical(value) for key, value in flatten(here).items()}
+    keys = [key for key in (*a, *(key for key in b if key not in a)) if a.get(key) != b.get(key)]
+    return [f"{key}: {a.get(key, 'missing')} there, {b.get(key, 'missing')} here" for key in keys]
+
+
+def flatten(config: Any, path: str = "") -> dict[str, Any]:
+    """Values by key path, in the order of SECTIONS; `config` is a ConfigDict or a dict of dicts."""
+    flat: dict[str, Any] = {}
+    names = config if path else sorted(config, key=lambda name: (*SECTIONS, name).index(name))
+    for name in names:
+        value = config[name]
+        if isinstance(value, ConfigDict | dict) and len(value):
+            flat |= flatten(value, f"{path}{name}.")
+        else:
+            flat[f"{path}{name}"] = value
+    return flat

@@ -1,0 +1,1 @@
+"""Finetuning: loss, step, loop."""

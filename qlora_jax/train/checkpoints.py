@@ -1,0 +1,79 @@
+"""Checkpoints of a run, by orbax: adapter and optimizer pages, written in the background, whole or not at all.
+
+The step number is all else a run needs: batches and dropout are pure functions of (seed, step).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from qlora_jax.errors import InputError
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a workdir; keeps the newest `keep`."""
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder = folder
+        options = ocp.CheckpointManagerOptions(max_to_keep=max(keep, 1), create=True, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    @property
+    def latest(self) -> int | None:
+        """Optimizer steps done at the newest whole checkpoint; None when there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, adapter: Any, states: list[Any], wait: bool = False) -> None:
+        """Starts writing the state after `step` optimizer steps; waits for the disk only with `wait`.
+
+        Raises InputError when this or the last write failed (a full disk): older checkpoints stay.
+        """
+        try:
+            if step != self.latest:
+                self._manager.save(step, args=ocp.args.StandardSave(_as_tree(adapter, states)))
+            if wait:
+                self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise self._failed(step, error) from error
+
+    def restore(self, adapter: Any, states: list[Any]) -> tuple[Any, list[Any]]:
+        """The newest checkpoint, in the structure of a fresh adapter and fresh states (numpy leaves in `states`)."""
+        like = _as_tree(adapter, states)
+        step = self.latest
+        try:
+            tree = self._manager.restore(step, args=ocp.args.StandardRestore(like))
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(
+                f"{self.folder / str(step)} cannot be restored ({_first_line(error)}); delete that folder to go on "
+                "from the checkpoint before"
+            ) from error
+        new_adapter = jax.tree.unflatten(jax.tree.structure(adapter), [jax.numpy.asarray(x) for x in tree["adapter"]])
+        return new_adapter, jax.tree.unflatten(jax.tree.structure(states), tree["optimizer"])
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise self._failed(None, error) from error
+        self._manager.close()
+
+    def _failed(self, step: int | None, error: Exception) -> InputError:
+        at = "" if step is None else f" at step {step}"
+        return InputError(
+            f"the checkpoint{at} could not be written to {self.folder}: {_first_line(error)}; older checkpoints are "
+            "whole: free space and run the same command again"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _as_tree(adapter: Any, states: list[Any]) -> dict[str, list[np.ndarray]]:
+    """Plain lists of host arrays, in tree order: what is on disk does not depend on Flax's or optax's classes."""
+    host = lambda tree: [np.array(leaf) for leaf in jax.tree.leaves(tree)]  # noqa: E731 (copies: buffers are donated later)
+    return {"adapter": host(adapter), "optimizer": host(states)}

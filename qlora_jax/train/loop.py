@@ -1,0 +1,219 @@
+"""The run: steps, metrics, checkpoints, evaluation, and an end that is the same however often it was interrupted.
+
+Batches and dropout are pure functions of (seed, step), so a run resumed from the checkpoint of step s goes on bit for
+bit as the uninterrupted one (on CPU; on a GPU as far as its kernels are deterministic).
+"""
+
+import math
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from qlora_jax.data.batches import eval_batches
+from qlora_jax.data.examples import Example
+from qlora_jax.errors import InputError
+from qlora_jax.io.peft import write_adapter
+from qlora_jax.settings import config_hash
+from qlora_jax.train.checkpoints import Checkpoints
+from qlora_jax.train.memory import Program, peak_device_bytes, peak_host_bytes
+from qlora_jax.train.setup import Prepared, prepare
+from qlora_jax.train.step import make_evaluation, make_gradient
+from qlora_jax.train.workdir import Workdir
+
+
+class Stopped(Exception):
+    """SIGTERM was received; the state is saved."""
+
+
+def finetune(config: Any, plain: dict[str, Any], path: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Runs, or resumes, the finetuning a config describes.
+
+    Args:
+      config: as configs/base.py. plain: the same as plain values (settings.resolved): saved, hashed and compared.
+      path: the workdir. It gets config.json, metrics.jsonl, checkpoints/, adapter/ (PEFT) and summary.json.
+      say: takes lines for the user; a progress bar goes to stderr.
+    Returns:
+      The summary, as in summary.json.
+    Raises:
+      InputError: whatever the user can mend, before training starts; or a loss that is not finite, with step and batch.
+      Stopped: after SIGTERM, once the state is saved.
+    """
+    bar = tqdm(desc="loading", unit="tensor", leave=False, delay=2)
+
+    def progress(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    prepared = prepare(config, say, progress)
+    bar.close()
+    workdir = Workdir(path, plain)
+    try:
+        return Run(config, plain, prepared, workdir, say).finish()
+    finally:
+        workdir.close()
+
+
+class Run:
+    """One run of the loop; `finish` takes it from its newest checkpoint to its end."""
+
+    def __init__(self, config: Any, plain: dict, prepared: Prepared, workdir: Workdir, say: Callable[[str], None]):
+        self.config, self.plain, self.prepared, self.workdir, self.say = config, plain, prepared, workdir, say
+        self.adapter = prepared.adapter
+        self.states = prepared.optimizer.init(self.adapter)
+        self.gradient = Program(make_gradient(prepared.graph, config.train.loss_chunk, config.optimizer.max_grad_norm))
+        self.evaluation = Program(make_evaluation(prepared.graph, config.train.loss_chunk))
+        self.checkpoints = Checkpoints(workdir.checkpoints, config.train.keep_checkpoints)
+        self.seconds: list[float] = []
+        self.tokens: list[int] = []
+        self.stop = threading.Event()
+
+    def finish(self) -> dict[str, Any]:
+        start = self._resume()
+        steps = self.prepared.steps
+        with _on_sigterm(self.stop):
+            bar = tqdm(total=steps, initial=start, unit="step", desc="training", disable=start == steps)
+            for step in range(start, steps):
+                row = self._step(step)
+                if (step + 1) % self.config.train.log_every == 0 or step + 1 == steps:
+                    self.workdir.log(row)
+                bar.set_postfix_str(self._status(row), refresh=False)
+                bar.update()
+                if self.config.eval.every and (step + 1) % self.config.eval.every == 0 and step + 1 < steps:
+                    held_out = self.evaluate(self.prepared.data.heldout)
+                    self.workdir.log({"step": step + 1, "eval_loss": held_out})
+                    bar.write(f"step {step + 1}: held-out loss {held_out:.4f}")
+                if (step + 1) % self.config.train.checkpoint_every == 0 or step + 1 == steps:
+                    self.checkpoints.save(step + 1, self.adapter, self.states)
+                if self.stop.is_set() and step + 1 < steps:
+                    bar.close()
+                    self.checkpoints.save(step + 1, self.adapter, self.states, wait=True)
+                    raise Stopped(
+                        f"stopped by SIGTERM after step {step + 1}; saved: the same command goes on from there"
+                    )
+            bar.close()
+        self.checkpoints.close()
+        return self._finish_files()
+
+    def evaluate(self, examples: list[Example]) -> float | None:
+        """Mean loss over the target tokens of held-out examples, nats; None without any."""
+        if not examples:
+            return None
+        config, total, count = self.config, 0.0, 0.0
+        data = self.prepared.data
+        for batch in eval_batches(examples, config.eval.batch_size, config.data.pad_to_multiple_of, data.pad_id):
+            nats, targets = self.evaluation(self.adapter, self.prepared.base, batch["tokens"], batch["loss_mask"])
+            total, count = total + float(nats), count + float(targets)
+        return total / max(count, 1)
+
+    def _resume(self) -> int:
+        start = self.checkpoints.latest
+        if start is None:
+            self.workdir.keep_metrics_until(0)
+            return 0
+        self.adapter, states = self.checkpoints.restore(self.adapter, self.states)
+        self.states = self.prepared.optimizer.place(states)
+        self.workdir.keep_metrics_until(start)
+        done = "finished: its files are written again" if start == self.prepared.steps else "resumed"
+        self.say(f"run: {done}, {start} of {self.prepared.steps} steps done")
+        return start
+
+    def _step(self, step: int) -> dict[str, Any]:
+        """One optimizer step; its line of metrics.jsonl."""
+        config, prepared = self.config, self.prepared
+        begun = time.perf_counter()
+        batch = prepared.data.batches.batch(step)
+        micro = lambda x: x.reshape(config.train.grad_accum, -1, x.shape[-1])  # noqa: E731
+        key = None
+        if config.lora.dropout:
+            key = jax.random.fold_in(jax.random.key(config.train.seed + 1), step)
+        grads, metrics = self.gradient(
+            self.adapter, prepared.base, micro(batch["tokens"]), micro(batch["loss_mask"]), key
+        )
+        loss, norm = float(metrics.loss), float(metrics.grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self._not_finite(step, loss, norm)
+        self.adapter, self.states = prepared.optimizer.update(self.adapter, grads, self.states)
+        jax.block_until_ready(self.adapter)
+        self.seconds.append(time.perf_counter() - begun)
+        self.tokens.append(batch["tokens"].size)
+        return {
+            "step": step + 1,
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": float(prepared.schedule(step)),
+            "target_tokens": int(metrics.target_tokens),
+            "tokens": batch["tokens"].size,
+            "seconds": round(self.seconds[-1], 4),
+        }
+
+    def _not_finite(self, step: int, loss: float, norm: float) -> InputError:
+        self.checkpoints.close()
+        kept = self.checkpoints.latest
+        good = f"the checkpoint of step {kept} is whole" if kept else "no checkpoint was written yet"
+        return InputError(
+            f"step {step + 1}: loss {loss}, gradient norm {norm} on batch "
+            f"[{self.prepared.data.batches.describe(step)}]; stopped before the update, {good}. Try a lower optimizer.learning_rate, or look at that batch"
+        )
+
+    def _status(self, row: dict[str, Any]) -> str:
+        memory, _ = self._device_bytes()
+        return f"loss {row['loss']:.4f}, {self._tokens_per_second():,.0f} tokens/s, {memory / 2**20:,.0f} MiB"
+
+    def _tokens_per_second(self) -> float:
+        """Tokens of a batch, padding included, over the seconds of its step: the median of the steps of this
+        process."""
+        return statistics.median(n / s for n, s in zip(self.tokens, self.seconds, strict=True))
+
+    def _device_bytes(self) -> tuple[int, str]:
+        state = 0 if self.prepared.optimizer.paged else sum(leaf.nbytes for leaf in jax.tree.leaves(self.states))
+        return peak_device_bytes(max(self.gradient.peak_bytes + state, self.evaluation.peak_bytes))
+
+    def _finish_files(self) -> dict[str, Any]:
+        """Adapter, held-out loss and summary: made from the last checkpoint's state, however often this is run."""
+        prepared, workdir = self.prepared, self.workdir
+        write_adapter(workdir.adapter, self.adapter, prepared.lora_config, self.config.model.path)
+        eval_loss = self.evaluate(prepared.data.heldout)
+        rows = [row for row in workdir.metrics() if "loss" in row]
+        device_bytes, source = self._device_bytes()
+        speeds = [row["tokens"] / row["seconds"] for row in rows if row["seconds"]]
+        summary = {
+            "config_hash": config_hash(self.plain),
+            "steps": prepared.steps,
+            "final_train_loss": rows[-1]["loss"] if rows else None,
+            "final_eval_loss": eval_loss,
+            "tokens_per_second": round(float(np.median(speeds)), 1) if speeds else None,
+            "peak_device_bytes": device_bytes,
+            "peak_device_bytes_source": source,
+            "peak_host_bytes": peak_host_bytes(),
+            "base_bytes": prepared.base_bytes,
+            "base_bits_per_param": round(prepared.base_bits_per_param, 4),
+            "trainable_params": prepared.trainable_params,
+            "total_params": prepared.total_params,
+        }
+        workdir.write_summary(summary)
+        return summary
+
+
+class _on_sigterm:
+    """Sets the event on SIGTERM instead of dying; outside the main thread (a sweep's worker) signals stay as they
+    are."""
+
+    def __init__(self, event: threading.Event):
+        self.event = event
+        self.main = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> None:
+        if self.main:
+            self.before = signal.signal(signal.SIGTERM, lambda *_: self.event.set())
+
+    def __exit__(self, *_: Any) -> None:
+        if self.main:
+            signal.signal(signal.SIGTERM, self.before)

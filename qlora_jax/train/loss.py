@@ -1,0 +1,48 @@
+"""Cross-entropy over target tokens, in chunks: logits of more than `chunk` tokens never exist at once.
+
+loss = sum over target tokens t of -log softmax(head h_{t-1})[token_t]  /  number of target tokens
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from qlora_jax.models.llama import head_logits
+
+
+def summed_loss(
+    hidden: jax.Array, head: jax.Array, tokens: jax.Array, loss_mask: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Summed negative log-likelihood of the target tokens, and their number.
+
+    Args:
+      hidden: [B, T, D], final hidden states.
+      head: [V, D].
+      tokens: int32 [B, T].
+      loss_mask: bool [B, T]; True where token t is a target, predicted from t - 1. Position 0 never counts.
+      chunk: tokens whose logits exist at a time; recomputed in the backward pass.
+    Returns:
+      float32 [] nats, float32 [] count.
+    """
+    labels = tokens[:, 1:].reshape(-1)
+    counted = loss_mask[:, 1:].reshape(-1)
+    rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    chunk = min(chunk, rows.shape[0])
+    padding = -rows.shape[0] % chunk
+    rows = jnp.pad(rows, ((0, padding), (0, 0))).reshape(-1, chunk, rows.shape[-1])
+    labels = jnp.pad(labels, (0, padding)).reshape(-1, chunk)
+    counted = jnp.pad(counted, (0, padding)).reshape(-1, chunk)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def add_chunk(total, inputs):
+        return total + jnp.sum(token_nll(head_logits(inputs[0], head), inputs[1]) * inputs[2]), None
+
+    total, _ = jax.lax.scan(add_chunk, jnp.float32(0), (rows, labels, counted))
+    return total, jnp.sum(loss_mask[:, 1:]).astype(jnp.float32)
+
+
+def token_nll(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """float32 [..., V], int32 [...] -> float32 [...]: -log softmax(logits)[label], nats."""
+    picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked

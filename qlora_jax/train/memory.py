@@ -1,0 +1,42 @@
+"""What a run takes, measured where the backend measures it and said by the compiler where it does not."""
+
+import resource
+import sys
+from typing import Any
+
+import jax
+
+
+class Program:
+    """A jitted function compiled once a shape, so that each program's own memory figures are at hand."""
+
+    def __init__(self, function: Any):
+        self._jitted = jax.jit(function)
+        self._compiled: dict[Any, Any] = {}
+        self.peak_bytes = 0  # largest program so far: arguments, results and temporaries
+
+    def __call__(self, *arguments: Any) -> Any:
+        key = (jax.tree.structure(arguments), *((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments)))
+        if key not in self._compiled:
+            compiled = self._jitted.lower(*arguments).compile()
+            self._compiled[key] = compiled
+            memory = compiled.memory_analysis()
+            if memory is not None:
+                used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+                self.peak_bytes = max(self.peak_bytes, used - memory.alias_size_in_bytes)
+        return self._compiled[key](*arguments)
+
+
+def peak_device_bytes(compiled_peak: int) -> tuple[int, str]:
+    """(bytes, where the figure comes from): the allocator's peak on accelerators; on CPUs the largest compiled
+    program."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"], "allocator"
+    return compiled_peak, "compiler"
+
+
+def peak_host_bytes() -> int:
+    """Highest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

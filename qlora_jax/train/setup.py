@@ -1,0 +1,179 @@
+"""From a config to everything a run needs: data first (its mistakes show in seconds), then model, adapter and
+optimizer."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from qlora_jax import lora
+from qlora_jax.data.load import LoadedData, load_data
+from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.errors import InputError
+from qlora_jax.io import peft
+from qlora_jax.io.folder import resolve
+from qlora_jax.io.load import QuantSpec, load_config, load_model
+from qlora_jax.lora import LoRAConfig
+from qlora_jax.models.llama import LINEARS, Llama
+from qlora_jax.optim.paged import PAGING, PagedOptimizer, state_bytes
+from qlora_jax.optim.schedules import make_optimizer, make_schedule
+
+_CHOICES = {
+    ("model", "compute_dtype"): ("bfloat16", "float32"),
+    ("model", "remat"): ("block", "none"),
+    ("model", "attention"): ("xla", "cudnn"),
+    ("optimizer", "paging"): PAGING,
+}
+_AT_LEAST_ONE = (
+    ("train", "steps"), ("train", "batch_size"), ("train", "grad_accum"), ("train", "loss_chunk"),
+    ("train", "checkpoint_every"), ("train", "keep_checkpoints"), ("train", "log_every"),
+    ("optimizer", "page_bytes"), ("eval", "batch_size"), ("mesh", "devices"),
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Prepared:
+    """What the loop works on. `graph`, `adapter`, `base`: of lora.split."""
+
+    folder: Path
+    tokenizer: Tokenizer | None
+    data: LoadedData
+    graph: Any
+    adapter: Any
+    base: Any
+    lora_config: LoRAConfig
+    optimizer: PagedOptimizer
+    schedule: Callable[[int], Any]
+    steps: int  # optimizer steps of the run
+    base_bytes: int  # the frozen model on the device
+    base_bits_per_param: float  # of the linear layers, scales included
+    trainable_params: int
+    total_params: int
+
+
+def check_config(config: Any) -> None:
+    """Raises InputError for values that no run can have, before anything is read."""
+    if not config.model.path:
+        raise InputError("model.path is empty; give a checkpoint folder or a hub name: --config.model.path=...")
+    if not config.data.path and not config.data.batches:
+        raise InputError("data.path is empty; give a data file or a hub data set: --config.data.path=...")
+    for (section, key), allowed in _CHOICES.items():
+        if config[section][key] not in allowed:
+            raise InputError(f"{section}.{key} is {config[section][key]!r}; expected {' or '.join(allowed)}")
+    for section, key in _AT_LEAST_ONE:
+        if config[section][key] < 1:
+            raise InputError(f"{section}.{key} is {config[section][key]}; expected at least 1")
+    if config.train.batch_size % config.train.grad_accum:
+        raise InputError(
+            f"train.batch_size {config.train.batch_size} cannot be cut into train.grad_accum {config.train.grad_accum} "
+            "equal micro-batches; make it a multiple"
+        )
+    if config.optimizer.learning_rate <= 0 or config.optimizer.max_grad_norm < 0:
+        raise InputError("optimizer.learning_rate must be positive and optimizer.max_grad_norm 0 (no clipping) or more")
+    if config.mesh.devices != 1:
+        raise InputError(f"mesh.devices is {config.mesh.devices}; one run trains on one device")
+
+
+def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, int], None]) -> Prepared:
+    """Reads, checks and builds everything.
+
+    Args:
+      config: as configs/base.py.
+      say: takes lines for the user.
+      progress: of loading the model, (tensors done, tensors in all).
+    Raises:
+      InputError: any mistake in config, data or model, in one line.
+    """
+    check_config(config)
+    lora_config = LoRAConfig(
+        config.lora.rank, config.lora.alpha, config.lora.dropout, tuple(config.lora.targets), config.lora.use_rslora
+    )
+    quant = QuantSpec(config.quant.format, config.quant.block_size, config.quant.double_quant)
+    folder = resolve(config.model.path, config.model.revision)
+    model_config = load_config(folder)
+    lora.select_targets(lora_config.targets, model_config.L)
+    tokenizer = None if config.data.batches else Tokenizer.from_folder(folder)
+    data = load_data(config.data, tokenizer, config.train.batch_size, model_config.V)
+    for line in data.report:
+        say(line)
+    if data.batches.max_length > model_config.context:
+        say(
+            f"warning: sequences of up to {data.batches.max_length} tokens, but the model was made for "
+            f"{model_config.context}"
+        )
+    steps = config.train.steps
+    if config.data.batches and len(data.batches) < steps:
+        steps = len(data.batches)
+        say(f"data: one pass over data.batches: {steps} steps, fewer than train.steps = {config.train.steps}")
+    tx = make_optimizer(config.optimizer, steps)
+    model = load_model(folder, quant, config.model.compute_dtype, config.model.remat, config.model.attention, progress)
+    lora.attach(model, lora_config, jax.random.key(config.train.seed))
+    if config.lora.init_from:
+        _start_from(model, Path(config.lora.init_from), lora_config)
+    graph, adapter, base = lora.split(model)
+    base_bytes = _bytes(base)
+    bits, base_params = _base_size(model)
+    trainable = sum(leaf.size for leaf in jax.tree.leaves(adapter))
+    say(
+        f"model: {folder}: {base_params:,} parameters, {quant}: {base_bytes / 2**20:,.1f} MiB, linear layers "
+        f"{bits:.3f} bits a weight; adapter: rank {lora_config.rank}, {trainable:,} parameters ({100 * trainable / base_params:.2f}%)"
+    )
+    paged = _paged(config.optimizer.paging, tx, adapter, base_bytes, say)
+    optimizer = PagedOptimizer(tx, adapter, config.optimizer.page_bytes, paged)
+    o = config.optimizer
+    schedule = make_schedule(o.schedule, o.learning_rate, steps, o.warmup_steps)
+    return Prepared(
+        folder, tokenizer, data, graph, adapter, base, lora_config, optimizer, schedule, steps,
+        base_bytes, bits, trainable, base_params + trainable,
+    )  # fmt: skip
+
+
+def _start_from(model: Llama, folder: Path, wanted: LoRAConfig) -> None:
+    """Replaces the fresh adapter by a PEFT folder's. Its rank, scale and layers must be the config's."""
+    found, arrays = peft.read_adapter(model, folder)
+    names = lora.select_targets(wanted.targets, model.config.L)
+    differing = [
+        f"{key} {there!r} there, {here!r} in the config"
+        for key, there, here in (
+            ("rank", found.rank, wanted.rank),
+            ("alpha", found.alpha, float(wanted.alpha)),
+            ("use_rslora", found.use_rslora, wanted.use_rslora),
+            ("targets", sorted(found.targets), sorted(names)),
+        )
+        if there != here
+    ]
+    if differing:
+        raise InputError(f"lora.init_from: {folder} does not match the lora section: {'; '.join(differing)}")
+    for name, (a, b) in arrays.items():
+        lora.set_adapter(model, name, a, b, wanted.scale)
+
+
+def _paged(paging: str, tx: Any, adapter: Any, base_bytes: int, say: Callable[[str], None]) -> bool:
+    """auto: paged where the state would take more than a quarter of what base, adapter and gradients leave free."""
+    state = state_bytes(tx, jax.tree.leaves(adapter))
+    paged = paging == "always"
+    if paging == "auto":
+        limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+        paged = limit is not None and state > (limit - base_bytes - 3 * _bytes(adapter)) / 4
+    where = "host memory, paged to the device" if paged else "device memory"
+    say(f"optimizer: {state / 2**20:,.1f} MiB of state in {where} (optimizer.paging = {paging})")
+    return paged
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _base_size(model: Llama) -> tuple[float, int]:
+    """Bits a weight of the linear layers, and the parameters of the frozen model."""
+    bits, weights = 0, 0
+    for name in LINEARS:
+        w = lora.linear(model, name).weight.get_value()
+        O, I = lora.shape(model, name)
+        bits += 8 * w.nbytes
+        weights += model.config.L * O * I
+    others = [model.embedding, model.norm.weight, model.blocks.input_layernorm.weight]
+    others += [model.blocks.post_attention_layernorm.weight, *([model.head] if model.head is not None else [])]
+    return bits / weights, weights + sum(variable.get_value().size for variable in others)

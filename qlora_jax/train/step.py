@@ -1,0 +1,69 @@
+"""One optimizer step's gradient: micro-batches summed, normalised by the target tokens of the whole batch, clipped."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from qlora_jax.train.loss import summed_loss
+
+
+class StepMetrics(NamedTuple):
+    loss: jax.Array  # float32 [], nats a target token
+    grad_norm: jax.Array  # float32 [], global norm before clipping
+    target_tokens: jax.Array  # float32 []
+
+
+def make_gradient(graph: Any, loss_chunk: int, max_grad_norm: float) -> Callable[..., tuple[Any, StepMetrics]]:
+    """The function to jit: gradients of the adapter alone.
+
+    Args:
+      graph: of `lora.split`.
+      loss_chunk: see summed_loss.
+      max_grad_norm: global norm above which gradients are scaled down to it; 0 does not clip.
+    Returns:
+      gradient(adapter, base, tokens int32 [G, B, T], loss_mask bool [G, B, T], key or None) -> (gradients,
+      StepMetrics), G being micro-batches. The mean is over all target tokens of the G * B sequences, so it does not
+      depend on how they are cut.
+    """
+
+    def micro_loss(adapter, base, tokens, loss_mask, key):
+        model = nnx.merge(graph, adapter, base)
+        hidden, _ = model(tokens, dropout_key=key)
+        total, _ = summed_loss(hidden, model.head_weight(), tokens, loss_mask, loss_chunk)
+        return total
+
+    def gradient(adapter, base, tokens, loss_mask, key):
+        def add(total, inputs):
+            micro_tokens, micro_mask, index = inputs
+            micro_key = None if key is None else jax.random.fold_in(key, index)
+            loss, grads = jax.value_and_grad(micro_loss)(adapter, base, micro_tokens, micro_mask, micro_key)
+            return jax.tree.map(jnp.add, total, (loss, grads)), None
+
+        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, adapter))
+        (loss, grads), _ = jax.lax.scan(add, zero, (tokens, loss_mask, jnp.arange(tokens.shape[0])))
+        count = jnp.sum(loss_mask[:, :, 1:]).astype(jnp.float32)
+        scale = 1 / jnp.maximum(count, 1)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        norm = optax.tree.norm(grads)
+        if max_grad_norm > 0:
+            clip = jnp.where(norm > max_grad_norm, max_grad_norm / norm, 1.0)
+            grads = jax.tree.map(lambda g: g * clip, grads)
+        return grads, StepMetrics(loss * scale, norm, count)
+
+    return gradient
+
+
+def make_evaluation(graph: Any, loss_chunk: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """evaluate(adapter, base, tokens int32 [B, T], loss_mask bool [B, T]) -> (summed nats, target tokens), without
+    dropout."""
+
+    def evaluate(adapter, base, tokens, loss_mask):
+        model = nnx.merge(graph, adapter, base)
+        hidden, _ = model(tokens)
+        return summed_loss(hidden, model.head_weight(), tokens, loss_mask, loss_chunk)
+
+    return evaluate
