@@ -1,0 +1,77 @@
+"""Every key there is, with its unit: the other configs start from this one and change what their experiment needs.
+
+Recipe: QLoRA (Dettmers et al., 2023), section 5 and appendix B; sizes up to 13B.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+
+    c.model = ConfigDict()
+    c.model.path = ""  # folder of a Hugging Face checkpoint, or a hub name; must be given
+    c.model.revision = "main"  # branch, tag or commit of a hub name
+    c.model.compute_dtype = "bfloat16"  # bfloat16 | float32; norms, softmax and the loss are float32 always
+    c.model.remat = "block"  # block: keep one activation a layer and recompute the rest | none: keep everything
+    c.model.attention = "xla"  # xla | cudnn (flash attention; NVIDIA GPUs only)
+
+    c.quant = ConfigDict()
+    c.quant.format = "nf4"  # nf4 | fp4 | int4 | none (16-bit base)
+    c.quant.block_size = 64  # weights that share one scale; a power of two, 32 to 4096
+    c.quant.double_quant = True  # scales in 8 bits: 4.127 bits a weight instead of 4.5
+
+    c.lora = ConfigDict()
+    c.lora.rank = 64
+    c.lora.alpha = 16.0  # the adapter's output is scaled by alpha / rank
+    c.lora.dropout = 0.1  # probability; 0.05 for 33B and larger
+    c.lora.targets = ("all-linear",)  # "all-linear", names ("q_proj", ...), or regular expressions over full names
+    c.lora.use_rslora = False  # scale by alpha / sqrt(rank) instead
+    c.lora.init_from = ""  # PEFT folder to start from; "" starts at zero effect (B = 0)
+
+    c.data = ConfigDict()
+    c.data.path = ""  # file (.json .jsonl .csv .parquet, also .gz), or a hub data set's name
+    c.data.revision = "main"
+    c.data.format = "alpaca"  # alpaca | input-output | oasst1
+    c.data.batches = ""  # int32 .npy file [n, B, T] instead of a data set; labels are the inputs shifted
+    c.data.max_source_len = 384  # tokens of the prompt, BOS included
+    c.data.max_target_len = 128  # tokens of the answer, EOS included
+    c.data.train_on_source = False  # also learn the prompt
+    c.data.group_by_length = True  # batches of similar lengths: less padding
+    c.data.pad_to_multiple_of = 64  # tokens; bounds the number of compiled shapes
+    c.data.max_examples = 0  # 0 takes all
+    c.data.eval_path = ""  # file of held-out examples; "" holds out a seeded split of the data
+    c.data.eval_examples = 100  # examples held out; 0 holds out none of a split, and takes all of eval_path
+    c.data.seed = 0  # of the split and the order
+
+    c.optimizer = ConfigDict()
+    c.optimizer.name = "adamw"  # adamw | sgd | lion
+    c.optimizer.learning_rate = 2e-4  # 1e-4 for 33B and larger
+    c.optimizer.schedule = "constant"  # constant | linear | cosine, the last two to zero at the last step
+    c.optimizer.warmup_steps = 0  # steps of linear rise from 0, before the schedule
+    c.optimizer.beta1 = 0.9
+    c.optimizer.beta2 = 0.999
+    c.optimizer.eps = 1e-8
+    c.optimizer.weight_decay = 0.0
+    c.optimizer.max_grad_norm = 0.3  # global norm; 0 does not clip
+    c.optimizer.paging = "auto"  # never | always | auto: state in host memory, paged to the device for the update
+    c.optimizer.page_bytes = 64 * 2**20  # bytes of state on the device at a time; two pages are in flight
+
+    c.train = ConfigDict()
+    c.train.steps = 1875  # optimizer steps
+    c.train.batch_size = 16  # sequences an optimizer step, micro-batches together
+    c.train.grad_accum = 16  # micro-batches an optimizer step
+    c.train.loss_chunk = 1024  # tokens whose logits exist at a time
+    c.train.checkpoint_every = 100  # steps
+    c.train.keep_checkpoints = 2  # the newest that stay on disk
+    c.train.log_every = 1  # steps
+    c.train.seed = 0  # of adapter initialisation and dropout
+
+    c.mesh = ConfigDict()
+    c.mesh.devices = 1  # devices of this run
+
+    c.eval = ConfigDict()
+    c.eval.every = 0  # steps between evaluations of the held-out split; 0 evaluates at the end only
+    c.eval.batch_size = 16  # sequences
+
+    return c.lock()

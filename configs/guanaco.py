@@ -1,0 +1,17 @@
+"""Guanaco's recipe of the paper: the best-ranked path of each OASST1 tree, all turns trained, 1,875 steps of 16
+conversations.
+
+python -m experiments.train --config=configs/guanaco.py --config.model.path=DIR --config.data.path=FILE --workdir=RUN
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    c = base.get_config()
+    c.data.format = "oasst1"  # trees, or the flattened rows of openassistant-guanaco
+    c.data.max_source_len = 16  # tokens; the source is BOS alone
+    c.data.max_target_len = 512  # tokens; the whole conversation is the target
+    return c.lock()

@@ -1,0 +1,52 @@
+"""Settings and fixtures of all tests. The tests run on the CPU unless JAX_PLATFORMS says otherwise."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# before any test imports jax
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+TESTS = Path(__file__).resolve().parent
+REPOSITORY = TESTS.parent
+
+# the same examples on every run, no time limits (the machine may be slow), nothing kept on disk
+settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50, database=None)
+settings.load_profile("tests")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of files that other software wrote; each comes with the script that made it."""
+    return TESTS / "golden"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real data that is no part of the project: $QLORA_JAX_DATA, or ../shared/data beside the repository."""
+    folder = Path(os.environ.get("QLORA_JAX_DATA") or REPOSITORY.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there (QLORA_JAX_DATA names another folder)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_commands() -> Callable[[list[list[str]]], list[dict]]:
+    """Runs commands, each a module's name or a script's path and its arguments, in one process, in the repository.
+
+    Returns {"status": exit status, "out": stdout, "err": stderr} for each.
+    """
+
+    def run(commands: list[list[str]]) -> list[dict]:
+        script = [sys.executable, str(TESTS / "run_commands.py")]
+        result = subprocess.run(script, input=json.dumps(commands), capture_output=True, text=True, cwd=REPOSITORY)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    return run
