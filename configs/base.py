@@ -71,7 +71,8 @@ def get_config() -> ConfigDict:
     c.mesh.devices = 1  # devices of this run
 
     c.eval = ConfigDict()
-    c.eval.every = 0  # steps between evaluations of the held-out split; 0 evaluates at the end only
+    c.eval.every = 0  # steps between evaluations of the held-out split; 0 evaluates at the end only,
+    # others also before the first step
     c.eval.batch_size = 16  # sequences
 
     return c.lock()

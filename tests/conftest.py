@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# before any test imports jax
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
+
+# before any test imports jax; compiled programs are shared by workers, commands and later runs
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # the same examples on every run, no time limits (the machine may be slow), nothing kept on disk
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50, database=None)

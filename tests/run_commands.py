@@ -45,7 +45,7 @@ def forget(known: set[str], modules: set[str]) -> None:
         if module in modules or module.startswith("experiments."):
             delattr(flags.FLAGS, flag)
     for module in [name for name in sys.modules if name.startswith("experiments.")]:
-        if module not in ("experiments.cli", "experiments.config_file"):
+        if module not in ("experiments.cli", "experiments.config_file", "experiments.model_flags"):
             del sys.modules[module]
     flags.FLAGS.unparse_flags()
 

@@ -38,6 +38,14 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """A safetensors file, in the mode of the user's umask: safetensors makes files that only their owner can read."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all: written beside and renamed."""
     partial = path.with_name(f".{path.name}.partial")
@@ -65,7 +73,5 @@ def write_checkpoint(out: Path, hf_config: dict, model: Llama, dtype: str = "bfl
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", hf_config | {"torch_dtype": dtype})
     partial = out / ".model.safetensors.partial"
-    save_file(
-        {key: np.asarray(value, DTYPES[dtype]) for key, value in tensors.items()}, partial, metadata={"format": "pt"}
-    )
+    save_tensors({key: np.asarray(value, DTYPES[dtype]) for key, value in tensors.items()}, partial)
     os.replace(partial, out / "model.safetensors")

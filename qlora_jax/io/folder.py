@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -10,7 +11,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.models.config import read_json
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]  # never pickles, never code
+_HUB_FILES = ["*.json", "chat_template.jinja", "*.safetensors", "tokenizer.model"]  # never pickles, never code
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8"}
 
 
@@ -35,7 +36,9 @@ def resolve(path: str, revision: str = "main") -> Path:
         return Path(snapshot_download(path, revision=revision, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{path}: no such folder here, and the hub did not give it at revision {revision!r}: {reason}") from error
+        raise InputError(
+            f"{path}: no such folder here, and the hub did not give it at revision {revision!r}: {reason}"
+        ) from error
 
 
 class TensorFiles:
@@ -48,6 +51,7 @@ class TensorFiles:
         self.folder = folder
         index = folder / "model.safetensors.index.json"
         single = folder / "model.safetensors"
+        names: Any = {}
         if index.exists():
             names = read_json(index).get("weight_map")
             if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
@@ -78,10 +82,9 @@ class TensorFiles:
                 self.shapes[key] = tuple(view.get_shape())
                 self.dtypes[key] = _DTYPES.get(view.get_dtype(), view.get_dtype())
                 self._files[key] = handle
-        if index.exists():
-            promised = sorted(set(names) - set(self.shapes))
-            if promised:
-                raise InputError(f"{folder}: the index promises {promised[0]}, which its file does not hold")
+        promised = sorted(set(names) - set(self.shapes))
+        if promised:
+            raise InputError(f"{folder}: the index promises {promised[0]}, which its file does not hold")
 
     def read(self, key: str) -> np.ndarray:
         return self._files[key].get_tensor(key)

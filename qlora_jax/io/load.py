@@ -1,7 +1,7 @@
 """A checkpoint folder -> a model, streamed: tensor by tensor from disk, quantized, written into its layer's place.
 
-Peak memory is the quantized model plus one tensor. All names and shapes are checked against the headers first, so that one
-error lists everything that does not fit.
+Peak memory is the quantized model plus one tensor. All names and shapes are checked against the headers first, so that
+one error lists everything that does not fit.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _HARMLESS = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry and t
 
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
-    """How the linear layers are stored. format "none" keeps them in 16 bits (32 where file and computation are float32)."""
+    """How the linear layers are stored. format "none" keeps 16 bits (32 where file and computation are float32)."""
 
     format: str = "nf4"
     block_size: int = 64
@@ -55,6 +55,9 @@ def stored_quant(folder: Path) -> QuantSpec | None:
         return None
     method = raw.get("quant_method")
     if method == native.METHOD:
+        lacking = [key for key in ("format", "block_size", "double_quant") if key not in raw]
+        if lacking:
+            raise InputError(f"{folder / 'config.json'}: quantization_config lacks {', '.join(lacking)}")
         return QuantSpec(raw["format"], raw["block_size"], raw["double_quant"])
     if method == "bitsandbytes" and raw.get("load_in_4bit"):
         files = TensorFiles(folder)
@@ -63,8 +66,8 @@ def stored_quant(folder: Path) -> QuantSpec | None:
         q = bitsandbytes.from_bitsandbytes(parts, first)
         return QuantSpec(q.format, q.block_size, q.double_quant)
     raise InputError(
-        f"{folder} is quantized by {method!r}; readable are bitsandbytes 4-bit folders, our own (experiments.quantize) and "
-        "unquantized ones"
+        f"{folder} is quantized by {method!r}; readable are bitsandbytes 4-bit folders, our own (experiments.quantize) "
+        "and unquantized ones"
     )
 
 
@@ -102,7 +105,9 @@ def check_tensors(files: TensorFiles, config: ModelConfig, quantized: bool) -> N
             problems.append(f"unexpected {key} {list(files.shapes[key])}")
     if problems:
         shown = "; ".join(problems[:40]) + (f"; and {len(problems) - 40} more" if len(problems) > 40 else "")
-        raise InputError(f"{files.folder} does not hold the model of its config.json ({len(problems)} problems): {shown}")
+        raise InputError(
+            f"{files.folder} does not hold the model of its config.json ({len(problems)} problems): {shown}"
+        )
 
 
 def _owner(key: str) -> str | None:
@@ -130,13 +135,15 @@ def load_model(
       remat, attention: see Llama.
       progress: called with (tensors done, tensors in all).
     Raises:
-      InputError: the folder does not fit its config.json, or is quantized otherwise than asked, or a weight is not finite.
+      InputError: the folder does not fit its config.json, is quantized otherwise than asked, or a weight is not finite.
     """
     config = load_config(folder)
     stored = stored_quant(folder)
     quant = quant or stored or QuantSpec("none")
     if stored is not None and stored != quant:
-        raise InputError(f"{folder} is already quantized ({stored}); it cannot be had as {quant}: ask for what it is, or for its original")
+        raise InputError(
+            f"{folder} is already quantized ({stored}), not {quant}: ask for what it is, or for its original"
+        )
     files = TensorFiles(folder)
     check_tensors(files, config, quantized=stored is not None)
     total, done = len(expected_shapes(config)), 0
@@ -152,7 +159,7 @@ def load_model(
             return array(key)
         if stored is None:
             return quantize(array(key, files.dtypes[key]), quant.format, quant.block_size, quant.double_quant, name=key)
-        return _read_quantized(files, key, quant)
+        return read_quantized(files, key, quant)
 
     weights: dict[str, Any] = {"embedding": array(EMBEDDING), "norm": array(FINAL_NORM, jnp.float32), "layers": {}}
     if not config.tied:
@@ -179,12 +186,14 @@ def _kept_dtype(stored: str, compute_dtype: Any) -> Any:
     return jnp.dtype(stored) if stored != "float32" else jnp.dtype(compute_dtype)
 
 
-def _read_quantized(files: TensorFiles, key: str, quant: QuantSpec) -> QuantizedTensor:
+def read_quantized(files: TensorFiles, key: str, quant: QuantSpec) -> QuantizedTensor:
     parts = {part: files.read(part) for part in (key, *_parts(files, key)) if part in files.shapes}
     q = native.from_native(parts, key) if f"{key}.codes" in parts else bitsandbytes.from_bitsandbytes(parts, key)
     found = QuantSpec(q.format, q.block_size, q.double_quant)
     if found != quant:
-        raise InputError(f"{files.folder}: {key} is stored as {found}, other layers as {quant}; mixed folders are not supported")
+        raise InputError(
+            f"{files.folder}: {key} is stored as {found}, other layers as {quant}; mixed folders are not supported"
+        )
     return q
 
 

@@ -9,11 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from qlora_jax import lora
 from qlora_jax.errors import InputError
-from qlora_jax.io.export import atomic_folder, write_json
+from qlora_jax.io.export import atomic_folder, save_tensors, write_json
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.config import read_json
 from qlora_jax.models.llama import LINEARS, Llama
@@ -47,7 +46,7 @@ def write_adapter(out: Path, adapter: Any, config: LoRAConfig, base: str) -> Non
       base: path or hub name of the base model, for adapter_config.json.
     """
     arrays = lora.adapter_arrays(adapter)
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for name, (a, b) in arrays.items():
         for letter, stacked in (("A", np.asarray(a)), ("B", np.asarray(b))):
             tensors |= {_KEY.format(index, name, letter): np.ascontiguousarray(x) for index, x in enumerate(stacked)}
@@ -68,7 +67,7 @@ def write_adapter(out: Path, adapter: Any, config: LoRAConfig, base: str) -> Non
         "use_rslora": config.use_rslora,
     }
     with atomic_folder(out) as folder:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(tensors, folder / WEIGHTS)
         write_json(folder / CONFIG, settings)
 
 
@@ -111,7 +110,7 @@ def read_adapter(model: Llama, folder: Path) -> tuple[LoRAConfig, dict[str, tupl
         raise InputError(f"{folder / WEIGHTS} is missing or damaged: {error}") from error
     tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
     L, problems = model.config.L, []
-    stacked = {}
+    stacked: dict[str, tuple[Any, Any]] = {}
     for name in LINEARS:
         O, I = lora.shape(model, name)
         expected = {_KEY.format(i, name, "A"): (config.rank, I) for i in range(L)}
@@ -123,11 +122,11 @@ def read_adapter(model: Llama, folder: Path) -> tuple[LoRAConfig, dict[str, tupl
                 problems.append(f"missing {key} (layers are stacked: a projection takes adapters in all {L} or none)")
             elif tensors[key].shape != shape:
                 problems.append(f"{key} is {list(tensors[key].shape)}, expected {list(shape)}")
+        found = {key: tensors.pop(key, None) for key in expected}
         if not problems:
-            pair = ([tensors.pop(_KEY.format(i, name, letter)).astype(np.float32) for i in range(L)] for letter in "AB")
-            stacked[name] = tuple(jnp.asarray(np.stack(layers)) for layers in pair)
-    if not problems:
-        problems = [f"unexpected {key}" for key in sorted(tensors)]
+            a, b = (np.stack([found[_KEY.format(i, name, letter)] for i in range(L)]) for letter in "AB")
+            stacked[name] = (jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
+    problems += [f"unexpected {key}" for key in sorted(tensors)]
     if not problems and not stacked:
         problems = ["no LoRA tensor of this model"]
     if problems:

@@ -51,9 +51,10 @@ def finetune(config: Any, plain: dict[str, Any], path: Path, say: Callable[[str]
     def progress(done: int, total: int) -> None:
         bar.total = total
         bar.update(done - bar.n)
+        if done == total:
+            bar.close()
 
     prepared = prepare(config, say, progress)
-    bar.close()
     workdir = Workdir(path, plain)
     try:
         return Run(config, plain, prepared, workdir, say).finish()
@@ -79,6 +80,8 @@ class Run:
         start = self._resume()
         steps = self.prepared.steps
         with _on_sigterm(self.stop):
+            if self.config.eval.every and start == 0:
+                self._log_evaluation(0)
             bar = tqdm(total=steps, initial=start, unit="step", desc="training", disable=start == steps)
             for step in range(start, steps):
                 row = self._step(step)
@@ -87,9 +90,7 @@ class Run:
                 bar.set_postfix_str(self._status(row), refresh=False)
                 bar.update()
                 if self.config.eval.every and (step + 1) % self.config.eval.every == 0 and step + 1 < steps:
-                    held_out = self.evaluate(self.prepared.data.heldout)
-                    self.workdir.log({"step": step + 1, "eval_loss": held_out})
-                    bar.write(f"step {step + 1}: held-out loss {held_out:.4f}")
+                    self._log_evaluation(step + 1)
                 if (step + 1) % self.config.train.checkpoint_every == 0 or step + 1 == steps:
                     self.checkpoints.save(step + 1, self.adapter, self.states)
                 if self.stop.is_set() and step + 1 < steps:
@@ -112,6 +113,12 @@ class Run:
             nats, targets = self.evaluation(self.adapter, self.prepared.base, batch["tokens"], batch["loss_mask"])
             total, count = total + float(nats), count + float(targets)
         return total / max(count, 1)
+
+    def _log_evaluation(self, step: int) -> None:
+        loss = self.evaluate(self.prepared.data.heldout)
+        if loss is not None:
+            self.workdir.log({"step": step, "eval_loss": loss})
+            tqdm.write(f"step {step}: held-out loss {loss:.4f}")
 
     def _resume(self) -> int:
         start = self.checkpoints.latest
@@ -160,7 +167,8 @@ class Run:
         good = f"the checkpoint of step {kept} is whole" if kept else "no checkpoint was written yet"
         return InputError(
             f"step {step + 1}: loss {loss}, gradient norm {norm} on batch "
-            f"[{self.prepared.data.batches.describe(step)}]; stopped before the update, {good}. Try a lower optimizer.learning_rate, or look at that batch"
+            f"[{self.prepared.data.batches.describe(step)}]; stopped before the update, {good}. "
+            "Try a lower optimizer.learning_rate, or look at that batch"
         )
 
     def _status(self, row: dict[str, Any]) -> str:

@@ -118,7 +118,8 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
     trainable = sum(leaf.size for leaf in jax.tree.leaves(adapter))
     say(
         f"model: {folder}: {base_params:,} parameters, {quant}: {base_bytes / 2**20:,.1f} MiB, linear layers "
-        f"{bits:.3f} bits a weight; adapter: rank {lora_config.rank}, {trainable:,} parameters ({100 * trainable / base_params:.2f}%)"
+        f"{bits:.3f} bits a weight; adapter: rank {lora_config.rank}, {trainable:,} parameters "
+        f"({100 * trainable / base_params:.2f}%)"
     )
     paged = _paged(config.optimizer.paging, tx, adapter, base_bytes, say)
     optimizer = PagedOptimizer(tx, adapter, config.optimizer.page_bytes, paged)

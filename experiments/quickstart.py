@@ -1,0 +1,181 @@
+"""The whole way in about two minutes on 2 cores: quantize a small Llama to NF4, finetune an adapter on it, export it,
+compare.
+
+Everything it needs is in the repository: a Llama of 2.6 million parameters that this project pretrained itself
+(configs/pretrain.py) and an instruction set of its own making. The same adapter is then trained on the unquantized
+base: 4 bits must not cost anything. Run again, finished parts are not trained again.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from experiments import cli
+
+CONFIG = cli.config_flag("configs/quickstart.py")
+WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder for everything that is written.")
+
+
+def main() -> None:
+    begun = time.perf_counter()
+    import jax
+
+    from qlora_jax.io.export import write_json
+    from qlora_jax.train.memory import peak_host_bytes
+
+    config, workdir = CONFIG.value, Path(WORKDIR.value)
+    print(f"qlora_jax quickstart on {jax.devices()[0].device_kind}: finetune {config.model.path} in 4 bits\n")
+    sizes = print_sizes(config.model.path)
+    rows = json.loads(Path(config.data.eval_path).read_text(encoding="utf-8"))
+    before = answers(config, rows, adapter=None)
+    runs = {}
+    for name, format in (("4-bit", "nf4"), ("16-bit", "none")):
+        print(f"\n{name} base:")
+        runs[name] = train(config, format, workdir / name)
+    after = answers(config, rows, workdir / "4-bit" / "adapter")
+    config_16 = config.copy_and_resolve_references()
+    config_16.quant.format = "none"
+    after_16 = answers(config_16, rows, workdir / "16-bit" / "adapter")
+    results = compare(runs, [row["output"] for row in rows], before, after, after_16)
+    draw_losses({name: workdir / name / "metrics.jsonl" for name in runs}, workdir / "loss.png")
+    show_answers(rows, before, after)
+    results |= {"sizes": sizes, "seconds": round(time.perf_counter() - begun, 1), "peak_host_bytes": peak_host_bytes()}
+    write_json(workdir / "quickstart.json", results)
+    print(f"\nwritten under {workdir}:")
+    for file, what in (
+        ("4-bit/adapter/", "the adapter, as PEFT reads it"),
+        ("4-bit/metrics.jsonl, summary.json", "every step; the run's figures"),
+        ("16-bit/", "the same of the comparison"),
+        ("loss.png", "both loss curves"),
+        ("quickstart.json", "the figures above"),
+    ):
+        print(f"  {file:35} {what}")
+    chat = (
+        f"python -m experiments.generate --model={config.model.path} --quant=nf4+dq --adapter={workdir}/4-bit/adapter"
+    )
+    print(f"\ntook {results['seconds']:.0f} s. Ask it yourself:\n  .venv/bin/{chat} --template=alpaca")
+
+
+def print_sizes(model: str) -> dict[str, float]:
+    """The linear layers in each format; MiB by name."""
+    from qlora_jax.io.folder import resolve
+    from qlora_jax.io.load import load_config
+    from qlora_jax.models.sizes import linear_bytes
+
+    config = load_config(resolve(model))
+    formats = {
+        "16-bit": ("none", False),
+        "nf4": ("nf4", False),
+        "nf4 + double quantization": ("nf4", True),
+        "fp4": ("fp4", False),
+        "int4": ("int4", False),
+    }
+    print(f"{'linear layers stored as':28}{'MiB':>8}{'bits a weight':>16}")
+    sizes = {}
+    for name, (format, double_quant) in formats.items():
+        count, bits = linear_bytes(config, format, double_quant=double_quant)
+        sizes[name] = round(count / 2**20, 3)
+        print(f"{name:28}{count / 2**20:8.2f}{bits:16.3f}")
+    return sizes
+
+
+def train(config: Any, format: str, workdir: Path) -> dict[str, Any]:
+    """One finetuning, resumed or already done; its summary with the held-out loss before the first step."""
+    from qlora_jax.settings import resolved
+    from qlora_jax.train.loop import finetune
+
+    config = config.copy_and_resolve_references()
+    config.quant.format = format
+    summary = finetune(config, resolved(config), workdir)
+    lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    first = next(row for row in map(json.loads, lines) if "eval_loss" in row)
+    return summary | {"eval_loss_before": first["eval_loss"]}
+
+
+def answers(config: Any, rows: list[dict], adapter: Path | None) -> list[str]:
+    """Greedy answers to the held-out instructions."""
+    from qlora_jax.data.prompts import alpaca_prompt
+    from qlora_jax.data.tokenizer import Tokenizer
+    from qlora_jax.generate.decode import generate
+    from qlora_jax.io.folder import resolve
+    from qlora_jax.io.load import QuantSpec, load_model
+    from qlora_jax.io.peft import load_adapter
+
+    folder = resolve(config.model.path)
+    quant = QuantSpec(config.quant.format, config.quant.block_size, config.quant.double_quant)
+    model = load_model(folder, quant, config.model.compute_dtype)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    tokenizer = Tokenizer.from_folder(folder)
+    prompts = [tokenizer.encode(alpaca_prompt(row["instruction"], row["input"]), bos=True) for row in rows]
+    tokens = generate(
+        model, prompts, config.data.max_target_len, temperature=0.0, eos_ids=tokenizer.eos_ids, batch_size=len(prompts)
+    )
+    return [tokenizer.decode(ids) for ids in tokens]
+
+
+def compare(runs: dict, references: list[str], before: list[str], after: list[str], after_16: list[str]) -> dict:
+    """Prints held-out loss and exact match before and after, in 4 and in 16 bits."""
+    from qlora_jax.evaluate.exact_match import exact_match
+
+    four, sixteen = runs["4-bit"], runs["16-bit"]
+    table = {
+        "before": (four["eval_loss_before"], exact_match(before, references)),
+        "after, 4-bit base": (four["final_eval_loss"], exact_match(after, references)),
+        "after, 16-bit base": (sixteen["final_eval_loss"], exact_match(after_16, references)),
+    }
+    print(f"\n{len(references)} held-out instructions  {'loss (nats/token)':>20}{'exact match':>14}")
+    for name, (loss, match) in table.items():
+        print(f"{name:26}{loss:20.4f}{match:14.1%}")
+    loss_gap = four["final_eval_loss"] - sixteen["final_eval_loss"]
+    match_gap = table["after, 4-bit base"][1] - table["after, 16-bit base"][1]
+    print(f"4-bit minus 16-bit: loss {loss_gap:+.4f}, exact match {match_gap:+.1%}")
+    return {
+        "held_out": {name: {"loss": loss, "exact_match": match} for name, (loss, match) in table.items()},
+        "difference": {"loss": loss_gap, "exact_match": match_gap},
+        "tokens_per_second": four["tokens_per_second"],
+        "base_bytes": {"4-bit": four["base_bytes"], "16-bit": sixteen["base_bytes"]},
+    }
+
+
+def show_answers(rows: list[dict], before: list[str], after: list[str], count: int = 3) -> None:
+    """Answers to instructions spread over the held-out set."""
+    for index in range(count):
+        place = index * len(rows) // count
+        row = rows[place]
+        shown = f"{row['instruction']} {row['input']}".strip()
+        print(f"\n  {shown}\n    before: {_short(before[place])}\n    after:  {_short(after[place])}")
+
+
+def _short(text: str, limit: int = 70) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def draw_losses(metrics: dict[str, Path], out: Path) -> None:
+    """Training loss of each run, and its held-out loss as points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, path in metrics.items():
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        steps = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+        held = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+        (line,) = axes.plot(*zip(*steps, strict=True), label=f"{name} base, training", linewidth=1, alpha=0.8)
+        axes.plot(*zip(*held, strict=True), "o", color=line.get_color(), label=f"{name} base, held out")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats a target token")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(out, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    cli.run(main)

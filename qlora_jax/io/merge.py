@@ -1,0 +1,199 @@
+"""Adapter + base -> a whole checkpoint: W_merged = W + scale * B A, in float32, rounded once; streamed.
+
+Which W: a QLoRA adapter was trained beside the dequantized 4-bit weights and has learnt to undo part of their error, so
+adding it to them reproduces the model that was trained. Added to the original weights it gives another, often close.
+"""
+
+import math
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from qlora_jax.errors import InputError
+from qlora_jax.io import peft
+from qlora_jax.io.export import DTYPES, write_json
+from qlora_jax.io.folder import TensorFiles
+from qlora_jax.io.load import QuantSpec, check_tensors, expected_shapes, load_config, stored_quant
+from qlora_jax.io.shards import SHARD_BYTES, ShardWriter, copy_companions, new_folder
+from qlora_jax.io.write import hf_config, linear_keys, read_linear
+from qlora_jax.models.config import ModelConfig, read_json
+from qlora_jax.models.llama import LAYER, LINEARS, NORMS, Llama, sizes
+from qlora_jax.quant.tensor import dequantize
+
+INTO = ("dequantized", "original")
+REPORT = "qlora_jax_export.json"
+_CHUNK = 2**24  # values of a weight that are in work at a time
+_float32_values = jax.jit(partial(dequantize, dtype=jnp.float32))
+
+
+class FinishedRun(NamedTuple):
+    """What a training workdir says about its result."""
+
+    model: str  # path or hub name of the base
+    revision: str
+    quant: QuantSpec  # how the base was stored while the adapter was trained
+    adapter: Path
+
+
+def read_run(workdir: Path) -> FinishedRun:
+    """Raises InputError when the folder holds no run, or one that is not finished."""
+    if not (workdir / "config.json").is_file():
+        raise InputError(f"{workdir} holds no run (no config.json); expected a folder that experiments.train wrote")
+    config, adapter = read_json(workdir / "config.json"), workdir / "adapter"
+    try:
+        model, quant = config["model"], config["quant"]
+        spec = QuantSpec(quant["format"], quant["block_size"], quant["double_quant"])
+        run = FinishedRun(model["path"], model["revision"], spec, adapter)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{workdir / 'config.json'} is no config of a training run: {error} is missing") from error
+    if not adapter.is_dir():
+        raise InputError(
+            f"{workdir} has no adapter yet, its run is not finished: resume it by experiments.train with the same flags"
+        )
+    return run
+
+
+def copy_adapter(adapter: Path, out: Path, overwrite: bool = False) -> list[str]:
+    """Copies a PEFT folder's two files once they are seen to be whole; returns their names."""
+    peft.read_config(adapter)
+    weights = adapter / peft.WEIGHTS
+    try:
+        safe_open(weights, "numpy")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{weights} is missing or damaged: {error}") from error
+    with new_folder(out, overwrite, [adapter], needed=weights.stat().st_size) as folder:
+        for name in (peft.CONFIG, peft.WEIGHTS):
+            shutil.copyfile(adapter / name, folder / name)
+    return [peft.CONFIG, peft.WEIGHTS]
+
+
+def merge_folder(
+    base: Path,
+    adapter: Path,
+    out: Path,
+    quant: QuantSpec | None = None,
+    into: str = "dequantized",
+    dtype: str = "bfloat16",
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Writes `out`: a checkpoint as if it had never been quantized or had an adapter, with the base's tokenizer files.
+
+    Args:
+      base: checkpoint folder, quantized or not.
+      adapter: PEFT folder.
+      out: the folder to make; see `new_folder`.
+      quant: how the base was stored while the adapter was trained; None is what the folder says.
+      into: "dequantized" adds to the values of the 4-bit weights; "original" to the 16- or 32-bit weights.
+      dtype: of every tensor written: "bfloat16", "float16" or "float32".
+      shard_bytes, progress: see `quantize_folder`.
+    Returns:
+      the report; `update` and `rounding` are Frobenius norms over all merged layers, relative to that of W: what the
+      adapter added, and what rounding to dtype lost.
+    Raises:
+      InputError: base, adapter or out do not fit, the original is asked of a quantized base, a value overflows dtype.
+    """
+    for name, value, known in (("merge_into", into, INTO), ("dtype", dtype, DTYPES)):
+        if value not in known:
+            raise InputError(f"{name} {value!r}; expected one of {', '.join(known)}")
+    config, stored = load_config(base), stored_quant(base)
+    source = _weights_to_take(base, stored, quant, into)
+    files = TensorFiles(base)
+    check_tensors(files, config, quantized=stored is not None)
+    lora_config, arrays = peft.read_adapter(_skeleton(config), adapter)
+    factors = {
+        LAYER.format(index, name): (np.asarray(a)[index], np.asarray(b)[index])
+        for name, (a, b) in arrays.items()
+        for index in range(config.L)
+    }
+    shapes, linears = expected_shapes(config), linear_keys(config.L)
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    norms = np.zeros(3)
+    with new_folder(out, overwrite, [base, adapter], needed=parameters * np.dtype(DTYPES[dtype]).itemsize) as folder:
+        writer = ShardWriter(folder, shard_bytes)
+        for done, (key, shape) in enumerate(shapes.items(), start=1):
+            if key in linears and source.format != "none":
+                w = np.asarray(_float32_values(read_linear(files, key, source, stored, shape)))
+            else:
+                w = files.read(key)
+            if key in factors:
+                merged, parts = _merge(w, *factors.pop(key), lora_config.scale, dtype, key)
+                norms += parts
+            else:
+                merged = _rounded(w, dtype, key)
+            writer.add({key: merged})
+            progress(done, len(shapes))
+        names = writer.finish()
+        write_json(folder / "config.json", hf_config(read_json(base / "config.json"), dtype))
+        w_norm, update, rounding = (math.sqrt(part) for part in norms)
+        report = {
+            "base": str(base),
+            "adapter": str(adapter),
+            "merged_into": "original" if source.format == "none" else str(source),
+            "dtype": dtype,
+            "parameters": parameters,
+            "bytes": writer.total_bytes,
+            "merged_layers": len(arrays) * config.L,
+            "update": update / w_norm if w_norm else None,
+            "rounding": rounding / w_norm if w_norm else None,
+            "files": [*names, "config.json", *copy_companions(base, folder)],
+        }
+        write_json(folder / REPORT, report)
+    return report
+
+
+def _weights_to_take(base: Path, stored: QuantSpec | None, quant: QuantSpec | None, into: str) -> QuantSpec:
+    """The form whose values the adapter is added to; "none" is the weights as the folder has them."""
+    if into == "original":
+        if stored is not None:
+            raise InputError(
+                f"{base} is quantized ({stored}), the original weights are not in it: name their folder with --model, "
+                "or merge into the dequantized weights"
+            )
+        return QuantSpec("none")
+    if stored is not None and quant not in (None, stored):
+        raise InputError(f"{base} is quantized ({stored}); the adapter was trained on {quant}: give --model that base")
+    return stored or quant or QuantSpec("none")
+
+
+def _skeleton(config: ModelConfig) -> Llama:
+    """The model's structure with shapes in place of arrays."""
+    struct = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    layers = {name: struct((config.L, *sizes(config, letters))) for name, letters in (LINEARS | NORMS).items()}
+    embedding = struct((config.V, config.D))
+    weights = {"embedding": embedding, "head": embedding, "norm": struct((config.D,)), "layers": layers}
+    return Llama(config, weights, jnp.float32)
+
+
+def _merge(
+    w: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float, dtype: str, key: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """W [O, I], A [R, I], B [O, R] -> rounded W + scale * B A; sums of squares of W, the update, the rounding error."""
+    merged, squares = np.empty(w.shape, DTYPES[dtype]), np.zeros(3)
+    rows = max(1, _CHUNK // w.shape[1])
+    for start in range(0, w.shape[0], rows):
+        part = w[start : start + rows].astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found once rounded
+            exact = part + np.float32(scale) * (b[start : start + rows] @ a)
+        merged[start : start + rows] = rounded = _rounded(exact, dtype, key)
+        differences = (part, exact - part, rounded.astype(np.float32) - exact)
+        squares += [float(np.vdot(x, x)) for x in differences]
+    return merged, squares
+
+
+def _rounded(value: np.ndarray, dtype: str, key: str) -> np.ndarray:
+    """value in dtype. Raises InputError when that is not finite."""
+    with np.errstate(over="ignore"):
+        rounded = value.astype(DTYPES[dtype])
+    if not np.isfinite(rounded).all():
+        finite = np.isfinite(value).all()
+        raise InputError(f"{key} {f'overflows {dtype}: use --dtype=bfloat16' if finite else 'holds NaN or inf'}")
+    return rounded

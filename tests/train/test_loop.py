@@ -1,0 +1,211 @@
+"""A run ends the same however it was interrupted, and stops with a clear line where it cannot go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from qlora_jax.errors import InputError
+from qlora_jax.settings import resolved
+from qlora_jax.train import loop
+from qlora_jax.train.loop import Run, Stopped, finetune
+
+
+def train(config, path: Path) -> dict:
+    return finetune(config, resolved(config), path, say=lambda line: None)
+
+
+def adapter(path: Path) -> dict[str, np.ndarray]:
+    return load_file(path / "adapter" / "adapter_model.safetensors")
+
+
+def losses(path: Path) -> list[float]:
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def interrupt_at(monkeypatch, step: int, action) -> None:
+    original = Run._step
+
+    def interrupted(self, index):
+        if index == step:
+            action()
+        return original(self, index)
+
+    monkeypatch.setattr(Run, "_step", interrupted)
+
+
+def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(tiny_config, tmp_path, monkeypatch):
+    summary = train(tiny_config, tmp_path / "whole")
+
+    def crash():
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3, crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(tiny_config, tmp_path / "cut")
+    again = train(tiny_config, tmp_path / "cut")
+    assert_same(adapter(tmp_path / "whole"), adapter(tmp_path / "cut"))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    assert len(losses(tmp_path / "cut")) == 6
+    assert {k: summary[k] for k in ("config_hash", "final_train_loss", "steps")} == {
+        k: again[k] for k in ("config_hash", "final_train_loss", "steps")
+    }
+
+
+def test_dropout_is_part_of_the_resumed_state(tiny_config, tmp_path):
+    without = tiny_config.copy_and_resolve_references()
+    without.lora.dropout = 0.0
+    train(tiny_config, tmp_path / "with")
+    train(without, tmp_path / "without")
+    assert losses(tmp_path / "with") != losses(tmp_path / "without")
+
+
+def test_sigterm_saves_and_a_second_start_goes_on(tiny_config, tmp_path, monkeypatch):
+    tiny_config.train.checkpoint_every = 100
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped, match="after step 4"):
+            train(tiny_config, tmp_path / "stopped")
+    assert [p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["4"]
+    train(tiny_config, tmp_path / "stopped")
+    train(tiny_config, tmp_path / "whole")
+    assert_same(adapter(tmp_path / "whole"), adapter(tmp_path / "stopped"))
+
+
+def test_base_is_bit_identical_after_training(tiny_config, tmp_path, monkeypatch):
+    seen = {}
+    original = Run.finish
+
+    def finish(self):
+        seen["before"] = jax.tree.map(np.array, jax.tree.leaves(self.prepared.base))
+        result = original(self)
+        seen["after"] = jax.tree.map(np.array, jax.tree.leaves(self.prepared.base))
+        return result
+
+    monkeypatch.setattr(Run, "finish", finish)
+    train(tiny_config, tmp_path / "run")
+    for before, after in zip(seen["before"], seen["after"], strict=True):
+        assert before.tobytes() == after.tobytes()
+
+
+def test_paging_changes_no_bit(tiny_config, tmp_path):
+    tiny_config.optimizer.page_bytes = 3000
+    for paging in ("never", "always"):
+        tiny_config.optimizer.paging = paging
+        train(tiny_config, tmp_path / paging)
+    assert_same(adapter(tmp_path / "never"), adapter(tmp_path / "always"))
+
+
+def test_loss_that_is_not_finite_stops_and_names_step_and_batch(tiny_config, tmp_path, monkeypatch):
+    original = loop.Program.__call__
+
+    def poisoned(self, *arguments):
+        result = original(self, *arguments)
+        if len(arguments) == 5 and poisoned.calls == 4:
+            result = (result[0], result[1]._replace(loss=np.float32("nan")))
+        poisoned.calls += len(arguments) == 5
+        return result
+
+    poisoned.calls = 0
+    monkeypatch.setattr(loop.Program, "__call__", poisoned)
+    with pytest.raises(InputError, match=r"step 5: loss nan.*batches.npy, batch 4.*checkpoint of step 4"):
+        train(tiny_config, tmp_path / "run")
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["2", "4"]
+
+
+def test_workdir_of_another_config_is_refused_with_the_keys(tiny_config, tmp_path):
+    train(tiny_config, tmp_path / "run")
+    tiny_config.optimizer.learning_rate = 3e-4
+    tiny_config.lora.rank = 3
+    with pytest.raises(
+        InputError, match=r"lora.rank: 2 there, 3 here; optimizer.learning_rate: 0.01 there, 0.0003 here"
+    ):
+        train(tiny_config, tmp_path / "run")
+
+
+def test_finished_run_started_again_writes_the_same_files(tiny_config, tmp_path):
+    first = train(tiny_config, tmp_path / "run")
+    before = adapter(tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    second = train(tiny_config, tmp_path / "run")
+    assert_same(before, adapter(tmp_path / "run"))
+    assert first["final_train_loss"] == second["final_train_loss"]
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_two_processes_cannot_share_a_workdir(tiny_config, tmp_path, monkeypatch):
+    messages = []
+
+    def start_another():
+        with pytest.raises(InputError) as refused:
+            train(tiny_config, tmp_path / "run")
+        messages.append(str(refused.value))
+
+    interrupt_at(monkeypatch, 1, start_another)
+    train(tiny_config, tmp_path / "run")
+    assert "in use" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("train", "grad_accum", 3, "cannot be cut into"),
+        ("train", "steps", 0, "at least 1"),
+        ("model", "compute_dtype", "float64", "bfloat16 or float32"),
+        ("optimizer", "paging", "maybe", "never or always or auto"),
+        ("optimizer", "schedule", "cosin", "known: constant, linear, cosine"),
+        ("optimizer", "name", "adam", "known: adamw"),
+        ("quant", "format", "nf5", "known: nf4, fp4, int4"),
+        ("quant", "block_size", 48, "power of two"),
+        ("lora", "dropout", 1.0, "probability"),
+        ("mesh", "devices", 2, "one device"),
+        ("model", "path", "", "model.path is empty"),
+        ("data", "batches", "", "data.path is empty"),
+        ("lora", "targets", ("q_porj",), "matches no linear layer"),
+    ],
+)
+def test_bad_values_say_what_is_expected(tiny_config, tmp_path, section, key, value, message):
+    tiny_config[section][key] = value
+    with pytest.raises(InputError, match=message):
+        train(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_killed_command_ends_with_a_bit_identical_adapter(golden, tmp_path):
+    """The command as a user runs it, killed without warning once its first checkpoint is there."""
+    np.save(tmp_path / "b.npy", np.random.default_rng(1).integers(3, 96, (40, 4, 12)).astype(np.int32))
+    flags = [
+        "--config=configs/alpaca.py", f"--config.model.path={golden / 'llama' / 'llama1'}", "--config.lora.rank=2",
+        f"--config.data.batches={tmp_path / 'b.npy'}", "--config.train.batch_size=4", "--config.train.grad_accum=1",
+        "--config.train.checkpoint_every=5", "--config.model.compute_dtype=float32",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "experiments.train", *flags]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    victim = subprocess.Popen([*command, f"--workdir={tmp_path / 'killed'}"], **quiet)
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not (checkpoints.exists() and any(p.name.isdigit() for p in checkpoints.iterdir())):
+        assert victim.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    victim.kill()
+    victim.wait()
+    for name in ("killed", "whole"):
+        subprocess.run([*command, f"--workdir={tmp_path / name}"], check=True, **quiet)
+    assert_same(adapter(tmp_path / "whole"), adapter(tmp_path / "killed"))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
