@@ -54,7 +54,7 @@ def main() -> None:
     out = Path(OUT.value)
     measured = pretrain(hf_config(config, tokenizer.load().get_vocab_size()), rows, heldout, config, out, report)
     bar.close()
-    tokenizer.copy_to(out)
+    tokenizer.save(tokenizer.load(), out, config.context)
     print(json.dumps(measured, indent=2))
 
 

@@ -46,7 +46,7 @@ def train(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
     return tokenizer
 
 
-def save(tokenizer: Tokenizer, folder: pathlib.Path = FOLDER, context: int = 256) -> None:
+def save(tokenizer: Tokenizer, folder: pathlib.Path = FOLDER, context: int = 128) -> None:
     """Write tokenizer.json and tokenizer_config.json, as transformers reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"), pretty=True)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from qlora_jax import lora
+from qlora_jax.data.batches import FileBatches
 from qlora_jax.data.load import LoadedData, load_data
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import InputError
@@ -104,7 +105,7 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
             f"{model_config.context}"
         )
     steps = config.train.steps
-    if config.data.batches and len(data.batches) < steps:
+    if isinstance(data.batches, FileBatches) and len(data.batches) < steps:
         steps = len(data.batches)
         say(f"data: one pass over data.batches: {steps} steps, fewer than train.steps = {config.train.steps}")
     tx = make_optimizer(config.optimizer, steps)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.config_file import load_config, override
-from qlora_jax.settings import config_hash, differing_keys, resolved
 from qlora_jax.errors import InputError
+from qlora_jax.settings import config_hash, differing_keys, resolved
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3)
 sections = st.dictionaries(st.sampled_from("abc"), leaves | st.lists(leaves, max_size=2), max_size=3)

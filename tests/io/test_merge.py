@@ -186,7 +186,7 @@ def test_a_full_disk_leaves_nothing(golden: Path, tmp_path: Path, monkeypatch: p
     def full(*arguments, **named) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shards, "save_file", full)
+    monkeypatch.setattr(shards, "save_tensors", full)
     with pytest.raises(InputError, match="No space left on device"):
         merge_folder(golden / "llama" / "llama1", golden / "peft" / "qv_rslora_r2", tmp_path / "out", UNQUANTIZED)
     assert not list(tmp_path.iterdir())

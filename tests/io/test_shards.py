@@ -132,13 +132,13 @@ def test_shards_hold_every_tensor_and_no_more_than_their_size(tmp_path: Path, sh
 
 def test_memory_holds_one_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    save = shards.save_file
+    save = shards.save_tensors
 
     def measured(tensors: dict[str, np.ndarray], *rest, **named) -> None:
         sizes.append(sum(value.nbytes for value in tensors.values()))
         save(tensors, *rest, **named)
 
-    monkeypatch.setattr(shards, "save_file", measured)
+    monkeypatch.setattr(shards, "save_tensors", measured)
     writer = ShardWriter(tmp_path, 600)
     for group in some_tensors():
         writer.add(group)

@@ -187,7 +187,7 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_left(golden: Path, 
 def test_a_full_disk_is_one_line_and_nothing_is_left(
     golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, calls = shards.save_file, []
+    save, calls = shards.save_tensors, []
 
     def full(*arguments, **named) -> None:
         calls.append(arguments)
@@ -195,7 +195,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_left(
             raise OSError(errno.ENOSPC, "No space left on device")
         save(*arguments, **named)
 
-    monkeypatch.setattr(shards, "save_file", full)
+    monkeypatch.setattr(shards, "save_tensors", full)
     with pytest.raises(InputError, match="out was not written.*No space left on device"):
         quantize_folder(golden / "llama" / "llama2", tmp_path / "out", shard_bytes=10_000)
     assert len(calls) == 3 and not list(tmp_path.iterdir())

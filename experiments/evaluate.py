@@ -1,0 +1,126 @@
+"""Measures a model: python -m experiments.evaluate --task=perplexity --model=DIR --text=FILE --out=FILE.json
+
+perplexity: mean negative log-likelihood a token, in nats, over windows of the model's context that do not overlap and
+are each begun with BOS. Every token but BOS is scored. --tokens=FILE.npy takes ids instead of a text: integers
+[tokens], or [texts, tokens]. --out gets {"task", "quant", "tokens", "nll_per_token", "perplexity", ...}.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from experiments import cli
+from experiments.model_flags import Loaded, model_flags
+
+if TYPE_CHECKING:
+    from qlora_jax.data.tokenizer import Tokenizer
+
+TASKS = ("perplexity",)
+
+MODEL = model_flags()
+TASK = flags.DEFINE_string("task", None, f"what to measure: {', '.join(TASKS)}", required=True)
+TEXT = flags.DEFINE_string("text", None, "text file (UTF-8)")
+TOKENS = flags.DEFINE_string("tokens", None, ".npy file of token ids, in place of --text")
+CONTEXT = flags.DEFINE_integer("context", None, "tokens of a window, BOS included; the model's own context by default")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "windows scored together; what makes 8,192 tokens by default")
+OUT = flags.DEFINE_string("out", None, "JSON file for the result")
+
+
+def main() -> int:
+    from qlora_jax.errors import InputError
+    from qlora_jax.io.export import write_json
+
+    if TASK.value not in TASKS:
+        raise InputError(f"unknown task {TASK.value!r}; known: {', '.join(TASKS)}")
+    if (TEXT.value is None) == (TOKENS.value is None):
+        raise InputError("--task=perplexity takes one of --text=FILE and --tokens=FILE.npy")
+    if OUT.value is not None and Path(OUT.value).is_dir():
+        raise InputError(f"--out={OUT.value} is a folder; expected a file to write JSON to")
+    result = measure_perplexity()
+    header = f"{'quant':8} {'bits/weight':>11} {'tokens':>12} {'nats/token':>11} {'perplexity':>11}"
+    figures = f"{result['tokens']:12,} {result['nll_per_token']:11.4f} {result['perplexity']:11.4f}"
+    print(f"{header}\n{result['quant']:8} {result['bits_per_param']:11.3f} {figures}")
+    if OUT.value is not None:
+        out = Path(OUT.value).expanduser()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, result)
+        print(f"written: {out}")
+    return 0
+
+
+def measure_perplexity() -> dict[str, Any]:
+    """The result, as it is written."""
+    from tqdm import tqdm
+
+    from qlora_jax.data.tokenizer import Tokenizer
+    from qlora_jax.evaluate.perplexity import perplexity
+    from qlora_jax.io.load import load_config
+
+    folder = MODEL.folder()
+    config = load_config(folder)
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    # token ids can be scored without a tokenizer; config.json knows BOS
+    tokenizer = Tokenizer.from_folder(folder) if has_tokenizer or TEXT.value is not None else None
+    bos_id = config.bos_id if tokenizer is None else tokenizer.bos_id
+    texts = read_texts(tokenizer, config.V)
+    loaded = MODEL.load()
+    if bos_id is None:
+        print("this model has no BOS: windows begin with text, and their first token is not scored", file=sys.stderr)
+    started = time.perf_counter()
+    with tqdm(desc="scoring", unit="window", delay=2) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        found = perplexity(loaded.model, texts, bos_id, CONTEXT.value, BATCH_SIZE.value, progress)
+    return {
+        "task": "perplexity",
+        "quant": loaded.quant,
+        "tokens": found.tokens,
+        "nll_per_token": found.nll_per_token,
+        "perplexity": found.perplexity,
+        "windows": found.windows,
+        "context": CONTEXT.value or config.context,
+        "bits_per_param": bits_per_param(loaded),
+        "seconds": round(time.perf_counter() - started, 3),
+        "model": MODEL.model.value,
+        "adapter": MODEL.adapter.value,
+        "data": TEXT.value or TOKENS.value,
+    }
+
+
+def read_texts(tokenizer: "Tokenizer | None", V: int) -> list:
+    """Token ids of --text or --tokens, a text each."""
+    from qlora_jax.errors import InputError
+    from qlora_jax.evaluate.perplexity import read_tokens
+    from qlora_jax.generate.prompting import read_text
+
+    if TOKENS.value is not None:
+        return read_tokens(Path(TOKENS.value).expanduser(), V)
+    assert tokenizer is not None and TEXT.value is not None
+    ids = tokenizer.encode(read_text(Path(TEXT.value).expanduser()))
+    if not ids:
+        raise InputError(f"{TEXT.value} is empty; expected a text to score")
+    if max(ids) >= V:
+        raise InputError(
+            f"{TEXT.value} has token id {max(ids)}; the model's vocabulary is 0 to {V - 1} (is it its tokenizer?)"
+        )
+    return [ids]
+
+
+def bits_per_param(loaded: Loaded) -> float:
+    """Bits a weight of the linear layers, scales included."""
+    from qlora_jax import lora
+    from qlora_jax.models.llama import LINEARS
+
+    stored = [lora.linear(loaded.model, name).weight.get_value() for name in LINEARS]
+    weights = [O * I * loaded.model.config.L for O, I in (lora.shape(loaded.model, name) for name in LINEARS)]
+    return 8 * sum(w.nbytes for w in stored) / sum(weights)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""Measures of a model: perplexity of a text, exact match of answers."""

@@ -1,0 +1,136 @@
+"""Perplexity of a text: windows of the model's context, not overlapping, each begun with BOS.
+
+    nll_per_token = mean over scored tokens t of -log p(token_t | BOS and the tokens before it in its window), nats
+    perplexity    = exp(nll_per_token)
+
+Every token but BOS is scored. The last window of a text may be short; it counts with the tokens it has. A model without
+BOS has windows without it, whose first token nothing predicts and nobody scores. Sums over batches are float64 on the
+host.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from qlora_jax import lora
+from qlora_jax.errors import InputError
+from qlora_jax.models.llama import Llama
+from qlora_jax.train.step import make_evaluation
+
+BATCH_TOKENS = 8192  # of a batch, where no batch size is given
+LOSS_CHUNK = 1024  # tokens whose logits exist at a time
+PAD_TO = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    tokens: int  # scored
+    nll_per_token: float  # nats
+    windows: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll_per_token)
+
+
+def read_tokens(path: Path, V: int) -> list[np.ndarray]:
+    """The texts of an .npy file: integers [t], one text, or [n, t], a text a row; int32 arrays.
+
+    Raises:
+      InputError: the file is missing, no such array, or holds an id outside the vocabulary 0..V-1.
+    """
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} cannot be read as an .npy array: {error}") from error
+    if (
+        not isinstance(ids, np.ndarray)
+        or not np.issubdtype(ids.dtype, np.integer)
+        or ids.ndim not in (1, 2)
+        or not ids.size
+    ):
+        found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, np.ndarray) else "an archive of arrays"
+        raise InputError(f"{path} holds {found}; expected integer token ids, [tokens] or [texts, tokens]")
+    outside = np.argwhere((ids < 0) | (ids >= V))
+    if len(outside):
+        where = tuple(outside[0].tolist())
+        raise InputError(f"{path}: token id {ids[where]} at {list(where)}; the model's vocabulary is 0 to {V - 1}")
+    return list(np.atleast_2d(ids).astype(np.int32))
+
+
+def windows(texts: Sequence[Sequence[int] | np.ndarray], context: int, bos_id: int | None) -> list[np.ndarray]:
+    """Each text cut into int32 windows of at most `context` tokens, BOS included.
+
+    A BOS that a text begins with is not doubled; windows in which nothing is scored are left out.
+
+    Raises:
+      InputError: the context has no room for a scored token.
+    """
+    if context < 2:
+        raise InputError(f"context is {context}; expected at least 2 tokens")
+    first = np.asarray([] if bos_id is None else [bos_id], np.int32)
+    room, pieces = context - len(first), []
+    for text in texts:
+        ids = np.asarray(text, np.int32)
+        if bos_id is not None and len(ids) and ids[0] == bos_id:
+            ids = ids[1:]
+        pieces += [np.concatenate([first, ids[start : start + room]]) for start in range(0, len(ids), room)]
+    return [piece for piece in pieces if len(piece) > 1]
+
+
+def perplexity(
+    model: Llama,
+    texts: Sequence[Sequence[int] | np.ndarray],
+    bos_id: int | None,
+    context: int | None = None,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Perplexity:
+    """Scores token ids.
+
+    Args:
+      model: any adapter on it counts, without dropout.
+      texts: token ids [t] of each text, in the vocabulary.
+      bos_id: begins each window; None for a model without.
+      context: tokens of a window, BOS included; the model's own context if None.
+      batch_size: windows scored together; as many as make 8,192 tokens if None.
+      progress: called with (windows done, windows in all).
+    Raises:
+      InputError: nothing to score, a bad context or batch size, or a loss that is not finite.
+    """
+    context = model.config.context if context is None else context
+    cut = windows(texts, context, bos_id)
+    if not cut:
+        raise InputError("the text has no token to score")
+    T = -(-max(map(len, cut)) // PAD_TO) * PAD_TO  # a text shorter than the context does not pay for all of it
+    B = min(max(1, BATCH_TOKENS // T) if batch_size is None else batch_size, len(cut))
+    if B < 1:
+        raise InputError(f"batch_size is {batch_size}; expected at least 1")
+    graph, adapter, base = lora.split(model)
+    nats, scored = 0.0, 0
+    for start in range(0, len(cut), B):
+        tokens, mask = np.zeros((B, T), np.int32), np.zeros((B, T), np.bool_)
+        for row, piece in enumerate(cut[start : start + B]):
+            tokens[row, : len(piece)] = piece
+            mask[row, 1 : len(piece)] = piece[1:] != (-1 if bos_id is None else bos_id)
+        total = float(_summed_nats(graph, adapter, base, tokens, mask))
+        if not math.isfinite(total):
+            raise InputError(
+                f"the loss of windows {start + 1} to {start + B} is {total}: the model's weights or adapter are broken"
+            )
+        nats, scored = nats + total, scored + int(mask.sum())
+        progress(min(start + B, len(cut)), len(cut))
+    if not scored:
+        raise InputError("the text has no token to score but BOS")
+    return Perplexity(scored, nats / scored, len(cut))
+
+
+@partial(jax.jit, static_argnames="graph")
+def _summed_nats(graph: Any, adapter: Any, base: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    return make_evaluation(graph, LOSS_CHUNK)(adapter, base, tokens, mask)[0]

@@ -1,0 +1,1 @@
+"""Text from a model: decoding with a KV cache, sampling, prompts and chat."""

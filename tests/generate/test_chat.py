@@ -1,0 +1,76 @@
+"""A chat answers as a fresh decoding of its conversation does, remembers, forgets, and keeps within the context."""
+
+import pytest
+
+from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.errors import InputError
+from qlora_jax.generate.chat import Chat
+from qlora_jax.generate.decode import complete
+from qlora_jax.generate.prompting import Request, answer_text, prompt_ids
+from qlora_jax.generate.sampling import Sampling
+
+GREEDY = Sampling(20, 0.0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder) -> Tokenizer:
+    return Tokenizer.from_folder(tiny_folder)
+
+
+def ask(chat: Chat, message: str) -> str:
+    return "".join(chat.answer(Request(message)))
+
+
+def test_later_turns_see_earlier_ones(tiny_model, tokenizer) -> None:
+    chat = Chat(tiny_model, tokenizer, "guanaco", GREEDY, [])
+    ask(chat, "Hello")
+    ask(chat, "And then?")
+    prompt = prompt_ids(tokenizer, "guanaco", Request("Why?"), chat.turns)
+    expected = answer_text(tokenizer, "guanaco", prompt, complete(tiny_model, [prompt], GREEDY, [])[0].tokens)
+    assert ask(chat, "Why?") == expected
+    assert [turn["role"] for turn in chat.turns] == ["user", "assistant"] * 3
+    assert chat.turns[2]["content"] == "And then?" and chat.turns[5]["content"] == expected.strip()
+
+
+def test_reset_begins_anew_with_the_same_draws(tiny_model, tokenizer) -> None:
+    chat = Chat(tiny_model, tokenizer, "guanaco", Sampling(20, 1.0, 1.0, 4), [])
+    first, second = ask(chat, "Hello"), ask(chat, "Hello")
+    assert first != second
+    chat.reset()
+    assert chat.turns == [] and ask(chat, "Hello") == first
+
+
+@pytest.mark.parametrize("template", ["plain", "alpaca"])
+def test_single_turn_templates_take_each_message_by_itself(tiny_model, tokenizer, template) -> None:
+    chat = Chat(tiny_model, tokenizer, template, GREEDY, [])
+    assert ask(chat, "Hello") == ask(chat, "Hello")
+    assert chat.turns == []
+
+
+def test_an_answer_that_is_not_heard_out_is_remembered_so_far(tiny_model, tokenizer) -> None:
+    chat = Chat(tiny_model, tokenizer, "guanaco", GREEDY, [])
+    pieces = chat.answer(Request("Hello"))
+    heard = next(pieces)
+    pieces.close()
+    assert chat.turns[-1]["content"] == heard.strip()
+    prompt = prompt_ids(tokenizer, "guanaco", Request("Go on"), chat.turns)
+    expected = complete(tiny_model, [prompt], GREEDY, [])[0].tokens
+    assert ask(chat, "Go on") == answer_text(tokenizer, "guanaco", prompt, expected)
+
+
+def test_the_oldest_turns_are_forgotten_where_the_context_is_full(tiny_model, tokenizer) -> None:
+    notes: list[str] = []
+    chat = Chat(tiny_model, tokenizer, "guanaco", GREEDY, [], notes.append)
+    for number in range(6):
+        ask(chat, f"{number} " + "word " * 60)
+    assert any("forgotten: the model's context is 1024 tokens" in note for note in notes)
+    assert 2 <= len(chat.turns) < 12 and chat.turns[-2]["content"].startswith("5 ")
+    prompt = prompt_ids(tokenizer, "guanaco", Request("5 " + "word " * 60), chat.turns[:-2])
+    assert len(prompt) + 20 <= 1024
+
+
+def test_a_message_longer_than_the_context_is_refused(tiny_model, tokenizer) -> None:
+    chat = Chat(tiny_model, tokenizer, "guanaco", GREEDY, [])
+    with pytest.raises(InputError, match="the message has .* tokens; the model's context of 1024"):
+        ask(chat, "word " * 3000)
+    assert ask(chat, "Hello") and len(chat.turns) == 2

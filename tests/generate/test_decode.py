@@ -1,0 +1,173 @@
+"""Decoding with the cache equals the full forward pass, alone and in any batch; ends, limits and seeds are kept."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from qlora_jax.errors import InputError
+from qlora_jax.generate import decode
+from qlora_jax.generate.decode import Decoding, complete, generate, room_for
+from qlora_jax.generate.sampling import Sampling
+from qlora_jax.io.load import QuantSpec, load_model
+from qlora_jax.io.peft import load_adapter
+
+MODELS = ["llama1", "llama3"]  # a key head for each query head, and one for all
+greedy = partial(generate, temperature=0.0)
+
+
+def prompts_of(lengths: list[int], V: int) -> list[list[int]]:
+    rng = np.random.default_rng(1)
+    return [rng.integers(3, V, length).tolist() for length in lengths]
+
+
+@partial(jax.jit, static_argnums=0)
+def greedy_everywhere(graph, state, tokens):
+    model = nnx.merge(graph, state)
+    return jnp.argmax(model.logits(model(tokens)[0]), axis=-1)
+
+
+def is_greedy(model, prompt: list[int], answer: list[int]) -> bool:
+    """Whether one forward pass over prompt and answer, without a cache, prefers each token of the answer."""
+    tokens = np.zeros((1, model.config.context), np.int32)
+    text = prompt + answer
+    tokens[0, : len(text)] = text
+    preferred = np.asarray(greedy_everywhere(*nnx.split(model), tokens))[0]
+    return preferred[len(prompt) - 1 : len(text) - 1].tolist() == answer
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_equals_recomputation(golden, name) -> None:
+    model = load_model(golden / "llama" / name, compute_dtype="float32")
+    prompts = prompts_of([1, 7, 20], model.config.V)
+    answers = greedy(model, prompts, 12)
+    assert [len(answer) for answer in answers] == [12, 12, 12]
+    assert all(is_greedy(model, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
+
+
+def test_the_first_token_is_that_of_the_golden_logits(golden) -> None:
+    file = np.load(golden / "llama" / "llama2" / "logits.npz")
+    model = load_model(golden / "llama" / "llama2", compute_dtype="float32")
+    expected = file["logits"].argmax(-1)
+    prompts = [row[:length].tolist() for row in file["tokens"] for length in (1, 5, 24)]
+    firsts = [expected[row, length - 1] for row in range(len(expected)) for length in (1, 5, 24)]
+    assert greedy(model, prompts, 1) == [[token] for token in firsts]
+
+
+def test_quantized_with_an_adapter(golden) -> None:
+    model = load_model(golden / "llama" / "llama1", QuantSpec(), "float32")
+    load_adapter(model, golden / "peft" / "all_linear_r4")
+    (prompt,) = prompts_of([5], model.config.V)
+    (answer,) = greedy(model, [prompt], 20)
+    assert is_greedy(model, prompt, answer)
+    assert not is_greedy(load_model(golden / "llama" / "llama1", QuantSpec(), "float32"), prompt, answer)
+
+
+def test_ragged_batches_equal_one_by_one(tiny_model) -> None:
+    # lengths on both sides of the padding, and longer than one prefill piece
+    prompts = prompts_of([300, 3, 64, 65, 1], tiny_model.config.V)
+    together = greedy(tiny_model, prompts, 10)
+    assert greedy(tiny_model, prompts, 10, batch_size=3) == together
+    assert [greedy(tiny_model, [prompt], 10)[0] for prompt in (prompts[0], prompts[3])] == together[::3]
+    assert all(is_greedy(tiny_model, prompt, answer) for prompt, answer in zip(prompts, together, strict=True))
+    assert len(set(together[0])) > 3, "the test's model repeats itself"
+
+
+def test_a_rows_draws_do_not_depend_on_its_neighbours(tiny_model) -> None:
+    prompts = prompts_of([9, 70, 30], tiny_model.config.V)
+    together = generate(tiny_model, prompts, 15, temperature=1.0, top_p=0.95, seed=3)
+    assert generate(tiny_model, prompts, 15, temperature=1.0, top_p=0.95, seed=3, batch_size=1) == together
+    assert generate(tiny_model, prompts[:2], 15, temperature=1.0, top_p=0.95, seed=3) == together[:2]
+    assert generate(tiny_model, prompts, 15, temperature=1.0, top_p=0.95, seed=4) != together
+    twice = generate(tiny_model, [prompts[0], prompts[0]], 15, temperature=1.0, top_p=0.95, seed=3)
+    assert twice[0] == together[0] != twice[1]
+
+
+def test_a_small_nucleus_is_greedy(tiny_model) -> None:
+    prompts = prompts_of([9, 20], tiny_model.config.V)
+    narrow = generate(tiny_model, prompts, 20, temperature=1.0, top_p=1e-6, seed=5)
+    assert narrow == greedy(tiny_model, prompts, 20)
+
+
+def test_an_end_token_ends_its_row_alone(tiny_model) -> None:
+    prompts = prompts_of([9, 20], tiny_model.config.V)
+    free = greedy(tiny_model, prompts, 30)
+    place = next(i for i, token in enumerate(free[0]) if i > 3 and token not in free[0][:i] and token not in free[1])
+    ended = complete(tiny_model, prompts, Sampling(30, 0.0), [free[0][place], tiny_model.config.V + 5])
+    assert [(row.tokens, row.reason) for row in ended] == [(free[0][:place], "eos"), (free[1], "length")]
+
+
+def test_answers_longer_than_a_chunk(tiny_model, monkeypatch) -> None:
+    prompts = prompts_of([9, 20], tiny_model.config.V)
+    whole = generate(tiny_model, prompts, 25, temperature=1.0)
+    monkeypatch.setattr(decode, "CHUNK", 7)
+    assert generate(tiny_model, prompts, 25, temperature=1.0) == whole
+
+
+def test_stop_is_asked_with_the_place_of_the_prompt(tiny_model, monkeypatch) -> None:
+    monkeypatch.setattr(decode, "CHUNK", 5)
+    prompts = prompts_of([9, 20, 4], tiny_model.config.V)
+    ended = complete(
+        tiny_model, prompts, Sampling(20, 0.0), [], stop=lambda number, tokens: number == 1 and len(tokens) > 8
+    )
+    assert [(len(row.tokens), row.reason) for row in ended] == [(20, "length"), (10, "stop"), (20, "length")]
+
+
+def test_the_context_ends_an_answer(golden) -> None:
+    model = load_model(golden / "llama" / "llama2", compute_dtype="float32")
+    prompts = prompts_of([50, 63], model.config.V)
+    ended = complete(model, prompts, Sampling(100, 0.0), [])
+    assert [(len(row.tokens), row.reason) for row in ended] == [(14, "context"), (1, "context")]
+    assert is_greedy(model, prompts[0], ended[0].tokens)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "named"),
+    [
+        ([[5], []], "prompt 2 has no token"),
+        ([[5, 96]], "token id 96; the model knows 0 to 95"),
+        ([[-1]], "token id -1"),
+        ([[5] * 64], "64 tokens; the model's context of 64 leaves no room"),
+    ],
+)
+def test_impossible_prompts_are_named(golden, prompts, named) -> None:
+    model = load_model(golden / "llama" / "llama2", compute_dtype="float32")
+    with pytest.raises(InputError, match=named):
+        generate(model, prompts, 5)
+
+
+def test_no_prompts_no_answers(tiny_model) -> None:
+    assert generate(tiny_model, [], 5) == []
+    with pytest.raises(InputError, match="batch_size is 0"):
+        generate(tiny_model, [[1]], 5, batch_size=0)
+
+
+def test_a_cache_taken_over_changes_nothing(tiny_model) -> None:
+    first, second = prompts_of([40, 100], tiny_model.config.V)
+    room, sampling = room_for(tiny_model, 40, 20), Sampling(20, 0.0)
+    earlier = Decoding(tiny_model, [first], sampling, [], [0], room)
+    while not earlier.done:
+        earlier.step(8)
+    answer = earlier.tokens[0]
+    for prompt in (first + answer + second, first + answer[:5] + second, second):
+        later = Decoding(tiny_model, [prompt], sampling, [], [0], room_for(tiny_model, 200, 100), earlier=earlier)
+        later.step(20)
+        assert len(later.tokens[0]) == 20 and is_greedy(tiny_model, prompt, later.tokens[0])
+        earlier = later
+
+
+def programs() -> list[int]:
+    """How many programs are compiled."""
+    return [jitted._cache_size() for jitted in vars(decode).values() if hasattr(jitted, "_cache_size")]
+
+
+def test_programs_are_kept_between_calls_and_models(tiny_folder) -> None:
+    prompts = prompts_of([9, 20], 400)
+    greedy(load_model(tiny_folder, compute_dtype="float32"), prompts, 10)
+    compiled = programs()
+    assert sum(compiled) >= 2
+    generate(load_model(tiny_folder, compute_dtype="float32"), prompts[::-1], 12, temperature=0.5, top_p=0.3, seed=8)
+    assert programs() == compiled

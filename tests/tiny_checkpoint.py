@@ -1,0 +1,33 @@
+"""A random Llama checkpoint for tests that need one with a tokenizer, or with a longer context than the golden ones."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from qlora_jax.io.load import expected_shapes, load_config
+
+TOKENIZER = Path(__file__).resolve().parent / "golden" / "tokenizer"
+
+
+def write_tiny_checkpoint(folder: Path, context: int = 128, V: int = 400) -> Path:
+    """Weights large enough that its greedy text is not one token repeated; the tokenizer is the golden one."""
+    folder.mkdir(parents=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": V, "max_position_embeddings": context,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for key, shape in expected_shapes(load_config(folder)).items():
+        width = shape[-1] if len(shape) == 2 and "embed" not in key else 1
+        values = rng.normal(size=shape) * (3 if "lm_head" in key else 1) / np.sqrt(width)
+        tensors[key] = (np.ones(shape) if len(shape) == 1 else values).astype(np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TOKENIZER / name, folder / name)
+    return folder
