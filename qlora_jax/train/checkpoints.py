@@ -3,6 +3,8 @@
 The step number is all else a run needs: batches and dropout are pure functions of (seed, step).
 """
 
+import contextlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,9 @@ class Checkpoints:
         """
         try:
             if step != self.latest:
-                self._manager.save(step, args=ocp.args.StandardSave(_as_tree(adapter, states)))
+                tree = _as_tree(adapter, states)
+                self._check_room(step, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
+                self._manager.save(step, args=ocp.args.StandardSave(tree))
             if wait:
                 self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
@@ -53,6 +57,11 @@ class Checkpoints:
         new_adapter = jax.tree.unflatten(jax.tree.structure(adapter), [jax.numpy.asarray(x) for x in tree["adapter"]])
         return new_adapter, jax.tree.unflatten(jax.tree.structure(states), tree["optimizer"])
 
+    def settle(self) -> None:
+        """Waits for what is being written; a failure there has been, or need not be, reported."""
+        with contextlib.suppress(Exception):
+            self._manager.wait_until_finished()
+
     def close(self) -> None:
         """Waits for what is being written."""
         try:
@@ -60,6 +69,12 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise self._failed(None, error) from error
         self._manager.close()
+
+    def _check_room(self, step: int, needed: int) -> None:
+        """A disk that is nearly full is found before orbax starts writing: its own failure comes with pages of traces."""
+        free = shutil.disk_usage(self.folder).free
+        if free < 1.1 * needed + 2**20:
+            raise OSError(f"it needs {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free")
 
     def _failed(self, step: int | None, error: Exception) -> InputError:
         at = "" if step is None else f" at step {step}"

@@ -57,7 +57,11 @@ def finetune(config: Any, plain: dict[str, Any], path: Path, say: Callable[[str]
     prepared = prepare(config, say, progress)
     workdir = Workdir(path, plain)
     try:
-        return Run(config, plain, prepared, workdir, say).finish()
+        run = Run(config, plain, prepared, workdir, say)
+        try:
+            return run.finish()
+        finally:
+            run.checkpoints.settle()  # what is being written is worth having, whatever ended the run
     finally:
         workdir.close()
 

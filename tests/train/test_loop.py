@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from qlora_jax.errors import InputError
 from qlora_jax.settings import resolved
-from qlora_jax.train import loop
+from qlora_jax.train import checkpoints, loop
 from qlora_jax.train.loop import Run, Stopped, finetune
 
 
@@ -209,3 +209,16 @@ def test_killed_command_ends_with_a_bit_identical_adapter(golden, tmp_path):
         subprocess.run([*command, f"--workdir={tmp_path / name}"], check=True, **quiet)
     assert_same(adapter(tmp_path / "whole"), adapter(tmp_path / "killed"))
     assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+
+
+def test_full_disk_is_one_line_and_keeps_the_older_checkpoints(tiny_config, tmp_path, monkeypatch):
+    usage = checkpoints.shutil.disk_usage(tmp_path)
+
+    def nearly_full():
+        monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3, nearly_full)
+        with pytest.raises(InputError, match=r"checkpoint at step 4 could not be written.*free space and run"):
+            train(tiny_config, tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
