@@ -1,8 +1,8 @@
 """LoRA adapters on the frozen linear layers: config, targets, initialisation, split of the parameter tree.
 
 A linear layer with an adapter computes y = x W^T + scale * dropout(x) A^T B^T with A [R, I], B [O, R] in float32 and
-scale = alpha / R. B starts at zero, so a fresh adapter changes nothing; A is drawn as PEFT draws it (Kaiming-uniform with
-a = sqrt(5), that is uniform within 1 / sqrt(I)). Source: Hu et al., 2021; peft's LoraLayer.
+scale = alpha / R. B starts at zero, so a fresh adapter changes nothing; A is drawn as PEFT draws it (Kaiming-uniform
+with a = sqrt(5), that is uniform within 1 / sqrt(I)). Source: Hu et al., 2021; peft's LoraLayer.
 """
 
 import dataclasses
@@ -69,15 +69,20 @@ def _matched(pattern: str, layers: int) -> set[str]:
     except re.error as error:
         raise InputError(f"lora.targets: {pattern!r} is no regular expression: {error}") from error
     counts = {
-        name: sum(bool(expression.fullmatch(f"model.layers.{index}.{name}")) for index in range(layers)) for name in LINEARS
+        name: sum(bool(expression.fullmatch(f"model.layers.{index}.{name}")) for index in range(layers))
+        for name in LINEARS
     }
     partly = [f"{name} in {count} of {layers}" for name, count in counts.items() if 0 < count < layers]
     if partly:
-        raise InputError(f"lora.targets: {pattern!r} picks {', '.join(partly)} layers; a projection takes adapters in all or none")
+        raise InputError(
+            f"lora.targets: {pattern!r} picks {', '.join(partly)} layers; a projection takes adapters in all or none"
+        )
     matched = {name for name, count in counts.items() if count}
     if not matched:
         known = ", ".join(name.split(".")[-1] for name in LINEARS)
-        raise InputError(f"lora.targets: {pattern!r} matches no linear layer; names are {known}, or a regular expression over full names")
+        raise InputError(
+            f"lora.targets: {pattern!r} matches no linear layer; known: {known}, or an expression over full names"
+        )
     return matched
 
 
@@ -115,8 +120,9 @@ def shape(model: Llama, name: str) -> tuple[int, int]:
 
 
 def split(model: Llama) -> tuple[Any, Any, Any]:
-    """(graph, adapter, base): `nnx.merge(graph, adapter, base)` is the model again. Only the adapter is differentiated."""
-    return nnx.split(model, nnx.LoRAParam, ...)
+    """(graph, adapter, base): `nnx.merge(graph, adapter, base)` is the model again. Only the adapter trains."""
+    graph, adapter, *rest = nnx.split(model, nnx.LoRAParam, ...)
+    return graph, adapter, rest[0]
 
 
 def adapter_arrays(adapter: Any) -> dict[str, tuple[jax.Array, jax.Array]]:

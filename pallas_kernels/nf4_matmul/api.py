@@ -50,12 +50,14 @@ def matmul(x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
       ValueError: x's last dimension is not I.
     """
     if x.shape[-1] != codec.shape[1]:
-        raise ValueError(f"x has {x.shape[-1]} features, the weight [out, in] = {list(codec.shape)} takes {codec.shape[1]}")
+        raise ValueError(
+            f"x has {x.shape[-1]} features, the weight [out, in] = {list(codec.shape)} takes {codec.shape[1]}"
+        )
     return dense_matmul(x, dequantize(packed, codec, x.dtype), contract=1)
 
 
 def dense_matmul(x: jax.Array, w: jax.Array, contract: int) -> jax.Array:
-    """x [..., K] times w over w's dimension `contract`, accumulated in float32; float32 inputs are not rounded to TF32."""
+    """x [..., K] times w over w's dimension `contract`, summed in float32; float32 inputs are not rounded to TF32."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dims = (((x.ndim - 1,), (contract,)), ((), ()))
     return jax.lax.dot_general(x, w, dims, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)

@@ -1,12 +1,12 @@
 """The 4-bit weight in plain JAX: what its arrays mean. Every kernel must agree with this file.
 
-Layout, one for every shape: W [O, I] is flattened row-major to n = O * I values. Byte j of `codes` holds value j in its low
-nibble and value j + ceil(n / 2) in its high nibble (for an odd n the last high nibble is padding). Where O is even these are
-rows o and o + O / 2 of one column: a tile of bytes gives two tiles of weights that meet the same tile of x, and nothing is
-interleaved.
+Layout, one for every shape: W [O, I] is flattened row-major to n = O * I values. Byte j of `codes` holds value j in its
+low nibble and value j + ceil(n / 2) in its high nibble (for an odd n the last high nibble is padding). Where O is even
+these are rows o and o + O / 2 of one column: a tile of bytes gives two tiles of weights that meet the same tile of x,
+and nothing is interleaved.
 
-Scales: each run of `block_size` values shares one absmax; runs cross rows, and the last may be short. Double quantization
-stores the absmax in 8 bits: absmax = map[code] * nested_absmax[block // 256] + offset.
+Scales: each run of `block_size` values shares one absmax; runs cross rows, and the last may be short. Double
+quantization stores the absmax in 8 bits: absmax = map[code] * nested_absmax[block // 256] + offset.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ def dequantize_absmax(
 ) -> jax.Array:
     """Scales as float32 [C'], C' = ceil(O * I / block_size).
 
-    The product is rounded before the offset is added, as bitsandbytes does; the barrier keeps XLA from contracting the two
-    into one fused multiply-add, which differs in the last bit for a quarter of all scales.
+    The product is rounded before the offset is added, as bitsandbytes does; the barrier keeps XLA from contracting the
+    two into one fused multiply-add, which differs in the last bit for a quarter of all scales.
     """
     if nested_absmax is None or offset is None:
         return absmax
@@ -46,7 +46,7 @@ def dequantize(
     block_size: int,
     dtype: jnp.dtype,
 ) -> jax.Array:
-    """codes uint8 [ceil(n / 2)], absmax float32 [C'] -> W [O, I]: table[code] * absmax in float32, rounded once to dtype."""
+    """codes uint8 [ceil(n / 2)], absmax float32 [C'] -> W [O, I]: table[code] * absmax in float32, rounded to dtype."""
     n = int(np.prod(shape))
     half = codes.shape[0]
     low, high = _lookup(codes & 0xF, table), _lookup(codes >> 4, table)
@@ -64,8 +64,10 @@ def dequantize(
 
 
 def _lookup(codes: jax.Array, table: np.ndarray) -> jax.Array:
-    """table[codes], float32. A tree of selects vectorizes on CPUs; elsewhere XLA fuses a gather, and would not fuse the tree."""
-    return jax.lax.platform_dependent(codes, cpu=lambda c: _select_tree(c, table), default=lambda c: jnp.asarray(table)[c])
+    """table[codes], float32. A tree of selects vectorizes on CPUs; elsewhere XLA fuses a gather, but not the tree."""
+    return jax.lax.platform_dependent(
+        codes, cpu=lambda c: _select_tree(c, table), default=lambda c: jnp.asarray(table)[c]
+    )
 
 
 def _select_tree(codes: jax.Array, table: np.ndarray) -> jax.Array:

@@ -45,16 +45,20 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
     """config.json -> ModelConfig.
 
     Raises:
-      InputError: the architecture is unknown (known ones are listed), a size is missing or nonsense, or the model asks for what
-        is not implemented (biases, other rope types, other activations) and would be computed wrongly.
+      InputError: the architecture is unknown (known ones are listed), a size is missing or nonsense, or the model asks
+        for what is not implemented (biases, other rope types, other activations) and would be computed wrongly.
     """
     names = raw.get("architectures") or [f"(none; model_type {raw.get('model_type')!r})"]
     if names[0] not in ARCHITECTURES:
         raise InputError(f"{where}: unknown architecture {names[0]}; known: {', '.join(ARCHITECTURES)}")
     sizes = {}
     keys = {
-        "D": "hidden_size", "F": "intermediate_size", "L": "num_hidden_layers", "N": "num_attention_heads", "V": "vocab_size",
-    }  # fmt: skip
+        "D": "hidden_size",
+        "F": "intermediate_size",
+        "L": "num_hidden_layers",
+        "N": "num_attention_heads",
+        "V": "vocab_size",
+    }
     for letter, key in keys.items():
         value = raw.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -100,7 +104,9 @@ def _rope(raw: dict, where: str) -> tuple[float, tuple[tuple[str, Any], ...]]:
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     }
     if kind not in needed:
-        raise InputError(f"{where}: rope scaling of type {kind!r} is not supported; known: default, {', '.join(needed)}")
+        raise InputError(
+            f"{where}: rope scaling of type {kind!r} is not supported; known: default, {', '.join(needed)}"
+        )
     missing = [key for key in needed[kind] if key not in parameters]
     if missing:
         raise InputError(f"{where}: rope scaling {kind!r} lacks {', '.join(missing)}")

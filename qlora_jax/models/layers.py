@@ -1,9 +1,10 @@
 """Layers that every decoder shares: a linear layer over a frozen weight, RMSNorm, rotary embedding, attention.
 
-A block's arrays are stacked: inside `lax.scan` each layer sees its own slice, so a Linear here is written for one layer.
+A block's arrays are stacked: inside `lax.scan` each layer sees its own slice, so a Linear here is for one layer.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +45,8 @@ class Linear(nnx.Module):
 
     def __init__(self, weight: QuantizedTensor | jax.Array):
         self.weight = Frozen(weight)
-        self.lora_a = nnx.data(None)
-        self.lora_b = nnx.data(None)
+        self.lora_a: Any = nnx.data(None)
+        self.lora_b: Any = nnx.data(None)
         self.lora_scale = 1.0
 
     def __call__(self, x: jax.Array, dropout: Dropout) -> jax.Array:
@@ -91,7 +92,7 @@ def _llama3_frequencies(inverse: jax.Array, scaling: dict) -> jax.Array:
 
 
 def rotate(x: jax.Array, positions: jax.Array, inverse_frequencies: jax.Array) -> jax.Array:
-    """Rotary embedding of x [B, T, N, H] at positions int32 [B, T]; pairs are (h, h + H / 2), as in Hugging Face's files."""
+    """Rotary embedding of x [B, T, N, H] at positions int32 [B, T]; pairs are (h, h + H / 2), as in HF's files."""
     angles = positions[..., None].astype(jnp.float32) * inverse_frequencies
     cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

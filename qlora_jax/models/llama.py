@@ -1,4 +1,4 @@
-"""The Llama family (1, 2, 3): pre-norm blocks of grouped-query attention and a gated feed-forward, stacked and scanned."""
+"""The Llama family (1, 2, 3): pre-norm blocks of grouped-query attention and a gated feed-forward, scanned."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from flax import nnx
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.layers import Dropout, Frozen, Linear, RMSNorm, rope_inverse_frequencies, rotate
 
-# Hugging Face key -> (place in the model, shape in ModelConfig's letters). `{}` is the layer; linear layers are quantized.
+# Place in a layer, as Hugging Face names it -> shape in ModelConfig's letters. Linear layers are quantized.
 LINEARS = {
     "self_attn.q_proj": ("NH", "D"),
     "self_attn.k_proj": ("KH", "D"),
@@ -103,15 +103,20 @@ class Llama(nnx.Module):
 
     Args:
       config: sizes.
-      weights: "embedding" [V, D]; "head" [V, D], absent when tied; "norm" float32 [D]; "layers": name -> stacked weight, names
-        as in LINEARS (QuantizedTensor or [L, O, I]) and NORMS (float32 [L, D]).
+      weights: "embedding" [V, D]; "head" [V, D], absent when tied; "norm" float32 [D]; "layers": name -> stacked
+        weight, names as in LINEARS (QuantizedTensor or [L, O, I]) and NORMS (float32 [L, D]).
       compute_dtype: of activations and matmuls.
       remat: "block" keeps one activation a layer and recomputes the rest in the backward pass; "none" keeps everything.
       attention: "xla" or "cudnn".
     """
 
     def __init__(
-        self, config: ModelConfig, weights: dict[str, Any], compute_dtype: Any, remat: str = "block", attention: str = "xla"
+        self,
+        config: ModelConfig,
+        weights: dict[str, Any],
+        compute_dtype: Any,
+        remat: str = "block",
+        attention: str = "xla",
     ):
         self.config = config
         self.compute_dtype = jnp.dtype(compute_dtype)

@@ -33,7 +33,7 @@ def make_schedule(name: str, learning_rate: float, steps: int, warmup_steps: int
 
 
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
-    """The `optimizer` section of a config -> optax. Clipping is the gradient's (train/step.py): it needs all of it at once."""
+    """The `optimizer` section of a config -> optax. Clipping is in train/step.py: it needs the whole gradient."""
     schedule = make_schedule(config.schedule, config.learning_rate, steps, config.warmup_steps)
     if config.name == "adamw":
         return optax.adamw(schedule, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay)

@@ -1,9 +1,9 @@
 """Between QuantizedTensor and the keys of a bnb-4bit safetensors file (transformers' form).
 
 For a weight P: `P` uint8 [ceil(O * I / 2), 1] (first of two values in the high nibble), `P.absmax` (uint8 with double
-quantization, else float32), `P.quant_map` float32 [16], with double quantization `P.nested_absmax` and `P.nested_quant_map`
-float32 [256], and `P.quant_state.bitsandbytes__nf4` (or `__fp4`): uint8 bytes of JSON {quant_type, blocksize, dtype, shape,
-nested_blocksize, nested_dtype, nested_offset}.
+quantization, else float32), `P.quant_map` float32 [16], with double quantization `P.nested_absmax` and
+`P.nested_quant_map` float32 [256], and `P.quant_state.bitsandbytes__nf4` (or `__fp4`): uint8 bytes of JSON {quant_type,
+blocksize, dtype, shape, nested_blocksize, nested_dtype, nested_offset}.
 """
 
 import json
@@ -23,7 +23,7 @@ _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(_STATE +
 
 
 def part_of(key: str) -> str | None:
-    """"a.weight.absmax" -> "a.weight": the weight whose quantization a file's key belongs to; None for other keys."""
+    """The weight whose quantization a file's key belongs to ("a.weight.absmax" -> "a.weight"); None for other keys."""
     for part in _PARTS:
         if key.endswith("." + part):
             return key[: -len(part) - 1]
@@ -36,7 +36,9 @@ def to_bitsandbytes(q: QuantizedTensor, name: str = "weight", dtype: str = "bflo
     Raises InputError for int4, which bitsandbytes' kernels do not have.
     """
     if q.format not in FORMATS:
-        raise InputError(f"{name} is {q.format}; bitsandbytes' files hold {' or '.join(FORMATS)}: use the native format")
+        raise InputError(
+            f"{name} is {q.format}; bitsandbytes' files hold {' or '.join(FORMATS)}: use the native format"
+        )
     n = q.shape[0] * q.shape[1]
     state = {"quant_type": q.format, "blocksize": q.block_size, "dtype": dtype, "shape": list(q.shape)}
     tensors = {
@@ -47,7 +49,11 @@ def to_bitsandbytes(q: QuantizedTensor, name: str = "weight", dtype: str = "bflo
     if q.double_quant:
         tensors[f"{name}.nested_absmax"] = np.asarray(q.nested_absmax)
         tensors[f"{name}.nested_quant_map"] = np.asarray(absmax_map(), np.float32)
-        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(np.asarray(q.offset))}
+        state |= {
+            "nested_blocksize": NESTED_BLOCK,
+            "nested_dtype": "float32",
+            "nested_offset": float(np.asarray(q.offset)),
+        }
     tensors[f"{name}.{_STATE}{q.format}"] = np.frombuffer(json.dumps(state).encode(), np.uint8).copy()
     return tensors
 
@@ -71,7 +77,9 @@ def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str = "weight") -
         raise InputError(f"{name}: its quant_state is not the JSON bitsandbytes writes ({error!r})") from error
     check_block_size(block_size)
     if nested_block != NESTED_BLOCK:
-        raise InputError(f"{name}: nested blocksize {nested_block}; bitsandbytes writes {NESTED_BLOCK}, others are not supported")
+        raise InputError(
+            f"{name}: nested blocksize {nested_block}; bitsandbytes writes {NESTED_BLOCK}, others are not supported"
+        )
     n = out_features * in_features
     blocks = -(-n // block_size)
     codes = _part(tensors, name, name, np.uint8, -(-n // 2))

@@ -4,8 +4,9 @@
     scaled = clip(x / max(absmax, 1e-38), -1, 1)            a short last block: division
     code   = number of thresholds strictly below scaled
 
-Source: REFERENCE of the QLoRA paper, section 3; bitsandbytes 0.50, `backends/default/ops.py`. One difference: a scale's 8-bit
-code is the nearest value of the dynamic map (as bitsandbytes' CUDA kernel picks it; its CPU path is now and then one off).
+The scales' 8-bit step multiplies in every block, the short last one too; a block of zeros gets code 0. Source: QLoRA,
+section 3; bitsandbytes 0.50, `backends/default/ops.py`. One difference: a scale's 8-bit code is the nearest value of
+the dynamic map (as bitsandbytes' CUDA kernel picks it; its CPU path is now and then one off).
 """
 
 from functools import partial
@@ -17,7 +18,7 @@ import numpy as np
 from pallas_kernels.nf4_matmul import NESTED_BLOCK, Packed
 from qlora_jax.quant.codebooks import Codebook, absmax_map
 
-_TINY = 1e-38
+_TINY = 1e-38  # below the smallest normal number: XLA computes with it as with zero, but stores it
 
 
 @partial(jax.jit, static_argnames=("book", "block_size", "double_quant"))
@@ -25,31 +26,72 @@ def quantize_packed(w: jax.Array, book: Codebook, block_size: int, double_quant:
     """w [...] any float dtype, n values -> its packed arrays, and float32 [] that is finite when all of w is."""
     flat = w.reshape(-1)
     ranks, absmax = _rank(flat, np.asarray(book.thresholds, np.float32), block_size)
-    codes = ranks if book.codes_by_rank == tuple(range(len(book.codes_by_rank))) else _permute(ranks, book.codes_by_rank)
+    codes = (
+        ranks if book.codes_by_rank == tuple(range(len(book.codes_by_rank))) else _permute(ranks, book.codes_by_rank)
+    )
     packed_codes = _pack_halves(codes, pad_code=_zero_code(book))
     check = jnp.max(absmax)
     if not double_quant:
         return Packed(packed_codes, absmax, None, None), check
-    offset = jnp.mean(absmax)
-    values = np.asarray(absmax_map(), np.float32)
-    thresholds = (values[:-1] + values[1:]) / np.float32(2)
-    absmax_codes, nested_absmax = _rank(absmax - offset, thresholds, NESTED_BLOCK)
+    offset = _mean(absmax)
+    absmax_codes, nested_absmax = _rank_scales(absmax - offset)
     return Packed(packed_codes, absmax_codes, nested_absmax, offset), check
 
 
 def _rank(flat: jax.Array, thresholds: np.ndarray, block_size: int) -> tuple[jax.Array, jax.Array]:
-    """float [n] -> uint8 [n] number of thresholds strictly below the scaled value, float32 [ceil(n / block_size)] absmax."""
+    """float [n] -> thresholds strictly below each scaled value uint8 [n], absmax float32 [ceil(n / block_size)]."""
     full = flat.shape[0] // block_size * block_size
     blocks = flat[:full].reshape(-1, block_size).astype(jnp.float32)
     absmax = jnp.max(jnp.abs(blocks), axis=1)
-    reciprocal = jax.lax.optimization_barrier(1.0 / jnp.maximum(absmax, _TINY))
-    ranks = _count_below(jnp.clip(blocks * reciprocal[:, None], -1, 1), thresholds).reshape(-1)
+    ranks = _count_below(jnp.clip(blocks * _reciprocal(absmax)[:, None], -1, 1), thresholds).reshape(-1)
     if full == flat.shape[0]:
         return ranks, absmax
     rest = flat[full:].astype(jnp.float32)
-    rest_absmax = jnp.maximum(jnp.max(jnp.abs(rest)), _TINY)
-    rest_ranks = _count_below(jnp.clip(rest / rest_absmax, -1, 1), thresholds)
+    rest_absmax = jnp.max(jnp.abs(rest))
+    rest_ranks = _count_below(jnp.clip(rest / jnp.where(rest_absmax == 0, 1, rest_absmax), -1, 1), thresholds)
+    rest_absmax = jnp.where(rest_absmax == 0, _TINY, rest_absmax)
     return jnp.concatenate([ranks, rest_ranks]), jnp.append(absmax, rest_absmax)
+
+
+def _reciprocal(absmax: jax.Array) -> jax.Array:
+    """1 / absmax, finite for blocks of zeros; the barrier keeps XLA from dividing the values instead."""
+    return jax.lax.optimization_barrier(1 / jnp.where(absmax == 0, 1, absmax))
+
+
+def _rank_scales(centred: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32 [C'] -> 8-bit codes uint8 [C'], nested absmax float32 [ceil(C' / 256)]."""
+    values = np.asarray(absmax_map(), np.float32)
+    thresholds = (values[:-1] + values[1:]) / np.float32(2)
+    count = centred.shape[0]
+    blocks = jnp.pad(centred, (0, -count % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
+    absmax = jnp.max(jnp.abs(blocks), axis=1)
+    codes = _count_below(jnp.clip(blocks * _reciprocal(absmax)[:, None], -1, 1), thresholds)
+    codes = jnp.where(absmax[:, None] == 0, jnp.uint8(0), codes)
+    return codes.reshape(-1)[:count], absmax
+
+
+def _mean(values: jax.Array) -> jax.Array:
+    """float32 [n] -> float32 [], the mean rounded once, whatever order a backend would add in.
+
+    The sum is a tree of exact additions (Knuth's two-sum; `high + low` is the sum so far), the quotient is corrected by
+    its exact remainder. n and the quotient are cut into halves of 12 bits, so that products are exact.
+    """
+    n = values.shape[0]
+    high = jnp.pad(values, (0, (1 << (n - 1).bit_length()) - n))
+    low = jnp.zeros_like(high)
+    while high.shape[0] > 1:
+        (a, b), (low_a, low_b) = jnp.split(high, 2), jnp.split(low, 2)
+        high = a + b
+        b_seen = high - a
+        low = low_a + low_b + ((a - (high - b_seen)) + (b - b_seen))
+    high, low = high[0], low[0]
+    quotient = high / n
+    bits = jax.lax.bitcast_convert_type(quotient, jnp.uint32)
+    coarse = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFFF000), jnp.float32)
+    fine = quotient - coarse
+    n_coarse, n_fine = float(n & ~0xFFF), float(n & 0xFFF)
+    remainder = (((high - coarse * n_coarse) - coarse * n_fine) - fine * n_coarse) - fine * n_fine
+    return quotient + (remainder + low) / n
 
 
 def _count_below(scaled: jax.Array, thresholds: np.ndarray) -> jax.Array:

@@ -2,7 +2,7 @@
 
 nf4, fp4: bitsandbytes' tables (`functional.get_4bit_type`); fp4's codes are ordered by bit pattern (sign, exponent,
 mantissa), not by value. int4: symmetric, -7..7 over absmax; code 15 is never written.
-Thresholds lie midway between neighbouring values, computed in float32; a value on a threshold takes the lower neighbour.
+Thresholds lie midway between neighbouring values, computed in float32; a value on one takes the lower neighbour.
 """
 
 import dataclasses
@@ -65,6 +65,15 @@ def absmax_map() -> tuple[float, ...]:
     """
     positive: list[float] = []
     for i in range(7):
-        edges = np.linspace(0.1, 1, 2**i + 1, dtype=np.float32)
-        positive.extend((10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)).astype(np.float32).tolist())
+        edges = _linspace(0.1, 1, 2**i + 1)
+        positive.extend((np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))).tolist())
     return tuple(map(float, np.sort(np.asarray([*positive, *(-v for v in positive), 0.0, 1.0], np.float32))))
+
+
+def _linspace(start: float, end: float, count: int) -> np.ndarray:
+    """float32 [count] with torch's last bits: a float32 step from the nearer end, fused multiply-add."""
+    first, last = np.float32(start), np.float32(end)
+    step = np.float64((last - first) / np.float32(count - 1))
+    index = np.arange(count)
+    values = np.where(index < count // 2, first + step * index, last - step * (count - 1 - index))
+    return values.astype(np.float32)

@@ -1,8 +1,8 @@
 """Our own form on disk: the packed arrays as they are in memory, under the weight's Hugging Face name.
 
-For a weight P: `P.codes` uint8, `P.absmax` uint8 or float32, with double quantization `P.nested_absmax` float32 and `P.offset`
-float32 [], and `P.meta`, uint8 bytes of JSON {format, block_size, shape}. The folder's config.json says the same once:
-quantization_config {quant_method, format, block_size, double_quant}. The arrays are QuantizedTensor's.
+For a weight P: `P.codes` uint8, `P.absmax` uint8 or float32, with double quantization `P.nested_absmax` float32 and
+`P.offset` float32 [], and `P.meta`, uint8 bytes of JSON {format, block_size, shape}. The folder's config.json says the
+same once: quantization_config {quant_method, format, block_size, double_quant}. The arrays are QuantizedTensor's.
 """
 
 import json
@@ -21,7 +21,7 @@ _PARTS = ("codes", "absmax", "nested_absmax", "offset", "meta")
 
 
 def part_of(key: str) -> str | None:
-    """"a.weight.codes" -> "a.weight"; None for a key that is no part of a quantized weight."""
+    """The weight a file's key belongs to ("a.weight.codes" -> "a.weight"); None for other keys."""
     name, _, part = key.rpartition(".")
     return name if part in _PARTS else None
 

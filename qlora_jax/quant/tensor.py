@@ -15,7 +15,7 @@ from qlora_jax.quant.codebooks import absmax_map, codebook
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedTensor:
-    """A weight [O, I] in packed 4-bit form. Layers stacked for a scan carry a leading L on every array; `shape` stays [O, I].
+    """A weight [O, I] in packed 4-bit form. Layers stacked for a scan have a leading L on every array, not in `shape`.
 
     codes: uint8 [ceil(O * I / 2)], halves side by side (layout: pallas_kernels/nf4_matmul/reference.py).
     absmax: float32 [C'], or uint8 [C'] with double quantization; C' = ceil(O * I / block_size).
@@ -74,8 +74,8 @@ def quantize(
     Returns:
       QuantizedTensor of shape [O, I].
     Raises:
-      InputError: w is not two-dimensional or empty, or holds NaN or inf (not checked while tracing: there are no values yet);
-        the format or block size is unknown.
+      InputError: w is not two-dimensional or empty, or holds NaN or inf (not checked while tracing: there are no values
+        yet); the format or block size is unknown.
     """
     check_block_size(block_size)
     book = codebook(format)
@@ -86,7 +86,15 @@ def quantize(
     packed, check = quantize_packed(w, book, block_size, double_quant)
     if not isinstance(check, jax.core.Tracer) and not math.isfinite(float(check)):
         raise InputError(f"{name} holds {'NaN' if math.isnan(float(check)) else 'inf'}; a frozen weight must be finite")
-    return QuantizedTensor(*packed, shape=(w.shape[0], w.shape[1]), format=format, block_size=block_size)
+    return QuantizedTensor(
+        packed.codes,
+        packed.absmax,
+        packed.nested_absmax,
+        packed.offset,
+        shape=(w.shape[0], w.shape[1]),
+        format=format,
+        block_size=block_size,
+    )
 
 
 def dequantize(q: QuantizedTensor, dtype: jnp.dtype = jnp.bfloat16) -> jax.Array:

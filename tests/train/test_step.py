@@ -14,6 +14,7 @@ from qlora_jax.lora import LoRAConfig
 from qlora_jax.optim.paged import PagedOptimizer
 from qlora_jax.train.step import make_evaluation, make_gradient
 
+FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
 VARIANTS = {"base32": "none", "base32_seldom_clipped": "none", "nf4_dq": "nf4"}
 
 
@@ -64,7 +65,7 @@ def parts(golden):
 
 @pytest.fixture(scope="module")
 def gradient(parts):
-    return jax.jit(make_gradient(parts[0], 64, 0.0))
+    return jax.jit(make_gradient(parts[0], 64, 0.0), compiler_options=FAST)
 
 
 def test_the_cut_into_micro_batches_changes_nothing(parts, gradient, batches):
@@ -97,7 +98,7 @@ def test_gradient_is_the_slope_of_the_loss(parts, gradient, batches):
     """A small step along the gradient lowers the evaluated loss by its squared norm."""
     graph, adapter, base = parts
     tokens, mask = batches[0][0], batches[1][0]
-    evaluate = jax.jit(make_evaluation(graph, 64))
+    evaluate = jax.jit(make_evaluation(graph, 64), compiler_options=FAST)
     grads, metrics = gradient(adapter, base, tokens[None], mask[None], None)
     total, count = evaluate(adapter, base, tokens, mask)
     assert float(total / count) == pytest.approx(float(metrics.loss), rel=1e-5)
@@ -113,7 +114,7 @@ def test_gradient_is_the_slope_of_the_loss(parts, gradient, batches):
 
 def test_clipping_scales_to_the_norm(parts, batches):
     graph, adapter, base = parts
-    clipped = jax.jit(make_gradient(graph, 64, 1e-3))
+    clipped = jax.jit(make_gradient(graph, 64, 1e-3), compiler_options=FAST)
     grads, metrics = clipped(adapter, base, batches[0][0][None], batches[1][0][None], None)
     assert float(metrics.grad_norm) > 1e-3
     assert float(optax.tree.norm(grads)) == pytest.approx(1e-3, rel=1e-5)

@@ -1,0 +1,86 @@
+"""config.json -> sizes: both spellings, and what would be computed wrongly is refused."""
+
+import json
+
+import pytest
+
+from qlora_jax.errors import InputError
+from qlora_jax.io.load import expected_shapes
+from qlora_jax.models.config import parse_config, read_json
+
+
+@pytest.fixture
+def llama3(golden) -> dict:
+    return read_json(golden / "llama" / "llama3" / "config.json")
+
+
+def test_old_spelling_reads_the_same(golden, llama3):
+    old = read_json(golden / "llama" / "llama3" / "config_old_style.json")
+    assert "rope_scaling" in old and "rope_scaling" not in llama3
+    config = parse_config(old, "x")
+    assert config == parse_config(llama3, "x")
+    assert dict(config.rope_scaling)["rope_type"] == "llama3" and config.tied and (config.N, config.K) == (4, 1)
+
+
+def test_older_linear_scaling_and_defaults(golden):
+    config = parse_config(read_json(golden / "llama" / "linear_rope" / "config.json"), "x")
+    assert config.rope_scaling == (("rope_type", "linear"), ("factor", 4.0))
+    config = parse_config(read_json(golden / "llama" / "llama1" / "config.json"), "x")
+    assert config.K == config.N and config.H * config.N == config.D and config.rope_theta == 10000.0
+    assert config.rope_scaling == ()
+
+
+def test_own_head_width(golden):
+    config = parse_config(read_json(golden / "llama" / "head_dim" / "config.json"), "x")
+    assert config.H == 12 and config.N * config.H != config.D
+    assert expected_shapes(config)["model.layers.1.self_attn.o_proj.weight"] == (config.D, config.N * config.H)
+
+
+def test_unknown_architecture_lists_the_known(llama3):
+    with pytest.raises(InputError, match="f: unknown architecture MistralForCausalLM; known: LlamaForCausalLM"):
+        parse_config(llama3 | {"architectures": ["MistralForCausalLM"]}, "f")
+    with pytest.raises(InputError, match="unknown architecture .*'gpt2'"):
+        parse_config({"model_type": "gpt2"}, "f")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": None}, "hidden_size is None; expected a positive integer"),
+        ({"vocab_size": "96"}, "vocab_size is '96'"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"num_key_value_heads": 3}, "4 attention heads cannot share 3"),
+        ({"head_dim": 7}, "head width 7 is odd"),
+        ({"attention_bias": True}, "attention_bias is true"),
+        ({"mlp_bias": True}, "mlp_bias is true"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "type 'yarn' is not supported; known: default, linear",
+        ),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "'llama3' lacks low_freq_factor"),
+    ],
+)
+def test_refused(llama3, changes, message):
+    with pytest.raises(InputError, match=message):
+        parse_config(llama3 | changes, "f")
+
+
+def test_several_end_tokens(llama3):
+    assert parse_config(llama3 | {"eos_token_id": [2, 5]}, "f").eos_ids == (2, 5)
+    assert parse_config(llama3 | {"eos_token_id": None}, "f").eos_ids == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [(None, "is missing"), ("{", "cannot be read as JSON"), ("[]", "holds a JSON list")]
+)
+def test_unreadable_json(tmp_path, text, message):
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match=f"config.json {message}"):
+        read_json(path)
+
+
+def test_sizes_are_plain_values(llama3):
+    hash(parse_config(json.loads(json.dumps(llama3)), "f"))  # a static field of the model: must be hashable
