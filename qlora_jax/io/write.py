@@ -16,7 +16,7 @@ import numpy as np
 from qlora_jax.errors import InputError
 from qlora_jax.io.export import DTYPES, write_json
 from qlora_jax.io.folder import TensorFiles
-from qlora_jax.io.load import QuantSpec, read_quantized, check_tensors, expected_shapes, load_config, stored_quant
+from qlora_jax.io.load import QuantSpec, check_tensors, expected_shapes, load_config, read_quantized, stored_quant
 from qlora_jax.io.shards import SHARD_BYTES, ShardWriter, copy_companions, new_folder
 from qlora_jax.models.config import read_json
 from qlora_jax.models.llama import EMBEDDING, LAYER, LINEARS

@@ -54,8 +54,8 @@ class Attention(nnx.Module):
         self.o_proj = Linear(weights["self_attn.o_proj"])
         self.N, self.K, self.H = config.N, config.K, config.H
 
-    def __call__(self, x: jax.Array, context: Context, cache: Cache | None, dropout: Dropout):
-        """x [B, T, D] -> [B, T, D], and the cache with these T positions written."""
+    def __call__(self, x: jax.Array, context: Context, cache: Cache | None, layer: jax.Array, dropout: Dropout):
+        """x [B, T, D] -> [B, T, D], and the cache with these T positions of this layer written, in place."""
         B, T, _ = x.shape
         q = self.q_proj(x, dropout).reshape(B, T, self.N, self.H)
         k = self.k_proj(x, dropout).reshape(B, T, self.K, self.H)
@@ -66,10 +66,10 @@ class Attention(nnx.Module):
             attend = partial(jax.nn.dot_product_attention, implementation=context.implementation, is_causal=True)
             out = attend(q, k, v)
         else:
-            rows = jnp.arange(B)[:, None]
-            cache = Cache(cache.k.at[rows, context.positions].set(k), cache.v.at[rows, context.positions].set(v))
-            seen = jnp.arange(cache.k.shape[1])[None, None, :] <= context.positions[:, :, None]  # [B, T, S]
-            out = jax.nn.dot_product_attention(q, cache.k, cache.v, mask=seen[:, None])
+            place = (layer, jnp.arange(B)[:, None], context.positions)
+            cache = Cache(cache.k.at[place].set(k), cache.v.at[place].set(v))
+            seen = jnp.arange(cache.k.shape[2])[None, None, :] <= context.positions[:, :, None]  # [B, T, S]
+            out = jax.nn.dot_product_attention(q, cache.k[layer], cache.v[layer], mask=seen[:, None])
         return self.o_proj(out.reshape(B, T, self.N * self.H), dropout), cache
 
 
@@ -92,8 +92,8 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(weights["post_attention_layernorm"], config.norm_eps)
         self.mlp = FeedForward(weights)
 
-    def __call__(self, x: jax.Array, context: Context, cache: Cache | None, dropout: Dropout):
-        attended, cache = self.self_attn(self.input_layernorm(x), context, cache, dropout)
+    def __call__(self, x: jax.Array, context: Context, cache: Cache | None, layer: jax.Array, dropout: Dropout):
+        attended, cache = self.self_attn(self.input_layernorm(x), context, cache, layer, dropout)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x), dropout), cache
 
@@ -151,15 +151,14 @@ class Llama(nnx.Module):
         x = self.embedding.get_value()[tokens].astype(self.compute_dtype)
         graph, state = nnx.split(self.blocks)
 
-        def layer(x, inputs):
-            state, cache, index = inputs
-            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            x, cache = nnx.merge(graph, state)(x, context, cache, Dropout(self.dropout_rate, key))
-            return x, cache
+        def apply_layer(carry, inputs):
+            (x, cache), (state, layer) = carry, inputs
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
+            return nnx.merge(graph, state)(x, context, cache, layer, Dropout(self.dropout_rate, key)), None
 
         if self.remat == "block" and cache is None:
-            layer = jax.checkpoint(layer, prevent_cse=False)  # a scan's body cannot be merged with its forward pass
-        x, cache = jax.lax.scan(layer, x, (state, cache, jnp.arange(config.L)))
+            apply_layer = jax.checkpoint(apply_layer, prevent_cse=False)  # a scan's body is not merged with its forward
+        (x, cache), _ = jax.lax.scan(apply_layer, (x, cache), (state, jnp.arange(config.L)))
         return self.norm(x), cache
 
     def head_weight(self) -> jax.Array:
