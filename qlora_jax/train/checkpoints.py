@@ -71,7 +71,7 @@ class Checkpoints:
         self._manager.close()
 
     def _check_room(self, step: int, needed: int) -> None:
-        """Finds a nearly full disk before orbax starts writing: its own failure comes with pages of traces."""
+        """Finds a nearly full disk before orbax starts writing, whose failures come with pages of traces."""
         free = shutil.disk_usage(self.folder).free
         if free < 1.1 * needed + 2**20:
             raise OSError(f"it needs {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free")

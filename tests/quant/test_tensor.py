@@ -74,7 +74,12 @@ def test_unknown_format_and_dtype():
 
 @pytest.mark.parametrize(
     ("block_size", "double_quant", "bits"),
-    [(64, False, 4.5), (64, True, 4 + 8 / 64 + 32 / (64 * 256)), (32, False, 5.0), (4096, True, 4 + 8 / 4096 + 32 / (4096 * 256))],
+    [
+        (64, False, 4.5),
+        (64, True, 4 + 8 / 64 + 32 / (64 * 256)),
+        (32, False, 5.0),
+        (4096, True, 4 + 8 / 4096 + 32 / (4096 * 256)),
+    ],
 )
 def test_bits_per_param(block_size, double_quant, bits):
     q = jax.eval_shape(
