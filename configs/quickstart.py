@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     c.optimizer.warmup_steps = 10
     c.optimizer.max_grad_norm = 1.0
 
-    c.train.steps = 100
+    c.train.steps = 150
     c.train.grad_accum = 1
     c.train.checkpoint_every = 50  # steps
 

@@ -1,25 +1,45 @@
-"""Runs commands one after the other in one process, as a user would: imports are paid for once.
+"""Runs commands one after the other as a user would, each in a fork of this process: imports are paid for once.
 
 stdin: JSON list of argument lists, each begun with a module's name or a script's path. stdout: JSON list of
-{"status", "out", "err"}. Flags of a command are forgotten before the next.
+{"status", "out", "err"}. A command's flags and modules go with its fork.
 """
 
 import contextlib
 import io
 import json
+import os
 import runpy
 import sys
+import tempfile
 import traceback
+import warnings
 from pathlib import Path
 
-from absl import flags
+import flax.nnx  # noqa: F401 (what every command imports; nothing here starts a backend, which a fork could not share)
+import jax  # noqa: F401
+import optax  # noqa: F401
+import orbax.checkpoint  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
 
 
 def run(command: list[str]) -> dict:
+    """The command in a fork; a fork that dies without a word has its signal as status."""
+    with tempfile.TemporaryFile("w+") as file:
+        child = os.fork()
+        if child == 0:
+            json.dump(run_here(command), file)
+            file.flush()
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        file.seek(0)
+        text = file.read()
+    return json.loads(text) if text else {"status": -(status & 0x7F), "out": "", "err": "died without a word"}
+
+
+def run_here(command: list[str]) -> dict:
     name, *arguments = command
-    known = set(flags.FLAGS)
     out, err = io.StringIO(), io.StringIO()
     sys.argv = [name, *arguments]
     status: object = 0
@@ -34,20 +54,7 @@ def run(command: list[str]) -> dict:
         except Exception:
             traceback.print_exc()
             status = 1
-    forget(known, {name, sys.argv[0], "__main__"})
     return {"status": status, "out": out.getvalue(), "err": err.getvalue()}
-
-
-def forget(known: set[str], modules: set[str]) -> None:
-    """Undefines flags that the command defined; those of libraries stay, as their modules do."""
-    for flag in set(flags.FLAGS) - known:
-        module = flags.FLAGS.find_module_defining_flag(flag) or ""
-        if module in modules or module.startswith("experiments."):
-            delattr(flags.FLAGS, flag)
-    for module in [name for name in sys.modules if name.startswith("experiments.")]:
-        if module not in ("experiments.cli", "experiments.config_file", "experiments.model_flags"):
-            del sys.modules[module]
-    flags.FLAGS.unparse_flags()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from absl import flags
 from absl import logging as absl_logging
 
 from experiments import cli
+from qlora_jax.settings import resolved
 from qlora_jax.errors import InputError
 
 CONFIG = cli.config_flag(DEFAULT)
