@@ -26,6 +26,7 @@ def config(**changes):
             "group_by_length": True,
             "pad_to_multiple_of": 8,
             "max_examples": 0,
+            "eval_path": "",
             "eval_examples": 4,
             "seed": 0,
         }
@@ -149,3 +150,15 @@ def test_real_trees_with_a_real_tokenizer(tmp_path, shared_data):
     assert example.tokens[0] == 1 and example.loss_mask[1:].all()
     assert tokenizer.decode(example.tokens).startswith("### Human: ")
     assert max(len(example) for example in trained_on(data)) == 513
+
+
+def test_held_out_examples_from_a_file_of_their_own(path, tmp_path, byte_tokenizer):
+    other = tmp_path / "heldout.json"
+    other.write_text(json.dumps([{"input": f"unseen {number}", "output": f"reply {number}"} for number in range(5)]))
+    data = load_data(config(path=path, eval_path=str(other), eval_examples=0), byte_tokenizer, 4, 259)
+    assert len(trained_on(data)) == 20
+    assert len(data.heldout) == 5
+    assert all("heldout.json" in example.where for example in data.heldout)
+    assert len(load_data(config(path=path, eval_path=str(other), eval_examples=2), byte_tokenizer, 4, 259).heldout) == 2
+    with pytest.raises(InputError, match="model has embeddings for 90 tokens"):
+        load_data(config(path=path, eval_path=str(other)), byte_tokenizer, 4, 90)

@@ -32,7 +32,9 @@ def test_six_steps_of_torch(golden, batches, tmp_path, variant):
     model = load_model(golden / "llama" / "llama1", QuantSpec(VARIANTS[variant]), jnp.float32)
     config = peft.load_adapter(model, golden / "train" / "init")
     graph, adapter, base = lora.split(model)
-    gradient = jax.jit(make_gradient(graph, loss_chunk=13, max_grad_norm=float(expected["max_norm"])))
+    options = FAST if variant == "base32_seldom_clipped" else None
+    max_norm = float(expected["max_norm"])
+    gradient = jax.jit(make_gradient(graph, loss_chunk=13, max_grad_norm=max_norm), compiler_options=options)
     optimizer = PagedOptimizer(optax.adamw(1e-2, weight_decay=0.0), adapter, page_bytes=1 << 20, paged=True)
     states, losses, norms = optimizer.init(adapter), [], []
     for tokens, mask in zip(*batches, strict=True):

@@ -1,0 +1,89 @@
+"""A model named on the hub, fetched by the command from a server on this machine that speaks the hub's protocol."""
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from tests.tiny_checkpoint import write_tiny_checkpoint
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_aVerySecretWord"
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """Address of a server that has one model, owner/tiny, and the list of what it was asked for."""
+    folder = tmp_path / "served"
+    write_tiny_checkpoint(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    (folder / "modeling_evil.py").write_text("raise SystemExit('remote code ran')")
+    asked: list[str] = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            self.answer(with_body=True)
+
+        def do_HEAD(self):
+            self.answer(with_body=False)
+
+        def answer(self, with_body):
+            path = unquote(self.path.split("?")[0])
+            asked.append(path)
+            status, headers, body = self.find(path)
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if with_body:
+                self.wfile.write(body)
+
+        def find(self, path):
+            if path.startswith("/api/models/owner/tiny"):
+                siblings = [{"rfilename": file.name} for file in sorted(folder.iterdir())]
+                return 200, {}, json.dumps({"id": "owner/tiny", "sha": SHA, "siblings": siblings}).encode()
+            file = folder / Path(path).name
+            if path.startswith("/owner/tiny/resolve/") and file.is_file():
+                return 200, {"X-Repo-Commit": SHA, "ETag": f'"{file.name}"'}, file.read_bytes()
+            return 404, {"X-Error-Code": "RepoNotFound"}, b""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def generate(model: str, address: str, cache: Path) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    environment |= {"HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_TOKEN": TOKEN}
+    command = [sys.executable, "-m", "experiments.generate", f"--model={model}", "--prompt=a", "--max_new_tokens=2"]
+    return subprocess.run([*command, "--temperature=0"], capture_output=True, text=True, env=environment)
+
+
+def test_a_model_comes_from_the_hub_without_pickles_or_code(hub, tmp_path):
+    address, asked = hub
+    fetched = generate("owner/tiny", address, tmp_path / "cache")
+    assert fetched.returncode == 0, fetched.stderr
+    local = generate(str(tmp_path / "served"), address, tmp_path / "cache")
+    assert fetched.stdout == local.stdout and fetched.stdout.startswith("a")
+    assert not [path for path in asked if path.endswith((".bin", ".py"))]
+    assert TOKEN not in fetched.stdout + fetched.stderr
+
+
+def test_a_model_the_hub_does_not_have_is_one_line(hub, tmp_path):
+    address, _ = hub
+    missing = generate("owner/nothing", address, tmp_path / "cache")
+    assert missing.returncode == 2
+    assert missing.stderr.count("\n") == 1 and "owner/nothing" in missing.stderr and TOKEN not in missing.stderr
