@@ -48,6 +48,10 @@ def hub(tmp_path):
                 self.wfile.write(body)
 
         def find(self, path):
+            if path.startswith("/api/models/owner/tiny/tree/"):
+                files = sorted(folder.iterdir())
+                tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name} for f in files]
+                return 200, {}, json.dumps(tree).encode()
             if path.startswith("/api/models/owner/tiny"):
                 siblings = [{"rfilename": file.name} for file in sorted(folder.iterdir())]
                 return 200, {}, json.dumps({"id": "owner/tiny", "sha": SHA, "siblings": siblings}).encode()
