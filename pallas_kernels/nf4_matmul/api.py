@@ -1,5 +1,13 @@
-"""The op: y = x W^T for a packed W, differentiable in x, with the packed arrays as its only residuals."""
+"""The op: y = x W^T for a packed W, differentiable in x, with the packed arrays as its only residuals.
 
+Two backends. "xla" dequantizes a weight and leaves the product to XLA: every device, every shape; the default. "triton"
+dequantizes inside the product (triton_backend.py), on NVIDIA GPUs; shapes that its kernels refuse take "xla". `path`
+tells which way a weight goes.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -7,7 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.nf4_matmul import reference
+from pallas_kernels.nf4_matmul import reference, triton_backend
+
+BACKENDS = ("xla", "triton")
+log = logging.getLogger(__name__)
 
 
 class Codec(NamedTuple):
@@ -17,6 +28,7 @@ class Codec(NamedTuple):
     block_size: int  # values that share one absmax
     table: tuple[float, ...]  # 16 values
     absmax_map: tuple[float, ...]  # 256 values, read only with double quantization
+    backend: str = "xla"  # one of BACKENDS
 
 
 class Packed(NamedTuple):
@@ -36,6 +48,26 @@ def dequantize(packed: Packed, codec: Codec, dtype: jnp.dtype) -> jax.Array:
     return reference.dequantize(packed.codes, absmax, table, codec.shape, codec.block_size, dtype)
 
 
+def path(codec: Codec, dtype: jnp.dtype) -> str:
+    """The backend that `matmul` takes for activations of dtype: the codec's, or "xla" where kernels refuse the weight.
+
+    Raises ValueError for an unknown backend.
+    """
+    if codec.backend not in BACKENDS:
+        raise ValueError(f"backend is {codec.backend!r}, expected one of {', '.join(BACKENDS)}")
+    if codec.backend == "triton":
+        reason = triton_backend.unsupported(codec.shape, codec.block_size, dtype)
+        if reason is None:
+            return "triton"
+        _say_refused(codec.shape, reason)
+    return "xla"
+
+
+@functools.cache
+def _say_refused(shape: tuple[int, int], reason: str) -> None:
+    log.warning("nf4_matmul: the weight %s takes backend xla instead of triton: %s", list(shape), reason)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
     """y = x W^T.
@@ -43,16 +75,19 @@ def matmul(x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
     Args:
       x: [..., I], float32 or bfloat16 or float16.
       packed: the weight's arrays.
-      codec: its shape (O, I), block size and tables.
+      codec: its shape (O, I), block size, tables and backend.
     Returns:
       [..., O] in x's dtype, accumulated in float32.
     Raises:
-      ValueError: x's last dimension is not I.
+      ValueError: x's last dimension is not I, or the backend is unknown.
+      RuntimeError, ImportError: backend "triton" without its GPU or its packages.
     """
     if x.shape[-1] != codec.shape[1]:
         raise ValueError(
             f"x has {x.shape[-1]} features, the weight [out, in] = {list(codec.shape)} takes {codec.shape[1]}"
         )
+    if path(codec, x.dtype) == "triton":
+        return _fused(triton_backend.forward, codec)(x, packed)
     return dense_matmul(x, dequantize(packed, codec, x.dtype), contract=1)
 
 
@@ -68,8 +103,30 @@ def _forward(x, packed, codec):
 
 
 def _backward(codec, packed, dy):
-    dx = dense_matmul(dy, dequantize(packed, codec, dy.dtype), contract=0)
-    return dx, None
+    if path(codec, dy.dtype) == "triton":
+        return _fused(triton_backend.backward, codec)(dy, packed), None
+    return dense_matmul(dy, dequantize(packed, codec, dy.dtype), contract=0), None
+
+
+def _fused(kernel: Callable, codec: Codec) -> Callable[[jax.Array, Packed], jax.Array]:
+    """The kernel on [..., K]: every axis but the last is rows, and so is that of a vmap over x (a pack of adapters)."""
+
+    @jax.custom_batching.custom_vmap
+    def product(x: jax.Array, packed: Packed) -> jax.Array:
+        rows = kernel(x.reshape(-1, x.shape[-1]), packed, codec)
+        return rows.reshape(*x.shape[:-1], rows.shape[-1])
+
+    @product.def_vmap
+    def fold(axis_size, batched, x, packed):
+        if not any(jax.tree.leaves(batched[1])):
+            return product(x, packed), True
+
+        def one(k):  # weights that differ do not meet in one kernel
+            return product(*jax.tree.map(lambda leaf, varies: leaf[k] if varies else leaf, (x, packed), tuple(batched)))
+
+        return jax.lax.map(one, jnp.arange(axis_size)), True
+
+    return product
 
 
 matmul.defvjp(_forward, _backward)

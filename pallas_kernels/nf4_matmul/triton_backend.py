@@ -1,0 +1,145 @@
+"""Launches the Triton kernels through jax-triton: y = x W^T and dx = dy W for NVIDIA GPUs from compute capability 8.0.
+
+Nothing here imports Triton before a kernel is really called, so that every other path works without it.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.nf4_matmul import config, reference
+from pallas_kernels.nf4_matmul.config import Gpu, Tiles
+from pallas_kernels.nf4_matmul.shapes import Shape
+
+if TYPE_CHECKING:
+    from pallas_kernels.nf4_matmul.api import Codec, Packed
+
+LARGEST_HALF = 2**31  # bytes of codes are addressed by 32-bit integers
+# multiply-add would round once where the reference rounds twice; dot products are not concerned
+BACKEND_OPTIONS = {"enable_fp_fusion": False}
+# compute capabilities of GPUs that programs are lowered for where there is none: the abstract device has only a name
+CAPABILITIES = {"A100": 80, "A6000": 86, "RTX 3090": 86, "RTX 4090": 89, "L40": 89, "H100": 90, "H200": 90}
+
+
+def unsupported(shape: tuple[int, int], block_size: int, dtype: jnp.dtype) -> str | None:
+    """Why the kernels do not take a weight [O, I] with activations of dtype, or None if they do."""
+    out_features, in_features = shape
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"x is {jnp.dtype(dtype)}: tensor cores take bfloat16 and float16"
+    if out_features % 2:
+        return f"O is {out_features}: an odd number of rows has no halves that share x"
+    if in_features % block_size:
+        return f"I is {in_features}, no multiple of the block size {block_size}: blocks cross rows"
+    if block_size < 32 or block_size & (block_size - 1):
+        return f"the block size is {block_size}: expected a power of two from 32"
+    if out_features * in_features // 2 >= LARGEST_HALF:
+        return f"{out_features} x {in_features} weights are more than 2^32"
+    return None
+
+
+def supports(shape: tuple[int, int], block_size: int, dtype: jnp.dtype) -> bool:
+    """Whether the kernels take a weight [O, I] with activations of dtype."""
+    return unsupported(shape, block_size, dtype) is None
+
+
+def current_gpu() -> Gpu:
+    """The GPU that programs are traced for: the abstract mesh's, or this process's first.
+
+    Raises RuntimeError where there is none, or one before compute capability 8.0.
+    """
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None and abstract.num_cores is not None:
+        known = [capability for name, capability in CAPABILITIES.items() if name in abstract.device_kind]
+        if not known:
+            raise RuntimeError(f"{abstract.device_kind} is none of {', '.join(CAPABILITIES)}, which can be lowered for")
+        return Gpu(abstract.device_kind, known[0], abstract.num_cores)
+    device: Any = jax.devices()[0]
+    if device.platform != "gpu" or not hasattr(device, "compute_capability"):
+        raise RuntimeError(f'backend "triton" needs an NVIDIA GPU, this process computes on {device.device_kind}')
+    capability = int(float(device.compute_capability) * 10 + 0.5)
+    if capability < 80:
+        raise RuntimeError(f'backend "triton" needs compute capability 8.0, {device.device_kind} has {capability / 10}')
+    return Gpu(device.device_kind, capability, device.core_count)
+
+
+def forward(x: jax.Array, packed: "Packed", codec: "Codec", tiles: Tiles | None = None) -> jax.Array:
+    """y [M, O] = x [M, I] W^T in x's dtype, summed in float32."""
+    return _launch("forward", x, packed, codec, tiles)
+
+
+def backward(dy: jax.Array, packed: "Packed", codec: "Codec", tiles: Tiles | None = None) -> jax.Array:
+    """dx [M, I] = dy [M, O] W in dy's dtype, summed in float32."""
+    return _launch("backward", dy, packed, codec, tiles)
+
+
+def _launch(op: config.Op, x: jax.Array, packed: "Packed", codec: "Codec", tiles: Tiles | None) -> jax.Array:
+    shape, rows = Shape(*codec.shape), x.shape[0]
+    columns = shape.out_features if op == "forward" else shape.in_features
+    if rows == 0:
+        return jnp.zeros((0, columns), x.dtype)
+    try:
+        import jax_triton
+
+        from pallas_kernels.nf4_matmul.triton_backward import backward_kernel
+        from pallas_kernels.nf4_matmul.triton_forward import forward_kernel
+    except ImportError as error:
+        raise ImportError(f'backend "triton" needs jax-triton ({error}): pip install jax-triton==0.4.1') from error
+    gpu = current_gpu()
+    tiles = tiles or config.choose(op, rows, shape, codec.block_size, gpu)
+    partial = tiles.split > 1
+    out_type = jax.ShapeDtypeStruct(
+        (tiles.split, rows, columns) if partial else (rows, columns), jnp.float32 if partial else x.dtype
+    )
+    out = jax_triton.triton_call(
+        x,
+        *operands(packed, codec, x.dtype, tiles),
+        rows=rows,
+        kernel=forward_kernel if op == "forward" else backward_kernel,
+        out_type=out_type,
+        grid=(config.programs(op, rows, shape, tiles), tiles.split),
+        name=f"nf4_matmul_{op}",
+        compute_capability=gpu.compute_capability,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        backend_options=BACKEND_OPTIONS,
+        cost_estimate={
+            "flops": 2 * rows * shape.out_features * shape.in_features,
+            "bytes_accessed": x.nbytes + packed.codes.nbytes + packed.absmax.nbytes + rows * columns * x.dtype.itemsize,
+        },
+        **constants(op, codec, x.dtype, tiles),
+    )
+    return out.sum(0).astype(x.dtype) if partial else out
+
+
+def operands(packed: "Packed", codec: "Codec", dtype: jnp.dtype, tiles: Tiles) -> tuple[jax.Array | None, ...]:
+    """codes, table, absmax, scale_map, nested_absmax, offset as the kernels take them."""
+    from pallas_kernels.nf4_matmul.triton_decode import table_words
+
+    table = jnp.asarray(table_words(codec.table, jnp.dtype(dtype).name))
+    scale_map = np.asarray(codec.absmax_map, np.float32)
+    nested = packed.nested_absmax is not None
+    if nested and tiles.scales_in_kernel:
+        return packed.codes, table, packed.absmax, jnp.asarray(scale_map), packed.nested_absmax, packed.offset
+    absmax = reference.dequantize_absmax(packed.absmax, packed.nested_absmax, packed.offset, scale_map)
+    return packed.codes, table, absmax, None, None, None
+
+
+def constants(op: config.Op, codec: "Codec", dtype: jnp.dtype, tiles: Tiles) -> dict[str, Any]:
+    """The kernels' compile-time arguments."""
+    import triton.language as tl
+
+    out_features, in_features = codec.shape
+    values: dict[str, Any] = {
+        "HALF": out_features // 2,
+        "IN_FEATURES": in_features,
+        "SCALES_PER_ROW": in_features // codec.block_size,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_O": tiles.block_o,
+        "BLOCK_I": tiles.block_i,
+        "SPLIT": tiles.split,
+        "GROUP_M": tiles.group_m,
+        "DTYPE": getattr(tl, jnp.dtype(dtype).name),
+    }
+    return values | ({"SCALE_SUMS": tiles.scale_sums} if op == "forward" else {})

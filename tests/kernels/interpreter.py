@@ -1,0 +1,147 @@
+"""Runs a Triton kernel in Triton's own interpreter on numpy arrays: no GPU, no torch.
+
+Added to it are inline assembly (ptx.py), and bfloat16: it has no dot products of them, and cuts where a GPU rounds.
+"""
+
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.jit import JITFunction
+
+from pallas_kernels.nf4_matmul import Codec, Packed, config, triton_backend
+from pallas_kernels.nf4_matmul.shapes import Shape
+from pallas_kernels.nf4_matmul.triton_backward import backward_kernel
+from pallas_kernels.nf4_matmul.triton_forward import forward_kernel
+from tests.kernels import ptx
+
+LOCK = threading.Lock()  # what is patched is the process's
+POINTERS = {
+    "uint8": tl.uint8,
+    "uint32": tl.uint32,
+    "float16": tl.float16,
+    "bfloat16": tl.bfloat16,
+    "float32": tl.float32,
+}
+
+
+def matmul(op: config.Op, x: jax.Array, packed: Packed, codec: Codec, tiles: config.Tiles) -> np.ndarray:
+    """y or dx as float32, computed as triton_backend launches it."""
+    kernel, name, columns = (forward_kernel, "x", 0) if op == "forward" else (backward_kernel, "dy", 1)
+    shape, rows = Shape(*codec.shape), x.shape[0]
+    arrays = triton_backend.operands(packed, codec, x.dtype, tiles)
+    names = ("codes", "table", "absmax", "scale_map", "nested_absmax", "offset")
+    arguments = {n: None if a is None else np.array(a) for n, a in zip(names, arrays, strict=True)}
+    out = np.full((tiles.split, rows, shape[columns]), np.nan, np.float32 if tiles.split > 1 else np.asarray(x).dtype)
+    arguments |= {name: np.array(x), "out": out, "rows": rows} | triton_backend.constants(op, codec, x.dtype, tiles)
+    arguments["DTYPE"] = tl.constexpr(arguments["DTYPE"])
+    run(kernel, (config.programs(op, rows, shape, tiles), tiles.split), arguments)
+    return out.astype(np.float32).sum(0)
+
+
+def run(kernel: JITFunction, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
+    """Runs every program of the grid, one after another; arrays are read and written in place."""
+    constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    values = {name: value if name in constants else _argument(value) for name, value in arguments.items()}
+    builder = interpreter.interpreter_builder
+    with LOCK, _patched(kernel):
+        function = interpreter.InterpretedFunction(kernel.fn).rewrite()
+        builder.set_grid_dim(*grid, *[1] * (3 - len(grid)))
+        for x in range(grid[0]):
+            for y in range(grid[1] if len(grid) > 1 else 1):
+                builder.set_grid_idx(x, y, 0)
+                function(**values)
+
+
+@contextlib.contextmanager
+def _patched(kernel: JITFunction) -> Iterator[None]:
+    """Puts the interpreter in the compiler's place, for this kernel, and takes it out again."""
+    builder, patch_language = interpreter.interpreter_builder, interpreter._patch_lang
+    added = {"create_inline_asm": _inline_assembly, "create_dot": _dot, "create_fp_trunc": _round}
+    modules = [(module, dict(vars(module))) for module in _modules(kernel)]
+    scopes = []
+
+    def patch(function):
+        scopes.append(patch_language(function))  # the interpreter itself forgets those of helper functions
+        return scopes[-1]
+
+    try:
+        interpreter._patch_lang = patch
+        vars(builder).update(added)
+        for module, names in modules:
+            for name, value in names.items():
+                if isinstance(value, JITFunction):
+                    setattr(module, name, interpreter.InterpretedFunction(value.fn))
+        patch(kernel.fn)
+        yield
+    finally:
+        for scope in reversed(scopes):
+            scope.restore()
+        for module, names in modules:
+            vars(module).update(names)
+        for name in added:
+            vars(builder).pop(name)
+        interpreter._patch_lang = patch_language
+        interpreter.InterpretedFunction.rewritten_fn.clear()
+
+
+def _modules(kernel: JITFunction) -> list[ModuleType]:
+    """Where functions that the kernel calls are looked up: its module, those of its helpers, and Triton's own."""
+    names = {value.fn.__module__ for value in kernel.fn.__globals__.values() if isinstance(value, JITFunction)}
+    names |= {kernel.fn.__module__, tl.__name__, f"{tl.__name__}.standard"}
+    return [sys.modules[name] for name in sorted(names)]
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        pointer = tl.pointer_type(POINTERS[value.dtype.name])
+        return tl.tensor(interpreter.TensorHandle(np.array([value.ctypes.data], np.uint64), pointer), pointer)
+    if isinstance(value, int):
+        return tl.tensor(interpreter.TensorHandle(np.array([value], np.int32), tl.int32), tl.int32)
+    return value
+
+
+def _inline_assembly(assembly, constraints, values, types, is_pure, pack):
+    """One instance of the assembly takes `pack` neighbours of every operand, packed into 32-bit registers."""
+    outputs = constraints.split(",").count("=r")
+    assert constraints.split(",").count("r") == len(constraints.split(",")) - outputs
+    inputs = []
+    for value in values:
+        flat = np.ascontiguousarray(value.data).reshape(-1)
+        words = flat.view(np.uint32).reshape(-1, pack * flat.itemsize // 4)
+        inputs += list(words.T)
+    results = ptx.run(assembly, inputs, outputs)
+    shape, found = values[0].data.shape, []
+    for k in range(len(types)):
+        mine = results[k * outputs // len(types) : (k + 1) * outputs // len(types)]
+        found.append(np.ascontiguousarray(np.stack(mine, axis=-1)).reshape(-1))
+    handles = [
+        interpreter.TensorHandle(data.view(interpreter._get_np_dtype(kind)).reshape(shape), kind)
+        for data, kind in zip(found, [block.scalar for block in types], strict=True)
+    ]
+    return SimpleNamespace(get_result=handles.__getitem__)
+
+
+def _dot(a, b, sums, input_precision, max_num_imprecise_acc):
+    """Exact products of 16-bit values, summed in float32."""
+    left, right = (
+        operand.data.view(ml_dtypes.bfloat16) if operand.get_element_ty() == tl.bfloat16 else operand.data
+        for operand in (a, b)
+    )
+    return interpreter.TensorHandle(left.astype(np.float32) @ right.astype(np.float32) + sums.data, tl.float32)
+
+
+def _round(source, target):
+    """float32 to a narrower type, to the nearest."""
+    data, kind = source.data.astype(np.float32), target.scalar
+    if kind == tl.bfloat16:
+        return interpreter.TensorHandle(data.astype(ml_dtypes.bfloat16).view(np.uint16), kind)
+    return interpreter.TensorHandle(data.astype(interpreter._get_np_dtype(kind)), kind)

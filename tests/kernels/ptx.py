@@ -1,0 +1,58 @@
+"""Runs the integer PTX of an inline assembly on numpy arrays, so that the text which the GPU gets is what is tested."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+LINE = re.compile(r"(?P<op>[a-z0-9]+)(?:\.[a-z0-9]+)* (?P<operands>.*)")
+
+
+def run(assembly: str, inputs: Sequence[np.ndarray], outputs: int) -> list[np.ndarray]:
+    """Operands $0.. are the outputs, then the inputs (uint32 arrays, or scalars); returns the outputs."""
+    registers = {f"${outputs + k}": np.asarray(value, np.uint32) for k, value in enumerate(inputs)}
+    has_written = False
+    for statement in re.split(r"[;\n{}]+", assembly):
+        if not statement.strip() or statement.strip().startswith(".reg"):
+            continue
+        match = LINE.fullmatch(statement.strip())
+        assert match, statement
+        target, *sources = [operand.strip() for operand in match["operands"].split(",")]
+        # an output may be given an input's register: once one is written, inputs must not be read any more
+        assert not (has_written and any(source.startswith("$") for source in sources)), statement
+        has_written = has_written or target.startswith("$")
+        values = [registers[s] if s in registers else np.uint32(int(s, 0)) for s in sources]
+        registers[target] = np.asarray(_OPERATIONS[match["op"]](*values), np.uint32)
+    return [registers[f"${k}"] for k in range(outputs)]
+
+
+def _prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    """prmt in its default mode: a nibble of the selector picks one of eight bytes, its top bit asks for the sign."""
+    both = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
+    result = np.uint64(0)
+    for byte in range(4):
+        nibble = (selector.astype(np.uint64) >> np.uint64(4 * byte)) & np.uint64(0xF)
+        value = (both >> (np.uint64(8) * (nibble & np.uint64(7)))) & np.uint64(0xFF)
+        sign = np.where(value >> np.uint64(7), np.uint64(0xFF), np.uint64(0))
+        value = np.where(nibble >> np.uint64(3), sign, value)
+        result = result | (value << np.uint64(8 * byte))
+    return result
+
+
+def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Bit (4 a + 2 b + c) of the table, for each bit position."""
+    result = np.uint32(0)
+    for index in range(8):
+        if int(table) >> index & 1:
+            term = (a if index & 4 else ~a) & (b if index & 2 else ~b) & (c if index & 1 else ~c)
+            result = result | term
+    return result
+
+
+_OPERATIONS = {
+    "and": lambda a, b: a & b,
+    "shr": lambda a, b: a >> b,
+    "mov": lambda a: a,
+    "lop3": _lop3,
+    "prmt": _prmt,
+}

@@ -1,0 +1,117 @@
+"""Choice of tiles: heuristic, candidates, tuned tables and their mistakes."""
+
+import dataclasses
+import json
+import logging
+
+import pytest
+
+from pallas_kernels.nf4_matmul import config
+from pallas_kernels.nf4_matmul.shapes import MODELS, SHAPES, Shape
+
+A100 = config.Gpu("NVIDIA A100-SXM4-80GB", 80, 108)
+RTX_4090 = config.Gpu("NVIDIA GeForce RTX 4090", 89, 128)
+SHAPE = Shape(4096, 4096)
+
+
+def test_shapes_of_known_models():
+    assert SHAPES["llama-7b/down"] == (4096, 11008)
+    assert SHAPES["llama-70b/key_value"] == (1024, 8192)
+    # the parameters of Llama-65B's 80 layers: four attention projections, gate and up, down
+    layers = MODELS["llama-65b"]
+    weights = {name: o * i for name, (o, i) in layers.items()}
+    assert 80 * (4 * weights["attention"] + 2 * weights["gate_up"] + weights["down"]) == pytest.approx(
+        64.76e9, rel=1e-3
+    )
+    assert all(o % 2 == 0 and i % 64 == 0 for o, i in SHAPES.values())
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 256, 4096])
+@pytest.mark.parametrize("op", config.OPS)
+@pytest.mark.parametrize("rows", [1, 7, 16, 17, 200, 16384])
+def test_heuristic_tiles_are_possible(rows, op, block_size):
+    for shape in [*SHAPES.values(), Shape(64, 64)]:
+        tiles = config.heuristic(op, rows, shape, block_size, RTX_4090)
+        assert block_size % tiles.block_i == 0
+        assert tiles.split <= config.reduction_tiles(op, shape, tiles)
+        assert config.shared_bytes(op, tiles) <= config.shared_limit(89)
+
+
+def test_one_row_fills_the_gpu():
+    tiles = config.heuristic("forward", 1, SHAPE, 64, A100)
+    assert config.programs("forward", 1, SHAPE, tiles) * tiles.split >= A100.cores
+
+
+def test_candidates_fit_and_differ():
+    for op in config.OPS:
+        for rows in (1, 256, 4096):
+            found = config.candidates(op, rows, SHAPE, 64, RTX_4090)
+            assert len(found) == len(set(found)) > 5
+            assert all(config.shared_bytes(op, tiles) <= config.shared_limit(89) for tiles in found)
+            assert all(64 % tiles.block_i == 0 for tiles in found)
+
+
+def test_a_tuned_table_comes_back_and_is_used(tmp_path, monkeypatch):
+    tiles = dataclasses.replace(config.heuristic("forward", 16, SHAPE, 64, A100), num_stages=2)
+    table: config.Table = {("forward", SHAPE, 64, 16): tiles}
+    monkeypatch.setattr(config, "TUNED", tmp_path)
+    config.write_table(config.table_file(A100.name), A100.name, table)
+    config.tuned_table.cache_clear()
+    try:
+        assert config.read_table(tmp_path / "nvidia-a100-sxm4-80gb.json") == table
+        assert config.choose("forward", 9, SHAPE, 64, A100) == tiles
+        assert config.choose("forward", 8, SHAPE, 64, A100) != tiles
+    finally:
+        config.tuned_table.cache_clear()
+
+
+def test_an_untuned_gpu_is_said_once(caplog, monkeypatch, tmp_path):
+    monkeypatch.setattr(config, "TUNED", tmp_path)
+    unknown = A100._replace(name="NVIDIA Test")
+    with caplog.at_level(logging.WARNING):
+        for rows in (1, 2, 4096):
+            config.choose("forward", rows, SHAPE, 64, unknown)
+    assert [record.getMessage() for record in caplog.records] == [
+        "nf4_matmul forward: there is no tuned table of NVIDIA Test; tiles come from a heuristic "
+        "(python -m experiments.bench_kernels --tune measures better ones)"
+    ]
+
+
+GOOD = {
+    "op": "forward",
+    "out_features": 4096,
+    "in_features": 4096,
+    "block_size": 64,
+    "rows": 16,
+    "tiles": dataclasses.asdict(config.Tiles(16, 64, 64, 1, 8, 4, 4)),
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", 'no JSON object with "entries"'),
+        ("[]", 'no JSON object with "entries"'),
+        (
+            json.dumps({"entries": [GOOD, {**GOOD, "op": "up"}]}),
+            "entry 1: op is 'up', expected one of forward, backward",
+        ),
+        (json.dumps({"entries": [{k: v for k, v in GOOD.items() if k != "rows"}]}), "entry 0: 'rows' is missing"),
+        (json.dumps({"entries": [{**GOOD, "rows": 17}]}), "entry 0: rows is 17, expected a power of two"),
+        (json.dumps({"entries": [{**GOOD, "block_size": 32}]}), "block_i is 64, expected a divisor of block_size 32"),
+        (json.dumps({"entries": [{**GOOD, "tiles": {**GOOD["tiles"], "block_m": 24}}]}), "block_m is 24, expected a"),
+        (json.dumps({"entries": [{**GOOD, "tiles": {"block_k": 1}}]}), "unexpected keyword argument 'block_k'"),
+        (json.dumps({"entries": [GOOD, GOOD]}), "entry 1: .* stands there twice"),
+    ],
+)
+def test_mistakes_in_a_tuned_table_are_named(tmp_path, text, message):
+    path = tmp_path / "gpu.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        config.read_table(path)
+    assert str(path) in str(error.value)
+
+
+def test_committed_tables_can_be_read():
+    for path in config.TUNED.glob("*.json"):
+        assert config.read_table(path)

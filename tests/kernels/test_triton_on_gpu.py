@@ -1,0 +1,38 @@
+"""The Triton kernels on a real GPU, against XLA's float32 product there: JAX_PLATFORMS=cuda pytest tests/kernels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qlora_jax as qj
+from pallas_kernels import nf4_matmul
+from pallas_kernels.nf4_matmul.shapes import SHAPES
+
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() != "gpu", reason="no GPU: the kernels run in the interpreter only"
+)
+
+UNIT_ROUNDOFF = {"bfloat16": 2.0**-9, "float16": 2.0**-12}
+
+
+@pytest.mark.parametrize("dtype", UNIT_ROUNDOFF)
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 100, 300, 2048])
+@pytest.mark.parametrize("name", ["tinyllama-1b/key_value", "tinyllama-1b/down", "llama-7b/gate_up"])
+def test_value_and_gradient(name, rows, dtype):
+    shape = SHAPES[name]
+    keys = jax.random.split(jax.random.key(rows), 3)
+    q = qj.quantize(jax.random.normal(keys[0], tuple(shape)))
+    codec = q.codec._replace(backend="triton")
+    x = jax.random.normal(keys[1], (rows, shape.in_features), dtype)
+    dy = jax.random.normal(keys[2], (rows, shape.out_features), dtype)
+    y, pullback = jax.vjp(lambda x: nf4_matmul.matmul(x, q.packed, codec), x)
+    (dx,) = pullback(dy)
+    w = qj.dequantize(q, jnp.float32)
+    for found, left, contract in ((y, x, 1), (dx, dy, 0)):
+        exact = nf4_matmul.dense_matmul(left.astype(jnp.float32), w, contract)
+        magnitude = jnp.sqrt(nf4_matmul.dense_matmul(left.astype(jnp.float32) ** 2, w**2, contract))
+        # errors of the terms are independent: six standard deviations of three roundings, and the result's own
+        bound = UNIT_ROUNDOFF[dtype] * (6 * 3**0.5 * magnitude + jnp.abs(exact))
+        assert found.dtype == dtype
+        assert np.all(np.abs(np.asarray(found, np.float32) - np.asarray(exact)) <= np.asarray(bound))

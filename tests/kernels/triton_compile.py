@@ -1,0 +1,67 @@
+"""Compiles the Triton kernels to machine code for a GPU that is not here, and reads what the code takes."""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pallas_kernels.nf4_matmul import Codec, config, triton_backend
+from pallas_kernels.nf4_matmul.triton_backward import backward_kernel
+from pallas_kernels.nf4_matmul.triton_forward import forward_kernel
+
+CUOBJDUMP = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
+POINTER = {"bfloat16": "*bf16", "float16": "*fp16"}
+
+
+class Machine(NamedTuple):
+    """What a compiled kernel takes."""
+
+    registers: int  # of a thread
+    stack: int  # bytes a thread spills
+    shared: int  # bytes a program
+    instructions: Counter  # by name, over the whole code
+
+
+def compile_kernel(
+    op: config.Op, codec: Codec, dtype: str, tiles: config.Tiles, compute_capability: int, double_quant: bool = True
+) -> Machine:
+    kernel = forward_kernel if op == "forward" else backward_kernel
+    nested = "*fp32" if double_quant and tiles.scales_in_kernel else "constexpr"
+    types = {
+        kernel.arg_names[0]: POINTER[dtype],
+        "codes": "*u8",
+        "table": "*u32",
+        "absmax": "*fp32" if nested == "constexpr" else "*u8",
+        "scale_map": nested,
+        "nested_absmax": nested,
+        "offset": nested,
+        "out": POINTER[dtype] if tiles.split == 1 else "*fp32",
+        "rows": "i32",
+    }
+    constants = triton_backend.constants(op, codec, jnp.dtype(dtype), tiles)
+    constants |= {name: None for name, kind in types.items() if kind == "constexpr"}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    pointers = [k for k, kind in enumerate(signature.values()) if kind.startswith("*")]
+    source = ASTSource(kernel, signature, constants, {(k,): [["tt.divisibility", 16]] for k in pointers})
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, **triton_backend.BACKEND_OPTIONS}
+    compiled = triton.compile(source, target=GPUTarget("cuda", compute_capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("-res-usage", file.name)
+        code = _cuobjdump("-sass", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", code)
+    return Machine(int(found[1]), int(found[2]), compiled.metadata.shared, Counter(names))
+
+
+def _cuobjdump(*arguments: str) -> str:
+    return subprocess.run([CUOBJDUMP, *arguments], capture_output=True, text=True, check=True).stdout
