@@ -9,7 +9,7 @@ ARGS =
 unexport PYTHONPATH
 unexport PYTHONHOME
 
-.PHONY: quickstart test lint constraints clean venv
+.PHONY: quickstart test lint constraints clean venv venv-dev
 
 # Quantize, finetune and export a small model, and show what that gained
 quickstart: venv
@@ -18,15 +18,18 @@ quickstart: venv
 test: lint
 	$(PYTHON_IN_VENV) -m pytest -n 2 $(ARGS)
 
-lint: venv
+lint: venv-dev
 	$(PYTHON_IN_VENV) -m ruff check .
 	$(PYTHON_IN_VENV) -m mypy $(PACKAGES)
 
 venv:
 	@scripts/make_venv
 
+venv-dev:
+	@scripts/make_venv dev
+
 # Write the versions that .venv has now into constraints.txt
-constraints: venv
+constraints: venv-dev
 	$(PYTHON_IN_VENV) scripts/make_constraints.py
 
 clean:

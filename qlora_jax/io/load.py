@@ -124,6 +124,7 @@ def load_model(
     compute_dtype: Any = jnp.bfloat16,
     remat: str = "block",
     attention: str = "xla",
+    kernel: str = "xla",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Llama:
     """Reads a checkpoint.
@@ -133,6 +134,7 @@ def load_model(
       quant: how linear layers are kept; None keeps what the folder has. Embedding, norms and head are never quantized.
       compute_dtype: of activations.
       remat, attention: see Llama.
+      kernel: of the 4-bit matmul, one of nf4_matmul.BACKENDS.
       progress: called with (tensors done, tensors in all).
     Raises:
       InputError: the folder does not fit its config.json, is quantized otherwise than asked, or a weight is not finite.
@@ -170,6 +172,8 @@ def load_model(
         for index in range(config.L):
             key = LAYER.format(index, name)
             leaf = linear(key)
+            if isinstance(leaf, QuantizedTensor):
+                leaf = dataclasses.replace(leaf, backend=kernel)
             if stored is not None and leaf.shape != shape:
                 raise InputError(f"{files.folder}: {key} is {list(leaf.shape)} once unpacked, expected {list(shape)}")
             stack = _put(stack, leaf, index, config.L)

@@ -29,6 +29,7 @@ class QuantizedTensor:
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
     format: str = dataclasses.field(metadata={"static": True})
     block_size: int = dataclasses.field(metadata={"static": True})
+    backend: str = dataclasses.field(default="xla", metadata={"static": True})  # of matmul: nf4_matmul.BACKENDS
 
     @property
     def double_quant(self) -> bool:
@@ -40,7 +41,7 @@ class QuantizedTensor:
 
     @property
     def codec(self) -> nf4_matmul.Codec:
-        return nf4_matmul.Codec(self.shape, self.block_size, codebook(self.format).values, absmax_map())
+        return nf4_matmul.Codec(self.shape, self.block_size, codebook(self.format).values, absmax_map(), self.backend)
 
     @property
     def nbytes(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from pallas_kernels import nf4_matmul
 from qlora_jax import lora
 from qlora_jax.data.batches import FileBatches
 from qlora_jax.data.load import LoadedData, load_data
@@ -25,6 +26,7 @@ _CHOICES = {
     ("model", "compute_dtype"): ("bfloat16", "float32"),
     ("model", "remat"): ("block", "none"),
     ("model", "attention"): ("xla", "cudnn"),
+    ("model", "kernel"): nf4_matmul.BACKENDS,
     ("optimizer", "paging"): PAGING,
 }
 _AT_LEAST_ONE = (
@@ -73,6 +75,13 @@ def check_config(config: Any) -> None:
         )
     if config.optimizer.learning_rate <= 0 or config.optimizer.max_grad_norm < 0:
         raise InputError("optimizer.learning_rate must be positive and optimizer.max_grad_norm 0 (no clipping) or more")
+    needs_gpu = [key for key, value in (("kernel", "triton"), ("attention", "cudnn")) if config.model[key] == value]
+    if needs_gpu and jax.default_backend() != "gpu":
+        key = needs_gpu[0]
+        raise InputError(
+            f"model.{key} is {config.model[key]!r}, which needs an NVIDIA GPU; this process computes on "
+            f"{jax.default_backend()}: set model.{key}=xla"
+        )
     if config.mesh.devices != 1:
         raise InputError(f"mesh.devices is {config.mesh.devices}; one run trains on one device")
 
@@ -109,7 +118,8 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
         steps = len(data.batches)
         say(f"data: one pass over data.batches: {steps} steps, fewer than train.steps = {config.train.steps}")
     tx = make_optimizer(config.optimizer, steps)
-    model = load_model(folder, quant, config.model.compute_dtype, config.model.remat, config.model.attention, progress)
+    m = config.model
+    model = load_model(folder, quant, m.compute_dtype, m.remat, m.attention, m.kernel, progress)
     lora.attach(model, lora_config, jax.random.key(config.train.seed))
     if config.lora.init_from:
         _start_from(model, Path(config.lora.init_from), lora_config)
