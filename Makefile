@@ -9,7 +9,7 @@ ARGS =
 unexport PYTHONPATH
 unexport PYTHONHOME
 
-.PHONY: quickstart test lint constraints clean venv venv-dev
+.PHONY: quickstart test gpu-check lint constraints clean venv venv-dev
 
 # Quantize, finetune and export a small model, and show what that gained
 quickstart: venv
@@ -17,6 +17,12 @@ quickstart: venv
 
 test: lint
 	$(PYTHON_IN_VENV) -m pytest -n 2 $(ARGS)
+
+# On a machine with an NVIDIA GPU, after installing an extra (cuda13 or cuda12): right first, then how fast
+gpu-check: venv-dev
+	JAX_PLATFORMS=cuda $(PYTHON_IN_VENV) -m pytest -m gpu $(ARGS)
+	@mkdir -p results
+	JAX_PLATFORMS=cuda $(PYTHON_IN_VENV) -m experiments.bench_kernels --out=results/bench_kernels.json
 
 lint: venv-dev
 	$(PYTHON_IN_VENV) -m ruff check .

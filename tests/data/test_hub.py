@@ -28,7 +28,7 @@ DATASETS = {
         "train.jsonl": lines("a"),
         "test.jsonl": lines("b"),
     },
-    "owner/packed": {"trees.jsonl.gz": gzip.compress(lines("p"))},
+    "owner/packed": {"trees.jsonl.gz": gzip.compress(lines("p"), mtime=0)},
     "owner/several": {"helpful/train.jsonl": lines("h"), "harmless/train.jsonl": lines("x")},
     "owner/broken": {"train.jsonl": lines("a") + b"{\n"},
     "owner/closed": {},

@@ -1,4 +1,4 @@
-"""The Triton kernels on a real GPU, against XLA's float32 product there: JAX_PLATFORMS=cuda pytest tests/kernels."""
+"""The Triton kernels on a real GPU, against XLA's float32 product there (make gpu-check)."""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,10 @@ import qlora_jax as qj
 from pallas_kernels import nf4_matmul
 from pallas_kernels.nf4_matmul.shapes import SHAPES
 
-pytestmark = pytest.mark.skipif(
-    jax.default_backend() != "gpu", reason="no GPU: the kernels run in the interpreter only"
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU: the kernels run in the interpreter only"),
+]
 
 UNIT_ROUNDOFF = {"bfloat16": 2.0**-9, "float16": 2.0**-12}
 
