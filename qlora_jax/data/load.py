@@ -35,7 +35,7 @@ def load_data(config: Any, tokenizer: Tokenizer | None, batch_size: int, vocab_s
       config: the `data` section (configs/base.py explains its keys). `max_examples` takes the first examples of
         the data set; `batches` goes before `path`.
       tokenizer: of the model; may be None with `batches`.
-      batch_size: sequences an optimizer step, B.
+      batch_size: sequences an optimizer step, B; a file of ready batches brings its own.
       vocab_size: rows of the model's embedding; every token id must be lower.
 
     Raises:
@@ -83,15 +83,13 @@ def _read_heldout(config: Any, tokenizer: Tokenizer, vocab_size: int) -> list[Ex
 
 def _load_file(path: str, batch_size: int, vocab_size: int) -> LoadedData:
     batches = FileBatches(path)
-    if batches.batch_size != batch_size:
-        raise InputError(
-            f"data.batches: {path} has {batches.batch_size} sequences a batch, train.batch_size is {batch_size}; "
-            "set them equal"
-        )
     if batches.max_token_id >= vocab_size:
         raise InputError(f"data.batches: {path} has token id {batches.max_token_id}, the model has {vocab_size} tokens")
     shape = f"{len(batches)} batches of {batches.batch_size} x {batches.max_length} tokens"
-    return LoadedData(batches, [], [f"data: {path}: {shape}, every token but the first of a row a target"])
+    report = [f"data: {path}: {shape}, every token but the first of a row a target"]
+    if batches.batch_size != batch_size:
+        report.append(f"data: steps of {batches.batch_size} sequences, as the file has them, not of {batch_size}")
+    return LoadedData(batches, [], report)
 
 
 def _check_ids(examples: Sequence[Example], vocab_size: int) -> None:

@@ -141,7 +141,7 @@ class Run:
         config, prepared = self.config, self.prepared
         begun = time.perf_counter()
         batch = prepared.data.batches.batch(step)
-        micro = lambda x: x.reshape(config.train.grad_accum, -1, x.shape[-1])  # noqa: E731
+        micro = lambda x: x.reshape(prepared.grad_accum, -1, x.shape[-1])  # noqa: E731
         key = None
         if config.lora.dropout:
             key = jax.random.fold_in(jax.random.key(config.train.seed + 1), step)

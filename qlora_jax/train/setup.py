@@ -2,6 +2,7 @@
 optimizer."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class Prepared:
     optimizer: PagedOptimizer
     schedule: Callable[[int], Any]
     steps: int  # optimizer steps of the run
+    grad_accum: int  # micro-batches an optimizer step
     base_bytes: int  # the frozen model on the device
     base_bits_per_param: float  # of the linear layers, scales included
     trainable_params: int
@@ -68,7 +70,7 @@ def check_config(config: Any) -> None:
     for section, key in _AT_LEAST_ONE:
         if config[section][key] < 1:
             raise InputError(f"{section}.{key} is {config[section][key]}; expected at least 1")
-    if config.train.batch_size % config.train.grad_accum:
+    if not config.data.batches and config.train.batch_size % config.train.grad_accum:
         raise InputError(
             f"train.batch_size {config.train.batch_size} cannot be cut into train.grad_accum {config.train.grad_accum} "
             "equal micro-batches; make it a multiple"
@@ -117,6 +119,9 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
     if isinstance(data.batches, FileBatches) and len(data.batches) < steps:
         steps = len(data.batches)
         say(f"data: one pass over data.batches: {steps} steps, fewer than train.steps = {config.train.steps}")
+    grad_accum = math.gcd(config.train.grad_accum, data.batches.batch_size)
+    if grad_accum != config.train.grad_accum:
+        say(f"data: {grad_accum} micro-batches a step, not {config.train.grad_accum}: the file's batches are smaller")
     tx = make_optimizer(config.optimizer, steps)
     m = config.model
     model = load_model(folder, quant, m.compute_dtype, m.remat, m.attention, m.kernel, progress)
@@ -137,7 +142,7 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
     o = config.optimizer
     schedule = make_schedule(o.schedule, o.learning_rate, steps, o.warmup_steps)
     return Prepared(
-        folder, tokenizer, data, graph, adapter, base, lora_config, optimizer, schedule, steps,
+        folder, tokenizer, data, graph, adapter, base, lora_config, optimizer, schedule, steps, grad_accum,
         base_bytes, bits, trainable, base_params + trainable,
     )  # fmt: skip
 

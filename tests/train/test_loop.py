@@ -165,7 +165,6 @@ def test_two_processes_cannot_share_a_workdir(tiny_config, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
-        ("train", "grad_accum", 3, "cannot be cut into"),
         ("train", "steps", 0, "at least 1"),
         ("model", "compute_dtype", "float64", "bfloat16 or float32"),
         ("model", "kernel", "cuda", "xla or triton"),
@@ -224,3 +223,23 @@ def test_full_disk_is_one_line_and_keeps_the_older_checkpoints(tiny_config, tmp_
         with pytest.raises(InputError, match=r"checkpoint at step 4 could not be written.*free space and run"):
             train(tiny_config, tmp_path / "run")
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+
+
+def test_batch_that_cannot_be_cut_into_micro_batches(tiny_config, tmp_path):
+    tiny_config.data.batches, tiny_config.data.path = "", "rows.json"
+    tiny_config.train.grad_accum = 3
+    with pytest.raises(InputError, match="4 cannot be cut into train.grad_accum 3"):
+        train(tiny_config, tmp_path / "run")
+
+
+def test_ready_batches_bring_their_own_size(tiny_config, tmp_path):
+    """Micro-batches change nothing but rounding, so the recipe's 16 give way to what the file's 4 sequences allow."""
+    tiny_config.train.batch_size = tiny_config.train.grad_accum = 16
+    tiny_config.lora.dropout = 0.0
+    said = []
+    finetune(tiny_config, resolved(tiny_config), tmp_path / "recipe", said.append)
+    assert any("steps of 4 sequences, as the file has them, not of 16" in line for line in said)
+    assert any("4 micro-batches a step, not 16" in line for line in said)
+    tiny_config.train.batch_size, tiny_config.train.grad_accum = 4, 1
+    train(tiny_config, tmp_path / "whole")
+    np.testing.assert_allclose(losses(tmp_path / "recipe"), losses(tmp_path / "whole"), rtol=1e-5)
