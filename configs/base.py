@@ -15,7 +15,8 @@ def get_config() -> ConfigDict:
     c.model.compute_dtype = "bfloat16"  # bfloat16 | float32; norms, softmax and the loss are float32 always
     c.model.remat = "block"  # block: keep one activation a layer and recompute the rest | none: keep everything
     c.model.attention = "xla"  # xla | cudnn (flash attention; NVIDIA GPUs only)
-    c.model.kernel = "xla"  # 4-bit matmul: xla (dequantizes, then multiplies) | triton (NVIDIA GPUs; not yet measured)
+    c.model.kernel = "xla"  # of the 4-bit matmul: xla (dequantizes, then multiplies) | triton (NVIDIA GPUs)
+    # | mosaic (Hopper): both decode inside the product, and have not been measured on a GPU yet
 
     c.quant = ConfigDict()
     c.quant.format = "nf4"  # nf4 | fp4 | int4 | none (16-bit base)

@@ -1,23 +1,26 @@
 """The op: y = x W^T for a packed W, differentiable in x, with the packed arrays as its only residuals.
 
-Two backends. "xla" dequantizes a weight and leaves the product to XLA: every device, every shape; the default. "triton"
-dequantizes inside the product (triton_backend.py), on NVIDIA GPUs; shapes that its kernels refuse take "xla". `path`
-tells which way a weight goes.
+Three backends. "xla" dequantizes a weight and leaves the product to XLA: every device, every shape; the default.
+"triton" (triton_backend.py: NVIDIA GPUs from Ampere on) and "mosaic" (mosaic_hopper.py: Hopper, training row counts)
+dequantize inside the product; shapes that their kernels refuse take "xla". `path` tells which way a weight goes.
 """
 
 import functools
+import importlib
 import logging
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.nf4_matmul import reference, triton_backend
+from pallas_kernels.nf4_matmul import reference
 
-BACKENDS = ("xla", "triton")
+_KERNELS = {"triton": "triton_backend", "mosaic": "mosaic_hopper"}  # backend -> its module, imported when it is chosen
+BACKENDS = ("xla", *_KERNELS)
 log = logging.getLogger(__name__)
 
 
@@ -55,17 +58,22 @@ def path(codec: Codec, dtype: jnp.dtype) -> str:
     """
     if codec.backend not in BACKENDS:
         raise ValueError(f"backend is {codec.backend!r}, expected one of {', '.join(BACKENDS)}")
-    if codec.backend == "triton":
-        reason = triton_backend.unsupported(codec.shape, codec.block_size, dtype)
-        if reason is None:
-            return "triton"
-        _say_refused(codec.shape, reason)
+    if codec.backend == "xla":
+        return "xla"
+    reason = _kernels(codec.backend).unsupported(codec.shape, codec.block_size, dtype)
+    if reason is None:
+        return codec.backend
+    _say_refused(codec.backend, codec.shape, reason)
     return "xla"
 
 
+def _kernels(backend: str) -> ModuleType:
+    return importlib.import_module(f"pallas_kernels.nf4_matmul.{_KERNELS[backend]}")
+
+
 @functools.cache
-def _say_refused(shape: tuple[int, int], reason: str) -> None:
-    log.warning("nf4_matmul: the weight %s takes backend xla instead of triton: %s", list(shape), reason)
+def _say_refused(backend: str, shape: tuple[int, int], reason: str) -> None:
+    log.warning("nf4_matmul: the weight %s takes backend xla instead of %s: %s", list(shape), backend, reason)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -80,14 +88,14 @@ def matmul(x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
       [..., O] in x's dtype, accumulated in float32.
     Raises:
       ValueError: x's last dimension is not I, or the backend is unknown.
-      RuntimeError, ImportError: backend "triton" without its GPU or its packages.
+      RuntimeError, ImportError: backend "triton" or "mosaic" without its GPU or its packages.
     """
     if x.shape[-1] != codec.shape[1]:
         raise ValueError(
             f"x has {x.shape[-1]} features, the weight [out, in] = {list(codec.shape)} takes {codec.shape[1]}"
         )
-    if path(codec, x.dtype) == "triton":
-        return _fused(triton_backend.forward, codec)(x, packed)
+    if (backend := path(codec, x.dtype)) != "xla":
+        return _fused(_kernels(backend).forward, codec)(x, packed)
     return dense_matmul(x, dequantize(packed, codec, x.dtype), contract=1)
 
 
@@ -103,8 +111,8 @@ def _forward(x, packed, codec):
 
 
 def _backward(codec, packed, dy):
-    if path(codec, dy.dtype) == "triton":
-        return _fused(triton_backend.backward, codec)(dy, packed), None
+    if (backend := path(codec, dy.dtype)) != "xla":
+        return _fused(_kernels(backend).backward, codec)(dy, packed), None
     return dense_matmul(dy, dequantize(packed, codec, dy.dtype), contract=0), None
 
 

@@ -123,7 +123,8 @@ def test_batches_from_a_file(tmp_path):
     data = load_data(config(batches=path), None, 2, 6)
     assert isinstance(data.batches, FileBatches) and len(data.batches) == 3 and data.heldout == []
     assert "3 batches of 2 x 8 tokens" in data.report[0]
-    assert "steps of 2 sequences, as the file has them, not of 4" in load_data(config(batches=path), None, 4, 6).report[1]
+    said = load_data(config(batches=path), None, 4, 6).report[1]
+    assert "steps of 2 sequences, as the file has them, not of 4" in said
     with pytest.raises(InputError, match="has token id 5, the model has 5 tokens"):
         load_data(config(batches=path), None, 2, 5)
 

@@ -1,4 +1,4 @@
-"""The Triton kernels on a real GPU, against XLA's float32 product there (make gpu-check)."""
+"""The Triton and Mosaic kernels on a real GPU, against XLA's float32 product there (make gpu-check)."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ import pytest
 
 import qlora_jax as qj
 from pallas_kernels import nf4_matmul
+from pallas_kernels.nf4_matmul.mosaic_hopper import HOPPER
 from pallas_kernels.nf4_matmul.shapes import SHAPES
 
 pytestmark = [
@@ -17,14 +18,17 @@ pytestmark = [
 UNIT_ROUNDOFF = {"bfloat16": 2.0**-9, "float16": 2.0**-12}
 
 
+@pytest.mark.parametrize("backend", ["triton", "mosaic"])
 @pytest.mark.parametrize("dtype", UNIT_ROUNDOFF)
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 100, 300, 2048])
 @pytest.mark.parametrize("name", ["tinyllama-1b/key_value", "tinyllama-1b/down", "llama-7b/gate_up"])
-def test_value_and_gradient(name, rows, dtype):
+def test_value_and_gradient(name, rows, dtype, backend):
+    if backend == "mosaic" and not jax.devices()[0].device_kind.removeprefix("NVIDIA ").startswith(HOPPER):
+        pytest.skip("the Mosaic kernels are for Hopper")
     shape = SHAPES[name]
     keys = jax.random.split(jax.random.key(rows), 3)
     q = qj.quantize(jax.random.normal(keys[0], tuple(shape)))
-    codec = q.codec._replace(backend="triton")
+    codec = q.codec._replace(backend=backend)
     x = jax.random.normal(keys[1], (rows, shape.in_features), dtype)
     dy = jax.random.normal(keys[2], (rows, shape.out_features), dtype)
     y, pullback = jax.vjp(lambda x: nf4_matmul.matmul(x, q.packed, codec), x)
