@@ -53,3 +53,16 @@ def run_commands() -> Callable[[list[list[str]]], list[dict]]:
         return json.loads(result.stdout)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def assert_one_line_error() -> Callable[[dict, list[str]], None]:
+    """Checks a result of `run_commands`: exit status 2, nothing on stdout, a last line of stderr that has all words."""
+
+    def check(result: dict, words: list[str]) -> None:
+        assert result["status"] == 2 and result["out"] == ""
+        last = result["err"].splitlines()[-1]
+        assert last.startswith("error: ") and "Traceback" not in result["err"]
+        assert all(word in last for word in words), last
+
+    return check

@@ -1,10 +1,7 @@
 """Hub data sets, against a server on this machine that speaks the few requests huggingface_hub makes."""
 
 import gzip
-import http.server
 import json
-import threading
-from urllib.parse import unquote
 
 import pytest
 from huggingface_hub import constants
@@ -12,9 +9,7 @@ from huggingface_hub import constants
 from qlora_jax.data.hub import choose_train_files, looks_like_dataset
 from qlora_jax.data.read import SUFFIXES, read_rows
 from qlora_jax.errors import InputError
-
-SHA = "0123456789abcdef0123456789abcdef01234567"
-TOKEN = "hf_aVerySecretWord"
+from tests.hub_server import SHA, TOKEN, HubHandler, serving
 
 
 def lines(*outputs):
@@ -36,28 +31,8 @@ DATASETS = {
 }
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
+class Hub(HubHandler):
     requests: list[tuple[str, str]] = []
-
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        self.answer(with_body=True)
-
-    def do_HEAD(self):
-        self.answer(with_body=False)
-
-    def answer(self, with_body):
-        path = unquote(self.path.split("?")[0])
-        Hub.requests.append((path, self.headers.get("authorization", "")))
-        status, headers, body = self.find(path)
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
 
     def find(self, path):
         parts = path.removeprefix("/api").strip("/").split("/")
@@ -81,21 +56,16 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
     Hub.requests.clear()
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.chdir(tmp_path)
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(Hub) as address:
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        yield address
 
 
 def outputs(path, revision="main"):

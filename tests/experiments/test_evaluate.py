@@ -95,12 +95,8 @@ def test_a_table_is_printed(results) -> None:
         ("no tokenizer", ["has no tokenizer"]),
     ],
 )
-def test_mistakes_are_one_line(results, name, named) -> None:
-    result = results[name]
-    assert result["status"] == 2 and result["out"] == ""
-    last = result["err"].splitlines()[-1]
-    assert last.startswith("error: ") and "Traceback" not in result["err"]
-    assert all(word in last for word in named), last
+def test_mistakes_are_one_line(results, name, named, assert_one_line_error) -> None:
+    assert_one_line_error(results[name], named)
 
 
 def test_folders_stored_in_4_bits_and_without_tokenizer(golden, tmp_path, run_commands) -> None:

@@ -107,12 +107,8 @@ def test_help_says_what_is_printed(results) -> None:
         ("block size alone", ["--block_size=32 without --quant"]),
     ],
 )
-def test_mistakes_are_one_line(results, name, named) -> None:
-    result = results[name]
-    assert result["status"] == 2 and result["out"] == ""
-    last = result["err"].splitlines()[-1]
-    assert last.startswith("error: ") and "Traceback" not in result["err"]
-    assert all(word in last for word in named), last
+def test_mistakes_are_one_line(results, name, named, assert_one_line_error) -> None:
+    assert_one_line_error(results[name], named)
 
 
 def test_a_piped_chat(folder) -> None:

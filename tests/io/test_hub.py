@@ -1,20 +1,15 @@
 """A model named on the hub, fetched by the command from a server on this machine that speaks the hub's protocol."""
 
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
-from urllib.parse import unquote
 
 import pytest
 
+from tests.hub_server import SHA, TOKEN, HubHandler, serving
 from tests.tiny_checkpoint import write_tiny_checkpoint
-
-SHA = "0123456789abcdef0123456789abcdef01234567"
-TOKEN = "hf_aVerySecretWord"
 
 
 @pytest.fixture
@@ -24,28 +19,9 @@ def hub(tmp_path):
     write_tiny_checkpoint(folder)
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
     (folder / "modeling_evil.py").write_text("raise SystemExit('remote code ran')")
-    asked: list[str] = []
 
-    class Hub(http.server.BaseHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-        def do_GET(self):
-            self.answer(with_body=True)
-
-        def do_HEAD(self):
-            self.answer(with_body=False)
-
-        def answer(self, with_body):
-            path = unquote(self.path.split("?")[0])
-            asked.append(path)
-            status, headers, body = self.find(path)
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(body)), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if with_body:
-                self.wfile.write(body)
+    class Hub(HubHandler):
+        requests: list[tuple[str, str]] = []
 
         def find(self, path):
             if path.startswith("/api/models/owner/tiny/tree/"):
@@ -60,13 +36,8 @@ def hub(tmp_path):
                 return 200, {"X-Repo-Commit": SHA, "ETag": f'"{file.name}"'}, file.read_bytes()
             return 404, {"X-Error-Code": "RepoNotFound"}, b""
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(Hub) as address:
+        yield address, Hub.requests
 
 
 def generate(model: str, address: str, cache: Path) -> subprocess.CompletedProcess:
@@ -82,7 +53,7 @@ def test_a_model_comes_from_the_hub_without_pickles_or_code(hub, tmp_path):
     assert fetched.returncode == 0, fetched.stderr
     local = generate(str(tmp_path / "served"), address, tmp_path / "cache")
     assert fetched.stdout == local.stdout and fetched.stdout.startswith("a")
-    assert not [path for path in asked if path.endswith((".bin", ".py"))]
+    assert not [path for path, _ in asked if path.endswith((".bin", ".py"))]
     assert TOKEN not in fetched.stdout + fetched.stderr
 
 

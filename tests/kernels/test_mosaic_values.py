@@ -17,6 +17,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 import qlora_jax as qj
 from pallas_kernels import nf4_matmul
 from pallas_kernels.nf4_matmul import Codec, Packed, config, dequantize, mosaic_hopper
+from tests.kernels.weights import whole_numbers
 
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 # shape, block size, whether scales are nested, rows, dtype
@@ -38,21 +39,6 @@ def matmul(op: config.Op, x: jax.Array, packed: Packed, codec: Codec) -> np.ndar
     found = np.asarray(found, np.float32)
     assert not interpret_pallas_call.get_races().races_found
     return found
-
-
-def whole_numbers(shape: tuple[int, int], block_size: int, nested: bool, seed: int) -> tuple[Packed, Codec]:
-    """A weight of small multiples of 1/4 under a random table: products and sums with whole numbers are exact."""
-    rng = np.random.default_rng(seed)
-    scales = shape[0] * shape[1] // block_size
-    table = tuple(float(value) for value in rng.permutation(np.arange(-8, 8)))
-    absmax_map = tuple(float(value) for value in rng.choice([0.25, 0.5, 0.75], size=256))
-    codec = Codec(shape, block_size, table, absmax_map)
-    codes = jnp.asarray(rng.integers(0, 256, shape[0] * shape[1] // 2), jnp.uint8)
-    if not nested:
-        return Packed(codes, jnp.asarray(rng.choice([0.5, 1.0, 2.0], size=scales), jnp.float32), None, None), codec
-    absmax = jnp.asarray(rng.integers(0, 256, scales), jnp.uint8)
-    nested_absmax = jnp.asarray(rng.choice([1.0, 2.0, 4.0], size=-(-scales // 256)), jnp.float32)
-    return Packed(codes, absmax, nested_absmax, jnp.float32(0.5)), codec
 
 
 @pytest.mark.parametrize("op", config.OPS)
