@@ -21,8 +21,9 @@ test: lint
 # On a machine with an NVIDIA GPU, after installing an extra (cuda13 or cuda12): right first, then how fast
 gpu-check: venv-dev
 	JAX_PLATFORMS=cuda $(PYTHON_IN_VENV) -m pytest -m gpu $(ARGS)
-	@mkdir -p results
-	JAX_PLATFORMS=cuda $(PYTHON_IN_VENV) -m experiments.bench_kernels --out=results/bench_kernels.json
+	@gpu=$$($(PYTHON_IN_VENV) -c 'import jax; print(jax.devices()[0].device_kind.lower().replace(" ", "-"))') && \
+	mkdir -p "results/$$gpu" && \
+	JAX_PLATFORMS=cuda $(PYTHON_IN_VENV) -m experiments.bench_kernels --out="results/$$gpu/bench_kernels.json"
 
 lint: venv-dev
 	$(PYTHON_IN_VENV) -m ruff check .
