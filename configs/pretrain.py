@@ -1,4 +1,4 @@
-"""Makes the embedded model of the quickstart again: a Llama of 2.6 million parameters, about 30 minutes on 2 cores.
+"""Makes the embedded model of the quickstart again: a Llama of 2.6 million parameters, 42 minutes on 2 busy cores.
 
 python -m experiments.pretrain --config=configs/pretrain.py --out=/tmp/tiny_llama
 """

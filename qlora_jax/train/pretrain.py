@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from qlora_jax.errors import InputError
 from qlora_jax.io.export import write_checkpoint
 from qlora_jax.models.config import ModelConfig, parse_config
 from qlora_jax.models.layers import Frozen
@@ -54,7 +55,13 @@ def pretrain(
       report: called with the metrics of each tenth step.
     Returns:
       The measurements, as in pretraining.json.
+    Raises:
+      InputError: steps, warm-up or sizes that no run can have.
     """
+    if not 0 <= config.warmup_steps < config.steps:
+        raise InputError(f"warmup_steps is {config.warmup_steps}; expected 0 to below steps ({config.steps})")
+    if config.batch_size < 1 or config.save_every < 1:
+        raise InputError(f"batch_size is {config.batch_size}, save_every {config.save_every}; expected at least 1")
     model_config = parse_config(hf_config, "the pretraining config")
     model = Llama(model_config, random_weights(model_config, jax.random.key(config.seed)), jnp.float32, remat="block")
     graph, params = nnx.split(model, Frozen)
