@@ -26,7 +26,7 @@ from qlora_jax.train.checkpoints import Checkpoints
 from qlora_jax.train.memory import Program, peak_device_bytes, peak_host_bytes
 from qlora_jax.train.setup import Prepared, prepare
 from qlora_jax.train.step import make_evaluation, make_gradient
-from qlora_jax.train.workdir import Workdir
+from qlora_jax.train.workdir import Workdir, refuse_other_config
 
 
 class Stopped(Exception):
@@ -46,6 +46,7 @@ def finetune(config: Any, plain: dict[str, Any], path: Path, say: Callable[[str]
       InputError: whatever the user can mend, before training starts; or a loss that is not finite, with step and batch.
       Stopped: after SIGTERM, once the state is saved.
     """
+    refuse_other_config(path, plain)  # again when the folder is opened: here it costs no loading
     bar = tqdm(desc="loading", unit="tensor", leave=False, delay=2)
 
     def progress(done: int, total: int) -> None:
@@ -127,7 +128,7 @@ class Run:
     def _resume(self) -> int:
         start = self.checkpoints.latest
         if start is None:
-            self.workdir.keep_metrics_until(0)
+            self.workdir.keep_metrics_until(-1)
             return 0
         self.adapter, states = self.checkpoints.restore(self.adapter, self.states)
         self.states = self.prepared.optimizer.place(states)

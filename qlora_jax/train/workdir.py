@@ -12,6 +12,17 @@ from qlora_jax.models.config import read_json
 from qlora_jax.settings import differing_keys
 
 
+def refuse_other_config(path: Path, config: dict[str, Any]) -> None:
+    """Raises InputError, with the differing keys, when the folder holds a run of another config. Writes nothing."""
+    saved = path / "config.json"
+    differing = differing_keys(read_json(saved), config) if saved.exists() else []
+    if differing:
+        shown = "; ".join(differing)
+        raise InputError(
+            f"workdir {path} holds a run of another config ({shown}); choose another --workdir, or delete it"
+        )
+
+
 class Workdir:
     """Opens (or makes) the folder and holds it: a second process on the same folder is refused.
 
@@ -32,16 +43,9 @@ class Workdir:
             raise InputError(
                 f"workdir {path} is in use by another process; wait, or choose another --workdir"
             ) from error
-        saved = path / "config.json"
-        if saved.exists():
-            differing = differing_keys(read_json(saved), config)
-            if differing:
-                shown = "; ".join(differing)
-                raise InputError(
-                    f"workdir {path} holds a run of another config ({shown}); choose another --workdir, or delete it"
-                )
-        else:
-            write_json(saved, config)
+        refuse_other_config(path, config)
+        if not (path / "config.json").exists():
+            write_json(path / "config.json", config)
         self.adapter = path / "adapter"
         self.checkpoints = path / "checkpoints"
         self._metrics = path / "metrics.jsonl"

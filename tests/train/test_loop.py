@@ -243,3 +243,29 @@ def test_ready_batches_bring_their_own_size(tiny_config, tmp_path):
     tiny_config.train.batch_size, tiny_config.train.grad_accum = 4, 1
     train(tiny_config, tmp_path / "whole")
     np.testing.assert_allclose(losses(tmp_path / "recipe"), losses(tmp_path / "whole"), rtol=1e-5)
+
+
+def test_another_config_is_refused_before_anything_is_loaded(tiny_config, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(resolved(tiny_config) | {"train": {"steps": 7}}))
+    monkeypatch.setattr(loop, "prepare", lambda *arguments: pytest.fail("loaded"))
+    with pytest.raises(InputError, match="train.steps: 7 there, 6 here"):
+        train(tiny_config, tmp_path / "run")
+
+
+def test_killed_before_its_first_checkpoint_a_run_has_each_metric_once(tiny_config, tmp_path, monkeypatch):
+    original = Run.evaluate
+    monkeypatch.setattr(Run, "evaluate", lambda self, examples: original(self, examples) or 1.0)  # as if held out
+    tiny_config.eval.every = 2
+
+    def crash():
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1, crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(tiny_config, tmp_path / "run")
+    train(tiny_config, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 2, 4]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
