@@ -44,7 +44,7 @@ def test_pyproject_has_only_the_build_system() -> None:
     assert list(tomllib.loads((REPOSITORY / "pyproject.toml").read_text())) == ["build-system"]
 
 
-@pytest.mark.parametrize("extra", ["", "cuda13", "cuda12", "sentencepiece", "dev"])
+@pytest.mark.parametrize("extra", ["", "cuda13", "cuda12", "plan", "sentencepiece", "dev"])
 def test_every_dependency_is_pinned(extra: str) -> None:
     parser = setup_cfg()
     text = parser["options.extras_require"][extra] if extra else parser["options"]["install_requires"]

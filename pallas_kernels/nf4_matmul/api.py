@@ -96,7 +96,18 @@ def matmul(x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
         )
     if (backend := path(codec, x.dtype)) != "xla":
         return _fused(_kernels(backend).forward, codec)(x, packed)
+    x, packed = _not_before(x, packed)
     return dense_matmul(x, dequantize(packed, codec, x.dtype), contract=1)
+
+
+def _not_before(x: jax.Array, packed: Packed) -> tuple[jax.Array, Packed]:
+    """The same arrays; a weight that is dequantized from them is not dequantized before x is there.
+
+    Left alone, XLA:GPU dequantizes several of a layer's weights at its start and keeps them all. Only the scales pass
+    the barrier: it would make a copy of a layer's slice of the codes.
+    """
+    x, absmax = jax.lax.optimization_barrier((x, packed.absmax))
+    return x, packed._replace(absmax=absmax)
 
 
 def dense_matmul(x: jax.Array, w: jax.Array, contract: int) -> jax.Array:
@@ -113,6 +124,7 @@ def _forward(x, packed, codec):
 def _backward(codec, packed, dy):
     if (backend := path(codec, dy.dtype)) != "xla":
         return _fused(_kernels(backend).backward, codec)(dy, packed), None
+    dy, packed = _not_before(dy, packed)
     return dense_matmul(dy, dequantize(packed, codec, dy.dtype), contract=0), None
 
 

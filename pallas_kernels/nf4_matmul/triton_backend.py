@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from pallas_kernels.nf4_matmul.api import Codec, Packed
 
 LARGEST_HALF = 2**31  # bytes of codes are addressed by 32-bit integers
-# multiply-add would round once where the reference rounds twice; dot products are not concerned
-BACKEND_OPTIONS = {"enable_fp_fusion": False}
+# enable_fp_fusion: multiply-add would round once where the reference rounds twice; dot products are not concerned.
+# ptx_version: Triton writes for the ptxas that it brings, but XLA's is the one that reads, and older (CUDA 12.4: 8.4)
+BACKEND_OPTIONS = {"enable_fp_fusion": False, "ptx_version": 84}
 # compute capabilities of GPUs that programs are lowered for where there is none: the abstract device has only a name
 CAPABILITIES = {"A100": 80, "A6000": 86, "RTX 3090": 86, "RTX 4090": 89, "L40": 89, "H100": 90, "H200": 90}
 

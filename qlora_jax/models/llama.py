@@ -143,23 +143,49 @@ class Llama(nnx.Module):
         Returns:
           hidden [B, T, D] after the final norm, and the cache with these tokens added (None without one).
         """
+        context = self.context(tokens, positions)
+        block, state = self.layers()
+        apply_layer = partial(self.apply_layer, block, context, dropout_key)
+
+        def step(carry, inputs):
+            (x, cache), (state, layer) = carry, inputs
+            return apply_layer(state, x, layer, cache), None
+
+        if self.remat != "none" and cache is None:
+            step = jax.checkpoint(step, prevent_cse=False)  # a scan's body is not merged with its forward
+        (x, cache), _ = jax.lax.scan(step, (self.embed(tokens), cache), (state, jnp.arange(self.config.L)))
+        return self.norm(x), cache
+
+    def context(self, tokens: jax.Array, positions: jax.Array | None = None) -> Context:
+        """What every layer shares, for tokens [B, T] at positions int32 [B, T] (0..T-1 by default)."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         config = self.config
         frequencies = rope_inverse_frequencies(config.H, config.rope_theta, dict(config.rope_scaling))
-        context = Context(positions, frequencies, self.attention)
-        x = self.embedding.get_value()[tokens].astype(self.compute_dtype)
-        graph, state = nnx.split(self.blocks)
+        return Context(positions, frequencies, self.attention)
 
-        def apply_layer(carry, inputs):
-            (x, cache), (state, layer) = carry, inputs
-            key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
-            return nnx.merge(graph, state)(x, context, cache, layer, Dropout(self.dropout_rate, key)), None
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """[B, T] -> [B, T, D] in the compute dtype."""
+        return self.embedding.get_value()[tokens].astype(self.compute_dtype)
 
-        if self.remat == "block" and cache is None:
-            apply_layer = jax.checkpoint(apply_layer, prevent_cse=False)  # a scan's body is not merged with its forward
-        (x, cache), _ = jax.lax.scan(apply_layer, (x, cache), (state, jnp.arange(config.L)))
-        return self.norm(x), cache
+    def layers(self, *filters: Any) -> tuple[Any, ...]:
+        """(graph of one block, its stacked state, one for each filter of nnx.split): what a scan runs over."""
+        return nnx.split(self.blocks, *filters)
+
+    def apply_layer(
+        self,
+        block: Any,
+        context: Context,
+        dropout_key: jax.Array | None,
+        state: Any,
+        x: jax.Array,
+        layer: jax.Array,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """One layer: x [B, T, D] -> [B, T, D], and the cache with its keys and values. `state`: the layer's slice."""
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
+        states = state if isinstance(state, tuple) else (state,)
+        return nnx.merge(block, *states)(x, context, cache, layer, Dropout(self.dropout_rate, key))
 
     def head_weight(self) -> jax.Array:
         """[V, D]: the output head, or the embedding it is tied to."""

@@ -135,10 +135,14 @@ class PagedOptimizer:
         """States read from a checkpoint, put where they live."""
         return [self._leave(jax.tree.map(jnp.asarray, state)) for state in states]
 
-    def update(self, params: Any, gradients: Any, states: list[Any]) -> tuple[Any, list[Any]]:
-        """New parameters and states. `params` is donated: its buffers are updated in place."""
+    def update(self, params: Any, gradients: Any, states: list[Any], factor: Any = 1.0) -> tuple[Any, list[Any]]:
+        """New parameters and states, for gradients that are multiplied by `factor`, float32 [].
+
+        `params` is donated: its buffers are updated in place.
+        """
         leaves, treedef = jax.tree.flatten(self._move(params, self._on_device))
         grads = jax.tree.leaves(self._move(gradients, self._on_device))
+        factor = jax.device_put(jnp.asarray(factor, jnp.float32), self._on_device)
         new_states: list[Any] = []
         arriving = self._fetch(states[0])
         for index, page in enumerate(self.pages):
@@ -146,7 +150,7 @@ class PagedOptimizer:
             if index + 1 < len(self.pages):
                 arriving = self._fetch(states[index + 1])
             mine, its_grads = _touched(page, leaves), _touched(page, grads)
-            touched, new_state = self._update(_layout(page), _starts(page), mine, its_grads, state)
+            touched, new_state = self._update(_layout(page), _starts(page), mine, its_grads, state, factor)
             for leaf, value in zip(_leaves_of(page), touched, strict=True):
                 leaves[leaf] = value
             new_states.append(self._leave(new_state))
@@ -190,9 +194,9 @@ def _cut(layout, starts: jax.Array, leaves: Sequence[jax.Array]) -> list[jax.Arr
     return [jax.lax.dynamic_slice_in_dim(leaves[leaf], starts[i], rows) for i, (leaf, rows) in places]
 
 
-def _update_page(tx, layout, starts, params, grads, state):
+def _update_page(tx, layout, starts, params, grads, state, factor):
     mine = _cut(layout, starts, params)
-    updates, state = tx.update(_cut(layout, starts, grads), state, mine)
+    updates, state = tx.update([g * factor for g in _cut(layout, starts, grads)], state, mine)
     params = list(params)
     for i, ((leaf, _), new) in enumerate(zip(layout, optax.apply_updates(mine, updates), strict=True)):
         params[leaf] = jax.lax.dynamic_update_slice_in_dim(params[leaf], new, starts[i], 0)

@@ -152,7 +152,7 @@ class Run:
         loss, norm = float(metrics.loss), float(metrics.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._not_finite(step, loss, norm)
-        self.adapter, self.states = prepared.optimizer.update(self.adapter, grads, self.states)
+        self.adapter, self.states = prepared.optimizer.update(self.adapter, grads, self.states, metrics.factor)
         jax.block_until_ready(self.adapter)
         self.seconds.append(time.perf_counter() - begun)
         self.tokens.append(batch["tokens"].size)

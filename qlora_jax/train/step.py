@@ -1,4 +1,7 @@
-"""One optimizer step's gradient: micro-batches summed, normalised by the target tokens of the whole batch, clipped."""
+"""One optimizer step's gradient: summed over micro-batches, with the factor that makes it the clipped mean.
+
+The factor is applied where the sums are used, page by page: multiplied here, they would stand in memory twice.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from qlora_jax.train.backward import add_gradient
 from qlora_jax.train.loss import summed_loss
 
 
@@ -15,6 +19,7 @@ class StepMetrics(NamedTuple):
     loss: jax.Array  # float32 [], nats a target token
     grad_norm: jax.Array  # float32 [], global norm before clipping
     target_tokens: jax.Array  # float32 []
+    factor: jax.Array  # float32 [], what makes the summed gradient the mean over target tokens, clipped
 
 
 def make_gradient(graph: Any, loss_chunk: int, max_grad_norm: float) -> Callable[..., tuple[Any, StepMetrics]]:
@@ -25,9 +30,9 @@ def make_gradient(graph: Any, loss_chunk: int, max_grad_norm: float) -> Callable
       loss_chunk: see summed_loss.
       max_grad_norm: global norm above which gradients are scaled down to it; 0 does not clip.
     Returns:
-      gradient(adapter, base, tokens int32 [G, B, T], loss_mask bool [G, B, T], key or None) -> (gradients,
-      StepMetrics), G being micro-batches. The mean is over all target tokens of the G * B sequences, so it does not
-      depend on how they are cut.
+      gradient(adapter, base, tokens int32 [G, B, T], loss_mask bool [G, B, T], key or None) -> (sums, StepMetrics), G
+      being micro-batches. The gradient is metrics.factor * sums: the mean over all target tokens of the G * B
+      sequences, so it does not depend on how they are cut.
     """
 
     def micro_loss(adapter, base, tokens, loss_mask, key):
@@ -40,19 +45,20 @@ def make_gradient(graph: Any, loss_chunk: int, max_grad_norm: float) -> Callable
         def add(total, inputs):
             micro_tokens, micro_mask, index = inputs
             micro_key = None if key is None else jax.random.fold_in(key, index)
-            loss, grads = jax.value_and_grad(micro_loss)(adapter, base, micro_tokens, micro_mask, micro_key)
-            return jax.tree.map(jnp.add, total, (loss, grads)), None
+            model = nnx.merge(graph, adapter, base)
+            if model.remat == "none":
+                loss, grads = jax.value_and_grad(micro_loss)(adapter, base, micro_tokens, micro_mask, micro_key)
+                return jax.tree.map(jnp.add, total, (loss, grads)), None
+            loss, grads = add_gradient(model, total[1], micro_tokens, micro_mask, micro_key, loss_chunk)
+            return (total[0] + loss, grads), None
 
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, adapter))
         (loss, grads), _ = jax.lax.scan(add, zero, (tokens, loss_mask, jnp.arange(tokens.shape[0])))
         count = jnp.sum(loss_mask[:, :, 1:]).astype(jnp.float32)
         scale = 1 / jnp.maximum(count, 1)
-        grads = jax.tree.map(lambda g: g * scale, grads)
-        norm = optax.tree.norm(grads)
-        if max_grad_norm > 0:
-            clip = jnp.where(norm > max_grad_norm, max_grad_norm / norm, 1.0)
-            grads = jax.tree.map(lambda g: g * clip, grads)
-        return grads, StepMetrics(loss * scale, norm, count)
+        norm = optax.tree.norm(grads) * scale
+        clip = jnp.where(norm > max_grad_norm, max_grad_norm / norm, 1.0) if max_grad_norm > 0 else 1.0
+        return grads, StepMetrics(loss * scale, norm, count, scale * clip)
 
     return gradient
 

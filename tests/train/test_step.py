@@ -40,7 +40,7 @@ def test_six_steps_of_torch(golden, batches, tmp_path, variant):
     for tokens, mask in zip(*batches, strict=True):
         grads, metrics = gradient(adapter, base, tokens.reshape(2, 4, -1), mask.reshape(2, 4, -1), None)
         assert float(metrics.target_tokens) == mask[:, 1:].sum()
-        adapter, states = optimizer.update(adapter, grads, states)
+        adapter, states = optimizer.update(adapter, grads, states, metrics.factor)
         losses.append(float(metrics.loss))
         norms.append(float(metrics.grad_norm))
     np.testing.assert_allclose(losses, expected["loss"], rtol=1e-4)
@@ -75,7 +75,8 @@ def test_the_cut_into_micro_batches_changes_nothing(parts, gradient, batches):
     _, adapter, base = parts
     tokens, mask = batches[0][0], batches[1][0]
     results = [gradient(adapter, base, *(x.reshape(G, 8 // G, -1) for x in (tokens, mask)), None) for G in (1, 2)]
-    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+    means = [(jax.tree.map(lambda g, m=metrics: g * m.factor, sums), metrics) for sums, metrics in results]
+    for a, b in zip(*map(jax.tree.leaves, means), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5)
 
 
@@ -102,6 +103,7 @@ def test_gradient_is_the_slope_of_the_loss(parts, gradient, batches):
     tokens, mask = batches[0][0], batches[1][0]
     evaluate = jax.jit(make_evaluation(graph, 64), compiler_options=FAST)
     grads, metrics = gradient(adapter, base, tokens[None], mask[None], None)
+    grads = jax.tree.map(lambda g: g * metrics.factor, grads)
     total, count = evaluate(adapter, base, tokens, mask)
     assert float(total / count) == pytest.approx(float(metrics.loss), rel=1e-5)
     step = 0.02 / float(metrics.grad_norm)
@@ -119,7 +121,7 @@ def test_clipping_scales_to_the_norm(parts, batches):
     clipped = jax.jit(make_gradient(graph, 64, 1e-3), compiler_options=FAST)
     grads, metrics = clipped(adapter, base, batches[0][0][None], batches[1][0][None], None)
     assert float(metrics.grad_norm) > 1e-3
-    assert float(optax.tree.norm(grads)) == pytest.approx(1e-3, rel=1e-5)
+    assert float(optax.tree.norm(grads) * metrics.factor) == pytest.approx(1e-3, rel=1e-5)
 
 
 def test_each_micro_batch_draws_its_own_dropout(parts, gradient, batches):

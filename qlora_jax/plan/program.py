@@ -1,0 +1,97 @@
+"""The train step's programs from shapes alone: an abstract model, and what is compiled for the GPU."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qlora_jax import lora
+from qlora_jax.io.load import QuantSpec
+from qlora_jax.models import llama
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.llama import LINEARS, NORMS, Llama
+from qlora_jax.plan.gpus import PlannedGpu
+from qlora_jax.plan.topology import compile_for, on_gpu
+from qlora_jax.quant.tensor import quantize
+from qlora_jax.train.step import make_gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """What of a config decides the model's arrays and programs."""
+
+    sizes: ModelConfig
+    quant: QuantSpec
+    lora: lora.LoRAConfig
+    compute_dtype: str = "bfloat16"
+    remat: str = "block"
+    attention: str = "xla"
+    kernel: str = "xla"
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractModel:
+    """`lora.split` of a model that has shapes only."""
+
+    graph: Any
+    adapter: Any
+    base: Any
+
+
+def abstract_model(spec: ModelSpec) -> AbstractModel:
+    """The model that `train/setup.prepare` would load, as shapes and dtypes."""
+    config = spec.sizes
+    stored = jnp.dtype("float32" if spec.compute_dtype == "float32" else "bfloat16")
+
+    def build() -> Llama:
+        weights: dict[str, Any] = {
+            "embedding": jnp.zeros((config.V, config.D), stored),
+            "norm": jnp.zeros(config.D, jnp.float32),
+            "layers": {name: jnp.zeros((config.L, config.D), jnp.float32) for name in NORMS},
+        }
+        if not config.tied:
+            weights["head"] = jnp.zeros((config.V, config.D), stored)
+        for name, letters in LINEARS.items():
+            one = jnp.zeros(llama.sizes(config, letters), stored)
+            if spec.quant.format != "none":
+                one = quantize(one, spec.quant.format, spec.quant.block_size, spec.quant.double_quant)
+                one = dataclasses.replace(one, backend=spec.kernel)
+            weights["layers"][name] = jax.tree.map(lambda x: jnp.zeros((config.L, *x.shape), x.dtype), one)
+        model = Llama(config, weights, spec.compute_dtype, spec.remat, spec.attention)
+        lora.attach(model, spec.lora, jax.random.key(0))
+        return model
+
+    return AbstractModel(*lora.split(nnx.eval_shape(build)))
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShape:
+    """Tokens of an optimizer step: G micro-batches of B sequences of T tokens."""
+
+    G: int
+    B: int
+    T: int
+
+    @property
+    def tokens(self) -> int:
+        return self.G * self.B * self.T
+
+
+def compile_gradient(
+    gpu: PlannedGpu,
+    model: AbstractModel,
+    batch: BatchShape,
+    dropout: bool,
+    loss_chunk: int = 1024,
+    max_grad_norm: float = 0.3,
+    compiler_options: dict[str, str] | None = None,
+) -> Any:
+    """`train/step.make_gradient`, as the loop calls it, compiled for `gpu`: a jax.stages.Compiled."""
+    gradient = make_gradient(model.graph, loss_chunk, max_grad_norm)
+    shape = (batch.G, batch.B, batch.T)
+    tokens, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
+    key = jax.eval_shape(lambda: jax.random.key(0)) if dropout else None
+    arguments = on_gpu(gpu, (model.adapter, model.base, tokens, mask, key))
+    return compile_for(gpu, gradient, *arguments, compiler_options=compiler_options)

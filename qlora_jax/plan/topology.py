@@ -1,0 +1,71 @@
+"""Compiling for a GPU that is not here: XLA takes a description of it and gives a device to compile for.
+
+XLA:GPU's compiler comes with jax-cuda13-plugin; neither a GPU nor CUDA's libraries are needed.
+"""
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from qlora_jax.errors import InputError
+from qlora_jax.plan.gpus import PlannedGpu
+
+
+def is_installed() -> bool:
+    """Whether programs can be compiled for a GPU that is not here."""
+    return importlib.util.find_spec("jax_plugins") is not None and (
+        importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
+        or importlib.util.find_spec("jax_plugins.xla_cuda12") is not None
+    )
+
+
+@functools.cache
+def described_device(gpu: PlannedGpu) -> Any:
+    """A jax device to lower and compile for. Raises InputError where XLA:GPU's compiler is not installed."""
+    if not is_installed():
+        raise InputError("planning for a GPU needs XLA's compiler for it: pip install 'qlora_jax[plan]'")
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology_name="", topology="1x1x1", target_config=gpu.target_config
+        )
+    except Exception as error:  # whatever the plugin raises, the user's question is whether this GPU can be planned
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"XLA cannot compile for {gpu.device_kind} here: {reason}") from error
+    return topology.devices[0]
+
+
+def on_gpu(gpu: PlannedGpu, tree: Any) -> Any:
+    """The shapes of `tree` (arrays or ShapeDtypeStructs), placed on the described device."""
+    sharding = jax.sharding.SingleDeviceSharding(described_device(gpu))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+@contextlib.contextmanager
+def traced_for(gpu: PlannedGpu) -> Iterator[None]:
+    """Kernels that are chosen while tracing are chosen for `gpu`."""
+    device = jax.sharding.AbstractDevice(device_kind=gpu.device_kind, num_cores=gpu.cores, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+        yield
+
+
+def compile_for(gpu: PlannedGpu, function: Any, *arguments: Any, compiler_options: dict[str, str] | None = None) -> Any:
+    """`function` jitted, lowered and compiled for shapes that `on_gpu` placed: a jax.stages.Compiled."""
+    with traced_for(gpu), _uncached():
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+        return lowered.compile(compiler_options=compiler_options)
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Without JAX's cache of compiled programs: what it keeps for a GPU that is not here it cannot load again."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)

@@ -1,0 +1,43 @@
+"""No 16-bit copy of a layer's weight beyond the one scratch that the path without kernels declares: a 7B's train step,
+compiled for an H200 that is not here."""
+
+import math
+
+import pytest
+
+from qlora_jax.io.load import QuantSpec
+from qlora_jax.lora import LoRAConfig
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.plan import topology
+from qlora_jax.plan.buffers import compile_with_values, places
+from qlora_jax.plan.gpus import GPUS
+from qlora_jax.plan.program import BatchShape, ModelSpec, abstract_model, compile_gradient
+
+if not topology.is_installed():
+    pytest.skip("needs XLA:GPU's compiler: pip install jax-cuda13-plugin", allow_module_level=True)
+
+LLAMA_7B = ModelConfig(
+    D=4096, F=11008, L=32, N=32, K=32, H=128, V=32000, context=2048, norm_eps=1e-6, rope_theta=10000.0,
+    rope_scaling=(), tied=False, eos_ids=(2,), bos_id=1,
+)  # fmt: skip
+WEIGHTS = (4096 * 4096, 11008 * 4096)  # elements of each linear layer's W
+
+
+@pytest.mark.parametrize(("kernel", "copies"), [("xla", 1), ("triton", 0)])
+def test_a_layers_weights_pass_through_one_scratch(kernel, copies):
+    if kernel == "triton":
+        pytest.importorskip("jax_triton")
+    model = abstract_model(ModelSpec(LLAMA_7B, QuantSpec(), LoRAConfig(dropout=0.1), kernel=kernel))
+
+    def compile(options):
+        return compile_gradient(GPUS["h200"], model, BatchShape(16, 1, 512), dropout=True, compiler_options=options)
+
+    _, values = compile_with_values(compile)
+    assert len(values) > 100
+    scratch = set.union(*(places(values, "bf16", elements) for elements in WEIGHTS))
+    assert len(scratch) == copies, scratch
+    for elements in WEIGHTS:
+        assert not places(values, "f32", elements), "a weight in 32 bits"
+        assert not places(values, "bf16", LLAMA_7B.L * elements), "all layers' weights in 16 bits"
+    codes = {math.prod(value.shape) for value in values if value.is_parameter and value.dtype == "u8"}
+    assert {LLAMA_7B.L * elements // 2 for elements in WEIGHTS} <= codes, "the codes are not what the program takes"
