@@ -22,7 +22,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -39,9 +38,6 @@ FLAG = "config"
 HELP = {"--help", "-help", "-h", "-?", "--helpshort", "-helpshort"}
 # flags defined in here belong to the command that calls
 flags.disclaim_key_flags()
-# with the extra `plan` JAX has a CUDA plugin without CUDA, and where there is no driver it need not say so at length
-if not any(Path(path).exists() for path in ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")):
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 
 class _ConfigParser(flags.ArgumentParser):
