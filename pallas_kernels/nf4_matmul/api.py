@@ -60,7 +60,8 @@ def dequantize(packed: Packed, codec: Codec, dtype: jnp.dtype) -> jax.Array:
 def path(codec: Codec, dtype: jnp.dtype) -> str:
     """The backend that `matmul` takes for activations of dtype: the codec's, or "xla" where kernels refuse the weight.
 
-    Raises ValueError for an unknown backend or computation, or two that do not go together.
+    Raises ValueError for an unknown backend or computation, or two that do not go together; RuntimeError for 8-bit
+    kernels where there is no NVIDIA GPU to ask what it has.
     """
     if codec.backend not in BACKENDS:
         raise ValueError(f"backend is {codec.backend!r}, expected one of {', '.join(BACKENDS)}")
