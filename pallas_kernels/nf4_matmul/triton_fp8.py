@@ -45,7 +45,6 @@ def _assembly() -> str:
 
 ASSEMBLY = tl.constexpr(_assembly())
 CONSTRAINTS = tl.constexpr(_CONSTRAINTS)
-PIN = tl.constexpr("mov.b32 $0, $1;")
 
 
 def table_words(table: Sequence[float]) -> np.ndarray:
@@ -57,7 +56,7 @@ def table_words(table: Sequence[float]) -> np.ndarray:
 def decode(codes, words):
     """uint8 tile -> (tile of rows o, tile of rows o + O / 2), unscaled, float8_e4m3fn."""
     w0, w1, w2, w3 = words
-    low, high = tl.inline_asm_elementwise(
+    return tl.inline_asm_elementwise(
         ASSEMBLY,
         CONSTRAINTS,
         [codes, w0, w1, w2, w3],
@@ -65,13 +64,6 @@ def decode(codes, words):
         is_pure=True,
         pack=4,
     )
-    return pin(low), pin(high)
-
-
-@triton.jit
-def pin(weights):
-    """The same tile, decoded where it stands: see triton_decode.pin."""
-    return tl.inline_asm_elementwise(PIN, "=r,r", [weights], dtype=tl.float8e4nv, is_pure=False, pack=4)
 
 
 @triton.jit
