@@ -17,6 +17,8 @@ def get_config() -> ConfigDict:
     c.model.attention = "xla"  # xla | cudnn (flash attention; NVIDIA GPUs only)
     c.model.kernel = "xla"  # of the 4-bit matmul: xla (dequantizes, then multiplies) | triton (NVIDIA GPUs)
     # | mosaic (Hopper): both decode inside the product, and have not been measured on a GPU yet
+    c.model.compute = "full"  # full | fp8: the 4-bit matmul's forward on operands rounded to 8 bits, the gradient stays
+    # full; kernel = triton has a kernel for Ada and Hopper (not measured yet), all else emulates it and is no faster
 
     c.quant = ConfigDict()
     c.quant.format = "nf4"  # nf4 | fp4 | int4 | none (16-bit base)

@@ -71,7 +71,11 @@ def main() -> None:
     results, peaks = [], []
     for (name, m, op), case in tqdm(cases.items(), desc="timing", leave=False, delay=2):
         copies = measure.copies_that_pass_the_cache(case, on_gpu)
-        forms = measure.forms(case, codecs[name], copies, backends)
+        eight_bit = measure.eight_bit_forms(case) if on_gpu else ()
+        forms = measure.forms(case, codecs[name], copies, backends + eight_bit)
+        errors = {form: measure.eight_bit_error(case, codecs[name]) for form in eight_bit}
+        for form, error in errors.items():
+            tqdm.write(f"{name}, {m} rows: {form} is off by {error:.2%} of the full product (root mean square)")
         if on_gpu and dtype != "float32" and FORMAT.value == "nf4" and bench_bitsandbytes.is_there():
             forms["bitsandbytes"] = (bench_bitsandbytes.product(case, copies), forms["xla"][1])
         runs = ceilings.runs | {form: run for form, (run, _) in forms.items()}
@@ -94,6 +98,7 @@ def main() -> None:
                     "flops_per_second": case.flops / seconds[form],
                     "of_matmul": case.flops / seconds[form] / multiply,
                 }
+                | ({"error_to_full": errors[form]} if form in errors else {})
             )
     print(_table(results))
     copy, multiply = (statistics.median(peak) for peak in zip(*peaks, strict=True))

@@ -3,6 +3,9 @@
 Three backends. "xla" dequantizes a weight and leaves the product to XLA: every device, every shape; the default.
 "triton" (triton_backend.py: NVIDIA GPUs from Ampere on) and "mosaic" (mosaic_hopper.py: Hopper, training row counts)
 dequantize inside the product; shapes that their kernels refuse take "xla". `path` tells which way a weight goes.
+
+Two computations of the forward product. "full" multiplies in x's dtype; the default. "fp8" rounds both operands to 8
+bits (fp8.py): with backend "triton" a kernel for Ada and Hopper, elsewhere a plain emulation that is no faster.
 """
 
 import functools
@@ -17,10 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.nf4_matmul import reference
+from pallas_kernels.nf4_matmul import fp8, reference
 
 _KERNELS = {"triton": "triton_backend", "mosaic": "mosaic_hopper"}  # backend -> its module, imported when it is chosen
+_FP8_KERNELS = {"triton": "triton_fp8_backend"}
 BACKENDS = ("xla", *_KERNELS)
+COMPUTE = ("full", "fp8")
 log = logging.getLogger(__name__)
 
 
@@ -32,6 +37,7 @@ class Codec(NamedTuple):
     table: tuple[float, ...]  # 16 values
     absmax_map: tuple[float, ...]  # 256 values, read only with double quantization
     backend: str = "xla"  # one of BACKENDS
+    compute: str = "full"  # of the forward product: one of COMPUTE
 
 
 class Packed(NamedTuple):
@@ -54,21 +60,30 @@ def dequantize(packed: Packed, codec: Codec, dtype: jnp.dtype) -> jax.Array:
 def path(codec: Codec, dtype: jnp.dtype) -> str:
     """The backend that `matmul` takes for activations of dtype: the codec's, or "xla" where kernels refuse the weight.
 
-    Raises ValueError for an unknown backend.
+    Raises ValueError for an unknown backend or computation, or two that do not go together; RuntimeError for 8-bit
+    kernels where there is no NVIDIA GPU to ask what it has.
     """
     if codec.backend not in BACKENDS:
         raise ValueError(f"backend is {codec.backend!r}, expected one of {', '.join(BACKENDS)}")
+    if codec.compute not in COMPUTE:
+        raise ValueError(f"compute is {codec.compute!r}, expected one of {', '.join(COMPUTE)}")
     if codec.backend == "xla":
         return "xla"
-    reason = _kernels(codec.backend).unsupported(codec.shape, codec.block_size, dtype)
+    if codec.compute == "fp8" and codec.backend not in _FP8_KERNELS:
+        raise ValueError(
+            f'backend {codec.backend!r} has no kernel for compute "fp8": set backend to {" or ".join(_FP8_KERNELS)} or '
+            'xla, or compute to "full"'
+        )
+    reason = _kernels(codec).unsupported(codec.shape, codec.block_size, dtype)
     if reason is None:
         return codec.backend
     _say_refused(codec.backend, codec.shape, reason)
     return "xla"
 
 
-def _kernels(backend: str) -> ModuleType:
-    return importlib.import_module(f"pallas_kernels.nf4_matmul.{_KERNELS[backend]}")
+def _kernels(codec: Codec) -> ModuleType:
+    modules = _FP8_KERNELS if codec.compute == "fp8" else _KERNELS
+    return importlib.import_module(f"pallas_kernels.nf4_matmul.{modules[codec.backend]}")
 
 
 @functools.cache
@@ -83,20 +98,22 @@ def matmul(x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
     Args:
       x: [..., I], float32 or bfloat16 or float16.
       packed: the weight's arrays.
-      codec: its shape (O, I), block size, tables and backend.
+      codec: its shape (O, I), block size, tables, backend and computation.
     Returns:
       [..., O] in x's dtype, accumulated in float32.
     Raises:
-      ValueError: x's last dimension is not I, or the backend is unknown.
+      ValueError: x's last dimension is not I, or the backend or the computation is unknown, or it has no kernel for it.
       RuntimeError, ImportError: backend "triton" or "mosaic" without its GPU or its packages.
     """
     if x.shape[-1] != codec.shape[1]:
         raise ValueError(
             f"x has {x.shape[-1]} features, the weight [out, in] = {list(codec.shape)} takes {codec.shape[1]}"
         )
-    if (backend := path(codec, x.dtype)) != "xla":
-        return _fused(_kernels(backend).forward, codec)(x, packed)
+    if path(codec, x.dtype) != "xla":
+        return _fused(_kernels(codec).forward, codec)(x, packed)
     x, packed = _not_before(x, packed)
+    if codec.compute == "fp8":
+        return _fused(fp8.forward, codec)(x, packed)
     return dense_matmul(x, dequantize(packed, codec, x.dtype), contract=1)
 
 
@@ -122,8 +139,9 @@ def _forward(x, packed, codec):
 
 
 def _backward(codec, packed, dy):
-    if (backend := path(codec, dy.dtype)) != "xla":
-        return _fused(_kernels(backend).backward, codec)(dy, packed), None
+    codec = codec._replace(compute="full")  # fp8.py says why there is no other gradient
+    if path(codec, dy.dtype) != "xla":
+        return _fused(_kernels(codec).backward, codec)(dy, packed), None
     dy, packed = _not_before(dy, packed)
     return dense_matmul(dy, dequantize(packed, codec, dy.dtype), contract=0), None
 

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.nf4_matmul import api, config, triton_backend
+from pallas_kernels.nf4_matmul import api, config, triton_backend, triton_fp8_backend
 from pallas_kernels.nf4_matmul.shapes import Shape
 
+FP8 = "triton fp8"  # the form on 8-bit operands
 Run = Callable[[], Any]  # starts a computation; what it returns has been computed when jax.block_until_ready says so
 
 
@@ -77,11 +78,33 @@ def forms(case: Case, codec: api.Codec, copies: int, backends: tuple[str, ...]) 
     packed_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(packed[0]))
     found: dict[str, tuple[Run, int]] = {}
     for backend in backends:
-        products = _products(case.op, codec._replace(backend=backend))
+        products = _products(case.op, _form(codec, backend))
         found[backend] = (partial(products, x, packed), packed_bytes + case.activation_bytes)
     found["dense"] = (partial(multiply, x, dense), dense[0].nbytes + case.activation_bytes)
     found["dequantize, dot"] = (dequantize_then_dot, packed_bytes + 2 * dense[0].nbytes + case.activation_bytes)
     return found
+
+
+def eight_bit_forms(case: Case) -> tuple[str, ...]:
+    """FP8 where this GPU has a kernel for the case, else nothing: the emulation is not worth timing."""
+    if case.op != "forward" or triton_fp8_backend.unsupported(case.shape, case.block_size, jnp.dtype(case.dtype)):
+        return ()
+    return (FP8,)
+
+
+def eight_bit_error(case: Case, codec: api.Codec, backend: str = FP8) -> float:
+    """Root mean square of the 8-bit product less the full one on the same backend, over that of the full one."""
+    x = jax.random.normal(jax.random.key(0), (case.rows, case.shape.in_features), jnp.dtype(case.dtype))
+    packed, eight_bit = [random_packed(codec, seed=0)], _form(codec, backend)
+    full = _products("forward", eight_bit._replace(compute="full"))(x, packed)[0].astype(jnp.float32)
+    found = _products("forward", eight_bit)(x, packed)[0].astype(jnp.float32)
+    return float(jnp.sqrt(jnp.mean(jnp.square(found - full)) / jnp.mean(jnp.square(full))))
+
+
+def _form(codec: api.Codec, name: str) -> api.Codec:
+    """The codec of a form called "triton" or "triton fp8"."""
+    backend, _, compute = name.partition(" ")
+    return codec._replace(backend=backend, compute=compute or "full")
 
 
 def _products(op: config.Op, codec: api.Codec) -> Callable[[jax.Array, list[api.Packed]], list[jax.Array]]:

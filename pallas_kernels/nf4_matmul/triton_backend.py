@@ -119,12 +119,17 @@ def operands(packed: "Packed", codec: "Codec", dtype: jnp.dtype, tiles: Tiles) -
     from pallas_kernels.nf4_matmul.triton_decode import table_words
 
     table = jnp.asarray(table_words(codec.table, jnp.dtype(dtype).name))
+    return packed.codes, table, *scale_operands(packed, codec, tiles)
+
+
+def scale_operands(packed: "Packed", codec: "Codec", tiles: Tiles) -> tuple[jax.Array | None, ...]:
+    """absmax, scale_map, nested_absmax, offset: as they are stored, or expanded to a float32 absmax alone."""
     scale_map = np.asarray(codec.absmax_map, np.float32)
     nested = packed.nested_absmax is not None
     if nested and tiles.scales_in_kernel:
-        return packed.codes, table, packed.absmax, jnp.asarray(scale_map), packed.nested_absmax, packed.offset
+        return packed.absmax, jnp.asarray(scale_map), packed.nested_absmax, packed.offset
     absmax = reference.dequantize_absmax(packed.absmax, packed.nested_absmax, packed.offset, scale_map)
-    return packed.codes, table, absmax, None, None, None
+    return absmax, None, None, None
 
 
 def constants(op: config.Op, codec: "Codec", dtype: jnp.dtype, tiles: Tiles) -> dict[str, Any]:

@@ -126,6 +126,7 @@ def load_model(
     attention: str = "xla",
     kernel: str = "xla",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    compute: str = "full",
 ) -> Llama:
     """Reads a checkpoint.
 
@@ -136,6 +137,7 @@ def load_model(
       remat, attention: see Llama.
       kernel: of the 4-bit matmul, one of nf4_matmul.BACKENDS.
       progress: called with (tensors done, tensors in all).
+      compute: of the 4-bit matmul's forward, one of nf4_matmul.COMPUTE.
     Raises:
       InputError: the folder does not fit its config.json, is quantized otherwise than asked, or a weight is not finite.
     """
@@ -173,7 +175,7 @@ def load_model(
             key = LAYER.format(index, name)
             leaf = linear(key)
             if isinstance(leaf, QuantizedTensor):
-                leaf = dataclasses.replace(leaf, backend=kernel)
+                leaf = dataclasses.replace(leaf, backend=kernel, compute=compute)
             if stored is not None and leaf.shape != shape:
                 raise InputError(f"{files.folder}: {key} is {list(leaf.shape)} once unpacked, expected {list(shape)}")
             stack = _put(stack, leaf, index, config.L)

@@ -30,6 +30,7 @@ class QuantizedTensor:
     format: str = dataclasses.field(metadata={"static": True})
     block_size: int = dataclasses.field(metadata={"static": True})
     backend: str = dataclasses.field(default="xla", metadata={"static": True})  # of matmul: nf4_matmul.BACKENDS
+    compute: str = dataclasses.field(default="full", metadata={"static": True})  # of its forward: nf4_matmul.COMPUTE
 
     @property
     def double_quant(self) -> bool:
@@ -41,7 +42,8 @@ class QuantizedTensor:
 
     @property
     def codec(self) -> nf4_matmul.Codec:
-        return nf4_matmul.Codec(self.shape, self.block_size, codebook(self.format).values, absmax_map(), self.backend)
+        table = codebook(self.format).values
+        return nf4_matmul.Codec(self.shape, self.block_size, table, absmax_map(), self.backend, self.compute)
 
     @property
     def nbytes(self) -> int:

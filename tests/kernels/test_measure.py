@@ -35,6 +35,28 @@ def test_bytes_are_those_of_the_packed_weight_and_the_activations():
     assert forms["xla"][1] == 64 * 128 // 2 + 128 + 4 + 4 + activations  # codes, scales, nested scale, offset
 
 
+def test_the_8_bit_form_is_timed_only_where_a_kernel_takes_it(monkeypatch):
+    gpu = GPU._replace(compute_capability=90)
+    monkeypatch.setattr(triton_backend, "current_gpu", lambda: gpu)
+    half = measure.Case("forward", Shape(64, 128), rows=3, block_size=64, dtype="bfloat16")
+    assert measure.eight_bit_forms(half) == ("triton fp8",)
+    assert measure.eight_bit_forms(half._replace(op="backward")) == ()
+    assert measure.eight_bit_forms(half._replace(dtype="float32")) == ()
+    gpu = GPU
+    assert measure.eight_bit_forms(half) == ()
+
+
+def test_the_8_bit_form_is_off_by_what_both_roundings_leave():
+    wide = measure.Case("forward", Shape(256, 512), rows=64, block_size=64, dtype="float32")
+    codec = CODEC._replace(shape=tuple(wide.shape))
+    assert 0.023 < measure.eight_bit_error(wide, codec, "xla fp8") < 0.029  # the table's eighths are exact in 8 bits
+    assert measure.eight_bit_error(wide, codec, "xla") == 0
+    name = "xla fp8"
+    run, _ = measure.forms(wide, codec, copies=1, backends=(name,))[name]
+    full, _ = measure.forms(wide, codec, copies=1, backends=("xla",))["xla"]
+    assert not np.allclose(run()[0], full()[0], rtol=1e-3)
+
+
 def test_forms_take_turns():
     turns = []
     seconds = measure.interleaved({name: lambda name=name: turns.append(name) for name in "ab"}, repeats=3, copies=1)

@@ -7,6 +7,7 @@ import pytest
 
 import qlora_jax as qj
 from pallas_kernels import nf4_matmul
+from pallas_kernels.nf4_matmul import fp8, triton_fp8_backend
 from pallas_kernels.nf4_matmul.mosaic_hopper import HOPPER
 from pallas_kernels.nf4_matmul.shapes import SHAPES
 
@@ -41,3 +42,24 @@ def test_value_and_gradient(name, rows, dtype, backend):
         bound = UNIT_ROUNDOFF[dtype] * (6 * 3**0.5 * magnitude + jnp.abs(exact))
         assert found.dtype == dtype
         assert np.all(np.abs(np.asarray(found, np.float32) - np.asarray(exact)) <= np.asarray(bound))
+
+
+@pytest.mark.parametrize("dtype", UNIT_ROUNDOFF)
+@pytest.mark.parametrize("rows", [1, 17, 100, 300, 2048])
+@pytest.mark.parametrize("block_size", [32, 64, 256])
+@pytest.mark.parametrize("name", ["tinyllama-1b/key_value", "llama-7b/gate_up"])
+def test_8_bit_value(name, block_size, rows, dtype):
+    """Against the emulation of the same roundings: what is left are sums, which 8-bit tensor cores may keep shorter."""
+    shape = SHAPES[name]
+    if reason := triton_fp8_backend.unsupported(shape, block_size, jnp.dtype(dtype)):
+        pytest.skip(reason)
+    keys = jax.random.split(jax.random.key(rows), 2)
+    q = qj.quantize(jax.random.normal(keys[0], tuple(shape)), block_size=block_size)
+    x = jax.random.normal(keys[1], (rows, shape.in_features), dtype)
+    found = nf4_matmul.matmul(x, q.packed, q.codec._replace(backend="triton", compute="fp8"))
+    exact = fp8.forward(x.astype(jnp.float32), q.packed, q.codec)
+    magnitude = nf4_matmul.dense_matmul(jnp.abs(x).astype(jnp.float32), jnp.abs(qj.dequantize(q, jnp.float32)), 1)
+    error = np.abs(np.asarray(found, np.float32) - np.asarray(exact))
+    assert found.dtype == dtype
+    assert np.all(error <= 2 * UNIT_ROUNDOFF[dtype] * np.abs(np.asarray(exact)) + 2.0**-11 * np.asarray(magnitude))
+    assert np.sqrt(np.mean(error**2)) < 0.004 * np.sqrt(np.mean(np.square(exact)))

@@ -5,14 +5,14 @@ import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pallas_kernels.nf4_matmul import Codec, config, triton_backend
+from pallas_kernels.nf4_matmul import Codec, config, triton_backend, triton_fp8, triton_fp8_backend
 from pallas_kernels.nf4_matmul.triton_backward import backward_kernel
 from pallas_kernels.nf4_matmul.triton_forward import forward_kernel
 
@@ -27,6 +27,7 @@ class Machine(NamedTuple):
     stack: int  # bytes a thread spills
     shared: int  # bytes a program
     instructions: Counter  # by name, over the whole code
+    loop: Counter  # by name, of one turn of the longest loop
 
 
 def compile_kernel(
@@ -45,7 +46,34 @@ def compile_kernel(
         "out": POINTER[dtype] if tiles.split == 1 else "*fp32",
         "rows": "i32",
     }
-    constants = triton_backend.constants(op, codec, jnp.dtype(dtype), tiles)
+    return _compile(
+        kernel, types, triton_backend.constants(op, codec, jnp.dtype(dtype), tiles), tiles, compute_capability
+    )
+
+
+def compile_fp8(
+    codec: Codec, dtype: str, tiles: config.Tiles, compute_capability: int, double_quant: bool = True
+) -> Machine:
+    nested = "*fp32" if double_quant and tiles.scales_in_kernel else "constexpr"
+    types = {
+        "x": "*fp8e4nv",
+        "x_scales": "*fp32",
+        "codes": "*u8",
+        "table": "*u32",
+        "absmax": "*fp32" if nested == "constexpr" else "*u8",
+        "scale_map": nested,
+        "nested_absmax": nested,
+        "offset": nested,
+        "out": POINTER[dtype] if tiles.split == 1 else "*fp32",
+        "rows": "i32",
+    }
+    constants = triton_fp8_backend.constants(codec, tiles)
+    return _compile(triton_fp8.forward_kernel, types, constants, tiles, compute_capability)
+
+
+def _compile(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], tiles: config.Tiles, compute_capability: int
+) -> Machine:
     constants |= {name: None for name, kind in types.items() if kind == "constexpr"}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     pointers = [k for k, kind in enumerate(signature.values()) if kind.startswith("*")]
@@ -59,8 +87,16 @@ def compile_kernel(
         code = _cuobjdump("-sass", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
-    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", code)
-    return Machine(int(found[1]), int(found[2]), compiled.metadata.shared, Counter(names))
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)([^;]*);", code)
+    instructions = [(int(address, 16), name, rest) for address, name, rest in lines]
+    loops = [
+        Counter(name for at, name, _ in instructions if int(target[1], 16) <= at <= address)
+        for address, name, rest in instructions
+        if name == "BRA" and (target := re.search(r"0x([0-9a-f]+)", rest)) and int(target[1], 16) < address
+    ]
+    longest = max(loops, key=Counter.total, default=Counter())
+    total = Counter(name for _, name, _ in instructions)
+    return Machine(int(found[1]), int(found[2]), compiled.metadata.shared, total, longest)
 
 
 def _cuobjdump(*arguments: str) -> str:

@@ -169,6 +169,7 @@ def test_two_processes_cannot_share_a_workdir(tiny_config, tmp_path, monkeypatch
         ("model", "compute_dtype", "float64", "bfloat16 or float32"),
         ("model", "kernel", "cuda", "xla or triton"),
         ("model", "kernel", "triton", "needs an NVIDIA GPU; this process computes on cpu"),
+        ("model", "compute", "int8", "full or fp8"),
         ("optimizer", "paging", "maybe", "never or always or auto"),
         ("optimizer", "schedule", "cosin", "known: constant, linear, cosine"),
         ("optimizer", "name", "adam", "known: adamw"),
@@ -186,6 +187,30 @@ def test_bad_values_say_what_is_expected(tiny_config, tmp_path, section, key, va
     with pytest.raises(InputError, match=message):
         train(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("quant", "format", "none", "quant.format is \"none\": set quant.format=nf4, or model.compute=full"),
+        ("model", "kernel", "mosaic", "no kernel for model.compute=\"fp8\": set model.kernel=triton, or"),
+    ],
+)
+def test_what_does_not_go_with_8_bit_products_is_named(tiny_config, tmp_path, section, key, value, message):
+    tiny_config.model.compute = "fp8"
+    tiny_config[section][key] = value
+    with pytest.raises(InputError, match=message):
+        train(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_8_bit_products_train_beside_the_full_ones(tiny_config, tmp_path):
+    train(tiny_config, tmp_path / "full")
+    tiny_config.model.compute = "fp8"
+    train(tiny_config, tmp_path / "fp8")
+    full, eight_bit = losses(tmp_path / "full"), losses(tmp_path / "fp8")
+    assert full != eight_bit
+    np.testing.assert_allclose(eight_bit, full, rtol=0.02)
 
 
 def test_killed_command_ends_with_a_bit_identical_adapter(golden, tmp_path):
