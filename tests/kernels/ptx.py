@@ -22,7 +22,7 @@ def run(assembly: str, inputs: Sequence[np.ndarray], outputs: int) -> list[np.nd
         assert not (has_written and any(source.startswith("$") for source in sources)), statement
         has_written = has_written or target.startswith("$")
         values = [registers[s] if s in registers else np.uint32(int(s, 0)) for s in sources]
-        registers[target] = np.asarray(_OPERATIONS[match["op"]](*values), np.uint32)
+        registers[target] = np.asarray(OPERATIONS[match["op"]](*values), np.uint32)
     return [registers[f"${k}"] for k in range(outputs)]
 
 
@@ -49,8 +49,9 @@ def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.
     return result
 
 
-_OPERATIONS = {
+OPERATIONS = {
     "and": lambda a, b: a & b,
+    "shl": lambda a, b: a << b,
     "shr": lambda a, b: a >> b,
     "mov": lambda a: a,
     "lop3": _lop3,
