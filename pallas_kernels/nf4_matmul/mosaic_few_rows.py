@@ -58,7 +58,7 @@ def scale_arrays(packed: "Packed", codec: "Codec") -> list[jax.Array]:
 def make_program(rows: int, dtype: jnp.dtype, codec: "Codec", nested: bool, split: int | None = None) -> Program:
     """The program of a call; `split` as in `forward`. Raises ValueError for a number of rows that it is not for."""
     if not 1 <= rows <= 16:
-        raise ValueError(f"x has {rows} rows, the kernel takes 1 to 16: larger ones take mosaic_hopper's")
+        raise ValueError(f"x has {rows} rows, this kernel takes 1 to 16: call mosaic_hopper.forward")
     program = Program(rows, codec.shape, codec.block_size, jnp.dtype(dtype).name, codec.table, nested, 1)
     return dataclasses.replace(program, split=split or _split(program))
 

@@ -103,8 +103,11 @@ def test_the_last_program_of_the_largest_weight():
 @pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_named_shape_is_lowered(name, rows):
-    text = lower("forward", SHAPES[name], 64, rows, jnp.bfloat16)
+    shape = SHAPES[name]
+    text = lower("forward", shape, 64, rows, jnp.bfloat16)
     assert text.count("@mosaic_gpu") == 1
+    scales = shape.out_features * shape.in_features // 64
+    assert f"<{scales}xui8>" in text and f"<{scales}xf32>" not in text  # scales are read in 8 bits
 
 
 @pytest.mark.parametrize(("rows", "least"), [(1, 0.8), (8, 0.8), (9, 0.6), (16, 0.6)])
@@ -128,7 +131,7 @@ def test_row_counts_choose_the_kernel(rows, is_few, monkeypatch):
 
 def test_more_rows_are_refused():
     packed, codec = whole_numbers((256, 256), 64, False, seed=0)
-    with pytest.raises(ValueError, match="x has 17 rows, the kernel takes 1 to 16"):
+    with pytest.raises(ValueError, match="x has 17 rows, this kernel takes 1 to 16"):
         mosaic_few_rows.forward(jnp.ones((17, 256), jnp.bfloat16), packed, codec)
 
 

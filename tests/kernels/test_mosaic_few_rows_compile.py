@@ -64,7 +64,10 @@ def test_a_weight_costs_few_instructions(rows, dtype, block_size, scales, most, 
     assert registers and int(registers[1]) <= 128, said  # 16 warps on a multiprocessor
 
     (ptx,) = tmp_path.glob("*.ptx")
-    loop = main_loop(ptx, tmp_path / "kernel.cubin")
+    names = main_loop(ptx, tmp_path / "kernel.cubin")
+    for quarter in range(4):  # loads are sent for all along the loop, not at its end
+        assert "LDG" in names[quarter * len(names) // 4 : (quarter + 1) * len(names) // 4], names
+    loop = Counter(names)
     weights = 2 * BYTE_ROWS * GROUP // 32  # of a thread and a group
     words, x_tiles = weights // 8, 1 + (rows > 8)
     assert sum(loop.values()) <= most * weights, loop
@@ -75,12 +78,12 @@ def test_a_weight_costs_few_instructions(rows, dtype, block_size, scales, most, 
     assert loop["PRMT"] + loop["LOP3"] + loop["SHF"] + loop["LEA"] + loop["IADD3"] + loop["VIADD"] <= 1.2 * weights
 
 
-def main_loop(ptx: Path, cubin: Path) -> Counter:
-    """Instructions by name between the target of the only branch far back and the branch."""
+def main_loop(ptx: Path, cubin: Path) -> list[str]:
+    """Names of instructions between the target of the only branch far back and the branch."""
     subprocess.run([TOOLS / "ptxas-blackwell", "-arch=sm_90a", "-o", cubin, ptx], check=True)
     code = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
     pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)(.*?);"
     instructions = [(int(at, 16), name, rest) for at, name, rest in re.findall(pattern, code)]
     targets = [(at, re.search(r"0x([0-9a-f]+)", rest)) for at, name, rest in instructions if name == "BRA"]
     (loop,) = [(int(found[1], 16), at) for at, found in targets if found and int(found[1], 16) < at]
-    return Counter(name for at, name, _ in instructions if loop[0] <= at <= loop[1])
+    return [name for at, name, _ in instructions if loop[0] <= at <= loop[1]]
