@@ -10,6 +10,8 @@ high ones (rows o + O / 2), and both multiply the same tile of x [BLOCK, 64].
 backward: the sum runs over the rows of W, first those of the low nibbles and then those of the high ones; the two
 warpgroups see the same tile of dy [BLOCK, 64] and take BLOCK columns of W each.
 
+Up to 16 rows forward are another kernel's (mosaic_few_rows.py).
+
 A step waits for the product before its own: then no product reads the buffer that the next step decodes into, nor the
 tile of x or dy that the pipeline hands back (delay_release).
 
@@ -26,7 +28,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.nf4_matmul import reference
+from pallas_kernels.nf4_matmul import mosaic_few_rows, reference
+from pallas_kernels.nf4_matmul.config import FEW_ROWS
 from pallas_kernels.nf4_matmul.mosaic_decode import LAYOUT, decode, scale_planes
 
 if TYPE_CHECKING:
@@ -54,7 +57,13 @@ def unsupported(shape: tuple[int, int], block_size: int, dtype: jnp.dtype) -> st
 
 
 def forward(x: jax.Array, packed: "Packed", codec: "Codec", interpret: Any = None) -> jax.Array:
-    """y [M, O] = x [M, I] W^T in x's dtype, summed in float32. `interpret`: plgpu.InterpretGPUParams, for tests."""
+    """y [M, O] = x [M, I] W^T in x's dtype, summed in float32. `interpret`: plgpu.InterpretGPUParams, for tests.
+
+    Up to 16 rows have a kernel of their own, which is inline PTX and cannot be interpreted.
+    """
+    if interpret is None and 1 <= x.shape[0] <= FEW_ROWS:
+        _check_gpu()
+        return mosaic_few_rows.forward(x, packed, codec)
     return _launch(_forward_kernel, codec.shape[0], x, packed, codec, interpret)
 
 

@@ -22,21 +22,17 @@ def run(assembly: str, inputs: Sequence[np.ndarray], outputs: int) -> list[np.nd
         assert not (has_written and any(source.startswith("$") for source in sources)), statement
         has_written = has_written or target.startswith("$")
         values = [registers[s] if s in registers else np.uint32(int(s, 0)) for s in sources]
-        registers[target] = np.asarray(_OPERATIONS[match["op"]](*values), np.uint32)
+        registers[target] = np.asarray(OPERATIONS[match["op"]](*values), np.uint32)
     return [registers[f"${k}"] for k in range(outputs)]
 
 
 def _prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     """prmt in its default mode: a nibble of the selector picks one of eight bytes, its top bit asks for the sign."""
-    both = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
-    result = np.uint64(0)
-    for byte in range(4):
-        nibble = (selector.astype(np.uint64) >> np.uint64(4 * byte)) & np.uint64(0xF)
-        value = (both >> (np.uint64(8) * (nibble & np.uint64(7)))) & np.uint64(0xFF)
-        sign = np.where(value >> np.uint64(7), np.uint64(0xFF), np.uint64(0))
-        value = np.where(nibble >> np.uint64(3), sign, value)
-        result = result | (value << np.uint64(8 * byte))
-    return result
+    a, b, selector = np.broadcast_arrays(a, b, selector)
+    both = np.stack([a, b], axis=-1).astype("<u4").view(np.uint8)
+    nibbles = selector[..., None] >> np.arange(0, 16, 4, dtype=np.uint32) & 0xF
+    values = np.take_along_axis(both, (nibbles & 7).astype(np.int64), axis=-1)
+    return np.where(nibbles >> 3 == 0, values, np.where(values >> 7 == 0, 0, 255)).astype(np.uint8).view("<u4")[..., 0]
 
 
 def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
@@ -49,8 +45,9 @@ def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.
     return result
 
 
-_OPERATIONS = {
+OPERATIONS = {
     "and": lambda a, b: a & b,
+    "shl": lambda a, b: a << b,
     "shr": lambda a, b: a >> b,
     "mov": lambda a: a,
     "lop3": _lop3,

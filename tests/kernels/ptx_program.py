@@ -1,0 +1,195 @@
+"""Runs a whole program of PTX, a block of threads, on numpy arrays: the text which the GPU gets is what is tested.
+
+Registers are arrays [programs, 32] of one warp's lanes; programs that differ in data alone run side by side. Warps run
+one after another from barrier to barrier, so that a missing barrier shows as a read of what is not there yet. Asserted:
+registers and shared memory are written before they are read, whole-number arithmetic does not overflow, accesses are
+aligned and inside one array, and a branch goes one way for a warp. Nested scopes share their names here.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import ml_dtypes
+import numpy as np
+
+from tests.kernels import ptx
+
+SHARED = 1024  # where shared memory begins: not at 0, so that an address without it is seen
+ARRAY = 2**36  # arrays lie this far apart
+STATEMENT = re.compile(r"(?:@(?P<not>!?)(?P<guard>\w+) )?(?P<op>[\w.:]+)(?: (?P<operands>.*))?")
+VALUES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
+
+
+def run(
+    text: str, arrays: Sequence[np.ndarray], numbers: Sequence[np.ndarray | int], warps: int, shared_bytes: int
+) -> None:
+    """Operands $0.. are addresses of arrays (read and written in place), shared memory's, then the numbers.
+
+    A number is one for all programs, or an array [programs] of one each.
+    """
+    numbers = [np.asarray(number, np.uint32).reshape(-1, 1) for number in numbers]
+    programs = max(number.shape[0] for number in numbers)
+    pointers = [np.uint64((k + 1) * ARRAY) for k in range(len(arrays))]
+    operands = {f"${k}": value for k, value in enumerate([*pointers, np.uint32(SHARED), *numbers])}
+    memory = [array.reshape(-1).view(np.uint8) for array in arrays]
+    assert all(np.shares_memory(array, view) for array, view in zip(arrays, memory, strict=True))
+    shared = np.zeros((programs, shared_bytes), np.uint8), np.zeros((programs, shared_bytes), bool)
+    statements, labels = _parse(text)
+    running = [_Warp(operands, memory, shared, warp, programs).run(statements, labels) for warp in range(warps)]
+    while running:
+        reached = [next(warp, None) for warp in running]
+        assert len(set(reached)) == 1, f"some warps wait at a barrier that others never reach: {reached}"
+        if reached[0] is None:
+            return
+
+
+def _parse(text: str) -> tuple[list[tuple], dict[str, int]]:
+    statements: list[tuple] = []
+    labels = {}
+    for line in text.splitlines():
+        line = line.strip()
+        if line.endswith(":"):
+            labels[line[:-1]] = len(statements)
+        elif line not in ("{", "}") and not line.startswith(".reg"):
+            match = STATEMENT.fullmatch(line.removesuffix(";"))
+            assert match and line.endswith(";"), line
+            operands = re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,\s]+", match["operands"] or "")
+            statements.append((line, match["guard"], match["not"] == "!", match["op"].split("."), operands))
+    return statements, labels
+
+
+class _Warp:
+    def __init__(self, operands: Mapping, memory: list[np.ndarray], shared: tuple, warp: int, programs: int):
+        lanes = np.broadcast_to(np.arange(32, dtype=np.uint32) + np.uint32(32 * warp), (programs, 32))
+        self.registers = {**operands, "%tid.x": lanes}
+        self.memory, self.shared, self.shape = memory, shared, (programs, 32)
+
+    def run(self, statements: list[tuple], labels: Mapping[str, int]) -> Iterator[int]:
+        at = 0
+        while at < len(statements):
+            line, guard, negated, (op, *kinds), operands = statements[at]
+            at += 1
+            active = np.ones(self.shape, bool)
+            if guard:
+                active = np.broadcast_to(self.registers[guard] ^ negated, self.shape)
+            try:
+                if op == "bra":
+                    assert active.all() or not active.any(), "a branch that divides a warp"
+                    at = labels[operands[0]] if active.all() else at
+                elif op == "bar":
+                    yield at
+                elif op in ("ld", "st"):
+                    self._access(op, kinds, operands, active)
+                else:
+                    assert not guard, "a guard that is not emulated"
+                    self._compute(op, kinds, operands)
+            except (AssertionError, KeyError) as error:
+                raise AssertionError(f"{line} {error!r}") from error
+
+    def _value(self, name: str) -> np.ndarray:
+        if name in self.registers:
+            return self.registers[name]
+        if name.startswith("0f"):
+            return np.uint32(int(name[2:], 16))
+        if re.fullmatch(r"0x[0-9a-f]+|\d+", name):
+            return np.uint32(int(name, 0))
+        raise KeyError(f"{name} is read before it is written")
+
+    def _float(self, name: str) -> np.ndarray:
+        return np.asarray(self._value(name), np.uint32).view(np.float32)
+
+    def _set(self, name: str, value: np.ndarray) -> None:
+        self.registers[name] = np.broadcast_to(value, self.shape)
+
+    def _compute(self, op: str, kinds: list[str], operands: list[str]) -> None:
+        target, *sources = operands
+        if op == "mma":
+            self._product(kinds, operands)
+        elif op == "cvt":
+            assert kinds[0] == "rn"
+            self._set(target, self._float(sources[0]).astype(VALUES[kinds[1]]).view(np.uint16))
+        elif op == "shfl":
+            self._shuffle(operands)
+        elif kinds[-1] == "f32" and op != "mov":
+            values = [self._float(source) for source in sources]
+            if op == "fma":  # the product of two float32 is exact in float64
+                found = (values[0].astype(np.float64) * values[1] + values[2]).astype(np.float32)
+            else:
+                found = {"add": np.add, "mul": np.multiply}[op](*values)
+            self._set(target, found.view(np.uint32))
+        elif op == "setp":
+            left, right = map(self._value, sources)
+            self._set(target, {"lt": left < right, "ge": left >= right}[kinds[0]])
+        elif op in ("add", "mul", "mad", "min"):
+            wide = [np.asarray(self._value(source), np.uint64) for source in sources]  # addresses are small
+            found = {"add": np.add, "mul": np.multiply, "min": np.minimum}.get(op, lambda a, b, c: a * b + c)(*wide)
+            bits = 64 if "wide" in kinds or kinds[-1] == "u64" else 32
+            assert bits == 64 or np.all(found < 2**32), "overflow"
+            self._set(target, found.astype(np.uint64 if bits == 64 else np.uint32))
+        else:
+            self._set(target, np.asarray(ptx.OPERATIONS[op](*map(self._value, sources)), np.uint32))
+
+    def _access(self, op: str, kinds: list[str], operands: list[str], active: np.ndarray) -> None:
+        """Loads and stores of lanes that are active; registers of others keep what they held."""
+        address, names = operands if op == "st" else reversed(operands)
+        base, _, offset = address.strip("[]").partition("+")
+        width = int(kinds[-1][1:]) // 8
+        registers = re.findall(r"\w+", names)
+        assert len(registers) == (4 if "v4" in kinds else 1)
+        first = np.broadcast_to(self._value(base), self.shape).astype(np.int64)[active] + int(offset or 0)
+        if not first.size:
+            return
+        assert np.all(first % (width * len(registers)) == 0), "not aligned"
+        if "shared" in kinds:
+            space, written = self.shared
+            program = np.nonzero(active)[0][:, None]
+            first = first - SHARED
+        else:
+            (number,) = np.unique(first // ARRAY)
+            space, written, program = self.memory[number - 1][None], None, 0
+            first = first % ARRAY
+        assert np.all((first >= 0) & (first + width * len(registers) <= space.shape[1])), "outside its array"
+        for k, register in enumerate(registers):
+            where = program, first[:, None] + np.arange(k * width, (k + 1) * width)
+            if op == "ld":
+                assert written is None or written[where].all(), "shared memory is read before it is written"
+                value = np.array(np.broadcast_to(self.registers.get(register, np.uint32(0)), self.shape), np.uint32)
+                value[active] = np.pad(space[where], ((0, 0), (0, 4 - width))).view("<u4")[:, 0]
+                self._set(register, value)
+            else:
+                value = np.broadcast_to(self._value(register), self.shape)[active]
+                space[where] = value.astype("<u4").view(np.uint8).reshape(-1, 4)[:, :width]
+                if written is not None:
+                    written[where] = True
+
+    def _shuffle(self, operands: list[str]) -> None:
+        """shfl.sync.idx: a lane's part of the mask stays, the rest comes from the operand."""
+        target, source, lane, limits, members = operands
+        assert int(members, 0) == 0xFFFFFFFF
+        kept, bound = int(limits, 0) >> 8 & 31, int(limits, 0) & 31
+        lanes = np.arange(32)
+        source_lanes = lanes & kept | int(lane, 0) & ~kept & 31
+        assert np.all(source_lanes <= (lanes & kept | bound & ~kept))
+        self._set(target, np.broadcast_to(self._value(source), self.shape)[:, source_lanes])
+
+    def _product(self, kinds: list[str], operands: list[str]) -> None:
+        """mma.m16n8k16 by the fragments of its documentation: lane 4 g + t; exact products, summed in float32."""
+        assert kinds[:4] == ["sync", "aligned", "m16n8k16", "row"] and len(set(kinds[6:8])) == 1
+        dtype = VALUES[kinds[6]]
+        target, *sources = [re.findall(r"\w+", names) for names in operands]
+        a, b, c = [
+            np.stack([np.broadcast_to(self._value(name), self.shape) for name in names], -1) for names in sources
+        ]
+        g, t = np.divmod(np.arange(32), 4)
+        left = np.empty((self.shape[0], 16, 16), np.float32)
+        right = np.empty((self.shape[0], 16, 8), np.float32)
+        sums = np.empty((self.shape[0], 16, 8), np.float32)
+        for k in range(8):  # value k of a lane's four registers
+            row, column = g + 8 * (k // 2 % 2), 2 * t + k % 2 + 8 * (k // 4)
+            left[:, row, column] = np.ascontiguousarray(a).view(dtype)[..., k].astype(np.float32)
+        for k in range(4):
+            right[:, 2 * t + k % 2 + 8 * (k // 2), g] = np.ascontiguousarray(b).view(dtype)[..., k].astype(np.float32)
+            sums[:, g + 8 * (k // 2), 2 * t + k % 2] = np.ascontiguousarray(c).view(np.float32)[..., k]
+        sums = left @ right + sums
+        for k, name in enumerate(target):
+            self._set(name, sums[:, g + 8 * (k // 2), 2 * t + k % 2].view(np.uint32))

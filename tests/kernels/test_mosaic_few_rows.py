@@ -1,0 +1,145 @@
+"""The Hopper kernel for few rows of x: its PTX, all of it, emulated; lowered for an H200; how it is reached."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qlora_jax as qj
+from pallas_kernels.nf4_matmul import Codec, Packed, dequantize, mosaic_few_rows, mosaic_hopper
+from pallas_kernels.nf4_matmul.shapes import SHAPES, Shape
+from tests.kernels import ptx_program
+from tests.kernels.test_mosaic_lowering import lower
+from tests.kernels.weights import whole_numbers
+
+
+def emulate(
+    x: jax.Array, packed: Packed, codec: Codec, split: int | None = None, tiles: slice = slice(None)
+) -> np.ndarray:
+    """y as float32, as mosaic_few_rows.forward launches it; NaN where no program of `tiles` writes."""
+    program = mosaic_few_rows.make_program(x.shape[0], x.dtype, codec, packed.nested_absmax is not None, split)
+    dtype = np.float32 if program.split > 1 else np.asarray(x).dtype
+    out = np.full((program.split, program.rows, codec.shape[0]), np.nan, dtype)
+    scales = mosaic_few_rows.scale_arrays(packed, codec)
+    scales += [scales[-1]] * (4 - len(scales))
+    arrays = [np.array(array).reshape(-1) for array in (x, packed.codes, *scales)]
+    for part in range(program.split):
+        numbers = [np.arange(program.grid[0])[tiles], part, *program.columns(part)]
+        ptx_program.run(program.text(), [*arrays, out], numbers, program.warps, program.shared_bytes)
+    return out.astype(np.float32).sum(0)
+
+
+# shape, block size, whether scales are nested, rows, dtype, split
+CASES = {
+    "one row": ((256, 2048), 64, True, 1, jnp.bfloat16, 1),
+    "idle warps": ((256, 256), 64, True, 3, jnp.float16, None),
+    "eight rows, unequal warps": ((256, 2304), 64, False, 8, jnp.bfloat16, 1),
+    "two tiles of x": ((256, 768), 64, True, 9, jnp.bfloat16, 1),
+    "sixteen rows, several groups a warp": ((256, 4352), 64, True, 16, jnp.float16, 1),
+    "split that does not divide the sum": ((512, 1792), 64, True, 5, jnp.bfloat16, 3),
+    "split, two tiles of x": ((256, 2304), 64, True, 13, jnp.bfloat16, 4),
+    "blocks of 128": ((256, 1024), 128, True, 2, jnp.bfloat16, None),
+    "blocks of 256, plain scales": ((256, 1024), 256, False, 7, jnp.bfloat16, 2),
+    "blocks wider than a round of warps": ((256, 4096), 2048, True, 4, jnp.bfloat16, 1),
+    "several nested blocks in a row of tiles": ((1280, 512), 64, True, 1, jnp.bfloat16, None),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whole_numbers_come_out_exactly(case):
+    """No rounding but the result's: one wrong index of codes, scales, x or y and this fails."""
+    shape, block_size, nested, rows, dtype, split = CASES[case]
+    assert mosaic_hopper.unsupported(shape, block_size, dtype) is None
+    packed, codec = whole_numbers(shape, block_size, nested, seed=len(case))
+    w = np.asarray(dequantize(packed, codec, jnp.float32))
+    x = jnp.asarray(np.random.default_rng(1).integers(-2, 3, (rows, shape[1])), dtype)
+
+    found = emulate(x, packed, codec, split)
+
+    expected = np.asarray(x, np.float32) @ w.T
+    if mosaic_few_rows.make_program(rows, dtype, codec, nested, split).split == 1:  # else the parts are float32
+        expected = np.asarray(jnp.asarray(expected, dtype), np.float32)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int4"])
+def test_only_the_table_and_the_result_are_rounded(format, dtype):
+    rng = np.random.default_rng(0)
+    q = qj.quantize(jnp.asarray(rng.normal(size=(256, 512)), jnp.float32), format=format)
+    rounded = tuple(float(value) for value in np.asarray(q.codec.table, np.float32).astype(dtype))
+    w = np.asarray(dequantize(q.packed, q.codec._replace(table=rounded), jnp.float32), np.float64)
+    x = jnp.asarray(rng.normal(size=(4, 512)), dtype)
+    exact = np.asarray(x, np.float64) @ w.T
+
+    found = emulate(x, q.packed, q.codec, split=1)
+
+    # a product passes through the sums of 16 in an mma, 4 mma, 8 warps: with the scaling 30 roundings at most
+    sum_error = 30 * 2.0**-24 * (np.abs(np.asarray(x, np.float64)) @ np.abs(w.T))
+    unit = {jnp.bfloat16: 2.0**-8, jnp.float16: 2.0**-11}[dtype]
+    assert np.all(np.abs(found - exact) <= unit * (np.abs(exact) + sum_error) + sum_error)
+
+
+def test_the_last_program_of_the_largest_weight():
+    """Offsets near their largest: 470 million weights, of which the last tile's rows are computed."""
+    (out_features, in_features), rows = SHAPES["llama-70b/gate_up"], 2
+    half, last, rng = out_features // 2, slice(-32, None), np.random.default_rng(0)
+    codes = rng.integers(0, 256, (half, in_features), dtype=np.uint8)
+    absmax = rng.integers(0, 256, (2, half, in_features // 64), dtype=np.uint8)
+    nested_absmax = rng.choice(np.float32([1, 2, 4]), absmax.size // 256)
+    codec = Codec((out_features, in_features), 64, tuple(range(-8, 8)), tuple(rng.choice([0.25, 0.5, 0.75], 256)))
+    x = rng.integers(-2, 3, (rows, in_features)).astype(jnp.bfloat16)
+
+    found = emulate(x, Packed(codes, absmax, nested_absmax, np.float32(0.5)), codec, tiles=slice(-1, None))
+
+    scales = np.float32(codec.absmax_map)[absmax] * np.repeat(nested_absmax, 256).reshape(absmax.shape) + 0.5
+    for side, nibbles in enumerate((codes[last] & 15, codes[last] >> 4)):
+        w = np.float32(codec.table)[nibbles] * np.repeat(scales[side, last], 64, axis=1)
+        mine = found[:, side * half : (side + 1) * half]
+        np.testing.assert_array_equal(mine[:, last], x.astype(np.float32) @ w.T)
+        assert np.isnan(mine[:, :-32]).all()
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_named_shape_is_lowered(name, rows):
+    shape = SHAPES[name]
+    text = lower("forward", shape, 64, rows, jnp.bfloat16)
+    assert text.count("@mosaic_gpu") == 1
+    scales = shape.out_features * shape.in_features // 64
+    assert f"<{scales}xui8>" in text and f"<{scales}xf32>" not in text  # scales are read in 8 bits
+
+
+@pytest.mark.parametrize(("rows", "least"), [(1, 0.8), (8, 0.8), (9, 0.6), (16, 0.6)])
+def test_programs_cover_every_column_once_and_about_fill_the_gpu(rows, least):
+    for shape in SHAPES.values():
+        codec = Codec(shape, 64, (0.0,) * 16, (0.0,) * 256)
+        program = mosaic_few_rows.make_program(rows, jnp.bfloat16, codec, True)
+        bounds = [program.columns(part) for part in range(program.split)]
+        assert [begin for begin, _ in bounds] + [shape.in_features] == [0] + [end for _, end in bounds]
+        waves = program.grid[0] * program.split * program.warps / mosaic_few_rows.WARPS
+        if shape.out_features >= 4096 and shape.in_features >= 4096:
+            assert waves / np.ceil(waves) >= least, (shape, program.split)
+
+
+@pytest.mark.parametrize(("rows", "is_few"), [(1, True), (16, True), (17, False)])
+def test_row_counts_choose_the_kernel(rows, is_few, monkeypatch):
+    monkeypatch.setattr(mosaic_few_rows, "forward", lambda x, packed, codec: jnp.zeros((rows, 1), x.dtype))
+    text = lower("forward", Shape(256, 256), 64, rows, jnp.bfloat16)
+    assert ("@mosaic_gpu" not in text) == is_few
+
+
+def test_more_rows_are_refused():
+    packed, codec = whole_numbers((256, 256), 64, False, seed=0)
+    with pytest.raises(ValueError, match="x has 17 rows, this kernel takes 1 to 16"):
+        mosaic_few_rows.forward(jnp.ones((17, 256), jnp.bfloat16), packed, codec)
+
+
+def test_a_missing_barrier_is_seen():
+    """The emulator's own check: a program whose warps do not wait for the table reads what is not there."""
+    packed, codec = whole_numbers((256, 256), 64, False, seed=0)
+    program = mosaic_few_rows.make_program(1, jnp.bfloat16, codec, False, 1)
+    text = program.text().replace("bar.sync 0;\n", "", 1)
+    arrays = [np.ones(256, jnp.bfloat16), *map(np.array, packed[:2]), *3 * [np.zeros(1)], np.zeros(256, jnp.bfloat16)]
+    with pytest.raises(AssertionError, match="ld.shared.* read before it is written"):
+        ptx_program.run(text, arrays, [0, 0, 0, 256], program.warps, program.shared_bytes)
