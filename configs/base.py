@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     # | mosaic (Hopper): both decode inside the product, and have not been measured on a GPU yet
     c.model.compute = "full"  # full | fp8: the 4-bit matmul's forward on operands rounded to 8 bits, the gradient stays
     # full; kernel = triton has a kernel for Ada and Hopper (not measured yet), all else emulates it and is no faster
+    c.model.fuse_lora = False  # add the adapter in the 4-bit kernel's epilogue (kernel=triton); not measured yet
 
     c.quant = ConfigDict()
     c.quant.format = "nf4"  # nf4 | fp4 | int4 | none (16-bit base)

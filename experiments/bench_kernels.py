@@ -9,6 +9,7 @@ import json
 import os
 import statistics
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from tqdm import tqdm
@@ -24,6 +25,7 @@ BLOCK_SIZE = flags.DEFINE_integer("block_size", 64, "Weights that share a scale.
 REPEATS = flags.DEFINE_integer("repeats", None, "Turns, whose median counts. Without it: 20 on a GPU, 5 on a CPU.")
 OUT = flags.DEFINE_string("out", None, "JSON file to write.")
 TUNE = flags.DEFINE_bool("tune", False, "Measure the Triton kernels' tile sizes and write their table (GPU only).")
+LORA_RANK = flags.DEFINE_integer("lora_rank", None, "Adds the product with an adapter of this rank (GPU only).")
 
 CPU_SHAPES = ["tinyllama-1b/attention", "tinyllama-1b/down"]
 GPU_SHAPES = ["llama-7b", "llama-3-8b", "llama-65b"]
@@ -51,6 +53,8 @@ def main() -> None:
     if TUNE.value and not on_gpu:
         raise InputError(f"--tune measures GPU kernels, this process computes on {device.device_kind}: run it on a GPU")
     dtype = DTYPE.value or ("bfloat16" if on_gpu else "float32")
+    if LORA_RANK.value is not None:
+        _check_lora(LORA_RANK.value, dtype, device)
     repeats = (20 if on_gpu else 5) if REPEATS.value is None else REPEATS.value
     if repeats < 1:
         raise InputError(f"--repeats={repeats}: expected at least 1")
@@ -76,6 +80,8 @@ def main() -> None:
         errors = {form: measure.eight_bit_error(case, codecs[name]) for form in eight_bit}
         for form, error in errors.items():
             tqdm.write(f"{name}, {m} rows: {form} is off by {error:.2%} of the full product (root mean square)")
+        if LORA_RANK.value is not None:
+            forms |= measure.lora_forms(case, codecs[name], copies, LORA_RANK.value)
         if on_gpu and dtype != "float32" and FORMAT.value == "nf4" and bench_bitsandbytes.is_there():
             forms["bitsandbytes"] = (bench_bitsandbytes.product(case, copies), forms["xla"][1])
         runs = ceilings.runs | {form: run for form, (run, _) in forms.items()}
@@ -110,6 +116,7 @@ def main() -> None:
             "format": FORMAT.value,
             "block_size": BLOCK_SIZE.value,
             "repeats": repeats,
+            "lora_rank": LORA_RANK.value,
             "ceilings": {"copy_bytes_per_second": copy, "matmul_flops_per_second": multiply},
             "results": results,
         }
@@ -148,6 +155,17 @@ def _names(wanted: list[str], known: list[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _check_lora(rank: int, dtype: str, device: Any) -> None:
+    from qlora_jax.errors import InputError
+
+    if device.platform != "gpu":
+        raise InputError(f"--lora_rank={rank} measures GPU kernels, this process computes on {device.device_kind}")
+    if rank < 1:
+        raise InputError(f"--lora_rank={rank}: expected at least 1")
+    if dtype == "float32":
+        raise InputError(f"--lora_rank={rank}: the kernels take --dtype=bfloat16 and float16, found {dtype}")
+
+
 def _counts(wanted: list) -> list[int]:
     from qlora_jax.errors import InputError
 
@@ -158,11 +176,11 @@ def _counts(wanted: list) -> list[int]:
 
 def _table(results: list[dict]) -> str:
     head = ("shape", "rows", "op", "form", "us", "speed", "GB/s", "TFLOP/s", "of peak")
-    lines = ["{:<38}{:>6} {:<9}{:<17}{:>10}{:>8}{:>9}{:>9}{:>9}".format(*head)]
+    lines = ["{:<38}{:>6} {:<9}{:<19}{:>10}{:>8}{:>9}{:>9}{:>9}".format(*head)]
     for r in results:
         shape = f"{r['shape']} {r['out_features']}x{r['in_features']}"
         lines.append(
-            f"{shape:<38}{r['rows']:>6} {r['op']:<9}{r['form']:<17}{r['seconds'] * 1e6:>10.0f}"
+            f"{shape:<38}{r['rows']:>6} {r['op']:<9}{r['form']:<19}{r['seconds'] * 1e6:>10.0f}"
             f"{r['speed_to_dense']:>7.2f}x{r['bytes_per_second'] / 1e9:>9.1f}{r['flops_per_second'] / 1e12:>9.3f}"
             f"{max(r['of_copy'], r['of_matmul']):>9.0%}"
         )

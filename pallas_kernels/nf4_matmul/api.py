@@ -38,6 +38,7 @@ class Codec(NamedTuple):
     absmax_map: tuple[float, ...]  # 256 values, read only with double quantization
     backend: str = "xla"  # one of BACKENDS
     compute: str = "full"  # of the forward product: one of COMPUTE
+    fuse_lora: bool = False  # lora.matmul_lora adds the adapter inside the kernel; backend "triton" alone
 
 
 class Packed(NamedTuple):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.nf4_matmul import api, config, triton_backend, triton_fp8_backend
+from pallas_kernels.nf4_matmul.lora import matmul_lora
 from pallas_kernels.nf4_matmul.shapes import Shape
 
 FP8 = "triton fp8"  # the form on 8-bit operands
@@ -105,6 +106,39 @@ def _form(codec: api.Codec, name: str) -> api.Codec:
     """The codec of a form called "triton" or "triton fp8"."""
     backend, _, compute = name.partition(" ")
     return codec._replace(backend=backend, compute=compute or "full")
+
+
+def lora_forms(case: Case, codec: api.Codec, copies: int, rank: int) -> dict[str, tuple[Run, int]]:
+    """The product with an adapter by the Triton kernels, its low-rank term beside the kernel and inside it.
+    Backward is dx alone. The small product u = scale * x A^T (scale * dy B) counts in both forms; every copy of the
+    weight has an adapter of its own, or XLA would compute the low-rank term once for all.
+    """
+    packed = [random_packed(codec, seed) for seed in range(copies)]
+    O, I = case.shape
+    dtype = jnp.dtype(case.dtype)
+    x = jax.random.normal(jax.random.key(0), (case.rows, I if case.op == "forward" else O), dtype)
+    a = list(jax.random.normal(jax.random.key(1), (copies, rank, I)) / I**0.5)
+    b = list(jax.random.normal(jax.random.key(2), (copies, O, rank)) / rank**0.5)
+
+    def products(fuse_lora, x, packed, a, b):
+        triton = codec._replace(backend="triton", fuse_lora=fuse_lora)
+        return [_product_lora(case.op, x, *each, triton) for each in zip(packed, a, b, strict=True)]
+
+    packed_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(packed[0]))
+    moved = packed_bytes + case.activation_bytes + rank * (O + I) * dtype.itemsize
+    return {
+        name: (partial(jax.jit(partial(products, fuse_lora)), x, packed, a, b), moved)
+        for name, fuse_lora in (("triton + XLA LoRA", False), ("triton, LoRA fused", True))
+    }
+
+
+def _product_lora(
+    op: config.Op, x: jax.Array, packed: api.Packed, a: jax.Array, b: jax.Array, codec: api.Codec
+) -> jax.Array:
+    if op == "forward":
+        return matmul_lora(x, packed, codec, a, b, 0.25)
+    zeros = jnp.zeros((x.shape[0], codec.shape[1]), x.dtype)
+    return jax.vjp(lambda primal: matmul_lora(primal, packed, codec, a, b, 0.25), zeros)[1](x)[0]
 
 
 def _products(op: config.Op, codec: api.Codec) -> Callable[[jax.Array, list[api.Packed]], list[jax.Array]]:

@@ -88,6 +88,8 @@ def check_config(config: Any) -> None:
             'model.kernel is "mosaic", which has no kernel for model.compute="fp8": set model.kernel=triton, or '
             "model.compute=full"
         )
+    if config.model.fuse_lora:
+        _check_fuse_lora(config)
     needs_gpu = [key for key in ("kernel", "attention") if config.model[key] != "xla"]
     if needs_gpu and jax.default_backend() != "gpu":
         key = needs_gpu[0]
@@ -97,6 +99,20 @@ def check_config(config: Any) -> None:
         )
     if config.mesh.devices != 1:
         raise InputError(f"mesh.devices is {config.mesh.devices}; one run trains on one device")
+
+
+def _check_fuse_lora(config: Any) -> None:
+    for section, key, takes in (
+        ("model", "kernel", ("triton",)),
+        ("model", "compute", ("full",)),
+        ("model", "compute_dtype", ("bfloat16",)),
+        ("quant", "format", ("nf4", "fp4", "int4")),
+    ):
+        if (found := config[section][key]) not in takes:
+            raise InputError(
+                f"model.fuse_lora needs {section}.{key} {' or '.join(takes)}, found {found!r}: "
+                "change it, or set model.fuse_lora=False"
+            )
 
 
 def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, int], None]) -> Prepared:
@@ -137,7 +153,7 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
     m = config.model
     if m.compute == "fp8" and m.kernel == "xla":
         say("model: 8-bit products are emulated with model.kernel=xla: they show the effect on the loss, not the speed")
-    model = load_model(folder, quant, m.compute_dtype, m.remat, m.attention, m.kernel, progress, m.compute)
+    model = load_model(folder, quant, m.compute_dtype, m.remat, m.attention, m.kernel, progress, m.compute, m.fuse_lora)
     lora.attach(model, lora_config, jax.random.key(config.train.seed))
     if config.lora.init_from:
         _start_from(model, Path(config.lora.init_from), lora_config)

@@ -37,17 +37,28 @@ POINTERS = {
 STORED = {tl.bfloat16: ml_dtypes.bfloat16, tl.float8e4nv: ml_dtypes.float8_e4m3fn}
 
 
-def matmul(op: config.Op, x: jax.Array, packed: Packed, codec: Codec, tiles: config.Tiles) -> np.ndarray:
-    """y or dx as float32, computed as triton_backend launches it."""
-    kernel, name, columns = (forward_kernel, "x", 0) if op == "forward" else (backward_kernel, "dy", 1)
+def matmul(
+    op: config.Op,
+    x: jax.Array,
+    packed: Packed,
+    codec: Codec,
+    tiles: config.Tiles,
+    low_rank: triton_backend.LowRank | None = None,
+) -> np.ndarray:
+    """y or dx [M, .] as float32, computed as triton_backend launches it; with a pack's adapters x is [A * M, .]."""
+    kernel, columns = (forward_kernel, 0) if op == "forward" else (backward_kernel, 1)
+    name, *low_rank_names = ("x", "u", "b") if op == "forward" else ("dy", "du", "a")
     shape, rows = Shape(*codec.shape), x.shape[0]
+    adapters, rank = (1, 0) if low_rank is None else (low_rank.left.shape[0], low_rank.left.shape[2])
     arrays = triton_backend.operands(packed, codec, x.dtype, tiles)
-    names = ("codes", "table", "absmax", "scale_map", "nested_absmax", "offset")
+    arrays += triton_backend.low_rank_operands(low_rank)
+    names = ("codes", "table", "absmax", "scale_map", "nested_absmax", "offset", *low_rank_names)
     arguments = {n: None if a is None else np.array(a) for n, a in zip(names, arrays, strict=True)}
     out = np.full((tiles.split, rows, shape[columns]), np.nan, np.float32 if tiles.split > 1 else np.asarray(x).dtype)
-    arguments |= {name: np.array(x), "out": out, "rows": rows} | triton_backend.constants(op, codec, x.dtype, tiles)
+    arguments |= {name: np.array(x), "out": out, "rows": rows // adapters}
+    arguments |= triton_backend.constants(op, codec, x.dtype, tiles, adapters, rank)
     arguments["DTYPE"] = tl.constexpr(arguments["DTYPE"])
-    run(kernel, (config.programs(op, rows, shape, tiles), tiles.split), arguments)
+    run(kernel, (adapters * config.programs(op, rows // adapters, shape, tiles), tiles.split), arguments)
     return out.astype(np.float32).sum(0)
 
 

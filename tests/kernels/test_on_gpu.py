@@ -63,3 +63,37 @@ def test_8_bit_value(name, block_size, rows, dtype):
     assert found.dtype == dtype
     assert np.all(error <= 2 * UNIT_ROUNDOFF[dtype] * np.abs(np.asarray(exact)) + 2.0**-11 * np.asarray(magnitude))
     assert np.sqrt(np.mean(error**2)) < 0.004 * np.sqrt(np.mean(np.square(exact)))
+
+
+@pytest.mark.parametrize("with_dropout", [False, True])
+@pytest.mark.parametrize("rank", [8, 64, 256])
+@pytest.mark.parametrize("rows", [1, 17, 300])
+def test_a_pack_of_fused_adapters(rows, rank, with_dropout):
+    """Value and every gradient against the plain form in float32, for three adapters in one kernel call."""
+    shape, adapters, scale = SHAPES["tinyllama-1b/down"], 3, 0.25
+    keys = jax.random.split(jax.random.key(rows), 6)
+    q = qj.quantize(jax.random.normal(keys[0], tuple(shape)))
+    x = jax.random.normal(keys[1], (adapters, rows, shape.in_features), jnp.bfloat16)
+    dy = jax.random.normal(keys[2], (adapters, rows, shape.out_features), jnp.bfloat16)
+    a = jax.random.normal(keys[3], (adapters, rank, shape.in_features)).astype(jnp.bfloat16).astype(jnp.float32)
+    b = jax.random.normal(keys[4], (adapters, shape.out_features, rank)).astype(jnp.bfloat16).astype(jnp.float32)
+    dropped = jnp.where(jax.random.bernoulli(keys[5], 0.5, x.shape), 2 * x, 0) if with_dropout else None
+
+    def run(codec, dtype):
+        def product(x, dropped, a, b):
+            return nf4_matmul.matmul_lora(x, q.packed, codec, a, b, scale, dropped)
+
+        def pack(x, dropped, a, b, dy):
+            y, pullback = jax.vjp(jax.vmap(product, (0, None if dropped is None else 0, 0, 0)), x, dropped, a, b)
+            return y, pullback(dy)
+
+        masked = None if dropped is None else dropped.astype(dtype)
+        return jax.jit(pack)(x.astype(dtype), masked, a, b, dy.astype(dtype))
+
+    # A and B hold values of 16 bits: rounding them changes nothing
+    found = run(q.codec._replace(backend="triton", fuse_lora=True), jnp.bfloat16)
+    exact = run(q.codec, jnp.float32)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        error = np.asarray(one, np.float32) - np.asarray(other, np.float32)
+        size = np.sqrt(np.mean(np.asarray(other, np.float32) ** 2))
+        assert np.sqrt(np.mean(error**2)) < 2 * 2.0**-8 * size and np.abs(error).max() < 8 * 2.0**-7 * size

@@ -31,8 +31,16 @@ class Machine(NamedTuple):
 
 
 def compile_kernel(
-    op: config.Op, codec: Codec, dtype: str, tiles: config.Tiles, compute_capability: int, double_quant: bool = True
+    op: config.Op,
+    codec: Codec,
+    dtype: str,
+    tiles: config.Tiles,
+    compute_capability: int,
+    double_quant: bool = True,
+    adapters: int = 1,
+    rank: int = 0,
 ) -> Machine:
+    """rank 0: the plain kernel; else with the low-rank term of `adapters` adapters."""
     kernel = forward_kernel if op == "forward" else backward_kernel
     nested = "*fp32" if double_quant and tiles.scales_in_kernel else "constexpr"
     types = {
@@ -43,12 +51,12 @@ def compile_kernel(
         "scale_map": nested,
         "nested_absmax": nested,
         "offset": nested,
+        **dict.fromkeys(("u", "b") if op == "forward" else ("du", "a"), POINTER[dtype] if rank else "constexpr"),
         "out": POINTER[dtype] if tiles.split == 1 else "*fp32",
         "rows": "i32",
     }
-    return _compile(
-        kernel, types, triton_backend.constants(op, codec, jnp.dtype(dtype), tiles), tiles, compute_capability
-    )
+    constants = triton_backend.constants(op, codec, jnp.dtype(dtype), tiles, adapters, rank)
+    return _compile(kernel, types, constants, tiles, compute_capability)
 
 
 def compile_fp8(
