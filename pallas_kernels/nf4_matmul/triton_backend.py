@@ -44,10 +44,10 @@ def supports(shape: tuple[int, int], block_size: int, dtype: jnp.dtype) -> bool:
     return unsupported(shape, block_size, dtype) is None
 
 
-def current_gpu() -> Gpu:
+def current_gpu(backend: str = "triton") -> Gpu:
     """The GPU that programs are traced for: the abstract mesh's, or this process's first.
 
-    Raises RuntimeError where there is none, or one before compute capability 8.0.
+    Raises RuntimeError, which names the backend, where there is none, or one before compute capability 8.0.
     """
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None and abstract.num_cores is not None:
@@ -56,11 +56,12 @@ def current_gpu() -> Gpu:
             raise RuntimeError(f"{abstract.device_kind} is none of {', '.join(CAPABILITIES)}, which can be lowered for")
         return Gpu(abstract.device_kind, known[0], abstract.num_cores)
     device: Any = jax.devices()[0]
+    needs = f'backend "{backend}" needs'
     if device.platform != "gpu" or not hasattr(device, "compute_capability"):
-        raise RuntimeError(f'backend "triton" needs an NVIDIA GPU, this process computes on {device.device_kind}')
+        raise RuntimeError(f"{needs} an NVIDIA GPU, this process computes on {device.device_kind}")
     capability = int(float(device.compute_capability) * 10 + 0.5)
     if capability < 80:
-        raise RuntimeError(f'backend "triton" needs compute capability 8.0, {device.device_kind} has {capability / 10}')
+        raise RuntimeError(f"{needs} compute capability 8.0, {device.device_kind} has {capability / 10}")
     return Gpu(device.device_kind, capability, device.core_count)
 
 

@@ -77,7 +77,7 @@ def check_config(config: Any) -> None:
         )
     if config.optimizer.learning_rate <= 0 or config.optimizer.max_grad_norm < 0:
         raise InputError("optimizer.learning_rate must be positive and optimizer.max_grad_norm 0 (no clipping) or more")
-    needs_gpu = [key for key in ("kernel", "attention") if config.model[key] != "xla"]
+    needs_gpu = [key for key in ("kernel", "attention") if config.model[key] not in ("xla", "auto")]
     if needs_gpu and jax.default_backend() != "gpu":
         key = needs_gpu[0]
         raise InputError(

@@ -170,7 +170,7 @@ def test_xla_is_the_default_and_a_refusal_is_said(caplog):
 def test_mistakes_are_named():
     q = weight("whole tiles")
     x = jnp.zeros((2, 128), jnp.bfloat16)
-    with pytest.raises(ValueError, match="backend is 'cuda', expected one of xla, triton, mosaic"):
+    with pytest.raises(ValueError, match="backend is 'cuda', expected one of auto, xla, triton, scratch, mosaic"):
         nf4_matmul.matmul(x, q.packed, q.codec._replace(backend="cuda"))
     if jax.default_backend() == "cpu":
         pytest.importorskip("jax_triton")

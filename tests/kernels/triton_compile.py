@@ -12,8 +12,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pallas_kernels.nf4_matmul import Codec, config, triton_backend
+from pallas_kernels.nf4_matmul import Codec, config, scratch, triton_backend
 from pallas_kernels.nf4_matmul.triton_backward import backward_kernel
+from pallas_kernels.nf4_matmul.triton_dequantize import dequantize_kernel
 from pallas_kernels.nf4_matmul.triton_forward import forward_kernel
 
 CUOBJDUMP = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -27,6 +28,11 @@ class Machine(NamedTuple):
     stack: int  # bytes a thread spills
     shared: int  # bytes a program
     instructions: Counter  # by name, over the whole code
+    wide_stores: int  # of 16 bytes a thread, to global memory
+
+    @property
+    def total(self) -> int:
+        return self.instructions.total() - self.instructions["NOP"]
 
 
 def compile_kernel(
@@ -46,11 +52,30 @@ def compile_kernel(
         "rows": "i32",
     }
     constants = triton_backend.constants(op, codec, jnp.dtype(dtype), tiles)
-    constants |= {name: None for name, kind in types.items() if kind == "constexpr"}
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, **triton_backend.BACKEND_OPTIONS}
+    return _compile(kernel, types, constants, options, compute_capability)
+
+
+def compile_dequantize(codec: Codec, dtype: str, compute_capability: int, double_quant: bool = True) -> Machine:
+    nested = "*fp32" if double_quant else "constexpr"
+    types = {
+        "codes": "*u8",
+        "table": "*fp32",
+        "absmax": "*u8" if double_quant else "*fp32",
+        "scale_map": nested,
+        "nested_absmax": nested,
+        "offset": nested,
+        "out": POINTER[dtype],
+    }
+    options = {"num_warps": scratch.WARPS, "num_stages": 1, **triton_backend.BACKEND_OPTIONS}
+    return _compile(dequantize_kernel, types, scratch.constants(codec), options, compute_capability)
+
+
+def _compile(kernel, types: dict[str, str], constants: dict, options: dict, compute_capability: int) -> Machine:
+    constants = constants | {name: None for name, kind in types.items() if kind == "constexpr"}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     pointers = [k for k, kind in enumerate(signature.values()) if kind.startswith("*")]
     source = ASTSource(kernel, signature, constants, {(k,): [["tt.divisibility", 16]] for k in pointers})
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, **triton_backend.BACKEND_OPTIONS}
     compiled = triton.compile(source, target=GPUTarget("cuda", compute_capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -60,7 +85,8 @@ def compile_kernel(
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", code)
-    return Machine(int(found[1]), int(found[2]), compiled.metadata.shared, Counter(names))
+    wide = len(re.findall(r"STG\S*\.128", code))
+    return Machine(int(found[1]), int(found[2]), compiled.metadata.shared, Counter(names), wide)
 
 
 def _cuobjdump(*arguments: str) -> str:
