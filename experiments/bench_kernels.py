@@ -76,8 +76,24 @@ def main() -> None:
 
     backends = _backends(on_gpu)
     ceilings = measure.Ceilings(dtype, on_gpu)
-    results, failures, left_out, peaks = [], [], [], []
     deadline = _deadline(MINUTES.value)
+    peaks: list[tuple[float, float]] = []
+    results: list[dict] = []
+    failures: list[dict] = []
+    left_out: list[dict] = []
+    report = {
+        "command": shlex.join(["python", "-m", "experiments.bench_kernels", *sys.argv[1:]]),
+        "versions": versions.installed(),
+        "device": device.device_kind,
+        "dtype": dtype,
+        "format": FORMAT.value,
+        "block_size": BLOCK_SIZE.value,
+        "repeats": repeats,
+        "ceilings": {},
+        "results": results,
+        "failures": failures,
+        "left_out": left_out,
+    }
     for (name, m, op), case in tqdm(cases.items(), desc="timing", leave=False, delay=2):
         if time.monotonic() > deadline:
             left_out.append({"shape": name, "rows": m, "op": op})
@@ -112,31 +128,27 @@ def main() -> None:
                     "of_matmul": case.flops / seconds[form] / multiply,
                 }
             )
+        copy, multiply = (statistics.median(peak) for peak in zip(*peaks, strict=True))
+        report["ceilings"] = {"copy_bytes_per_second": copy, "matmul_flops_per_second": multiply}
+        _write(report)  # after each, so that an interruption loses one
     if not peaks:
         raise InputError(f"--minutes={MINUTES.value}: over before anything was timed; give more")
     print(_table(results, failures))
     if left_out:
         print(f"--minutes={MINUTES.value} was over: {len(left_out)} of {len(cases)} products were not timed")
-    copy, multiply = (statistics.median(peak) for peak in zip(*peaks, strict=True))
     print(f"ceilings in this run: copy {copy / 1e9:.1f} GB/s, matmul {multiply / 1e12:.3f} TFLOP/s")
-    if OUT.value:
-        report = {
-            "command": shlex.join(["python", "-m", "experiments.bench_kernels", *sys.argv[1:]]),
-            "versions": versions.installed(),
-            "device": device.device_kind,
-            "dtype": dtype,
-            "format": FORMAT.value,
-            "block_size": BLOCK_SIZE.value,
-            "repeats": repeats,
-            "ceilings": {"copy_bytes_per_second": copy, "matmul_flops_per_second": multiply},
-            "results": results,
-            "failures": failures,
-            "left_out": left_out,
-        }
-        path = Path(OUT.value).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
+    if path := _write(report):
         print(f"written: {path}")
+
+
+def _write(report: dict) -> Path | None:
+    """Writes --out, if it was given."""
+    if not OUT.value:
+        return None
+    path = Path(OUT.value).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    return path
 
 
 def _backends(on_gpu: bool) -> tuple[str, ...]:

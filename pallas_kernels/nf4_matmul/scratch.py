@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.nf4_matmul import api
-from pallas_kernels.nf4_matmul.triton_backend import BACKEND_OPTIONS, current_gpu
+from pallas_kernels.nf4_matmul.triton_backend import BACKEND_OPTIONS, current_gpu, load_jax_triton
 
 if TYPE_CHECKING:
     from pallas_kernels.nf4_matmul.api import Codec, Packed
@@ -34,12 +34,18 @@ def unsupported(shape: tuple[int, int], block_size: int, dtype: jnp.dtype) -> st
 
 def forward(x: jax.Array, packed: "Packed", codec: "Codec") -> jax.Array:
     """y [M, O] = x [M, I] W^T in x's dtype, summed in float32."""
-    return api.dense_matmul(x, dequantize(packed, codec, x.dtype), contract=1)
+    return _multiply(x, packed, codec, contract=1)
 
 
 def backward(dy: jax.Array, packed: "Packed", codec: "Codec") -> jax.Array:
     """dx [M, I] = dy [M, O] W in dy's dtype, summed in float32."""
-    return api.dense_matmul(dy, dequantize(packed, codec, dy.dtype), contract=0)
+    return _multiply(dy, packed, codec, contract=0)
+
+
+def _multiply(x: jax.Array, packed: "Packed", codec: "Codec", contract: int) -> jax.Array:
+    if x.shape[0] == 0:
+        return jnp.zeros((0, codec.shape[1 - contract]), x.dtype)
+    return api.dense_matmul(x, dequantize(packed, codec, x.dtype), contract)
 
 
 def dequantize(packed: "Packed", codec: "Codec", dtype: jnp.dtype) -> jax.Array:
@@ -47,12 +53,9 @@ def dequantize(packed: "Packed", codec: "Codec", dtype: jnp.dtype) -> jax.Array:
 
     Raises RuntimeError without an NVIDIA GPU from compute capability 8.0, ImportError without jax-triton.
     """
-    try:
-        import jax_triton
+    jax_triton = load_jax_triton("scratch")
+    from pallas_kernels.nf4_matmul.triton_dequantize import dequantize_kernel
 
-        from pallas_kernels.nf4_matmul.triton_dequantize import dequantize_kernel
-    except ImportError as error:
-        raise ImportError(f'backend "scratch" needs jax-triton ({error}): pip install jax-triton==0.4.1') from error
     values = codec.shape[0] * codec.shape[1]
     arrays = operands(packed, codec)
     return jax_triton.triton_call(

@@ -3,6 +3,8 @@
 Nothing here imports Triton before a kernel is really called, so that every other path works without it.
 """
 
+import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -65,6 +67,19 @@ def current_gpu(backend: str = "triton") -> Gpu:
     return Gpu(device.device_kind, capability, device.core_count)
 
 
+def load_jax_triton(backend: str) -> ModuleType:
+    """The module jax_triton. Raises ImportError, which names the backend, where it or Triton is missing."""
+    try:
+        driver = importlib.import_module("triton.backends.nvidia.driver")
+        if not hasattr(driver, "TMA_TF32"):
+            # Triton 3.6: jax-triton 0.4 imports this name for tensor descriptors, which are not used here, and without
+            # it would take Triton's whole NVIDIA backend for missing
+            vars(driver)["TMA_TF32"] = 11
+        return importlib.import_module("jax_triton")
+    except ImportError as error:
+        raise ImportError(f'backend "{backend}" needs jax-triton ({error}): pip install jax-triton==0.4.1') from error
+
+
 def forward(x: jax.Array, packed: "Packed", codec: "Codec", tiles: Tiles | None = None) -> jax.Array:
     """y [M, O] = x [M, I] W^T in x's dtype, summed in float32."""
     return _launch("forward", x, packed, codec, tiles)
@@ -80,13 +95,10 @@ def _launch(op: config.Op, x: jax.Array, packed: "Packed", codec: "Codec", tiles
     columns = shape.out_features if op == "forward" else shape.in_features
     if rows == 0:
         return jnp.zeros((0, columns), x.dtype)
-    try:
-        import jax_triton
+    jax_triton = load_jax_triton("triton")
+    from pallas_kernels.nf4_matmul.triton_backward import backward_kernel
+    from pallas_kernels.nf4_matmul.triton_forward import forward_kernel
 
-        from pallas_kernels.nf4_matmul.triton_backward import backward_kernel
-        from pallas_kernels.nf4_matmul.triton_forward import forward_kernel
-    except ImportError as error:
-        raise ImportError(f'backend "triton" needs jax-triton ({error}): pip install jax-triton==0.4.1') from error
     gpu = current_gpu()
     tiles = tiles or config.choose(op, rows, shape, codec.block_size, gpu)
     partial = tiles.split > 1

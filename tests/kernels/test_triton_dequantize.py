@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 import qlora_jax as qj  # noqa: E402
 from pallas_kernels.nf4_matmul import Codec, Packed, scratch  # noqa: E402
@@ -68,10 +68,12 @@ def test_compiles_without_spilling(double_quant, capability):
     codec = Codec((4096, 11008), 64, (0.0,) * 16, (0.0,) * 256)
     machine = triton_compile.compile_dequantize(codec, "bfloat16", capability, double_quant)
     assert machine.stack == 0, machine
-    assert machine.shared <= 2 * scratch.BYTES, machine  # Triton 3.6 exchanges one run through it, later ones nothing
     # a thread's weights; an H200 issues about 18 instructions in the time that the 2.5 bytes of a weight take
     weights = 2 * scratch.BYTES // (32 * scratch.WARPS)
-    assert machine.total <= 12 * weights, f"{machine.total / weights} instructions a weight"
+    # Triton 3.6 exchanges the values of one half between threads before it stores them, later ones nothing
+    exchanges = triton.__version__.startswith("3.6.")
+    assert machine.shared <= (2 * scratch.BYTES if exchanges else 0), machine
+    assert machine.total <= (16 if exchanges else 12) * weights, f"{machine.total / weights} instructions a weight"
     # W leaves in pieces of 16 bytes
     assert machine.wide_stores == weights * 2 // 16
 

@@ -57,7 +57,8 @@ def test_the_fastest_tiles_are_found(op, machine):
     found = tune.tune(case(op), CODEC, GPU, repeats=1, say=said.append)
     assert found.choice.backend == "triton" and (found.choice.tiles.block_o, found.choice.tiles.num_stages) == (32, 2)
     assert found.seconds == {"xla": 3.0, "scratch": 2.0, "triton": 1.0}
-    assert len(set(machine.compiled)) == len(machine.compiled) <= MOST
+    tiles = [name for name in machine.compiled if name != "scratch"]
+    assert len(set(tiles)) == len(tiles) <= MOST
 
 
 def test_what_is_wrong_or_does_not_compile_is_never_ranked(machine):
