@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from pallas_kernels.nf4_matmul.api import Codec, Packed
 
 LARGEST_HALF = 2**31  # bytes of codes are addressed by 32-bit integers
-# multiply-add would round once where the reference rounds twice; dot products are not concerned
-BACKEND_OPTIONS = {"enable_fp_fusion": False}
+# multiply-add would round once where the reference rounds twice; dot products are not concerned. The PTX is compiled by
+# XLA's ptxas, not by Triton's, which may be newer (3.9 writes PTX 9.4 for Hopper, CUDA 13.0 takes 9.0): every one of
+# CUDA 12 and 13 takes 8.0
+BACKEND_OPTIONS = {"enable_fp_fusion": False, "ptx_version": 80}
 # compute capabilities of GPUs that programs are lowered for where there is none: the abstract device has only a name
 CAPABILITIES = {"A100": 80, "A6000": 86, "RTX 3090": 86, "RTX 4090": 89, "L40": 89, "H100": 90, "H200": 90}
 
