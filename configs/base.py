@@ -15,8 +15,10 @@ def get_config() -> ConfigDict:
     c.model.compute_dtype = "bfloat16"  # bfloat16 | float32; norms, softmax and the loss are float32 always
     c.model.remat = "block"  # block: keep one activation a layer and recompute the rest | none: keep everything
     c.model.attention = "xla"  # xla | cudnn (flash attention; NVIDIA GPUs only)
-    c.model.kernel = "xla"  # of the 4-bit matmul: xla (dequantizes, then multiplies) | triton (NVIDIA GPUs)
-    # | mosaic (Hopper): both decode inside the product, and have not been measured on a GPU yet
+    # of the 4-bit matmul: auto (the fastest in the GPU's tuned table; xla where nothing was measured) | xla (first
+    # dequantizes) | scratch (the same, with a kernel; NVIDIA GPUs from Ampere on) | triton (the same GPUs) | mosaic
+    # (Hopper): the last two decode inside the product. The kernels have not been measured on a GPU yet
+    c.model.kernel = "auto"
     c.model.compute = "full"  # full | fp8: the 4-bit matmul's forward on operands rounded to 8 bits, the gradient stays
     # full; kernel = triton has a kernel for Ada and Hopper (not measured yet), all else emulates it and is no faster
     c.model.fuse_lora = False  # add the adapter in the 4-bit kernel's epilogue (kernel=triton); not measured yet

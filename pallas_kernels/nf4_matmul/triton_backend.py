@@ -6,6 +6,8 @@ Nothing here imports Triton before a kernel is really called, so that every othe
 """
 
 import dataclasses
+import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -20,9 +22,6 @@ if TYPE_CHECKING:
     from pallas_kernels.nf4_matmul.api import Codec, Packed
 
 LARGEST_HALF = 2**31  # bytes of codes are addressed by 32-bit integers
-# enable_fp_fusion: multiply-add would round once where the reference rounds twice; dot products are not concerned.
-# ptx_version: Triton writes for the ptxas that it brings, but XLA's is the one that reads, and older (CUDA 12.4: 8.4)
-BACKEND_OPTIONS = {"enable_fp_fusion": False, "ptx_version": 84}
 # compute capabilities of GPUs that programs are lowered for where there is none: the abstract device has only a name
 CAPABILITIES = {"A100": 80, "A6000": 86, "RTX 3090": 86, "RTX 4090": 89, "L40": 89, "H100": 90, "H200": 90}
 
@@ -55,10 +54,10 @@ def supports(shape: tuple[int, int], block_size: int, dtype: jnp.dtype) -> bool:
     return unsupported(shape, block_size, dtype) is None
 
 
-def current_gpu() -> Gpu:
+def current_gpu(backend: str = "triton") -> Gpu:
     """The GPU that programs are traced for: the abstract mesh's, or this process's first.
 
-    Raises RuntimeError where there is none, or one before compute capability 8.0.
+    Raises RuntimeError, which names the backend, where there is none, or one before compute capability 8.0.
     """
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None and abstract.num_cores is not None:
@@ -67,12 +66,36 @@ def current_gpu() -> Gpu:
             raise RuntimeError(f"{abstract.device_kind} is none of {', '.join(CAPABILITIES)}, which can be lowered for")
         return Gpu(abstract.device_kind, known[0], abstract.num_cores)
     device: Any = jax.devices()[0]
+    needs = f'backend "{backend}" needs'
     if device.platform != "gpu" or not hasattr(device, "compute_capability"):
-        raise RuntimeError(f'backend "triton" needs an NVIDIA GPU, this process computes on {device.device_kind}')
+        raise RuntimeError(f"{needs} an NVIDIA GPU, this process computes on {device.device_kind}")
     capability = int(float(device.compute_capability) * 10 + 0.5)
     if capability < 80:
-        raise RuntimeError(f'backend "triton" needs compute capability 8.0, {device.device_kind} has {capability / 10}')
+        raise RuntimeError(f"{needs} compute capability 8.0, {device.device_kind} has {capability / 10}")
     return Gpu(device.device_kind, capability, device.core_count)
+
+
+def load_jax_triton(backend: str) -> ModuleType:
+    """The module jax_triton. Raises ImportError, which names the backend, where it or Triton is missing."""
+    try:
+        driver = importlib.import_module("triton.backends.nvidia.driver")
+        if not hasattr(driver, "TMA_TF32"):
+            # Triton 3.6: jax-triton 0.4 imports this name for tensor descriptors, which are not used here, and without
+            # it would take Triton's whole NVIDIA backend for missing
+            vars(driver)["TMA_TF32"] = 11
+        return importlib.import_module("jax_triton")
+    except ImportError as error:
+        raise ImportError(f'backend "{backend}" needs jax-triton ({error}): pip install jax-triton==0.4.1') from error
+
+
+def backend_options(compute_capability: int) -> dict[str, Any]:
+    """What Triton's compiler is told.
+
+    enable_fp_fusion: a multiply-add would round once where the reference rounds twice; dot products are not concerned.
+    ptx_version: XLA's ptxas compiles the PTX, not Triton's, which may be newer (3.9 writes PTX 9.4 for Hopper, CUDA
+    13.0 takes 9.0). CUDA from 12.4 on takes 8.4, the first with 8-bit products for Ada; Blackwell begins at 8.7.
+    """
+    return {"enable_fp_fusion": False, "ptx_version": 84 if compute_capability < 100 else 87}
 
 
 def forward(x: jax.Array, packed: "Packed", codec: "Codec", tiles: Tiles | None = None) -> jax.Array:
@@ -113,13 +136,10 @@ def _launch(
     columns = shape.out_features if op == "forward" else shape.in_features
     if rows == 0:
         return jnp.zeros((0, columns), x.dtype)
-    try:
-        import jax_triton
+    jax_triton = load_jax_triton("triton")
+    from pallas_kernels.nf4_matmul.triton_backward import backward_kernel
+    from pallas_kernels.nf4_matmul.triton_forward import forward_kernel
 
-        from pallas_kernels.nf4_matmul.triton_backward import backward_kernel
-        from pallas_kernels.nf4_matmul.triton_forward import forward_kernel
-    except ImportError as error:
-        raise ImportError(f'backend "triton" needs jax-triton ({error}): pip install jax-triton==0.4.1') from error
     gpu = current_gpu()
     adapters, rank = (1, 0) if low_rank is None else (low_rank.left.shape[0], low_rank.left.shape[2])
     tiles = tiles or tiles_of_pack(op, rows // adapters, adapters, shape, codec.block_size, gpu)
@@ -139,7 +159,7 @@ def _launch(
         compute_capability=gpu.compute_capability,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        backend_options=BACKEND_OPTIONS,
+        backend_options=backend_options(gpu.compute_capability),
         cost_estimate={
             "flops": 2 * rows * (shape.out_features * shape.in_features + rank * columns),
             "bytes_accessed": x.nbytes

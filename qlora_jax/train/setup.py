@@ -90,7 +90,7 @@ def check_config(config: Any) -> None:
         )
     if config.model.fuse_lora:
         _check_fuse_lora(config)
-    needs_gpu = [key for key in ("kernel", "attention") if config.model[key] != "xla"]
+    needs_gpu = [key for key in ("kernel", "attention") if config.model[key] not in ("xla", "auto")]
     if needs_gpu and jax.default_backend() != "gpu":
         key = needs_gpu[0]
         raise InputError(
@@ -151,8 +151,11 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
         say(f"data: {grad_accum} micro-batches a step, not {config.train.grad_accum}: the file's batches are smaller")
     tx = make_optimizer(config.optimizer, steps)
     m = config.model
-    if m.compute == "fp8" and m.kernel == "xla":
-        say("model: 8-bit products are emulated with model.kernel=xla: they show the effect on the loss, not the speed")
+    if m.compute == "fp8" and m.kernel in ("auto", "xla"):
+        say(
+            f"model: 8-bit products are emulated with model.kernel={m.kernel}: they show the effect on the loss, not "
+            "the speed"
+        )
     model = load_model(folder, quant, m.compute_dtype, m.remat, m.attention, m.kernel, progress, m.compute, m.fuse_lora)
     lora.attach(model, lora_config, jax.random.key(config.train.seed))
     if config.lora.init_from:

@@ -75,7 +75,9 @@ def test_tuned_tiles_compile_without_spilling(capability):
     gpu = GPUS[capability]
     tuned = [path for path in config.TUNED.glob("*.json") if path == config.table_file(gpu.name)]
     for path in tuned:
-        for (op, shape, block_size, _), tiles in config.read_table(path).items():
+        for (op, shape, block_size, _), (_, tiles) in config.read_table(path).items():
+            if tiles is None:
+                continue
             check(compile_kernel(op, codec(shape, block_size), "bfloat16", tiles, capability), tiles, gpu)
 
 

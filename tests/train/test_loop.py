@@ -185,7 +185,7 @@ def test_what_cannot_fuse_an_adapter_is_named(tiny_config, section, key, value, 
     [
         ("train", "steps", 0, "at least 1"),
         ("model", "compute_dtype", "float64", "bfloat16 or float32"),
-        ("model", "kernel", "cuda", "xla or triton"),
+        ("model", "kernel", "cuda", "auto or xla or triton"),
         ("model", "kernel", "triton", "needs an NVIDIA GPU; this process computes on cpu"),
         ("model", "compute", "int8", "full or fp8"),
         ("model", "fuse_lora", True, "model.fuse_lora needs model.kernel triton, found 'xla'"),
