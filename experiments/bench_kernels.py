@@ -73,7 +73,7 @@ def main() -> None:
         copies = measure.copies_that_pass_the_cache(case, on_gpu)
         eight_bit = measure.eight_bit_forms(case) if on_gpu else ()
         forms = measure.forms(case, codecs[name], copies, backends + eight_bit)
-        errors = {form: measure.eight_bit_error(case, codecs[name]) for form in eight_bit}
+        errors = {form: measure.eight_bit_error(case, codecs[name], form) for form in eight_bit}
         for form, error in errors.items():
             tqdm.write(f"{name}, {m} rows: {form} is off by {error:.2%} of the full product (root mean square)")
         if on_gpu and dtype != "float32" and FORMAT.value == "nf4" and bench_bitsandbytes.is_there():

@@ -4,8 +4,9 @@ Three backends. "xla" dequantizes a weight and leaves the product to XLA: every 
 "triton" (triton_backend.py: NVIDIA GPUs from Ampere on) and "mosaic" (mosaic_hopper.py: Hopper, training row counts)
 dequantize inside the product; shapes that their kernels refuse take "xla". `path` tells which way a weight goes.
 
-Two computations of the forward product. "full" multiplies in x's dtype; the default. "fp8" rounds both operands to 8
-bits (fp8.py): with backend "triton" a kernel for Ada and Hopper, elsewhere a plain emulation that is no faster.
+Three computations of the forward product. "full" multiplies in x's dtype; the default. "fp8" and "fp8_row" round both
+operands to 8 bits, x with a scale for every 64 in-features or for every row (fp8.py): with backend "triton" in a kernel
+for Ada and Hopper, elsewhere in a plain emulation that is no faster.
 """
 
 import functools
@@ -25,7 +26,7 @@ from pallas_kernels.nf4_matmul import fp8, reference
 _KERNELS = {"triton": "triton_backend", "mosaic": "mosaic_hopper"}  # backend -> its module, imported when it is chosen
 _FP8_KERNELS = {"triton": "triton_fp8_backend"}
 BACKENDS = ("xla", *_KERNELS)
-COMPUTE = ("full", "fp8")
+COMPUTE = ("full", "fp8", "fp8_row")
 log = logging.getLogger(__name__)
 
 
@@ -69,10 +70,10 @@ def path(codec: Codec, dtype: jnp.dtype) -> str:
         raise ValueError(f"compute is {codec.compute!r}, expected one of {', '.join(COMPUTE)}")
     if codec.backend == "xla":
         return "xla"
-    if codec.compute == "fp8" and codec.backend not in _FP8_KERNELS:
+    if codec.compute != "full" and codec.backend not in _FP8_KERNELS:
         raise ValueError(
-            f'backend {codec.backend!r} has no kernel for compute "fp8": set backend to {" or ".join(_FP8_KERNELS)} or '
-            'xla, or compute to "full"'
+            f'backend {codec.backend!r} has no kernel for compute "{codec.compute}": set backend to '
+            f'{" or ".join(_FP8_KERNELS)} or xla, or compute to "full"'
         )
     reason = _kernels(codec).unsupported(codec.shape, codec.block_size, dtype)
     if reason is None:
@@ -82,7 +83,7 @@ def path(codec: Codec, dtype: jnp.dtype) -> str:
 
 
 def _kernels(codec: Codec) -> ModuleType:
-    modules = _FP8_KERNELS if codec.compute == "fp8" else _KERNELS
+    modules = _KERNELS if codec.compute == "full" else _FP8_KERNELS
     return importlib.import_module(f"pallas_kernels.nf4_matmul.{modules[codec.backend]}")
 
 
@@ -112,7 +113,7 @@ def matmul(x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
     if path(codec, x.dtype) != "xla":
         return _fused(_kernels(codec).forward, codec)(x, packed)
     x, packed = _not_before(x, packed)
-    if codec.compute == "fp8":
+    if codec.compute != "full":
         return _fused(fp8.forward, codec)(x, packed)
     return dense_matmul(x, dequantize(packed, codec, x.dtype), contract=1)
 

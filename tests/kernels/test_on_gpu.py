@@ -48,7 +48,8 @@ def test_value_and_gradient(name, rows, dtype, backend):
 @pytest.mark.parametrize("rows", [1, 17, 100, 300, 2048])
 @pytest.mark.parametrize("block_size", [32, 64, 256])
 @pytest.mark.parametrize("name", ["tinyllama-1b/key_value", "llama-7b/gate_up"])
-def test_8_bit_value(name, block_size, rows, dtype):
+@pytest.mark.parametrize("compute", ["fp8", "fp8_row"])
+def test_8_bit_value(compute, name, block_size, rows, dtype):
     """Against the emulation of the same roundings: what is left are sums, which 8-bit tensor cores may keep shorter."""
     shape = SHAPES[name]
     if reason := triton_fp8_backend.unsupported(shape, block_size, jnp.dtype(dtype)):
@@ -56,8 +57,9 @@ def test_8_bit_value(name, block_size, rows, dtype):
     keys = jax.random.split(jax.random.key(rows), 2)
     q = qj.quantize(jax.random.normal(keys[0], tuple(shape)), block_size=block_size)
     x = jax.random.normal(keys[1], (rows, shape.in_features), dtype)
-    found = nf4_matmul.matmul(x, q.packed, q.codec._replace(backend="triton", compute="fp8"))
-    exact = fp8.forward(x.astype(jnp.float32), q.packed, q.codec)
+    codec = q.codec._replace(backend="triton", compute=compute)
+    found = nf4_matmul.matmul(x, q.packed, codec)
+    exact = fp8.forward(x.astype(jnp.float32), q.packed, codec)
     magnitude = nf4_matmul.dense_matmul(jnp.abs(x).astype(jnp.float32), jnp.abs(qj.dequantize(q, jnp.float32)), 1)
     error = np.abs(np.asarray(found, np.float32) - np.asarray(exact))
     assert found.dtype == dtype
