@@ -78,14 +78,15 @@ def check_config(config: Any) -> None:
         )
     if config.optimizer.learning_rate <= 0 or config.optimizer.max_grad_norm < 0:
         raise InputError("optimizer.learning_rate must be positive and optimizer.max_grad_norm 0 (no clipping) or more")
-    if config.model.compute == "fp8" and config.quant.format == "none":
+    compute = config.model.compute
+    if compute != "full" and config.quant.format == "none":
         raise InputError(
-            'model.compute is "fp8", a form of the 4-bit matmul, but quant.format is "none": set quant.format=nf4, or '
-            "model.compute=full"
+            f'model.compute is "{compute}", a form of the 4-bit matmul, but quant.format is "none": set '
+            "quant.format=nf4, or model.compute=full"
         )
-    if config.model.compute == "fp8" and config.model.kernel == "mosaic":
+    if compute != "full" and config.model.kernel == "mosaic":
         raise InputError(
-            'model.kernel is "mosaic", which has no kernel for model.compute="fp8": set model.kernel=triton, or '
+            f'model.kernel is "mosaic", which has no kernel for model.compute="{compute}": set model.kernel=triton, or '
             "model.compute=full"
         )
     if config.model.fuse_lora:
@@ -151,7 +152,7 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
         say(f"data: {grad_accum} micro-batches a step, not {config.train.grad_accum}: the file's batches are smaller")
     tx = make_optimizer(config.optimizer, steps)
     m = config.model
-    if m.compute == "fp8" and m.kernel in ("auto", "xla"):
+    if m.compute != "full" and m.kernel in ("auto", "xla"):
         say(
             f"model: 8-bit products are emulated with model.kernel={m.kernel}: they show the effect on the loss, not "
             "the speed"

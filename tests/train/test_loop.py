@@ -187,8 +187,8 @@ def test_what_cannot_fuse_an_adapter_is_named(tiny_config, section, key, value, 
         ("model", "compute_dtype", "float64", "bfloat16 or float32"),
         ("model", "kernel", "cuda", "auto or xla or triton"),
         ("model", "kernel", "triton", "needs an NVIDIA GPU; this process computes on cpu"),
-        ("model", "compute", "int8", "full or fp8"),
-        ("model", "fuse_lora", True, "model.fuse_lora needs model.kernel triton, found 'xla'"),
+        ("model", "compute", "int8", "full or fp8 or fp8_row"),
+        ("model", "fuse_lora", True, "model.fuse_lora needs model.kernel triton, found 'auto'"),
         ("optimizer", "paging", "maybe", "never or always or auto"),
         ("optimizer", "schedule", "cosin", "known: constant, linear, cosine"),
         ("optimizer", "name", "adam", "known: adamw"),
@@ -212,24 +212,27 @@ def test_bad_values_say_what_is_expected(tiny_config, tmp_path, section, key, va
     ("section", "key", "value", "message"),
     [
         ("quant", "format", "none", 'quant.format is "none": set quant.format=nf4, or model.compute=full'),
-        ("model", "kernel", "mosaic", 'no kernel for model.compute="fp8": set model.kernel=triton, or'),
+        ("model", "kernel", "mosaic", 'no kernel for model.compute="{}": set model.kernel=triton, or'),
     ],
 )
-def test_what_does_not_go_with_8_bit_products_is_named(tiny_config, tmp_path, section, key, value, message):
-    tiny_config.model.compute = "fp8"
+@pytest.mark.parametrize("compute", ["fp8", "fp8_row"])
+def test_what_does_not_go_with_8_bit_products_is_named(tiny_config, tmp_path, compute, section, key, value, message):
+    tiny_config.model.compute = compute
     tiny_config[section][key] = value
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message.format(compute)):
         train(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_8_bit_products_train_beside_the_full_ones(tiny_config, tmp_path):
-    train(tiny_config, tmp_path / "full")
-    tiny_config.model.compute = "fp8"
-    train(tiny_config, tmp_path / "fp8")
-    full, eight_bit = losses(tmp_path / "full"), losses(tmp_path / "fp8")
-    assert full != eight_bit
-    np.testing.assert_allclose(eight_bit, full, rtol=0.02)
+    found = {}
+    for compute in ("full", "fp8", "fp8_row"):
+        tiny_config.model.compute = compute
+        train(tiny_config, tmp_path / compute)
+        found[compute] = losses(tmp_path / compute)
+    assert found["full"] != found["fp8"] != found["fp8_row"] != found["full"]
+    for compute in ("fp8", "fp8_row"):
+        np.testing.assert_allclose(found[compute], found["full"], rtol=0.02)
 
 
 def test_killed_command_ends_with_a_bit_identical_adapter(golden, tmp_path):
