@@ -146,7 +146,8 @@ def test_quantized_by_something_else(copy):
 
 
 def test_our_own_quantization_half_described(copy):
-    folder = copy("llama/llama1", config=lambda c: c.update(quantization_config={"quant_method": "qlora_jax"}))
+    own = {"quant_method": "qlora_jax", "layout": 2}
+    folder = copy("llama/llama1", config=lambda c: c.update(quantization_config=own))
     with pytest.raises(InputError, match="quantization_config lacks format, block_size, double_quant"):
         load_model(folder)
 

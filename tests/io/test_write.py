@@ -166,7 +166,7 @@ def test_settings_go_along_but_no_code(golden: Path, tmp_path: Path) -> None:
     names = {"config.json", "model.safetensors", REPORT, "tokenizer.json", "tokenizer.model"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     written = json.loads((tmp_path / "out" / "config.json").read_text())
-    quantization = {"quant_method": "qlora_jax", "format": "nf4", "block_size": 64, "double_quant": True}
+    quantization = {"quant_method": "qlora_jax", "layout": 2, "format": "nf4", "block_size": 64, "double_quant": True}
     assert written == config | {"torch_dtype": written["torch_dtype"], "quantization_config": quantization}
 
 
