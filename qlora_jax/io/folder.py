@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ class TensorFiles:
         self._places: dict[str, tuple[str, Place]] = {}
         for name in files:
             try:
-                places = read_header(lambda start, stop, name=name: self._source.read(name, start, stop))
+                places = read_header(partial(self._source.read, name))
             except (ValueError, OSError) as error:
                 raise InputError(f"{self.folder}/{name} is damaged or cut short: {error}") from error
             self._places |= {key: (name, place) for key, place in places.items()}

@@ -67,7 +67,7 @@ class RemoteSource:
                 "are taken from the environment"
             )
         try:
-            self._store: Any = tensorstore.KvStore.open(self.name + "/", tensorstore.Context(_SETTINGS)).result()
+            self._store: Any = tensorstore.KvStore.open(self.name + "/", context=tensorstore.Context(_SETTINGS)).result()
         except ValueError as error:
             raise InputError(f"{self.name} cannot be opened: {_reason(error)}") from error
 

@@ -35,9 +35,10 @@ def new_folder(out: Path, overwrite: bool = False, sources: Sequence[Path] = (),
       InputError: `out` cannot be taken, the disk has too little room, or writing fails.
     """
     _check_target(out, overwrite, sources)
-    _check_room(out, needed)
     try:
-        with atomic_folder(out) as folder:
+        with atomic_folder(out) as folder:  # clears, or puts back, what a killed run left: so look again
+            _check_target(out, overwrite, sources)
+            _check_room(folder, out, needed)
             yield folder
     except (OSError, SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
@@ -60,9 +61,8 @@ def _check_target(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
         )
 
 
-def _check_room(out: Path, needed: int) -> None:
-    parent = next(folder for folder in out.resolve().parents if folder.exists())
-    free = shutil.disk_usage(parent).free
+def _check_room(folder: Path, out: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
             f"{out} would take about {size_text(needed)}, its disk has {size_text(free)} left: choose another --out"

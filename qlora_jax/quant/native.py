@@ -50,8 +50,8 @@ def read_settings(raw: dict[str, Any], where: str) -> tuple[str, int, bool]:
     """
     if raw.get("layout", 1) != LAYOUT:
         raise InputError(
-            f"{where}: quantization_config is of layout {raw.get('layout', 1)!r}, this version reads {LAYOUT}: quantize "
-            "the original again by experiments.quantize"
+            f"{where}: quantization_config is of layout {raw.get('layout', 1)!r}, this version reads {LAYOUT}: "
+            "quantize the original again by experiments.quantize"
         )
     lacking = [key for key in ("format", "block_size", "double_quant") if key not in raw]
     if lacking:
