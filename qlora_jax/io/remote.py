@@ -67,7 +67,8 @@ class RemoteSource:
                 "are taken from the environment"
             )
         try:
-            self._store: Any = tensorstore.KvStore.open(self.name + "/", context=tensorstore.Context(_SETTINGS)).result()
+            context = tensorstore.Context(_SETTINGS)
+            self._store: Any = tensorstore.KvStore.open(self.name + "/", context=context).result()
         except ValueError as error:
             raise InputError(f"{self.name} cannot be opened: {_reason(error)}") from error
 

@@ -25,7 +25,7 @@ _TINY = 1e-38  # below the smallest normal number: XLA computes with it as with 
 @partial(jax.jit, static_argnames=("book", "block_size", "double_quant"))
 def quantize_packed(w: jax.Array, book: Codebook, block_size: int, double_quant: bool) -> tuple[Packed, jax.Array]:
     """w [...] any float dtype, n values -> its packed arrays, and float32 [] that is finite when all of w is."""
-    if w.size > CHUNK and w.size % (2 * block_size) == 0:
+    if _in_chunks(w.size, block_size):
         codes, absmax = _pack_in_chunks(w, book, block_size)
     else:
         codes, absmax = _pack(w.reshape(-1), book, block_size)
@@ -35,6 +35,20 @@ def quantize_packed(w: jax.Array, book: Codebook, block_size: int, double_quant:
     offset = _mean(absmax)
     absmax_codes, nested_absmax = _rank_scales(absmax - offset)
     return Packed(codes, absmax_codes, nested_absmax, offset), check
+
+
+def temporary_bytes(n: int, block_size: int) -> int:
+    """Device memory that `quantize_packed` takes at most beside its n values and its results.
+
+    Ranking takes 32 bits and some bytes of codes a value in work; after it, averaging and rounding the scales takes four
+    float32 arrays of the next power of two.
+    """
+    in_work = CHUNK if _in_chunks(n, block_size) else n
+    return max(6 * in_work, 16 << (-(-n // block_size) - 1).bit_length()) + 2**20
+
+
+def _in_chunks(n: int, block_size: int) -> bool:
+    return n > CHUNK and n % (2 * block_size) == 0
 
 
 def _pack_in_chunks(w: jax.Array, book: Codebook, block_size: int) -> tuple[jax.Array, jax.Array]:
