@@ -17,7 +17,7 @@ from qlora_jax.io.header import Place, numpy_dtype, read_header
 from qlora_jax.models.config import read_json
 
 PIECE_BYTES = 32 * 2**20  # of a tensor that is read at a time
-PIECES_ALIVE = 3  # one in use, one handed over, one read ahead
+PIECES_ALIVE = 2  # one in use, one read ahead
 # what goes along with the weights: settings and vocabularies, never code
 COMPANIONS = (
     "generation_config.json",
@@ -110,35 +110,41 @@ class TensorFiles:
 
     def read(self, key: str, index: int | None = None) -> np.ndarray:
         """A whole tensor, or its entry `index` along the first axis."""
-        if index is None:
-            return self._read(key, 0, math.prod(self.shapes[key])).reshape(self.shapes[key])
-        shape = self.shapes[key][1:]
-        return self._read(key, index * math.prod(shape), math.prod(shape)).reshape(shape)
+        shape = self.shapes[key] if index is None else self.shapes[key][1:]
+        first = 0 if index is None else index * math.prod(shape)
+        return self._read(key, first, np.empty(shape, numpy_dtype(self.dtypes[key])))
 
     def pieces(self, key: str, piece_bytes: int | None = None) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
         """A tensor in order, cut into boxes of about PIECE_BYTES: where a box begins, and its values.
 
-        The next piece is read while one is in use; a piece let go before the next is asked for is free by then.
+        The next piece is read while one is in use; what a piece held is overwritten once the next is asked for.
         """
-        boxes = cut(self.shapes[key], numpy_dtype(self.dtypes[key]).itemsize, piece_bytes or PIECE_BYTES)
-        first, ahead = 0, None
-        for (corner, shape), following in itertools.zip_longest(boxes, boxes[1:]):
-            piece = ahead.result() if ahead else self._read(key, first, math.prod(shape))
-            first += math.prod(shape)
-            ahead = self._reader.submit(self._read, key, first, math.prod(following[1])) if following else None
-            holder = [piece.reshape(shape)]
-            del piece
-            yield corner, holder.pop()
+        dtype = numpy_dtype(self.dtypes[key])
+        boxes = cut(self.shapes[key], dtype.itemsize, piece_bytes or PIECE_BYTES)
+        sizes = [math.prod(shape) for _, shape in boxes]
+        starts = [0, *itertools.accumulate(sizes)]
+        buffers = [np.empty(sizes[0], dtype) for _ in boxes[:PIECES_ALIVE]]
 
-    def _read(self, key: str, first: int, count: int) -> np.ndarray:
-        """`count` values of a tensor, from its value number `first` on."""
+        def read(number: int) -> np.ndarray:
+            out = buffers[number % PIECES_ALIVE][: sizes[number]]
+            self._read(key, starts[number], out)
+            return out
+
+        ahead = self._reader.submit(read, 0)
+        for number, (corner, shape) in enumerate(boxes):
+            piece = ahead.result()
+            if number + 1 < len(boxes):
+                ahead = self._reader.submit(read, number + 1)
+            yield corner, piece.reshape(shape)
+
+    def _read(self, key: str, first: int, out: np.ndarray) -> np.ndarray:
+        """Fills `out` with a tensor's values from its value number `first` on."""
         file, place = self._places[key]
-        dtype = numpy_dtype(place.dtype)
-        start = place.start + first * dtype.itemsize
         try:
-            return self._source.read(file, start, start + count * dtype.itemsize).view(dtype)
+            self._source.read(file, place.start + first * out.itemsize, out.reshape(-1).view(np.uint8))
         except (ValueError, OSError) as error:
             raise InputError(f"{self.folder}/{file}: {key} cannot be read: {error}") from error
+        return out
 
 
 def cut(shape: tuple[int, ...], itemsize: int, most: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -146,9 +152,9 @@ def cut(shape: tuple[int, ...], itemsize: int, most: int) -> list[tuple[tuple[in
 
     (80, 90_000_000) bytes at most 32 MiB -> ((0, 0), (1, 33_554_432)), ((0, 33_554_432), (1, 33_554_432)), ...
     """
-    axis = next((a for a in range(len(shape)) if math.prod(shape[a + 1 :]) * itemsize <= most), len(shape))
-    if axis == len(shape):
-        return [((0,) * len(shape), shape)]
+    if not shape:
+        return [((), ())]
+    axis = next((a for a in range(len(shape)) if math.prod(shape[a + 1 :]) * itemsize <= most), len(shape) - 1)
     inner = shape[axis + 1 :]
     step = max(1, most // max(1, math.prod(inner) * itemsize))
     boxes = []

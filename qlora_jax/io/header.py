@@ -31,19 +31,25 @@ def numpy_dtype(name: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
-def read_header(read: Callable[[int, int], np.ndarray]) -> dict[str, Place]:
+def read_header(read: Callable[[int, np.ndarray], None]) -> dict[str, Place]:
     """The places of a file's tensors.
 
     Args:
-      read: gives bytes [start, stop) of the file, and raises ValueError where the file is shorter.
+      read: puts the file's bytes from a place on into a uint8 array; raises ValueError where the file is shorter.
     Raises:
       ValueError: no safetensors file, or one that ends before its tensors do. Says what is wrong, not where.
     """
-    length = int.from_bytes(read(0, 8).tobytes(), "little")
+
+    def content(start: int, stop: int) -> bytes:
+        out = np.empty(stop - start, np.uint8)
+        read(start, out)
+        return out.tobytes()
+
+    length = int.from_bytes(content(0, 8), "little")
     if not 2 <= length <= _LARGEST:
         raise ValueError(f"its header would have {length:,} bytes")
     try:
-        entries = json.loads(read(8, 8 + length).tobytes())
+        entries = json.loads(content(8, 8 + length))
         entries.pop("__metadata__", None)
         places = {name: _place(entry, 8 + length) for name, entry in entries.items()}
     except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
@@ -57,7 +63,7 @@ def read_header(read: Callable[[int, int], np.ndarray]) -> dict[str, Place]:
         if bits and 8 * (place.stop - place.start) != bits * math.prod(place.shape):
             raise ValueError(f"{name} has {place.stop - place.start} bytes, not those of {place.dtype} {place.shape}")
     if end > 8 + length:
-        read(end - 1, end)
+        content(end - 1, end)
     return places
 
 

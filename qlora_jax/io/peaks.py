@@ -1,7 +1,7 @@
-"""What loading takes, from the sizes in config.json alone: bytes on the host and on the device while `load_model` runs.
+"""What loading takes, from the sizes in config.json alone: bytes of host and device while `load_model` runs.
 
-Upper bounds that follow how load.py, place.py and folder.py work. Not in them: the interpreter, the programs themselves,
-and what the device's allocator loses to rounding.
+Upper bounds that follow how load.py, place.py and folder.py work. Not in them: the interpreter, the programs, and what
+the device's allocator loses to rounding.
 """
 
 import math
@@ -22,18 +22,21 @@ _STAGED = 1  # pieces that the runtime copies into pinned memory on their way to
 _UNPACKING = 2.5  # bytes a weight at most while bitsandbytes' order becomes ours, on the host
 
 
-def load_host_peak_bytes(config: ModelConfig, form: str = "unquantized", itemsize: int = 2) -> int:
+def load_host_peak_bytes(
+    config: ModelConfig, form: str = "unquantized", itemsize: int = 2, remote: bool = False
+) -> int:
     """Host memory that loading takes at most: a few pieces of a tensor.
 
     Args:
       config: sizes.
       form: of the folder, one of FORMS; for "bnb" a whole weight is unpacked on the host.
       itemsize: bytes a value of its unquantized tensors.
+      remote: whether it lies in an object store.
     """
     if form not in FORMS:
         raise InputError(f"form {form!r} of a folder; expected one of {', '.join(FORMS)}")
     unpacking = math.ceil(_UNPACKING * max(map(math.prod, _linears(config)))) if form == "bnb" else 0
-    return max((PIECES_ALIVE + _STAGED) * _piece(config, form, itemsize), unpacking)
+    return max((PIECES_ALIVE + _STAGED + remote) * _piece(config, form, itemsize), unpacking)  # answers of a store: one
 
 
 def model_bytes(config: ModelConfig, quant: QuantSpec, itemsize: int = 2) -> int:
@@ -78,7 +81,7 @@ def _linears(config: ModelConfig) -> list[tuple[int, ...]]:
 
 def _piece(config: ModelConfig, form: str, itemsize: int) -> int:
     """Bytes of the largest piece that is read at once."""
-    arrays = [((config.V, config.D), itemsize)]
+    arrays: list[tuple[tuple[int, ...], int]] = [((config.V, config.D), itemsize)]
     if form == "unquantized":
         arrays += [(shape, itemsize) for shape in _linears(config)]
     if form == "native":

@@ -63,8 +63,8 @@ class RemoteSource:
         self.name = url.rstrip("/")
         if re.search(r"[@?#]", url):
             raise InputError(
-                f"{re.split('[@?#]', url)[-1]}: an address with a user, a query or a fragment is not read; credentials "
-                "are taken from the environment"
+                f"{url.partition('://')[0]}://...: an address with a user, a query or a fragment is not read; "
+                "credentials are taken from the environment"
             )
         try:
             context = tensorstore.Context(_SETTINGS)
@@ -73,22 +73,23 @@ class RemoteSource:
             raise InputError(f"{self.name} cannot be opened: {_reason(error)}") from error
 
     def exists(self, file: str) -> bool:
-        return self._get([(file, slice(0, 1))])[0] is not None
+        try:
+            return self._get([(file, slice(0, 1))])[0] is not None
+        except ValueError:  # it is there and empty
+            return True
 
     def whole(self, files: Sequence[str]) -> list[bytes | None]:
         """Contents of small files, None for those that are not there."""
         return self._get([(file, slice(None)) for file in files])
 
-    def read(self, file: str, start: int, stop: int) -> np.ndarray:
+    def read(self, file: str, start: int, out: np.ndarray) -> None:
+        stop = start + out.size
         starts = range(start, stop, _RANGE)
-        out = np.empty(stop - start, np.uint8)
-        for at, part in zip(
-            starts, self._get([(file, slice(at, min(at + _RANGE, stop))) for at in starts]), strict=True
-        ):
+        parts = self._get([(file, slice(at, min(at + _RANGE, stop))) for at in starts])
+        for at, part in zip(starts, parts, strict=True):
             if part is None:
                 raise InputError(f"{self.name}/{file} is missing")
             out[at - start : at - start + len(part)] = np.frombuffer(part, np.uint8)
-        return out
 
     def _get(self, requests: list[tuple[str, slice]]) -> list[bytes | None]:
         """Raises ValueError for a range beyond a file's end, InputError for whatever else goes wrong."""

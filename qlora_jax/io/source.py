@@ -12,14 +12,17 @@ import numpy as np
 
 
 class Source(Protocol):
-    """`name` is what users call the folder. `read` gives bytes [start, stop) of a file as a fresh uint8 array."""
+    """`name` is what users call the folder."""
 
     name: str
 
     def exists(self, file: str) -> bool: ...
 
-    def read(self, file: str, start: int, stop: int) -> np.ndarray:
-        """Raises ValueError where the file is shorter, OSError where it cannot be read."""
+    def read(self, file: str, start: int, out: np.ndarray) -> None:
+        """Bytes of a file from `start` on into `out`, uint8 [n].
+
+        Raises ValueError where the file is shorter, OSError where it cannot be read.
+        """
         ...
 
 
@@ -31,17 +34,13 @@ class LocalSource:
     def exists(self, file: str) -> bool:
         return (self._folder / file).is_file()
 
-    def read(self, file: str, start: int, stop: int) -> np.ndarray:
+    def read(self, file: str, start: int, out: np.ndarray) -> None:
         if file not in self._handles:
             self._handles[file] = open(self._folder / file, "rb", buffering=0)  # noqa: SIM115 (closed with this object)
-        handle, size = self._handles[file], os.stat(self._folder / file).st_size
-        if stop > size:
-            raise ValueError(f"it ends after {size:,} bytes, before byte {stop:,}")
-        out = np.empty(stop - start, np.uint8)
-        done = 0
+        handle, done = self._handles[file], 0
         while done < out.size:
             count = os.preadv(handle.fileno(), [out[done:].data], start + done)
             if count == 0:
-                raise ValueError(f"it ends after {start + done:,} bytes, before byte {stop:,}")
+                size = os.fstat(handle.fileno()).st_size
+                raise ValueError(f"it ends after {size:,} bytes, {start + out.size:,} or more were expected")
             done += count
-        return out

@@ -40,8 +40,8 @@ def quantize_packed(w: jax.Array, book: Codebook, block_size: int, double_quant:
 def temporary_bytes(n: int, block_size: int) -> int:
     """Device memory that `quantize_packed` takes at most beside its n values and its results.
 
-    Ranking takes 32 bits and some bytes of codes a value in work; after it, averaging and rounding the scales takes four
-    float32 arrays of the next power of two.
+    Ranking takes 32 bits and some bytes of codes a value in work; after it, averaging and rounding the scales takes
+    four float32 arrays of the next power of two.
     """
     in_work = CHUNK if _in_chunks(n, block_size) else n
     return max(6 * in_work, 16 << (-(-n // block_size) - 1).bit_length()) + 2**20

@@ -197,7 +197,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_left(
 
     monkeypatch.setattr(shards, "save_tensors", full)
     with pytest.raises(InputError, match="out was not written.*No space left on device"):
-        quantize_folder(golden / "llama" / "llama2", tmp_path / "out", shard_bytes=10_000)
+        quantize_folder(golden / "llama" / "llama2", tmp_path / "out", "bnb", shard_bytes=10_000)
     assert len(calls) == 3 and not list(tmp_path.iterdir())
 
 
