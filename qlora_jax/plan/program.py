@@ -27,7 +27,8 @@ class ModelSpec:
     lora: lora.LoRAConfig
     compute_dtype: str = "bfloat16"
     remat: str = "block"
-    attention: str = "xla"
+    attention: str = "auto"
+    sequence_chunk: int = 0
     kernel: str = "xla"
 
 
@@ -59,7 +60,7 @@ def abstract_model(spec: ModelSpec) -> AbstractModel:
                 one = quantize(one, spec.quant.format, spec.quant.block_size, spec.quant.double_quant)
                 one = dataclasses.replace(one, backend=spec.kernel)
             weights["layers"][name] = jax.tree.map(lambda x: jnp.zeros((config.L, *x.shape), x.dtype), one)
-        model = Llama(config, weights, spec.compute_dtype, spec.remat, spec.attention)
+        model = Llama(config, weights, spec.compute_dtype, spec.remat, spec.attention, spec.sequence_chunk)
         lora.attach(model, spec.lora, jax.random.key(0))
         return model
 
