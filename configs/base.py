@@ -15,8 +15,8 @@ def get_config() -> ConfigDict:
     c.model.compute_dtype = "bfloat16"  # bfloat16 | float32; norms, softmax and the loss are float32 always
     c.model.remat = "block"  # block: keep one activation a layer and recompute the rest | none: keep everything
     # | block+offload: block, its activations in pinned host memory until the backward pass needs them
-    c.model.attention = "auto"  # xla: all scores at once | chunked: never all, for long sequences | auto: xla up to 2,048
-    # tokens, chunked above | cudnn (flash attention; NVIDIA GPUs only)
+    c.model.attention = "auto"  # xla: all scores at once | chunked: never all, for long sequences | auto: xla up to
+    # 2,048 tokens, chunked above | cudnn (flash attention; NVIDIA GPUs only)
     c.model.sequence_chunk = 0  # tokens that go through a layer at a time, for sequences far beyond the card; 0 is off.
     # Weights are dequantized once for each chunk: at least 1024
     c.model.kernel = "xla"  # of the 4-bit matmul: xla (dequantizes, then multiplies) | triton (NVIDIA GPUs)

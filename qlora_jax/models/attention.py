@@ -40,7 +40,8 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: s
     implementation = chosen(implementation, q.shape[1])
     if implementation == "chunked":
         return chunked_attention(q, k, v)
-    return jax.nn.dot_product_attention(q, k, v, implementation=implementation, is_causal=True)
+    named: Any = implementation
+    return jax.nn.dot_product_attention(q, k, v, implementation=named, is_causal=True)
 
 
 def chunked_attention(

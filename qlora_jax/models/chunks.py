@@ -3,8 +3,8 @@
     k, v = keys_values(x)        for each chunk; kept whole, for all queries see them
     y_c  = rest(x_c, k, v)       for each chunk c: queries, attention, projections, feed-forward
 
-Backward: each chunk's `rest` is computed again and pulled back, d k and d v are summed over chunks in float32, then each
-chunk's `keys_values`. y is written over x, and d x over d y. A weight is dequantized once for each chunk and pass.
+Backward: each chunk's `rest` is computed again and pulled back, d k and d v are summed over chunks in float32, then
+each chunk's `keys_values`. y is written over x, and d x over d y. A weight is dequantized once for each chunk and pass.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 
 def chunk_size(T: int, chunk: int) -> int:
-    """Tokens of each of the fewest chunks of at most `chunk` that hold T: as equal as they come, so padding is small."""
+    """Tokens of each of the fewest chunks of at most `chunk` that hold T: as equal as they come, for little padding."""
     count = -(-T // chunk)
     return -(-T // count)
 

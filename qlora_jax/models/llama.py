@@ -132,8 +132,8 @@ class Llama(nnx.Module):
       weights: "embedding" [V, D]; "head" [V, D], absent when tied; "norm" float32 [D]; "layers": name -> stacked
         weight, names as in LINEARS (QuantizedTensor or [L, O, I]) and NORMS (float32 [L, D]).
       compute_dtype: of activations and matmuls.
-      remat: one of REMAT. "block" keeps one activation a layer and recomputes the rest in the backward pass, "none" keeps
-        everything, "block+offload" is "block" whose activations train/backward.py keeps in host memory.
+      remat: one of REMAT. "block" keeps one activation a layer and recomputes the rest in the backward pass, "none"
+        keeps everything, "block+offload" is "block" whose activations train/backward.py keeps in host memory.
       attention: one of attention.IMPLEMENTATIONS.
       sequence_chunk: tokens; longer sequences go through a layer in chunks of so many, with chunked attention whatever
         `attention` says. 0 is off.

@@ -42,8 +42,8 @@ def test_chunks_give_what_the_whole_gives(T, query_chunk, key_chunk):
 
 
 def test_bfloat16_is_as_exact_as_the_whole():
-    """Against float32 on the same numbers. d k and d v are sums over 19 chunks: rounded at each, their error would be 2.3
-    and 2.5 times the whole's. d q is made from 16-bit d scores, which the whole keeps in 32 bits on a CPU."""
+    """Against float32 on the same numbers. d k and d v are sums over 19 chunks: rounded at each, their error would be
+    2.3 and 2.5 times the whole's. d q is made from 16-bit d scores, which the whole keeps in 32 bits on a CPU."""
     rounded = arrays(300, jnp.bfloat16)
     exact = with_gradient(whole, *(x.astype(jnp.float32) for x in rounded))
     errors = [

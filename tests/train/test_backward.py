@@ -49,7 +49,7 @@ def close(a, b, share: float) -> bool:
 
 @pytest.mark.parametrize("sequence_chunk", [0, 16])
 def test_offloaded_is_kept_on_the_device_bit_for_bit(golden, sequence_chunk):
-    """What CUDA would compile moves the inputs to host memory and back; XLA:CPU has one memory and keeps the numbers."""
+    """For CUDA the inputs are moved to host memory and back; XLA:CPU has one memory, and must keep the numbers."""
     results = []
     for remat in ("block", "block+offload"):
         graph, adapter, base = parts(golden, remat, sequence_chunk, dtype=jnp.bfloat16, quant="nf4")
@@ -112,7 +112,7 @@ def test_layer_by_layer_is_the_derivative_of_the_whole(golden):
 
 
 def test_each_chunk_draws_its_own_dropout(golden, monkeypatch):
-    """Seed, layer, chunk and the two functions of a chunk: no two draw from one key, and a seed draws the same again."""
+    """Seed, layer, chunk, function of a chunk: no two draw from one key, and a seed draws the same again."""
     keys = []
 
     class Watched(Dropout):
