@@ -19,10 +19,13 @@ def get_config() -> ConfigDict:
     # 2,048 tokens, chunked above | cudnn (flash attention; NVIDIA GPUs only)
     c.model.sequence_chunk = 0  # tokens that go through a layer at a time, for sequences far beyond the card; 0 is off.
     # Weights are dequantized once for each chunk: at least 1024
-    c.model.kernel = "xla"  # of the 4-bit matmul: xla (dequantizes, then multiplies) | triton (NVIDIA GPUs)
-    # | mosaic (Hopper): both decode inside the product, and have not been measured on a GPU yet
+    # of the 4-bit matmul: auto (the fastest in the GPU's tuned table; xla where nothing was measured) | xla (first
+    # dequantizes) | scratch (the same, with a kernel; NVIDIA GPUs from Ampere on) | triton (the same GPUs) | mosaic
+    # (Hopper): the last two decode inside the product. The kernels have not been measured on a GPU yet
+    c.model.kernel = "auto"
     c.model.compute = "full"  # full | fp8: the 4-bit matmul's forward on operands rounded to 8 bits, the gradient stays
     # full; kernel = triton has a kernel for Ada and Hopper (not measured yet), all else emulates it and is no faster
+    c.model.fuse_lora = False  # add the adapter in the 4-bit kernel's epilogue (kernel=triton); not measured yet
 
     c.quant = ConfigDict()
     c.quant.format = "nf4"  # nf4 | fp4 | int4 | none (16-bit base)

@@ -57,12 +57,9 @@ def forward(x: jax.Array, packed: "Packed", codec: "Codec", tiles: Tiles | None 
     shape, rows = Shape(*codec.shape), x.shape[0]
     if rows == 0:
         return jnp.zeros((0, shape.out_features), x.dtype)
-    try:
-        import jax_triton
+    jax_triton = triton_backend.load_jax_triton("triton")
+    from pallas_kernels.nf4_matmul.triton_fp8 import forward_kernel
 
-        from pallas_kernels.nf4_matmul.triton_fp8 import forward_kernel
-    except ImportError as error:
-        raise ImportError(f'backend "triton" needs jax-triton ({error}): pip install jax-triton==0.4.1') from error
     gpu = triton_backend.current_gpu()
     tiles = tiles or heuristic(rows, shape, codec.block_size, gpu)
     is_partial = tiles.split > 1
@@ -77,7 +74,7 @@ def forward(x: jax.Array, packed: "Packed", codec: "Codec", tiles: Tiles | None 
         compute_capability=gpu.compute_capability,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        backend_options=triton_backend.BACKEND_OPTIONS,
+        backend_options=triton_backend.backend_options(gpu.compute_capability),
         cost_estimate={
             "flops": 2 * rows * shape.out_features * shape.in_features,
             "bytes_accessed": x.size

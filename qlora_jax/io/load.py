@@ -127,6 +127,7 @@ def load_model(
     kernel: str = "xla",
     progress: Callable[[int, int], None] = lambda done, total: None,
     compute: str = "full",
+    fuse_lora: bool = False,
     sequence_chunk: int = 0,
 ) -> Llama:
     """Reads a checkpoint.
@@ -139,6 +140,7 @@ def load_model(
       kernel: of the 4-bit matmul, one of nf4_matmul.BACKENDS.
       progress: called with (tensors done, tensors in all).
       compute: of the 4-bit matmul's forward, one of nf4_matmul.COMPUTE.
+      fuse_lora: add an adapter inside the 4-bit kernel; kernel "triton" alone.
     Raises:
       InputError: the folder does not fit its config.json, is quantized otherwise than asked, or a weight is not finite.
     """
@@ -176,7 +178,7 @@ def load_model(
             key = LAYER.format(index, name)
             leaf = linear(key)
             if isinstance(leaf, QuantizedTensor):
-                leaf = dataclasses.replace(leaf, backend=kernel, compute=compute)
+                leaf = dataclasses.replace(leaf, backend=kernel, compute=compute, fuse_lora=fuse_lora)
             if stored is not None and leaf.shape != shape:
                 raise InputError(f"{files.folder}: {key} is {list(leaf.shape)} once unpacked, expected {list(shape)}")
             stack = _put(stack, leaf, index, config.L)

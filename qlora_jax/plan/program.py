@@ -55,7 +55,7 @@ def abstract_model(spec: ModelSpec) -> AbstractModel:
         if not config.tied:
             weights["head"] = jnp.zeros((config.V, config.D), stored)
         for name, letters in LINEARS.items():
-            one = jnp.zeros(llama.sizes(config, letters), stored)
+            one: Any = jnp.zeros(llama.sizes(config, letters), stored)
             if spec.quant.format != "none":
                 one = quantize(one, spec.quant.format, spec.quant.block_size, spec.quant.double_quant)
                 one = dataclasses.replace(one, backend=spec.kernel)

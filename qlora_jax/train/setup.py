@@ -96,8 +96,9 @@ def check_config(config: Any) -> None:
             f"model.attention is {config.model.attention!r}, which needs the whole sequence's queries, but "
             f"model.sequence_chunk is {config.model.sequence_chunk}: set model.attention=chunked, or sequence_chunk=0"
         )
-    needs_gpu = ["kernel"] if config.model.kernel != "xla" else []
-    needs_gpu += ["attention"] if config.model.attention == "cudnn" else []
+    if config.model.fuse_lora:
+        _check_fuse_lora(config)
+    needs_gpu = [key for key in ("kernel", "attention") if config.model[key] not in ("xla", "auto", "chunked")]
     if needs_gpu and jax.default_backend() != "gpu":
         key = needs_gpu[0]
         raise InputError(
@@ -106,6 +107,20 @@ def check_config(config: Any) -> None:
         )
     if config.mesh.devices != 1:
         raise InputError(f"mesh.devices is {config.mesh.devices}; one run trains on one device")
+
+
+def _check_fuse_lora(config: Any) -> None:
+    for section, key, takes in (
+        ("model", "kernel", ("triton",)),
+        ("model", "compute", ("full",)),
+        ("model", "compute_dtype", ("bfloat16",)),
+        ("quant", "format", ("nf4", "fp4", "int4")),
+    ):
+        if (found := config[section][key]) not in takes:
+            raise InputError(
+                f"model.fuse_lora needs {section}.{key} {' or '.join(takes)}, found {found!r}: "
+                "change it, or set model.fuse_lora=False"
+            )
 
 
 def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, int], None]) -> Prepared:
@@ -144,11 +159,14 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
         say(f"data: {grad_accum} micro-batches a step, not {config.train.grad_accum}: the file's batches are smaller")
     tx = make_optimizer(config.optimizer, steps)
     m = config.model
-    if m.compute == "fp8" and m.kernel == "xla":
-        say("model: 8-bit products are emulated with model.kernel=xla: they show the effect on the loss, not the speed")
+    if m.compute == "fp8" and m.kernel in ("auto", "xla"):
+        say(
+            f"model: 8-bit products are emulated with model.kernel={m.kernel}: they show the effect on the loss, not "
+            "the speed"
+        )
     _say_attention(m, data.batches.max_length, say)
     model = load_model(
-        folder, quant, m.compute_dtype, m.remat, m.attention, m.kernel, progress, m.compute, m.sequence_chunk
+        folder, quant, m.compute_dtype, m.remat, m.attention, m.kernel, progress, m.compute, m.fuse_lora, m.sequence_chunk
     )
     lora.attach(model, lora_config, jax.random.key(config.train.seed))
     if config.lora.init_from:

@@ -17,6 +17,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.settings import resolved
 from qlora_jax.train import checkpoints, loop
 from qlora_jax.train.loop import Run, Stopped, finetune
+from qlora_jax.train.setup import check_config
 
 
 def train(config, path: Path) -> dict:
@@ -165,11 +166,29 @@ def test_two_processes_cannot_share_a_workdir(tiny_config, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
+        ("model", "kernel", "mosaic", "needs model.kernel triton, found 'mosaic': change it, or set model.fuse_lora="),
+        ("model", "compute", "fp8", "needs model.compute full, found 'fp8'"),
+        ("model", "compute_dtype", "float32", "needs model.compute_dtype bfloat16, found 'float32'"),
+        ("quant", "format", "none", "needs quant.format nf4 or fp4 or int4, found 'none'"),
+    ],
+)
+def test_what_cannot_fuse_an_adapter_is_named(tiny_config, section, key, value, message):
+    tiny_config.model.update(kernel="triton", compute_dtype="bfloat16", fuse_lora=True)
+    tiny_config.quant.format = "nf4"
+    tiny_config[section][key] = value
+    with pytest.raises(InputError, match=message):
+        check_config(tiny_config)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
         ("train", "steps", 0, "at least 1"),
         ("model", "compute_dtype", "float64", "bfloat16 or float32"),
-        ("model", "kernel", "cuda", "xla or triton"),
+        ("model", "kernel", "cuda", "auto or xla or triton"),
         ("model", "kernel", "triton", "needs an NVIDIA GPU; this process computes on cpu"),
         ("model", "compute", "int8", "full or fp8"),
+        ("model", "fuse_lora", True, "model.fuse_lora needs model.kernel triton, found 'xla'"),
         ("optimizer", "paging", "maybe", "never or always or auto"),
         ("optimizer", "schedule", "cosin", "known: constant, linear, cosine"),
         ("optimizer", "name", "adam", "known: adamw"),
@@ -192,8 +211,8 @@ def test_bad_values_say_what_is_expected(tiny_config, tmp_path, section, key, va
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
-        ("quant", "format", "none", "quant.format is \"none\": set quant.format=nf4, or model.compute=full"),
-        ("model", "kernel", "mosaic", "no kernel for model.compute=\"fp8\": set model.kernel=triton, or"),
+        ("quant", "format", "none", 'quant.format is "none": set quant.format=nf4, or model.compute=full'),
+        ("model", "kernel", "mosaic", 'no kernel for model.compute="fp8": set model.kernel=triton, or'),
     ],
 )
 def test_what_does_not_go_with_8_bit_products_is_named(tiny_config, tmp_path, section, key, value, message):
