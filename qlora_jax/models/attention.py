@@ -18,7 +18,8 @@ from qlora_jax.models.chunks import chunk_size, in_chunks
 
 IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn")
 LONGEST_WHOLE = 2048  # tokens: what "auto" still gives to "xla", which keeps all scores: 1 GB of float32 at 64 heads
-QUERY_CHUNK, KEY_CHUNK = 1024, 512  # scores at a time: 134 MB of float32 at 64 heads
+QUERY_CHUNK = 1024  # queries that "chunked" takes at a time
+SCORES = 1024 * 512  # of a head at a time: 134 MB of float32 at 64 heads
 
 
 def chosen(implementation: str, T: int) -> str:
@@ -45,9 +46,9 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: s
 
 
 def chunked_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, query_chunk: int = QUERY_CHUNK, key_chunk: int = KEY_CHUNK
+    q: jax.Array, k: jax.Array, v: jax.Array, query_chunk: int = QUERY_CHUNK, key_chunk: int | None = None
 ) -> jax.Array:
-    """As causal_attention, for query_chunk queries and key_chunk keys at a time: memory O(T)."""
+    """As causal_attention, for query_chunk queries and key_chunk keys at a time (see attend_chunk): memory O(T)."""
     T = q.shape[1]
     size = chunk_size(T, query_chunk)
     padded = jnp.pad(q, ((0, 0), (0, -T % size), (0, 0), (0, 0)))  # queries that nobody reads
@@ -58,7 +59,7 @@ def chunked_attention(
 class _Attend:
     """attend_chunk as a function for in_chunks; equal ones are one function to a compilation."""
 
-    def __init__(self, key_chunk: int):
+    def __init__(self, key_chunk: int | None):
         self.key_chunk = key_chunk
 
     def __call__(self, frozen: Any, keys: tuple[jax.Array, jax.Array], q: jax.Array, first: jax.Array) -> jax.Array:
@@ -72,14 +73,14 @@ class _Attend:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def attend_chunk(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, key_chunk: int = KEY_CHUNK) -> jax.Array:
+def attend_chunk(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, key_chunk: int | None = None) -> jax.Array:
     """Attention of consecutive queries to the keys at and before each.
 
     Args:
       q: [B, C, N, H], at positions first..first + C - 1.
       k, v: [B, S, K, H], at positions 0..S - 1.
       first: int32 [].
-      key_chunk: keys whose scores exist at a time.
+      key_chunk: keys whose scores exist at a time; None makes them SCORES a head.
     Returns:
       [B, C, N, H] in q's dtype.
     """
@@ -89,7 +90,7 @@ def attend_chunk(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, key
 def _forward(q, k, v, first, key_chunk):
     B, C, N, H = q.shape
     S, K = k.shape[1:3]
-    key_chunk = min(key_chunk, S)
+    key_chunk = _keys_at_a_time(key_chunk, C, S)
     grouped = _grouped(q, K)
 
     def step(j, carry):
@@ -110,7 +111,7 @@ def _forward(q, k, v, first, key_chunk):
 def _backward(key_chunk, saved, d_out):
     q, k, v, first, out, log_sum = saved
     S, K = k.shape[1:3]
-    key_chunk = min(key_chunk, S)
+    key_chunk = _keys_at_a_time(key_chunk, q.shape[1], S)
     grouped, d_grouped = _grouped(q, K), _grouped(d_out, K)
     delta = jnp.sum(d_grouped.astype(jnp.float32) * _grouped(out, K).astype(jnp.float32), -1)
 
@@ -130,6 +131,10 @@ def _backward(key_chunk, saved, d_out):
 
 
 attend_chunk.defvjp(_forward, _backward)
+
+
+def _keys_at_a_time(key_chunk: int | None, C: int, S: int) -> int:
+    return min(key_chunk or max(SCORES // C, 128), S)  # fewer keys would leave the products too thin
 
 
 def _visited(first: jax.Array, C: int, S: int, key_chunk: int) -> jax.Array:

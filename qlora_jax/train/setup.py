@@ -166,8 +166,9 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
         )
     _say_attention(m, data.batches.max_length, say)
     model = load_model(
-        folder, quant, m.compute_dtype, m.remat, m.attention, m.kernel, progress, m.compute, m.fuse_lora, m.sequence_chunk
-    )
+        folder, quant, m.compute_dtype, m.remat, m.attention, m.kernel, progress, m.compute, m.fuse_lora,
+        m.sequence_chunk,
+    )  # fmt: skip
     lora.attach(model, lora_config, jax.random.key(config.train.seed))
     if config.lora.init_from:
         _start_from(model, Path(config.lora.init_from), lora_config)
