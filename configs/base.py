@@ -14,7 +14,11 @@ def get_config() -> ConfigDict:
     c.model.revision = "main"  # branch, tag or commit of a hub name
     c.model.compute_dtype = "bfloat16"  # bfloat16 | float32; norms, softmax and the loss are float32 always
     c.model.remat = "block"  # block: keep one activation a layer and recompute the rest | none: keep everything
-    c.model.attention = "xla"  # xla | cudnn (flash attention; NVIDIA GPUs only)
+    # | block+offload: block, its activations in pinned host memory until the backward pass needs them
+    c.model.attention = "auto"  # xla: all scores at once | chunked: never all, for long sequences | auto: xla up to
+    # 2,048 tokens, chunked above | cudnn (flash attention; NVIDIA GPUs only)
+    c.model.sequence_chunk = 0  # tokens that go through a layer at a time, for sequences far beyond the card; 0 is off.
+    # A chunk dequantizes every weight: by an H200's rates a third of a layer's time at 1024 tokens, a tenth at 4096
     # of the 4-bit matmul: auto (the fastest in the GPU's tuned table; xla where nothing was measured) | xla (first
     # dequantizes) | scratch (the same, with a kernel; NVIDIA GPUs from Ampere on) | triton (the same GPUs) | mosaic
     # (Hopper): the last two decode inside the product. The kernels have not been measured on a GPU yet

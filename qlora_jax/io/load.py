@@ -143,11 +143,12 @@ def load_model(
     quant: QuantSpec | None = None,
     compute_dtype: Any = jnp.bfloat16,
     remat: str = "block",
-    attention: str = "xla",
+    attention: str = "auto",
     kernel: str = "xla",
     progress: Callable[[int, int], None] = lambda done, total: None,
     compute: str = "full",
     fuse_lora: bool = False,
+    sequence_chunk: int = 0,
 ) -> Llama:
     """Reads a checkpoint.
 
@@ -155,7 +156,7 @@ def load_model(
       folder: config.json and safetensors; unquantized, bnb-4bit, or written by `experiments.quantize`.
       quant: how linear layers are kept; None keeps what the folder has. Embedding, norms and head are never quantized.
       compute_dtype: of activations.
-      remat, attention: see Llama.
+      remat, attention, sequence_chunk: see Llama.
       kernel: of the 4-bit matmul, one of nf4_matmul.BACKENDS.
       progress: called with (tensors done, tensors in all).
       compute: of the 4-bit matmul's forward, one of nf4_matmul.COMPUTE.
@@ -210,7 +211,7 @@ def load_model(
         norms = [array(LAYER.format(index, name), jnp.float32) for index in range(config.L)]
         weights["layers"][name] = jnp.stack(norms)
     progress(total, total)
-    return Llama(config, weights, compute_dtype, remat, attention)
+    return Llama(config, weights, compute_dtype, remat, attention, sequence_chunk)
 
 
 def _kept_dtype(stored: str, compute_dtype: Any) -> Any:

@@ -15,6 +15,7 @@ from qlora_jax.models.llama import LINEARS, NORMS, Llama
 from qlora_jax.plan.gpus import PlannedGpu
 from qlora_jax.plan.topology import compile_for, on_gpu
 from qlora_jax.quant.tensor import quantize
+from qlora_jax.train import backward
 from qlora_jax.train.step import make_gradient
 
 
@@ -27,7 +28,8 @@ class ModelSpec:
     lora: lora.LoRAConfig
     compute_dtype: str = "bfloat16"
     remat: str = "block"
-    attention: str = "xla"
+    attention: str = "auto"
+    sequence_chunk: int = 0
     kernel: str = "xla"
 
 
@@ -59,7 +61,7 @@ def abstract_model(spec: ModelSpec) -> AbstractModel:
                 one = quantize(one, spec.quant.format, spec.quant.block_size, spec.quant.double_quant)
                 one = dataclasses.replace(one, backend=spec.kernel)
             weights["layers"][name] = jax.tree.map(lambda x: jnp.zeros((config.L, *x.shape), x.dtype), one)
-        model = Llama(config, weights, spec.compute_dtype, spec.remat, spec.attention)
+        model = Llama(config, weights, spec.compute_dtype, spec.remat, spec.attention, spec.sequence_chunk)
         lora.attach(model, spec.lora, jax.random.key(0))
         return model
 
@@ -88,7 +90,13 @@ def compile_gradient(
     max_grad_norm: float = 0.3,
     compiler_options: dict[str, str] | None = None,
 ) -> Any:
-    """`train/step.make_gradient`, as the loop calls it, compiled for `gpu`: a jax.stages.Compiled."""
+    """`train/step.make_gradient`, as the loop calls it, compiled for `gpu`: a jax.stages.Compiled.
+
+    Of its memory_analysis() host_temp_size_in_bytes is pinned host memory (block inputs where remat offloads them), not
+    part of temp_size_in_bytes. `compiler_options` are beside those of the loop.
+    """
+    remat = nnx.merge(model.graph, model.adapter, model.base).remat
+    compiler_options = backward.compiler_options(remat) | (compiler_options or {})
     gradient = make_gradient(model.graph, loss_chunk, max_grad_norm)
     shape = (batch.G, batch.B, batch.T)
     tokens, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)

@@ -22,6 +22,7 @@ from qlora_jax.data.examples import Example
 from qlora_jax.errors import InputError
 from qlora_jax.io.peft import write_adapter
 from qlora_jax.settings import config_hash
+from qlora_jax.train.backward import compiler_options
 from qlora_jax.train.checkpoints import Checkpoints
 from qlora_jax.train.memory import Program, peak_device_bytes, peak_host_bytes
 from qlora_jax.train.setup import Prepared, prepare
@@ -74,7 +75,10 @@ class Run:
         self.config, self.plain, self.prepared, self.workdir, self.say = config, plain, prepared, workdir, say
         self.adapter = prepared.adapter
         self.states = prepared.optimizer.init(self.adapter)
-        self.gradient = Program(make_gradient(prepared.graph, config.train.loss_chunk, config.optimizer.max_grad_norm))
+        self.gradient = Program(
+            make_gradient(prepared.graph, config.train.loss_chunk, config.optimizer.max_grad_norm),
+            compiler_options(config.model.remat),
+        )
         self.evaluation = Program(make_evaluation(prepared.graph, config.train.loss_chunk))
         self.checkpoints = Checkpoints(workdir.checkpoints, config.train.keep_checkpoints)
         self.seconds: list[float] = []

@@ -10,8 +10,8 @@ import jax
 class Program:
     """A jitted function compiled once a shape, so that each program's own memory figures are at hand."""
 
-    def __init__(self, function: Any):
-        self._jitted = jax.jit(function)
+    def __init__(self, function: Any, compiler_options: dict[str, str] | None = None):
+        self._jitted = jax.jit(function, compiler_options=compiler_options)
         self._compiled: dict[Any, Any] = {}
         self.peak_bytes = 0  # largest program so far: arguments, results and temporaries
 

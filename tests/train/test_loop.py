@@ -187,6 +187,10 @@ def test_what_cannot_fuse_an_adapter_is_named(tiny_config, section, key, value, 
         ("model", "compute_dtype", "float64", "bfloat16 or float32"),
         ("model", "kernel", "cuda", "auto or xla or triton"),
         ("model", "kernel", "triton", "needs an NVIDIA GPU; this process computes on cpu"),
+        ("model", "remat", "blocks", "none or block or block[+]offload"),
+        ("model", "attention", "flash", "auto or xla or chunked or cudnn"),
+        ("model", "attention", "cudnn", "needs an NVIDIA GPU; this process computes on cpu"),
+        ("model", "sequence_chunk", -1, "expected tokens, or 0 for off"),
         ("model", "compute", "int8", "full or fp8 or fp8_row"),
         ("model", "fuse_lora", True, "model.fuse_lora needs model.kernel triton, found 'auto'"),
         ("optimizer", "paging", "maybe", "never or always or auto"),
@@ -316,3 +320,30 @@ def test_killed_before_its_first_checkpoint_a_run_has_each_metric_once(tiny_conf
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "eval_loss" in row] == [0, 2, 4]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_how_long_sequences_run_is_said(tiny_config, tmp_path):
+    """12 tokens: whole by default, in chunks of 5 when asked; attention that needs all queries cannot have chunks."""
+
+    def said() -> str:
+        lines: list[str] = []
+        finetune(tiny_config, resolved(tiny_config), tmp_path / str(tiny_config.model.sequence_chunk), say=lines.append)
+        return "\n".join(lines)
+
+    tiny_config.train.steps = 1
+    assert "attention = xla for the longest sequences, of 12 tokens" in said()
+    tiny_config.model.sequence_chunk = 5
+    assert "sequences over 5 tokens in chunks of at most that, attention = chunked" in said()
+    tiny_config.model.attention = "xla"
+    with pytest.raises(InputError, match="model.attention is 'xla'.*set model.attention=chunked, or sequence_chunk=0"):
+        check_config(tiny_config)
+
+
+@pytest.mark.parametrize("sequence_chunk", [0, 5])
+def test_offloaded_run_equals_the_run_on_the_device_bit_for_bit(tiny_config, tmp_path, sequence_chunk):
+    tiny_config.model.sequence_chunk = sequence_chunk
+    for remat in ("block", "block+offload"):
+        tiny_config.model.remat = remat
+        train(tiny_config, tmp_path / remat)
+    assert losses(tmp_path / "block") == losses(tmp_path / "block+offload")
+    assert_same(adapter(tmp_path / "block"), adapter(tmp_path / "block+offload"))
