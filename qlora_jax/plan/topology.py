@@ -53,10 +53,16 @@ def traced_for(gpu: PlannedGpu) -> Iterator[None]:
         yield
 
 
-def compile_for(gpu: PlannedGpu, function: Any, *arguments: Any, compiler_options: dict[str, str] | None = None) -> Any:
+def compile_for(
+    gpu: PlannedGpu,
+    function: Any,
+    *arguments: Any,
+    donate_argnums: tuple[int, ...] = (),
+    compiler_options: dict[str, str] | None = None,
+) -> Any:
     """`function` jitted, lowered and compiled for shapes that `on_gpu` placed: a jax.stages.Compiled."""
     with traced_for(gpu), _uncached():
-        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+        lowered = jax.jit(function, donate_argnums=donate_argnums).trace(*arguments).lower(lowering_platforms=("cuda",))
         return lowered.compile(compiler_options=compiler_options)
 
 
