@@ -52,7 +52,7 @@ class PagedOptimizer:
             for page, kept, shardings in zip(self.pages.pages, self.resident, self._on_device, strict=True)
         ]
         self._by_layout: dict[Any, Any] = {}  # compiled programs
-        self._by_text: dict[str, Any] = {}
+        self._by_text: dict[Any, Any] = {}
 
     @property
     def resident_bytes(self) -> int:
@@ -139,7 +139,9 @@ class PagedOptimizer:
 
         def lower() -> Any:
             arrays = _placed_shapes(_touched(page, pages.shapes), _touched(page, self._placed))
-            return jax.jit(init, out_shardings=self._on_device[index]).lower(self._starts[index], arrays)
+            return jax.jit(init, out_shardings=self._on_device[index], keep_unused=True).lower(
+                self._starts[index], arrays
+            )
 
         return self._compiled("init", page, lower)
 
@@ -151,7 +153,8 @@ class PagedOptimizer:
             arrays, state = _touched(page, self._placed), self._on_device[index]
             shardings = (self._everywhere, arrays, arrays, state, self._everywhere)
             placed = jax.tree.map(_placed_shapes, arguments, shardings, is_leaf=lambda x: isinstance(x, list))
-            return jax.jit(function, donate_argnums=donated, out_shardings=(arrays, state)).lower(*placed)
+            outputs = (arrays, state)
+            return jax.jit(function, donate_argnums=donated, out_shardings=outputs, keep_unused=True).lower(*placed)
 
         return self._compiled("update", page, lower)
 
@@ -160,7 +163,7 @@ class PagedOptimizer:
         layout = (what, tuple((piece.leaf, piece.rows) for piece in page))
         if layout not in self._by_layout:
             lowered = lower()
-            text = lowered.as_text()
+            text = (lowered.as_text(), lowered.in_tree)
             if text not in self._by_text:
                 self._by_text[text] = lowered.compile()
             self._by_layout[layout] = self._by_text[text]

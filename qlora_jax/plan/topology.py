@@ -49,7 +49,9 @@ def on_gpu(gpu: PlannedGpu, tree: Any) -> Any:
 def traced_for(gpu: PlannedGpu) -> Iterator[None]:
     """Kernels that are chosen while tracing are chosen for `gpu`."""
     device = jax.sharding.AbstractDevice(device_kind=gpu.device_kind, num_cores=gpu.cores, platform="gpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+    auto = (jax.sharding.AxisType.Auto,)  # an explicit axis would be part of the types of what is made while tracing
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=auto, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
         yield
 
 

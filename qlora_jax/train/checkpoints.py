@@ -63,6 +63,9 @@ class Checkpoints:
         step = self.latest
         try:
             tree = self._manager.restore(step, args=_restore(like))
+            for found, expected in zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True):
+                if found.shape != expected.shape:
+                    raise ValueError(f"an array of shape {list(found.shape)}, expected {list(expected.shape)}")
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
                 f"{self.folder / str(step)} cannot be restored ({_first_line(error)}); delete that folder to go on "
