@@ -68,8 +68,9 @@ def get_config() -> ConfigDict:
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.0
     c.optimizer.max_grad_norm = 0.3  # global norm; 0 does not clip
-    c.optimizer.paging = "auto"  # never | always | auto: state in host memory, paged to the device for the update
-    c.optimizer.page_bytes = 64 * 2**20  # bytes of state on the device at a time; two pages are in flight
+    c.optimizer.paging = "auto"  # which pages of the state live in host memory, and on the device for their update
+    # alone: never any | always all | auto: those that do not fit beside the largest program of the run
+    c.optimizer.page_bytes = 64 * 2**20  # state a page, of which up to three are on the device; one layer at least
 
     c.train = ConfigDict()
     c.train.steps = 1875  # optimizer steps
