@@ -53,15 +53,26 @@ def resolve(path: str, revision: str = "main") -> Path:
         raise InputError(f"{path} is a file; expected a checkpoint folder with config.json and safetensors")
     if not _HUB_NAME.fullmatch(path):
         raise InputError(f"{path}: no such folder (a hub name would read owner/name, a bucket gs:// or s3://)")
+    return _download(path, revision, _HUB_FILES)
+
+
+def fetch_config(name: str, revision: str = "main") -> Path:
+    """A folder with the config.json of a hub model and nothing else. Raises InputError when it cannot be had."""
+    if not _HUB_NAME.fullmatch(name):
+        raise InputError(f"{name}: no such folder (a hub name would read owner/name)")
+    return _download(name, revision, ["config.json"])
+
+
+def _download(name: str, revision: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{path}: no such folder here, and the hub did not give it at revision {revision!r}: {reason}"
+            f"{name}: no such folder here, and the hub did not give it at revision {revision!r}: {reason}"
         ) from error
 
 

@@ -1,10 +1,13 @@
 """What a run takes, measured where the backend measures it and said by the compiler where it does not."""
 
+import os
 import resource
 import sys
 from typing import Any
 
 import jax
+
+MEMORY_FRACTION = 0.95  # of a GPU, for JAX's allocator; XLA_CLIENT_MEM_FRACTION says otherwise
 
 
 class Program:
@@ -49,3 +52,8 @@ def peak_host_bytes() -> int:
     """Highest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def host_memory_bytes() -> int:
+    """Of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
