@@ -1,0 +1,125 @@
+"""Plans of small models: kinds that add up, what a run measures, advice, and the arithmetic of the roofline."""
+
+import importlib
+import os
+
+import numpy as np
+import pytest
+
+from qlora_jax.errors import InputError
+from qlora_jax.plan.advice import Change, changes, first_that_fits
+from qlora_jax.plan.gpus import GPUS, PlannedGpu, planned_gpu
+from qlora_jax.plan.memory import usable_bytes
+from qlora_jax.plan.plan import make_plan
+from qlora_jax.plan.roofline import roofline
+from qlora_jax.plan.spec import read_spec
+from qlora_jax.settings import resolved
+from qlora_jax.train.loop import finetune
+from qlora_jax.train.memory import MEMORY_FRACTION
+
+CPU = PlannedGpu("a CPU", (0, 0), 0, 2**40, 1e10, 1e11, 0, 0.0, is_here=True)
+
+
+@pytest.fixture
+def quickstart():
+    return importlib.import_module("configs.quickstart").get_config()
+
+
+@pytest.mark.parametrize("name", ["A6000", "RTX A6000", "NVIDIA RTX A6000", "a6000"])
+def test_cards_have_several_names(name):
+    assert planned_gpu(name) is GPUS["a6000"]
+
+
+def test_an_unknown_card_lists_the_known():
+    with pytest.raises(InputError, match="--gpu=v100: no such GPU here; known: rtx3090, .*b200"):
+        planned_gpu("v100")
+
+
+def test_commands_leave_the_runtime_what_the_plan_leaves_it():
+    importlib.import_module("experiments")
+    assert float(os.environ["XLA_CLIENT_MEM_FRACTION"]) == MEMORY_FRACTION
+    assert usable_bytes(GPUS["h200"]) == int(MEMORY_FRACTION * GPUS["h200"].memory_bytes)
+    assert usable_bytes(CPU) == CPU.memory_bytes
+
+
+def test_the_plan_is_what_a_run_takes(quickstart, tmp_path):
+    np.save(tmp_path / "rows.npy", np.random.default_rng(0).integers(3, 96, (2, 16, 96)).astype(np.int32))
+    quickstart.data.batches, quickstart.eval.every = str(tmp_path / "rows.npy"), 0
+    quickstart.train.steps, quickstart.train.checkpoint_every, quickstart.optimizer.warmup_steps = 2, 2, 0
+    summary = finetune(quickstart, resolved(quickstart), tmp_path / "run", say=lambda line: None)
+    plan = make_plan(quickstart, CPU)
+    assert plan.fits and plan.change is None
+    assert plan.memory.peak.total == pytest.approx(summary["peak_device_bytes"], rel=0.05)
+    base = {kind: plan.memory.peak.bytes[kind] for kind in ("codes", "scales", "embeddings_and_head", "norms")}
+    assert sum(base.values()) == summary["base_bytes"]
+    assert plan.memory.peak.bytes["adapters"] == 4 * summary["trainable_params"]
+
+
+def test_paging_moves_state_off_the_device(quickstart):
+    plans = {}
+    for paging in ("never", "always"):
+        quickstart.optimizer.paging, quickstart.optimizer.page_bytes = paging, 2**16
+        plans[paging] = make_plan(quickstart, CPU)
+    assert plans["never"].memory.pinned_host_bytes == 0
+    assert plans["always"].memory.pinned_host_bytes == plans["always"].memory.optimizer_bytes
+    gradient = {paging: next(p for p in plan.memory.phases if p.name == "gradient") for paging, plan in plans.items()}
+    freed = gradient["never"].total - gradient["always"].total
+    assert freed == plans["always"].memory.optimizer_bytes
+
+
+def test_a_small_model_for_a_card_that_is_not_here(xla_gpu, quickstart):
+    plan = make_plan(quickstart, GPUS["h200"]).to_json("h200")
+    assert plan["fits"] and plan["gpu"] == "h200" and plan["device_kind"] == "NVIDIA H200"
+    assert plan["device_peak_bytes"] == sum(plan["device_bytes"].values())
+    assert plan["device_peak_bytes"] == max(sum(kinds.values()) for kinds in plan["phases"].values())
+    assert plan["tokens_per_step"] == 16 * 96
+    assert plan["step_seconds_roofline"] > 0 and plan["load_host_peak_bytes"] > 0
+
+
+def test_what_does_not_fit_is_told_what_would(quickstart):
+    quickstart.train.batch_size, quickstart.optimizer.paging = 16, "never"
+    whole = make_plan(quickstart, CPU).memory.peak.total
+    small = PlannedGpu("a small CPU", (0, 0), 0, int(0.9 * whole), 1e10, 1e11, 0, 0.0, is_here=True)
+    plan = make_plan(quickstart, small)
+    assert not plan.fits and plan.change is not None
+    for key, value in plan.change.keys.items():
+        quickstart.update_from_flattened_dict({key: value})
+    assert make_plan(quickstart, small, advise=False).fits
+
+
+def test_advice_loses_nothing_first_and_gives_up(quickstart):
+    quickstart.train.batch_size, quickstart.train.grad_accum, quickstart.optimizer.paging = 8, 2, "auto"
+    spec = read_spec(quickstart)
+    tried = [change.keys for change in changes(spec, "auto")]
+    assert tried[0] == {"optimizer.paging": "always"}
+    assert tried[1] == {"optimizer.paging": "always", "model.remat": "block+offload"}
+    assert tried[2]["train.grad_accum"] == 4 and tried[3]["train.grad_accum"] == 8
+    assert all("data.max_target_len" not in keys for keys in tried[:4])
+    change, failed = first_that_fits(spec, "auto", lambda change: False, tries=3)
+    assert change is None and len(failed) == 3
+    assert str(Change({"train.grad_accum": 4, "model.remat": "block"})) == (
+        "--config.train.grad_accum=4 --config.model.remat=block"
+    )
+
+
+def test_models_whose_sizes_nobody_knows(quickstart, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    quickstart.model.path = "nobody/nothing"
+    with pytest.raises(InputError, match="nobody/nothing: no such folder.*known here are those of huggyllama/llama-7b"):
+        read_spec(quickstart)
+    quickstart.model.path = ""
+    with pytest.raises(InputError, match="model.path is empty"):
+        read_spec(quickstart)
+
+
+def test_the_roofline_by_hand(quickstart):
+    """One token a step of a model with P weights: 2 P for each of three passes over the base, and so on."""
+    spec = read_spec(quickstart)
+    sizes, batch = spec.model.sizes, spec.batch
+    P, r = 1000, 10
+    found = roofline(spec, CPU, packed_bytes=500, linear_weights=P, adapter_params=r, bus_bytes=0)
+    attention = 4 * 2 * sizes.N * sizes.H * batch.T * sizes.L
+    token = 6 * P + 8 * r + 6 * sizes.V * sizes.D + attention
+    assert found.flops == batch.tokens * token
+    slow_bus = roofline(spec, CPU, 500, P, r, bus_bytes=10**15)
+    assert slow_bus.seconds == pytest.approx(10**15 / 25e9)
