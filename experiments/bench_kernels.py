@@ -115,7 +115,7 @@ def main() -> None:
         running, failing = measure.split_failing({form: run for form, (run, _) in forms.items()})
         failing |= {form: reason for form, reason in refused.items() if reason is not None}
         failures += [{"shape": name, "rows": m, "op": op, "form": f, "error": error} for f, error in failing.items()]
-        errors = {form: measure.eight_bit_error(case, codecs[name]) for form in eight_bit if form in running}
+        errors = {form: measure.eight_bit_error(case, codecs[name], form) for form in eight_bit if form in running}
         for form, error in errors.items():
             tqdm.write(f"{name}, {m} rows: {form} is off by {error:.2%} of the full product (root mean square)")
         runs = ceilings.runs | running

@@ -6,8 +6,9 @@ NVIDIA GPUs from Ampere on) does the same with a kernel that dequantizes. "trito
 what the GPU's tuned table (config.py) names as the fastest for an op, a shape and a number of rows, and "xla" where
 nothing was measured. `path` tells which way a product goes.
 
-Two computations of the forward product. "full" multiplies in x's dtype; the default. "fp8" rounds both operands to 8
-bits (fp8.py): with backend "triton" a kernel for Ada and Hopper, elsewhere a plain emulation that is no faster.
+Three computations of the forward product. "full" multiplies in x's dtype; the default. "fp8" and "fp8_row" round both
+operands to 8 bits, x with a scale for every 64 in-features or for every row (fp8.py): with backend "triton" in a kernel
+for Ada and Hopper, elsewhere in a plain emulation that is no faster.
 """
 
 import functools
@@ -31,7 +32,7 @@ _KERNELS = {"triton": "triton_backend", "scratch": "scratch", "mosaic": "mosaic_
 _FP8_KERNELS = {"triton": "triton_fp8_backend"}
 _PACKAGES = {"triton": "jax-triton", "scratch": "jax-triton"}  # what they need beside jax
 BACKENDS = ("auto", "xla", *_KERNELS)
-COMPUTE = ("full", "fp8")
+COMPUTE = ("full", "fp8", "fp8_row")
 log = logging.getLogger(__name__)
 
 
@@ -94,10 +95,10 @@ def _check(codec: Codec) -> None:
         raise ValueError(f"backend is {codec.backend!r}, expected one of {', '.join(BACKENDS)}")
     if codec.compute not in COMPUTE:
         raise ValueError(f"compute is {codec.compute!r}, expected one of {', '.join(COMPUTE)}")
-    if codec.compute == "fp8" and codec.backend not in ("auto", "xla", *_FP8_KERNELS):
+    if codec.compute != "full" and codec.backend not in ("auto", "xla", *_FP8_KERNELS):
         raise ValueError(
-            f'backend {codec.backend!r} has no kernel for compute "fp8": set backend to {" or ".join(_FP8_KERNELS)} or '
-            'xla, or compute to "full"'
+            f'backend {codec.backend!r} has no kernel for compute "{codec.compute}": set backend to '
+            f'{" or ".join(_FP8_KERNELS)} or xla, or compute to "full"'
         )
 
 
@@ -128,7 +129,7 @@ def _is_installed(backend: str) -> bool:
 
 
 def _kernels(codec: Codec) -> ModuleType:
-    modules = _FP8_KERNELS if codec.compute == "fp8" else _KERNELS
+    modules = _KERNELS if codec.compute == "full" else _FP8_KERNELS
     return importlib.import_module(f"pallas_kernels.nf4_matmul.{modules[codec.backend]}")
 
 
@@ -179,7 +180,7 @@ def _fastest_kernel(op: config.Op, x: jax.Array, packed: Packed, codec: Codec) -
 
 def _kernel(op: config.Op, codec: Codec) -> Callable[[jax.Array, Packed, Codec], jax.Array]:
     if codec.backend == "xla":
-        return fp8.forward if codec.compute == "fp8" else partial(_dense, op)
+        return partial(_dense, op) if codec.compute == "full" else fp8.forward
     return getattr(_kernels(codec), op)
 
 

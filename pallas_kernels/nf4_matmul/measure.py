@@ -19,7 +19,7 @@ from pallas_kernels.nf4_matmul import api, config, triton_fp8_backend
 from pallas_kernels.nf4_matmul.lora import matmul_lora
 from pallas_kernels.nf4_matmul.shapes import Shape
 
-FP8 = "triton fp8"  # the form on 8-bit operands
+EIGHT_BIT = ("triton fp8", "triton fp8_row")  # the forms on 8-bit operands
 Run = Callable[[], Any]  # starts a computation; what it returns has been computed when jax.block_until_ready says so
 
 
@@ -87,16 +87,16 @@ def forms(case: Case, codec: api.Codec, copies: int, backends: tuple[str, ...]) 
 
 
 def eight_bit_forms(case: Case) -> tuple[str, ...]:
-    """FP8 where this GPU has a kernel for the case, else nothing: the emulation is not worth timing."""
+    """EIGHT_BIT where this GPU has a kernel for the case, else nothing: the emulation is not worth timing."""
     if case.op != "forward" or triton_fp8_backend.unsupported(case.shape, case.block_size, jnp.dtype(case.dtype)):
         return ()
-    return (FP8,)
+    return EIGHT_BIT
 
 
-def eight_bit_error(case: Case, codec: api.Codec, backend: str = FP8) -> float:
+def eight_bit_error(case: Case, codec: api.Codec, form: str) -> float:
     """Root mean square of the 8-bit product less the full one on the same backend, over that of the full one."""
     x = jax.random.normal(jax.random.key(0), (case.rows, case.shape.in_features), jnp.dtype(case.dtype))
-    packed, eight_bit = [random_packed(codec, seed=0)], _form(codec, backend)
+    packed, eight_bit = [random_packed(codec, seed=0)], _form(codec, form)
     full = products("forward", eight_bit._replace(compute="full"))(x, packed)[0].astype(jnp.float32)
     found = products("forward", eight_bit)(x, packed)[0].astype(jnp.float32)
     return float(jnp.sqrt(jnp.mean(jnp.square(found - full)) / jnp.mean(jnp.square(full))))

@@ -38,7 +38,7 @@ def heuristic(rows: int, shape: Shape, block_size: int, gpu: Gpu) -> Tiles:
     tiles = Tiles(
         block_m=block_m,
         block_o=64,
-        block_i=fp8.run_length(block_size),
+        block_i=min(fp8.RUN, block_size),
         split=1,
         group_m=8,
         num_warps=8 if block_m == 128 else 4,
@@ -70,7 +70,7 @@ def forward(x: jax.Array, packed: "Packed", codec: "Codec", tiles: Tiles | None 
         kernel=forward_kernel,
         out_type=jax.ShapeDtypeStruct(size, jnp.float32 if is_partial else x.dtype),
         grid=(config.programs("forward", rows, shape, tiles), tiles.split),
-        name="nf4_matmul_forward_fp8",
+        name=f"nf4_matmul_forward_{codec.compute}",
         compute_capability=gpu.compute_capability,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
@@ -91,7 +91,7 @@ def operands(x: jax.Array, packed: "Packed", codec: "Codec", tiles: Tiles) -> tu
     """x, x_scales, codes, table, absmax, scale_map, nested_absmax, offset as the kernel takes them."""
     from pallas_kernels.nf4_matmul.triton_fp8 import table_words
 
-    values, scales = fp8.quantize(x, fp8.run_length(codec.block_size))
+    values, scales = fp8.quantize(x, fp8.run_length(codec))
     _, factor = fp8.table8(codec.table)
     table = jnp.asarray(table_words(codec.table))
     return values, scales.T / factor, packed.codes, table, *triton_backend.scale_operands(packed, codec, tiles)
@@ -110,4 +110,5 @@ def constants(codec: "Codec", tiles: Tiles) -> dict[str, Any]:
         "SPLIT": tiles.split,
         "GROUP_M": tiles.group_m,
         "STAGES": tiles.num_stages,
+        "ROW_SCALES": codec.compute == "fp8_row",
     }

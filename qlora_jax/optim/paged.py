@@ -1,20 +1,21 @@
 """The paged optimizer: state of any optax transformation in host memory, on the device only page by page.
 
-Parameters are cut into pages: runs along the leading (layer) axis of each array, of about `page_bytes` of optimizer
-state. Each page has its own optax state and its own update. Unpaged, the pages stay on the device and the same compiled
-programs run, so that paging changes where the state lives and not one bit of the numbers.
+Each page (optim/pages.py) has its own optax state and its own update. Pages that stay on the device run the same
+compiled programs as those that travel, so where a page lives changes not one bit of the numbers.
 
-The update of page i is queued while page i + 1 is on its way to the device and page i - 1 on its way back: at most
-three pages are on the device, and the host waits for none of them but the one that must leave first. Transfers are
-explicit `device_put`s between the memory kinds "pinned_host" and "device". Scalars (step counts) stay on the device.
+    fetch 0, fetch 1 | update 0, leave 0 | fetch 2 | update 1, leave 1, wait for 0 | fetch 3 | update 2, leave 2, ...
 
-Transformations that look at more than one element of one parameter at a time cannot be cut anywhere: what `tx` allows
-is found by a probe (`separability`).
+Page i + 1 is on its way to the device and page i - 1 on its way back while page i is updated: at most three are on the
+device, and the host waits for none but the one that must have left before the next is fetched. Transfers are explicit
+`device_put`s between the memory kinds "pinned_host" and "device", never part of a program that donates (xla#29270).
+Step counts and other scalars stay on the device: one that moved would make a second program.
+
+Pages in host memory are replaced and never written to, so whoever holds one (a checkpoint being written) may go on
+reading it.
 """
 
-import dataclasses
-from collections.abc import Sequence
-from functools import partial
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,182 +23,209 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from qlora_jax.optim.pages import Page, Pages
+
 PAGING = ("never", "always", "auto")
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """Rows start..stop of the leading axis of one parameter array."""
-
-    leaf: int
-    start: int
-    stop: int
-
-
-Page = tuple[Piece, ...]
-
-
-def separability(tx: optax.GradientTransformation) -> str:
-    """How far the update may be cut without changing it.
-
-    Returns:
-      "rows": each row of a leading axis for itself (Adam, Lion, SGD, ...); "leaves": each array for itself (Adafactor,
-      LAMB); "whole": not at all (a global norm inside the transformation). Found by comparing three updates of random
-      arrays.
-    """
-    rng = np.random.default_rng(0)
-
-    def draw(row_scale: float, leaf_scale: float) -> list[jax.Array]:
-        scales = [leaf_scale**leaf * np.asarray([1, row_scale]).reshape(2, 1, 1) for leaf in range(2)]
-        return [jnp.asarray(rng.normal(size=(2, 136, 144)) * scale, jnp.float32) for scale in scales]
-
-    def alike(a: np.ndarray, b: np.ndarray) -> bool:
-        return bool(np.abs(a - b).max() <= 1e-3 * np.abs(a).max())  # programs of other shapes round otherwise
-
-    params, gradients = draw(3, 1), [draw(3, 100) for _ in range(3)]
-
-    def updates(cut):
-        """cut: list of (leaf, slice) groups, updated each for itself; returned in the order of the groups."""
-        results: list[np.ndarray] = []
-        for group in cut:
-            pick = lambda tree, group=group: [tree[leaf][rows] for leaf, rows in group]  # noqa: E731
-            state = tx.init(pick(params))
-            for g in gradients:
-                out, state = tx.update(pick(g), state, pick(params))
-            results.extend(np.asarray(u) for u in out)
-        return results
-
-    everything = slice(0, 2)
-    whole = updates([[(0, everything), (1, everything)]])
-    leaves = updates([[(0, everything)], [(1, everything)]])
-    if not all(map(alike, whole, leaves)):
-        return "whole"
-    rows = updates([[(leaf, slice(row, row + 1))] for leaf in range(2) for row in range(2)])
-    joined = [np.concatenate(rows[:2]), np.concatenate(rows[2:])]
-    return "rows" if all(map(alike, whole, joined)) else "leaves"
-
-
-def make_pages(tx: optax.GradientTransformation, leaves: Sequence[jax.Array], page_bytes: int) -> list[Page]:
-    """Cuts the parameters so that a page's state takes at most page_bytes (or one row or the whole, if it is more)."""
-    cut = separability(tx)
-    if cut == "whole":
-        return [tuple(Piece(i, 0, leaf.shape[0]) for i, leaf in enumerate(leaves))]
-    pages: list[Page] = []
-    open_page: list[Piece] = []
-    room = page_bytes
-    for index, leaf in enumerate(leaves):
-        rows = leaf.shape[0]
-        row_bytes = max(1, state_bytes(tx, [jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)]))
-        start = 0
-        while start < rows:
-            take = rows if cut == "leaves" else min(rows - start, room // row_bytes)
-            if (take <= 0 or take * row_bytes > room) and open_page:
-                pages.append(tuple(open_page))
-                open_page, room = [], page_bytes
-                continue
-            take = max(take, 1)
-            open_page.append(Piece(index, start, start + take))
-            room -= take * row_bytes
-            start += take
-    return [*pages, tuple(open_page)] if open_page else pages
-
-
-def state_bytes(tx: optax.GradientTransformation, leaves: Sequence[Any]) -> int:
-    """Bytes of optimizer state for parameters of these shapes."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(tx.init, list(leaves))))
 
 
 class PagedOptimizer:
     """Updates a tree of parameters page by page.
 
     Args:
-      tx: any optax transformation.
-      params: tree of arrays, each with a leading axis (stacked layers); only shapes are read.
-      page_bytes: optimizer state a page.
-      paged: keep the state in pinned_host memory; False keeps it on the device.
+      pages: of the parameters' shapes.
+      params: only read for where they lie: on one device, or sharded or replicated over a mesh. State of their shape
+        lies there too; state of another shape (scales of blocks, factors) is replicated. An array sharded along its
+        layer axis can only be cut into pages that its shards divide (ValueError).
+      resident_bytes: state that stays on the device between updates; math.inf pages nothing, 0 everything.
     """
 
-    def __init__(self, tx: optax.GradientTransformation, params: Any, page_bytes: int, paged: bool):
-        self.tx, self.paged = tx, paged
-        self.pages = make_pages(tx, jax.tree.leaves(params), page_bytes)
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        self._on_device = device.with_memory_kind("device")
-        self._on_host = device.with_memory_kind("pinned_host" if paged else "device")
-        self._update = jax.jit(partial(_update_page, tx), static_argnums=0, donate_argnums=(2, 4))
+    def __init__(self, pages: Pages, params: Any, resident_bytes: float = math.inf):
+        self.pages = pages
+        self.resident = pages.resident(resident_bytes)
+        self._placed = [_device_sharding(leaf) for leaf in jax.tree.leaves(params)]
+        self._everywhere = _replicated(self._placed[0])
+        starts = [np.asarray([piece.start for piece in page], np.int32) for page in self.pages.pages]
+        self._starts = jax.device_put(starts, self._everywhere)
+        self._on_device = [self._state_shardings(page) for page in self.pages.pages]
+        self._home = [
+            shardings if kept else self._in_host_memory(page, shardings)
+            for page, kept, shardings in zip(self.pages.pages, self.resident, self._on_device, strict=True)
+        ]
+        self._by_layout: dict[Any, Any] = {}  # compiled programs
+        self._by_text: dict[Any, Any] = {}
+
+    @property
+    def resident_bytes(self) -> int:
+        """State on the device between updates."""
+        return sum(size for size, kept in zip(self.pages.bytes, self.resident, strict=True) if kept)
 
     def init(self, params: Any) -> list[Any]:
         """One optax state a page, where it lives between updates."""
-        leaves = jax.tree.leaves(params)
-        init = jax.jit(lambda layout, starts, leaves: self.tx.init(_cut(layout, starts, leaves)), static_argnums=0)
-        return [self._leave(init(_layout(page), _starts(page), _touched(page, leaves))) for page in self.pages]
+        leaves = jax.device_put(jax.tree.leaves(params), self._placed)
+        states = []
+        for index, page in enumerate(self.pages.pages):
+            state = self._init_program(index)(self._starts[index], _touched(page, leaves))
+            state_def = jax.tree.structure(self.pages.state_shapes(page))
+            states.append(self._leave(index, jax.tree.unflatten(state_def, state)))
+            jax.block_until_ready(states[-1])  # bounds what is on the device
+        return states
 
-    def place(self, states: list[Any]) -> list[Any]:
-        """States read from a checkpoint, put where they live."""
-        return [self._leave(jax.tree.map(jnp.asarray, state)) for state in states]
+    def place(self, states: Sequence[Any]) -> list[Any]:
+        """States read from a checkpoint, put where they live: one transfer each, none through the device."""
+        return [self._leave(index, state) for index, state in enumerate(states)]
+
+    def set(self, states: Sequence[Any], **values: Any) -> list[Any]:
+        """States whose hyperparameters (optax.inject_hyperparams) have these values: [] or, in a pack, [A]."""
+
+        def like(old: jax.Array, value: Any) -> jax.Array:  # each page its own: scalars are updated in place
+            return jax.device_put(jnp.broadcast_to(jnp.asarray(value, old.dtype), old.shape), self._everywhere)
+
+        return [
+            optax.tree.set(state, **{name: like(optax.tree.get(state, name), value) for name, value in values.items()})
+            for state in states
+        ]
 
     def update(self, params: Any, gradients: Any, states: list[Any], factor: Any = 1.0) -> tuple[Any, list[Any]]:
-        """New parameters and states, for gradients that are multiplied by `factor`, float32 [].
+        """New parameters and states, for gradients that are multiplied by `factor`, float32 [] or, in a pack, [A].
 
-        `params` is donated: its buffers are updated in place.
+        `params` is donated: its buffers are updated in place. `states` is emptied page by page, so that host memory
+        holds each page once. The last page may still be leaving the device when this returns.
         """
-        leaves, treedef = jax.tree.flatten(self._move(params, self._on_device))
-        grads = jax.tree.leaves(self._move(gradients, self._on_device))
-        factor = jax.device_put(jnp.asarray(factor, jnp.float32), self._on_device)
+        leaves, treedef = jax.tree.flatten(params)
+        leaves = jax.device_put(leaves, self._placed)
+        grads = jax.device_put(jax.tree.leaves(gradients), self._placed)
+        shape = leaves[0].shape[: self.pages.axis]
+        factor = jax.device_put(jnp.broadcast_to(jnp.asarray(factor, jnp.float32), shape), self._everywhere)
         new_states: list[Any] = []
-        arriving = self._fetch(states[0])
-        for index, page in enumerate(self.pages):
+        arriving = self._fetch(0, states)
+        for index in range(len(self.pages)):
             state = arriving
-            if index + 1 < len(self.pages):
-                arriving = self._fetch(states[index + 1])
-            mine, its_grads = _touched(page, leaves), _touched(page, grads)
-            touched, new_state = self._update(_layout(page), _starts(page), mine, its_grads, state, factor)
-            for leaf, value in zip(_leaves_of(page), touched, strict=True):
-                leaves[leaf] = value
-            new_states.append(self._leave(new_state))
-            if self.paged and index > 0:
-                jax.block_until_ready(new_states[index - 1])  # bounds what is on the device
+            arriving = self._fetch(index + 1, states) if index + 1 < len(self.pages) else None
+            state = self._advance(index, leaves, grads, state, factor)
+            new_states.append(self._leave(index, state))
+            del state  # the page on the device goes when its copy is complete
+            if index > 0 and not self.resident[index - 1]:
+                self._wait(index - 1, new_states[index - 1])
         return jax.tree.unflatten(treedef, leaves), new_states
 
-    def _fetch(self, state: Any) -> Any:
-        return self._move(state, self._on_device) if self.paged else state
+    def _fetch(self, index: int, states: list[Any]) -> Any:
+        """Takes a page out of `states` and sends it to the device."""
+        state, states[index] = states[index], None
+        return _put(state, self._on_device[index])
 
-    def _leave(self, state: Any) -> Any:
-        return self._move(state, self._on_host)
+    def _advance(self, index: int, leaves: list[jax.Array], grads: list[jax.Array], state: Any, factor: Any) -> Any:
+        """Updates a page: its rows in `leaves`, and its state, which is returned."""
+        page = self.pages.pages[index]
+        old, state_def = jax.tree.flatten(state)
+        update = self._update_program(index)
+        touched, new = update(self._starts[index], _touched(page, leaves), _touched(page, grads), old, factor)
+        for piece, value in zip(page, touched, strict=True):
+            leaves[piece.leaf] = value
+        return jax.tree.unflatten(state_def, new)
 
-    def _move(self, tree: Any, sharding: Any) -> Any:
-        """Scalars stay on the device. What is there already is not copied, but bound to it: jit compiles once for
-        arrays that are bound to a device and again for those that are not."""
-        return jax.tree.map(lambda leaf: jax.device_put(leaf, sharding if leaf.ndim else self._on_device), tree)
+    def _leave(self, index: int, state: Any) -> Any:
+        """Sends a page to where it lives."""
+        return _put(state, self._home[index])
+
+    def _wait(self, index: int, state: Any) -> None:
+        """Until a page has left the device."""
+        jax.block_until_ready(state)
+
+    def _init_program(self, index: int) -> Any:
+        pages, page = self.pages, self.pages.pages[index]
+
+        def init(starts, arrays):
+            return jax.tree.leaves(pages.tx.init(pages.tree(page, pages.rows_of(page, starts, arrays))))
+
+        def lower() -> Any:
+            arrays = _placed_shapes(_touched(page, pages.shapes), _touched(page, self._placed))
+            return jax.jit(init, out_shardings=self._on_device[index], keep_unused=True).lower(
+                self._starts[index], arrays
+            )
+
+        return self._compiled("init", page, lower)
+
+    def _update_program(self, index: int) -> Any:
+        page = self.pages.pages[index]
+
+        def lower() -> Any:
+            function, arguments, donated = self.pages.update_program(index)
+            arrays, state = _touched(page, self._placed), self._on_device[index]
+            shardings = (self._everywhere, arrays, arrays, state, self._everywhere)
+            placed = jax.tree.map(_placed_shapes, arguments, shardings, is_leaf=lambda x: isinstance(x, list))
+            outputs = (arrays, state)
+            return jax.jit(function, donate_argnums=donated, out_shardings=outputs, keep_unused=True).lower(*placed)
+
+        return self._compiled("update", page, lower)
+
+    def _compiled(self, what: str, page: Page, lower: Callable[[], Any]) -> Any:
+        """One program for all pages whose programs read the same, whichever arrays they are about."""
+        layout = (what, tuple((piece.leaf, piece.rows) for piece in page))
+        if layout not in self._by_layout:
+            lowered = lower()
+            text = (lowered.as_text(), lowered.in_tree)
+            if text not in self._by_text:
+                self._by_text[text] = lowered.compile()
+            self._by_layout[layout] = self._by_text[text]
+        return self._by_layout[layout]
+
+    def _in_host_memory(self, page: Page, shardings: Sequence[Any]) -> list[Any]:
+        """All but scalars, of which a pack has one an adapter."""
+        leaves = jax.tree.leaves(self.pages.state_shapes(page))
+        return [
+            sharding.with_memory_kind("pinned_host") if leaf.ndim > self.pages.axis else sharding
+            for leaf, sharding in zip(leaves, shardings, strict=True)
+        ]
+
+    def _state_shardings(self, page: Page) -> list[Any]:
+        """Of a page's state on the device: a leaf with the shape of the parameter that its path names lies as that."""
+        rows, _ = jax.tree_util.tree_flatten_with_path(self.pages.piece_shapes(page))
+        owners = [(path, leaf.shape, self._placed[piece.leaf]) for (path, leaf), piece in zip(rows, page, strict=True)]
+        for _, shape, placed in owners:
+            _check_divides(shape, placed)
+
+        def sharding_of(path: tuple, leaf: Any) -> Any:
+            for owner, shape, placed in owners:
+                named = any(path[i : i + len(owner)] == owner for i in range(len(path) - len(owner) + 1))
+                if named and leaf.shape == shape:
+                    return placed
+            return self._everywhere
+
+        state, _ = jax.tree_util.tree_flatten_with_path(self.pages.state_shapes(page))
+        return [sharding_of(path, leaf) for path, leaf in state]
 
 
-def _leaves_of(page: Page) -> list[int]:
-    return list(dict.fromkeys(piece.leaf for piece in page))
+def _touched(page: Page, leaves: Sequence[Any]) -> list[Any]:
+    return [leaves[piece.leaf] for piece in page]
 
 
-def _touched(page: Page, leaves: Sequence[jax.Array]) -> list[jax.Array]:
-    return [leaves[leaf] for leaf in _leaves_of(page)]
+def _put(state: Any, shardings: Sequence[Any]) -> Any:
+    """What is there already is not copied."""
+    leaves, treedef = jax.tree.flatten(state)
+    return jax.tree.unflatten(treedef, jax.device_put(leaves, list(shardings)))
 
 
-def _layout(page: Page) -> tuple[tuple[int, int], ...]:
-    """(place among the touched leaves, rows) of each piece: pages alike in this share one compiled program."""
-    order = {leaf: place for place, leaf in enumerate(_leaves_of(page))}
-    return tuple((order[piece.leaf], piece.stop - piece.start) for piece in page)
+def _placed_shapes(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def _starts(page: Page) -> np.ndarray:
-    return np.asarray([piece.start for piece in page], np.int32)
+def _device_sharding(leaf: Any) -> Any:
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return sharding.with_memory_kind("device")
 
 
-def _cut(layout, starts: jax.Array, leaves: Sequence[jax.Array]) -> list[jax.Array]:
-    """The rows of a page, one array a piece."""
-    places = enumerate(layout)
-    return [jax.lax.dynamic_slice_in_dim(leaves[leaf], starts[i], rows) for i, (leaf, rows) in places]
+def _replicated(sharding: Any) -> Any:
+    """The same devices, each holding everything."""
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(), memory_kind="device")
+    return sharding
 
 
-def _update_page(tx, layout, starts, params, grads, state, factor):
-    mine = _cut(layout, starts, params)
-    updates, state = tx.update([g * factor for g in _cut(layout, starts, grads)], state, mine)
-    params = list(params)
-    for i, ((leaf, _), new) in enumerate(zip(layout, optax.apply_updates(mine, updates), strict=True)):
-        params[leaf] = jax.lax.dynamic_update_slice_in_dim(params[leaf], new, starts[i], 0)
-    return params, state
+def _check_divides(shape: tuple[int, ...], sharding: Any) -> None:
+    try:
+        sharding.shard_shape(shape)
+    except ValueError as error:
+        raise ValueError(
+            f"a page of shape {list(shape)} cannot be sharded as its parameter is, {sharding.spec}: shard another axis "
+            "than the layers', or change optimizer.page_bytes"
+        ) from error

@@ -41,6 +41,8 @@ def described_device(gpu: PlannedGpu) -> Any:
 
 def on_gpu(gpu: PlannedGpu, tree: Any) -> Any:
     """The shapes of `tree` (arrays or ShapeDtypeStructs), placed on the described device."""
+    if gpu.is_here:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
     sharding = jax.sharding.SingleDeviceSharding(described_device(gpu))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
@@ -49,14 +51,25 @@ def on_gpu(gpu: PlannedGpu, tree: Any) -> Any:
 def traced_for(gpu: PlannedGpu) -> Iterator[None]:
     """Kernels that are chosen while tracing are chosen for `gpu`."""
     device = jax.sharding.AbstractDevice(device_kind=gpu.device_kind, num_cores=gpu.cores, platform="gpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+    auto = (jax.sharding.AxisType.Auto,)  # an explicit axis would be part of the types of what is made while tracing
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=auto, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
         yield
 
 
-def compile_for(gpu: PlannedGpu, function: Any, *arguments: Any, compiler_options: dict[str, str] | None = None) -> Any:
+def compile_for(
+    gpu: PlannedGpu,
+    function: Any,
+    *arguments: Any,
+    compiler_options: dict[str, str] | None = None,
+    donate_argnums: tuple[int, ...] = (),
+) -> Any:
     """`function` jitted, lowered and compiled for shapes that `on_gpu` placed: a jax.stages.Compiled."""
+    jitted = jax.jit(function, donate_argnums=donate_argnums)
+    if gpu.is_here:
+        return jitted.lower(*arguments).compile(compiler_options=compiler_options)
     with traced_for(gpu), _uncached():
-        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+        lowered = jitted.trace(*arguments).lower(lowering_platforms=("cuda",))
         return lowered.compile(compiler_options=compiler_options)
 
 

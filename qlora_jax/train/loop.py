@@ -4,12 +4,13 @@ Batches and dropout are pure functions of (seed, step), so a run resumed from th
 bit as the uninterrupted one (on CPU; on a GPU as far as its kernels are deterministic).
 """
 
+import itertools
 import math
 import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ from qlora_jax.data.batches import eval_batches
 from qlora_jax.data.examples import Example
 from qlora_jax.errors import InputError
 from qlora_jax.io.peft import write_adapter
+from qlora_jax.optim.paged import PagedOptimizer
+from qlora_jax.optim.pages import Pages
 from qlora_jax.settings import config_hash
 from qlora_jax.train.backward import compiler_options
 from qlora_jax.train.checkpoints import Checkpoints
-from qlora_jax.train.memory import Program, peak_device_bytes, peak_host_bytes
+from qlora_jax.train.memory import Program, memory_limit, peak_device_bytes, peak_host_bytes
+from qlora_jax.train.residency import decide
 from qlora_jax.train.setup import Prepared, prepare
 from qlora_jax.train.step import make_evaluation, make_gradient
 from qlora_jax.train.workdir import Workdir, refuse_other_config
@@ -74,12 +78,13 @@ class Run:
     def __init__(self, config: Any, plain: dict, prepared: Prepared, workdir: Workdir, say: Callable[[str], None]):
         self.config, self.plain, self.prepared, self.workdir, self.say = config, plain, prepared, workdir, say
         self.adapter = prepared.adapter
-        self.states = prepared.optimizer.init(self.adapter)
         self.gradient = Program(
             make_gradient(prepared.graph, config.train.loss_chunk, config.optimizer.max_grad_norm),
             compiler_options(config.model.remat),
         )
         self.evaluation = Program(make_evaluation(prepared.graph, config.train.loss_chunk))
+        self.optimizer = self._make_optimizer()
+        self.states = self.optimizer.init(self.adapter)
         self.checkpoints = Checkpoints(workdir.checkpoints, config.train.keep_checkpoints)
         self.seconds: list[float] = []
         self.tokens: list[int] = []
@@ -112,13 +117,39 @@ class Run:
         self.checkpoints.close()
         return self._finish_files()
 
+    def _make_optimizer(self) -> PagedOptimizer:
+        """With as much of its state on the device as optimizer.paging says."""
+        section, prepared = self.config.optimizer, self.prepared
+        limit = memory_limit()
+        if section.paging == "auto" and limit is not None:
+            self._compile_largest()
+        pages = Pages(prepared.tx, self.adapter, section.page_bytes)
+        programs = max(self.gradient.peak_bytes, self.evaluation.peak_bytes)
+        residency = decide(section.paging, pages, limit, programs)
+        self.say(residency.reason)
+        return PagedOptimizer(pages, self.adapter, residency.resident_bytes)
+
+    def _compile_largest(self) -> None:
+        """The programs of the longest batches, which training and evaluation come to in any case."""
+        config, prepared = self.config, self.prepared
+        batches, G = prepared.data.batches, prepared.grad_accum
+        shape = (G, batches.batch_size // G, batches.max_length)
+        tokens, mask = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.int32, np.bool_))
+        key = jax.random.key(0) if config.lora.dropout else None
+        self.gradient.compile(self.adapter, prepared.base, tokens, mask, key)
+        for batch in itertools.islice(self._eval_batches(prepared.data.heldout), 1):  # the longest first
+            self.evaluation.compile(self.adapter, prepared.base, batch["tokens"], batch["loss_mask"])
+
+    def _eval_batches(self, examples: list[Example]) -> Iterator[dict[str, np.ndarray]]:
+        config, data = self.config, self.prepared.data
+        return eval_batches(examples, config.eval.batch_size, config.data.pad_to_multiple_of, data.pad_id)
+
     def evaluate(self, examples: list[Example]) -> float | None:
         """Mean loss over the target tokens of held-out examples, nats; None without any."""
         if not examples:
             return None
-        config, total, count = self.config, 0.0, 0.0
-        data = self.prepared.data
-        for batch in eval_batches(examples, config.eval.batch_size, config.data.pad_to_multiple_of, data.pad_id):
+        total, count = 0.0, 0.0
+        for batch in self._eval_batches(examples):
             nats, targets = self.evaluation(self.adapter, self.prepared.base, batch["tokens"], batch["loss_mask"])
             total, count = total + float(nats), count + float(targets)
         return total / max(count, 1)
@@ -135,7 +166,7 @@ class Run:
             self.workdir.keep_metrics_until(-1)
             return 0
         self.adapter, states = self.checkpoints.restore(self.adapter, self.states)
-        self.states = self.prepared.optimizer.place(states)
+        self.states = self.optimizer.place(states)
         self.workdir.keep_metrics_until(start)
         done = "finished: its files are written again" if start == self.prepared.steps else "resumed"
         self.say(f"run: {done}, {start} of {self.prepared.steps} steps done")
@@ -156,7 +187,7 @@ class Run:
         loss, norm = float(metrics.loss), float(metrics.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._not_finite(step, loss, norm)
-        self.adapter, self.states = prepared.optimizer.update(self.adapter, grads, self.states, metrics.factor)
+        self.adapter, self.states = self.optimizer.update(self.adapter, grads, self.states, metrics.factor)
         jax.block_until_ready(self.adapter)
         self.seconds.append(time.perf_counter() - begun)
         self.tokens.append(batch["tokens"].size)
@@ -190,8 +221,8 @@ class Run:
         return statistics.median(n / s for n, s in zip(self.tokens, self.seconds, strict=True))
 
     def _device_bytes(self) -> tuple[int, str]:
-        state = 0 if self.prepared.optimizer.paged else sum(leaf.nbytes for leaf in jax.tree.leaves(self.states))
-        return peak_device_bytes(max(self.gradient.peak_bytes + state, self.evaluation.peak_bytes))
+        programs = max(self.gradient.peak_bytes, self.evaluation.peak_bytes)
+        return peak_device_bytes(programs + self.optimizer.resident_bytes)
 
     def _finish_files(self) -> dict[str, Any]:
         """Adapter, held-out loss and summary: made from the last checkpoint's state, however often this is run."""

@@ -21,7 +21,7 @@ from qlora_jax.io.load import QuantSpec, load_config, load_model
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models import attention
 from qlora_jax.models.llama import LINEARS, REMAT, Llama
-from qlora_jax.optim.paged import PAGING, PagedOptimizer, state_bytes
+from qlora_jax.optim.paged import PAGING
 from qlora_jax.optim.schedules import make_optimizer, make_schedule
 
 _CHOICES = {
@@ -50,7 +50,7 @@ class Prepared:
     adapter: Any
     base: Any
     lora_config: LoRAConfig
-    optimizer: PagedOptimizer
+    tx: Any  # optax, without clipping
     schedule: Callable[[int], Any]
     steps: int  # optimizer steps of the run
     grad_accum: int  # micro-batches an optimizer step
@@ -79,14 +79,15 @@ def check_config(config: Any) -> None:
         )
     if config.optimizer.learning_rate <= 0 or config.optimizer.max_grad_norm < 0:
         raise InputError("optimizer.learning_rate must be positive and optimizer.max_grad_norm 0 (no clipping) or more")
-    if config.model.compute == "fp8" and config.quant.format == "none":
+    compute = config.model.compute
+    if compute != "full" and config.quant.format == "none":
         raise InputError(
-            'model.compute is "fp8", a form of the 4-bit matmul, but quant.format is "none": set quant.format=nf4, or '
-            "model.compute=full"
+            f'model.compute is "{compute}", a form of the 4-bit matmul, but quant.format is "none": set '
+            "quant.format=nf4, or model.compute=full"
         )
-    if config.model.compute == "fp8" and config.model.kernel == "mosaic":
+    if compute != "full" and config.model.kernel == "mosaic":
         raise InputError(
-            'model.kernel is "mosaic", which has no kernel for model.compute="fp8": set model.kernel=triton, or '
+            f'model.kernel is "mosaic", which has no kernel for model.compute="{compute}": set model.kernel=triton, or '
             "model.compute=full"
         )
     if config.model.sequence_chunk < 0:
@@ -159,7 +160,7 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
         say(f"data: {grad_accum} micro-batches a step, not {config.train.grad_accum}: the file's batches are smaller")
     tx = make_optimizer(config.optimizer, steps)
     m = config.model
-    if m.compute == "fp8" and m.kernel in ("auto", "xla"):
+    if m.compute != "full" and m.kernel in ("auto", "xla"):
         say(
             f"model: 8-bit products are emulated with model.kernel={m.kernel}: they show the effect on the loss, not "
             "the speed"
@@ -181,12 +182,10 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
         f"{bits:.3f} bits a weight; adapter: rank {lora_config.rank}, {trainable:,} parameters "
         f"({100 * trainable / base_params:.2f}%)"
     )
-    paged = _paged(config.optimizer.paging, tx, adapter, base_bytes, say)
-    optimizer = PagedOptimizer(tx, adapter, config.optimizer.page_bytes, paged)
     o = config.optimizer
     schedule = make_schedule(o.schedule, o.learning_rate, steps, o.warmup_steps)
     return Prepared(
-        folder, tokenizer, data, graph, adapter, base, lora_config, optimizer, schedule, steps, grad_accum,
+        folder, tokenizer, data, graph, adapter, base, lora_config, tx, schedule, steps, grad_accum,
         base_bytes, bits, trainable, base_params + trainable,
     )  # fmt: skip
 
@@ -221,18 +220,6 @@ def _start_from(model: Llama, folder: Path, wanted: LoRAConfig) -> None:
         raise InputError(f"lora.init_from: {folder} does not match the lora section: {'; '.join(differing)}")
     for name, (a, b) in arrays.items():
         lora.set_adapter(model, name, a, b, wanted.scale)
-
-
-def _paged(paging: str, tx: Any, adapter: Any, base_bytes: int, say: Callable[[str], None]) -> bool:
-    """auto: paged where the state would take more than a quarter of what base, adapter and gradients leave free."""
-    state = state_bytes(tx, jax.tree.leaves(adapter))
-    paged = paging == "always"
-    if paging == "auto":
-        limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-        paged = limit is not None and state > (limit - base_bytes - 3 * _bytes(adapter)) / 4
-    where = "host memory, paged to the device" if paged else "device memory"
-    say(f"optimizer: {state / 2**20:,.1f} MiB of state in {where} (optimizer.paging = {paging})")
-    return paged
 
 
 def _bytes(tree: Any) -> int:

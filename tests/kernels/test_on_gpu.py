@@ -133,15 +133,17 @@ def test_the_scratch_is_exact_to_the_bit(name, dtype):
     [(1, "bfloat16", 64), (17, "float16", 32), (300, "bfloat16", 256), (2048, "bfloat16", 64)],
 )
 @pytest.mark.parametrize("shape", [(1024, 2048), (4096, 11008)])
-def test_8_bit_value(shape, rows, dtype, block_size):
+@pytest.mark.parametrize("compute", ["fp8", "fp8_row"])
+def test_8_bit_value(compute, shape, rows, dtype, block_size):
     """Against the emulation of the same roundings: what is left are sums, which 8-bit tensor cores may keep shorter."""
     if reason := triton_fp8_backend.unsupported(shape, block_size, jnp.dtype(dtype)):
         pytest.skip(reason)
     keys = jax.random.split(jax.random.key(rows), 2)
     q = qj.quantize(jax.random.normal(keys[0], shape), block_size=block_size)
     x = jax.random.normal(keys[1], (rows, shape[1]), dtype)
-    found = nf4_matmul.matmul(x, q.packed, q.codec._replace(backend="triton", compute="fp8"))
-    exact = fp8.forward(x.astype(jnp.float32), q.packed, q.codec)
+    codec = q.codec._replace(backend="triton", compute=compute)
+    found = nf4_matmul.matmul(x, q.packed, codec)
+    exact = fp8.forward(x.astype(jnp.float32), q.packed, codec)
     magnitude = nf4_matmul.dense_matmul(jnp.abs(x).astype(jnp.float32), jnp.abs(qj.dequantize(q, jnp.float32)), 1)
     error = np.abs(np.asarray(found, np.float32) - np.asarray(exact))
     assert found.dtype == dtype

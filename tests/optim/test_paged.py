@@ -1,4 +1,6 @@
-"""Paging changes where the state lives, and not one bit of the numbers."""
+"""Where a page lives changes not one bit of the numbers; what is on the device is bounded; transfers come in time."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -6,33 +8,23 @@ import numpy as np
 import optax
 import pytest
 
-from qlora_jax.optim.paged import PagedOptimizer, make_pages, separability, state_bytes
+from qlora_jax.optim.paged import PagedOptimizer
+from qlora_jax.optim.pages import Pages
+from tests.optim.transformations import TRANSFORMATIONS, tree
 
-RATE = optax.linear_schedule(1e-2, 1e-3, 5)
-TRANSFORMATIONS = {
-    "adamw": (optax.adamw(RATE, weight_decay=0.1), "rows"),
-    "lion": (optax.lion(RATE), "rows"),
-    "sgd": (optax.sgd(RATE, momentum=0.9), "rows"),
-    "plain sgd": (optax.sgd(RATE), "rows"),
-    "adafactor": (optax.adafactor(RATE, min_dim_size_to_factor=4), "leaves"),
-    "lamb": (optax.lamb(RATE), "leaves"),
-    "clipped adam": (optax.chain(optax.clip_by_global_norm(0.1), optax.adam(RATE)), "whole"),
-}
 UPDATES = 3
 
 
-def tree(seed: int) -> dict[str, jax.Array]:
-    """Arrays of five rows, and one of three, none of a round size."""
-    rng = np.random.default_rng(seed)
-    shapes = {"a": (5, 6, 7), "b": (5, 1, 3), "c": (3, 9, 5), "d": (5, 2, 2)}
-    return {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+def make(tx, page_bytes: int, resident_bytes: float, params=None) -> PagedOptimizer:
+    params = tree(0) if params is None else params
+    return PagedOptimizer(Pages(tx, params, page_bytes), params, resident_bytes)
 
 
 def run(optimizer: PagedOptimizer, updates: int = UPDATES, params=None, states=None, first: int = 0):
     params = tree(0) if params is None else params
     states = optimizer.init(params) if states is None else states
     for k in range(first, first + updates):
-        params, states = optimizer.update(params, tree(k + 1), states)
+        params, states = optimizer.update(params, tree(k + 1), states, 0.5)
     return params, states
 
 
@@ -49,85 +41,205 @@ def kinds(states) -> set[str]:
 @pytest.mark.parametrize(
     ("name", "page_bytes"), [*((name, 700) for name in TRANSFORMATIONS), ("adamw", 1), ("adamw", 1 << 20), ("lamb", 1)]
 )
-def test_paged_is_unpaged_bit_for_bit_and_optax(name, page_bytes):
+def test_paged_is_unpaged_is_partly_resident_bit_for_bit_and_optax(name, page_bytes):
     tx, _ = TRANSFORMATIONS[name]
-    results = [run(PagedOptimizer(tx, tree(0), page_bytes, paged)) for paged in (True, False)]
-    assert_same_bits(*results)
-    assert kinds(results[0][1]) <= {"pinned_host"} and kinds(results[1][1]) <= {"device"}
+    none, half, everything = (make(tx, page_bytes, resident) for resident in (0, 800, math.inf))
+    results = [run(optimizer) for optimizer in (none, half, everything)]
+    for result in results[:2]:
+        assert_same_bits(result, results[2])
+    for optimizer, (_, states) in zip((none, half, everything), results, strict=True):
+        for state, kept in zip(states, optimizer.resident, strict=True):
+            assert kinds(state) <= {"device" if kept else "pinned_host"}
     params = tree(0)
     state = tx.init(params)
     for k in range(UPDATES):
-        updates, state = tx.update(tree(k + 1), state, params)
+        updates, state = tx.update(jax.tree.map(lambda g: 0.5 * g, tree(k + 1)), state, params)
         params = optax.apply_updates(params, updates)
     for x, y in zip(jax.tree.leaves(results[0][0]), jax.tree.leaves(params), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
-def test_how_far_an_update_may_be_cut(name):
-    tx, expected = TRANSFORMATIONS[name]
-    assert separability(tx) == expected
-
-
-def test_clip_that_bites_later_than_the_first_update():
-    """A global norm that only large gradients reach must be found too."""
-    tx = optax.chain(optax.clip_by_global_norm(50.0), optax.sgd(1.0))
-    assert separability(tx) == "whole"
-
-
-@pytest.mark.parametrize("page_bytes", [1, 100, 700, 1500, 1 << 20])
-def test_pages_cover_every_row_once_and_keep_to_their_size(page_bytes):
-    tx, leaves = optax.adam(1e-3), jax.tree.leaves(tree(0))
-    pages = make_pages(tx, leaves, page_bytes)
-    covered = [(piece.leaf, row) for page in pages for piece in page for row in range(piece.start, piece.stop)]
-    assert covered == [(leaf, row) for leaf, x in enumerate(leaves) for row in range(x.shape[0])]
-    for page in pages:
-        cut = [leaves[piece.leaf][piece.start : piece.stop] for piece in page]
-        rows = sum(piece.stop - piece.start for piece in page)
-        assert state_bytes(tx, cut) <= page_bytes or rows == 1
-    assert len(pages) == 1 if page_bytes == 1 << 20 else len(pages) > 1
-
-
-def test_pages_are_filled():
-    """No page could take the first row of the next one as well."""
-    tx, leaves = optax.adam(1e-3), jax.tree.leaves(tree(0))
-    pages = make_pages(tx, leaves, 1500)
-    for page, following in zip(pages, pages[1:], strict=False):
-        first = following[0]
-        together = [leaves[p.leaf][p.start : p.stop] for p in page] + [
-            leaves[first.leaf][first.start : first.start + 1]
-        ]
-        assert sum(2 * 4 * x.size for x in together) + 4 * (len(together) + 1) > 1500
-
-
-def test_arrays_are_never_cut_where_they_must_stay_whole():
-    tx, leaves = TRANSFORMATIONS["adafactor"][0], jax.tree.leaves(tree(0))
-    for page_bytes in (1, 300):
-        pages = make_pages(tx, leaves, page_bytes)
-        assert all((piece.start, piece.stop) == (0, leaves[piece.leaf].shape[0]) for page in pages for piece in page)
-        assert len(pages) == 4 if page_bytes == 1 else 1 < len(pages) <= 4
-    assert len(make_pages(TRANSFORMATIONS["clipped adam"][0], leaves, 1)) == 1
-
-
-@pytest.mark.parametrize("paged", [True, False])
-def test_states_of_a_checkpoint_go_on_exactly(paged):
-    """Through host arrays, as a checkpoint holds them, also from a run that was paged otherwise."""
+@pytest.mark.parametrize("resident", [0, 800, math.inf])
+def test_states_of_a_checkpoint_go_on_exactly(resident):
+    """Through host arrays, as a checkpoint holds them, also from a run whose pages lived elsewhere."""
     tx = TRANSFORMATIONS["adamw"][0]
-    whole = run(PagedOptimizer(tx, tree(0), 700, paged), updates=4)
-    params, states = run(PagedOptimizer(tx, tree(0), 700, not paged), updates=2)
-    stored = jax.tree.map(np.asarray, (params, states))
-    again = PagedOptimizer(tx, tree(0), 700, paged)
+    whole = run(make(tx, 700, resident), updates=4)
+    params, states = run(make(tx, 700, 1500), updates=2)
+    stored = jax.tree.map(np.array, (params, states))
+    again = make(tx, 700, resident)
     placed = again.place(stored[1])
-    assert kinds(placed) == {"pinned_host" if paged else "device"}
-    assert_same_bits(run(again, 2, jax.tree.map(jnp.asarray, stored[0]), placed, first=2), whole)
+    assert kinds(placed) == {0: {"pinned_host"}, 800: {"pinned_host", "device"}}.get(resident, {"device"})
+    assert_same_bits(run(again, 2, jax.tree.map(jnp.array, stored[0]), placed, first=2), whole)
 
 
-def test_one_program_for_pages_alike():
-    """Rows of equal layers share a compiled update; a step count that moved would compile twice."""
-    params = {"a": jnp.zeros((8, 6, 7)), "b": jnp.zeros((8, 6, 7))}
-    optimizer = PagedOptimizer(optax.adam(1e-3), params, 2 * 4 * 42 * 2 + 8, paged=True)
-    assert len(optimizer.pages) == 8
+def test_pages_are_placed_without_passing_through_the_device(monkeypatch):
+    tx = TRANSFORMATIONS["adamw"][0]
+    stored = jax.tree.map(np.array, make(tx, 700, 0).init(tree(0)))
+    optimizer, original, moved = make(tx, 700, 0), jax.device_put, []
+
+    def recorded(leaves, shardings):
+        moved.extend((type(x), x.ndim, s.memory_kind) for x, s in zip(leaves, shardings, strict=True))
+        return original(leaves, shardings)
+
+    monkeypatch.setattr(jax, "device_put", recorded)
+    optimizer.place(stored)
+    assert set(moved) == {(np.ndarray, 3, "pinned_host"), (np.ndarray, 0, "device")}
+    assert len(moved) == len(jax.tree.leaves(stored))
+
+
+EQUAL_ROWS = {name: (16, 6, 7) for name in "ab"}
+A_ROW = 2 * 4 * 42  # bytes of Adam's state
+
+
+def equal_rows(value: float) -> dict[str, jax.Array]:
+    return {name: jnp.full(shape, value, jnp.float32) for name, shape in EQUAL_ROWS.items()}
+
+
+def test_one_program_for_pages_alike(monkeypatch):
+    """Rows of equal layers of any array share a compiled update, wherever they live."""
+    compiled, original = [], jax.stages.Lowered.compile
+
+    def counted(self, *arguments, **options):
+        compiled.append(self)
+        return original(self, *arguments, **options)
+
+    optimizer = make(optax.adam(1e-3), 2 * A_ROW + 8, 10 * A_ROW, equal_rows(0))
+    assert len(optimizer.pages) == 16 and 0 < sum(optimizer.resident) < 16
+    params = equal_rows(0)
     states = optimizer.init(params)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", counted)
     for _ in range(3):
-        params, states = optimizer.update(params, jax.tree.map(jnp.ones_like, params), states)
-    assert optimizer._update._cache_size() == 1
+        params, states = optimizer.update(params, equal_rows(1), states)
+    assert len(compiled) == 1
+
+
+def test_pages_that_a_mask_tells_apart_have_programs_of_their_own():
+    tx = optax.masked(optax.adam(1e-3), {"a": True, "b": False})
+    optimizer = make(tx, 2 * A_ROW + 8, 0, equal_rows(0))
+    params, _ = optimizer.update(equal_rows(0), equal_rows(1), optimizer.init(equal_rows(0)))
+    np.testing.assert_allclose(params["a"], -1e-3, rtol=1e-3)
+    np.testing.assert_array_equal(params["b"], 1)  # outside the mask gradients pass unchanged
+
+
+def live_bytes(kind: str) -> int:
+    return sum(x.nbytes for x in jax.live_arrays() if x.sharding.memory_kind == kind and not x.is_deleted())
+
+
+class Logged(PagedOptimizer):
+    """Says in which order things are dispatched and awaited, and how many bytes are on the device at each."""
+
+    log: list[tuple[str, int]]
+    device_bytes: list[int]
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.watch()
+
+    def watch(self) -> None:
+        self.log, self.device_bytes = [], []
+
+    def _note(self, what: str, index: int) -> None:
+        self.log.append((what, index))
+        self.device_bytes.append(live_bytes("device"))
+
+    def _fetch(self, index, states):
+        state = super()._fetch(index, states)
+        self._note("fetch", index)
+        return state
+
+    def _advance(self, index, *arguments):
+        state = super()._advance(index, *arguments)
+        self._note("update", index)
+        return state
+
+    def _leave(self, index, state):
+        state = super()._leave(index, state)
+        self._note("leave", index)
+        return state
+
+    def _wait(self, index, state):
+        super()._wait(index, state)
+        self._note("wait", index)
+
+
+@pytest.mark.parametrize("resident_rows", [0, 13])
+def test_transfers_overlap_and_a_state_of_any_size_keeps_to_three_pages(resident_rows):
+    """The state is 5 times what may be on the device during an update."""
+    params, grads = jax.device_put((equal_rows(0), equal_rows(1)), jax.devices()[0])  # bound to it: not moved again
+    optimizer = Logged(Pages(optax.adam(1e-3), params, 2 * A_ROW + 8), params, resident_rows * A_ROW)
+    count, page = len(optimizer.pages), 2 * A_ROW + 4
+    in_flight = optimizer.pages.in_flight_bytes(optimizer.resident)
+    assert in_flight == 3 * page and sum(optimizer.pages.bytes) > 5 * in_flight
+    kept = sum(optimizer.resident)
+    assert kept == resident_rows // 2
+    states = optimizer.init(params)
+    params, states = optimizer.update(params, grads, states)
+    on_device = [x.nbytes for x in jax.tree.leaves(states) if x.sharding.memory_kind == "device"]
+    others = live_bytes("device") - sum(on_device)
+    optimizer.watch()
+    params, states = optimizer.update(params, grads, states)
+
+    place = {event: number for number, event in enumerate(optimizer.log)}
+    assert len(place) == len(optimizer.log) == 4 * count - kept - (kept == 0)
+    for i in range(1, count - kept):
+        assert place["fetch", i] < place["update", i - 1], "the next page is on its way before this one is updated"
+        if ("wait", i - 1) in place:
+            assert place["update", i] < place["wait", i - 1], "nothing waits for the page that was just updated"
+        if 2 <= i < count - 1 - kept:
+            assert place["wait", i - 2] < place["fetch", i + 1], "a fourth page would be on the device"
+    scalars = 4 * count + 4  # step counts, the factor
+    most = max(optimizer.device_bytes) - others - scalars - kept * 2 * A_ROW
+    assert 2 * (2 * A_ROW) <= most <= in_flight  # a page that leaves is no longer seen here, but waited for
+
+
+def test_host_memory_holds_each_page_once():
+    params = equal_rows(0)
+    optimizer = make(optax.adam(1e-3), 2 * A_ROW + 8, 0, params)
+    before, most, original = live_bytes("pinned_host"), 0, optimizer._advance
+    states = optimizer.init(params)
+
+    def watched(*arguments):
+        nonlocal most
+        most = max(most, live_bytes("pinned_host") - before)
+        return original(*arguments)
+
+    optimizer._advance = watched
+    optimizer.update(params, equal_rows(1), states)
+    assert states == [None] * len(optimizer.pages)
+    assert 0 < most <= sum(optimizer.pages.bytes)
+
+
+def pack_of(seeds) -> dict[str, jax.Array]:
+    return jax.tree.map(lambda *x: jnp.stack(x), *map(tree, seeds))
+
+
+@pytest.mark.parametrize("name", ["adam with injected rate", "8-bit momentum", "lamb", "accumulating adam"])
+def test_a_pack_is_its_adapters_one_by_one(name):
+    """Each with its own factor and, where it is injected, its own learning rate."""
+    tx, _ = TRANSFORMATIONS[name]
+    rates, factors, results = [1e-2, 3e-3, 1e-3], [1.0, 0.5, 0.25], []
+    injected = name == "adam with injected rate"
+    for resident in (0, 4000, math.inf):
+        params = pack_of((0, 10, 20))
+        optimizer = PagedOptimizer(Pages(tx, params, 700, pack=True), params, resident)
+        assert len(optimizer.pages) > 3
+        states = optimizer.init(params)
+        states = optimizer.set(states, learning_rate=np.asarray(rates)) if injected else states
+        for k in range(UPDATES):
+            grads = pack_of((k + 1, k + 11, k + 21))
+            params, states = optimizer.update(params, grads, states, np.asarray(factors))
+        assert kinds([s for s, kept in zip(states, optimizer.resident, strict=True) if not kept]) - {"device"} <= {
+            "pinned_host"
+        }
+        results.append((params, states))
+    assert_same_bits(results[0], results[2])
+    assert_same_bits(results[1], results[2])
+    for place, (rate, factor) in enumerate(zip(rates, factors, strict=True)):
+        params = tree(10 * place)
+        single = make(tx, 700, 0, params)
+        states = single.init(params)
+        states = single.set(states, learning_rate=rate) if injected else states
+        for k in range(UPDATES):
+            params, states = single.update(params, tree(k + 1 + 10 * place), states, factor)
+        for x, y in zip(jax.tree.leaves(results[0][0]), jax.tree.leaves(params), strict=True):
+            np.testing.assert_allclose(x[place], y, atol=1e-6, rtol=1e-5)

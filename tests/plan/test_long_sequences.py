@@ -32,7 +32,7 @@ def test_70b_trains_on_65536_tokens_in_48_gb():
     model = abstract_model(spec)
 
     def compile(options):
-        return compile_gradient(GPUS["h200"], model, BatchShape(1, 1, T), True, 512, compiler_options=options)
+        return compile_gradient(GPUS["h200"], model, BatchShape(1, 1, T), True, 512, extra_options=options)
 
     compiled, values = compile_with_values(compile)
     memory = compiled.memory_analysis()

@@ -1,7 +1,9 @@
 """A run ends the same however it was interrupted, and stops with a clear line where it cannot go on."""
 
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.settings import resolved
 from qlora_jax.train import checkpoints, loop
 from qlora_jax.train.loop import Run, Stopped, finetune
+from qlora_jax.train.residency import RESERVED, decide
 from qlora_jax.train.setup import check_config
 
 
@@ -105,12 +108,63 @@ def test_base_is_bit_identical_after_training(tiny_config, tmp_path, monkeypatch
         assert before.tobytes() == after.tobytes()
 
 
-def test_paging_changes_no_bit(tiny_config, tmp_path):
+def give_device(monkeypatch, optimizer_bytes: int) -> None:
+    """As if the device had memory for the run's programs and this much besides."""
+    monkeypatch.setattr(loop, "memory_limit", lambda: 1)
+
+    def decided(paging, pages, limit, programs):
+        assert limit == 1 and programs > 0
+        return decide(paging, pages, math.ceil((programs + optimizer_bytes) / (1 - RESERVED)) + 2, programs)
+
+    monkeypatch.setattr(loop, "decide", decided)
+
+
+def said_of_pages(said: list[str]) -> str:
+    (line,) = (line for line in said if line.startswith("optimizer: "))
+    return line
+
+
+def test_paging_changes_no_bit(tiny_config, tmp_path, monkeypatch):
+    """Nor does where a run goes on after it was cut off: every third part of this one has pages elsewhere."""
     tiny_config.optimizer.page_bytes = 3000
-    for paging in ("never", "always"):
+    for paging in ("never", "always", "auto"):
         tiny_config.optimizer.paging = paging
         train(tiny_config, tmp_path / paging)
-    assert_same(adapter(tmp_path / "never"), adapter(tmp_path / "always"))
+    said: list[list[str]] = []
+
+    def part(optimizer_bytes: int, cut_at: int | None) -> None:
+        said.append([])
+        with monkeypatch.context() as patch:
+            give_device(patch, optimizer_bytes)
+            if cut_at is None:
+                finetune(tiny_config, resolved(tiny_config), tmp_path / "parts", said[-1].append)
+                return
+            interrupt_at(patch, cut_at, lambda: (_ for _ in ()).throw(RuntimeError("power cut")))
+            with pytest.raises(RuntimeError, match="power cut"):
+                finetune(tiny_config, resolved(tiny_config), tmp_path / "parts", said[-1].append)
+
+    part(0, cut_at=2)
+    part(14_000, cut_at=4)
+    part(1 << 30, cut_at=None)
+    everywhere, partly, nowhere = (
+        re.search(r"(all|\d+) (?:of (\d+) pages|on the device)", said_of_pages(x)) for x in said
+    )
+    assert everywhere and partly and nowhere
+    assert everywhere[1] == everywhere[2] == partly[2] and 0 < int(partly[1]) < int(partly[2]) and nowhere[1] == "all"
+    for name in ("always", "auto", "parts"):
+        assert_same(adapter(tmp_path / "never"), adapter(tmp_path / name))
+    assert losses(tmp_path / "never") == losses(tmp_path / "parts")
+
+
+def test_auto_compiles_the_programs_that_training_uses(tiny_config, tmp_path, monkeypatch):
+    """What the decision was made from is not compiled again."""
+    runs: list[Run] = []
+    original = Run.finish
+    monkeypatch.setattr(Run, "finish", lambda self: (runs.append(self), original(self))[1])
+    give_device(monkeypatch, 0)
+    tiny_config.train.steps = 2
+    train(tiny_config, tmp_path / "run")
+    assert len(runs[0].gradient._compiled) == 1
 
 
 def test_loss_that_is_not_finite_stops_and_names_step_and_batch(tiny_config, tmp_path, monkeypatch):
@@ -191,8 +245,8 @@ def test_what_cannot_fuse_an_adapter_is_named(tiny_config, section, key, value, 
         ("model", "attention", "flash", "auto or xla or chunked or cudnn"),
         ("model", "attention", "cudnn", "needs an NVIDIA GPU; this process computes on cpu"),
         ("model", "sequence_chunk", -1, "expected tokens, or 0 for off"),
-        ("model", "compute", "int8", "full or fp8"),
-        ("model", "fuse_lora", True, "model.fuse_lora needs model.kernel triton, found 'xla'"),
+        ("model", "compute", "int8", "full or fp8 or fp8_row"),
+        ("model", "fuse_lora", True, "model.fuse_lora needs model.kernel triton, found 'auto'"),
         ("optimizer", "paging", "maybe", "never or always or auto"),
         ("optimizer", "schedule", "cosin", "known: constant, linear, cosine"),
         ("optimizer", "name", "adam", "known: adamw"),
@@ -216,24 +270,27 @@ def test_bad_values_say_what_is_expected(tiny_config, tmp_path, section, key, va
     ("section", "key", "value", "message"),
     [
         ("quant", "format", "none", 'quant.format is "none": set quant.format=nf4, or model.compute=full'),
-        ("model", "kernel", "mosaic", 'no kernel for model.compute="fp8": set model.kernel=triton, or'),
+        ("model", "kernel", "mosaic", 'no kernel for model.compute="{}": set model.kernel=triton, or'),
     ],
 )
-def test_what_does_not_go_with_8_bit_products_is_named(tiny_config, tmp_path, section, key, value, message):
-    tiny_config.model.compute = "fp8"
+@pytest.mark.parametrize("compute", ["fp8", "fp8_row"])
+def test_what_does_not_go_with_8_bit_products_is_named(tiny_config, tmp_path, compute, section, key, value, message):
+    tiny_config.model.compute = compute
     tiny_config[section][key] = value
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message.format(compute)):
         train(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_8_bit_products_train_beside_the_full_ones(tiny_config, tmp_path):
-    train(tiny_config, tmp_path / "full")
-    tiny_config.model.compute = "fp8"
-    train(tiny_config, tmp_path / "fp8")
-    full, eight_bit = losses(tmp_path / "full"), losses(tmp_path / "fp8")
-    assert full != eight_bit
-    np.testing.assert_allclose(eight_bit, full, rtol=0.02)
+    found = {}
+    for compute in ("full", "fp8", "fp8_row"):
+        tiny_config.model.compute = compute
+        train(tiny_config, tmp_path / compute)
+        found[compute] = losses(tmp_path / compute)
+    assert found["full"] != found["fp8"] != found["fp8_row"] != found["full"]
+    for compute in ("fp8", "fp8_row"):
+        np.testing.assert_allclose(found[compute], found["full"], rtol=0.02)
 
 
 def test_killed_command_ends_with_a_bit_identical_adapter(golden, tmp_path):

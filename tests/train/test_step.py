@@ -12,6 +12,7 @@ from qlora_jax.io import peft
 from qlora_jax.io.load import QuantSpec, load_model
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.optim.paged import PagedOptimizer
+from qlora_jax.optim.pages import Pages
 from qlora_jax.train.step import make_evaluation, make_gradient
 
 FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
@@ -35,7 +36,8 @@ def test_six_steps_of_torch(golden, batches, tmp_path, variant):
     options = FAST if variant == "base32_seldom_clipped" else None
     max_norm = float(expected["max_norm"])
     gradient = jax.jit(make_gradient(graph, loss_chunk=13, max_grad_norm=max_norm), compiler_options=options)
-    optimizer = PagedOptimizer(optax.adamw(1e-2, weight_decay=0.0), adapter, page_bytes=1 << 20, paged=True)
+    pages = Pages(optax.adamw(1e-2, weight_decay=0.0), adapter, page_bytes=1 << 20)
+    optimizer = PagedOptimizer(pages, adapter, resident_bytes=0)
     states, losses, norms = optimizer.init(adapter), [], []
     for tokens, mask in zip(*batches, strict=True):
         grads, metrics = gradient(adapter, base, tokens.reshape(2, 4, -1), mask.reshape(2, 4, -1), None)

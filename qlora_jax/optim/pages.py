@@ -1,0 +1,259 @@
+"""Pages: an optimizer's work cut into parts of bounded size. Shapes only: a planner needs no device for it.
+
+Parameters are cut along the leading (layer) axis of each array into runs of rows, and the runs are gathered into pages
+of about `page_bytes` of optimizer state. The transformation sees a page as the parameters' own tree with None where the
+page has nothing, so masks and labels that go by names keep their meaning.
+
+Transformations that look at more than one element of one parameter at a time cannot be cut anywhere: what `tx` allows
+is found by a probe (`separability`).
+
+In a pack every array has one more leading axis, of A adapters; all of them are in every page, and rows are counted
+along the axis after it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cache, cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+_PROBED_UPDATES = 3  # that change something: a warm-up or accumulated gradients make some that do not
+_PATIENCE = 64  # updates
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Rows start..stop of one parameter array (its place among the tree's leaves)."""
+
+    leaf: int
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+Page = tuple[Piece, ...]  # of different arrays
+
+
+class UpdateProgram(NamedTuple):
+    """A page's update, to be jitted: function(*arguments) -> (parameters, state), both as in the arguments."""
+
+    function: Any
+    arguments: tuple[Any, ...]  # starts int32 [pieces], parameters, gradients (whole arrays), state leaves, factor
+    donate_argnums: tuple[int, ...] = (1, 3)
+
+
+class Pages:
+    """The pages of one parameter tree under one transformation.
+
+    Args:
+      tx: any optax transformation.
+      params: tree of arrays or ShapeDtypeStructs, each [L, ...] (a row of each is never cut), in a pack [A, L, ...].
+      page_bytes: optimizer state a page, over all devices and adapters together. A row that takes more is a page of its
+        own; so is, where `tx` allows no finer cut, an array or everything.
+      pack: whether there is a leading axis of adapters, each updated for itself.
+    """
+
+    def __init__(self, tx: optax.GradientTransformation, params: Any, page_bytes: int, pack: bool = False):
+        leaves, self.treedef = jax.tree.flatten(params)
+        self.axis = int(pack)
+        self.shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+        for leaf in self.shapes:
+            if leaf.ndim <= self.axis:
+                wanted = "[A, L, ...]" if pack else "[L, ...]"
+                raise ValueError(f"a parameter has shape {list(leaf.shape)}; pages need {wanted}: add a leading axis")
+        one = [jax.ShapeDtypeStruct(leaf.shape[self.axis :], leaf.dtype) for leaf in self.shapes]
+        self.cut = separability(tx, jax.tree.unflatten(self.treedef, one))
+        self.tx = _per_adapter(tx) if pack else tx
+        self.pages = self._make(page_bytes)
+
+    def __len__(self) -> int:
+        return len(self.pages)
+
+    @cached_property
+    def bytes(self) -> list[int]:
+        """State of each page."""
+        return [state_bytes(self.tx, self.piece_shapes(page)) for page in self.pages]
+
+    @property
+    def largest(self) -> int:
+        """The page with the most state."""
+        return int(np.argmax(self.bytes))
+
+    def resident(self, resident_bytes: float) -> tuple[bool, ...]:
+        """Which pages stay on the device when `resident_bytes` may: from the last one on, as many as fit.
+
+        The last ones, so that what was paged is back in host memory while they are updated.
+        """
+        kept = [False] * len(self)
+        for index in reversed(range(len(self))):
+            if self.bytes[index] <= resident_bytes:
+                kept[index] = True
+                resident_bytes -= self.bytes[index]
+        return tuple(kept)
+
+    def in_flight_bytes(self, resident: Sequence[bool]) -> int:
+        """State on the device during an update beyond the resident pages, at most: one page on its way in, one being
+        updated (in place), one on its way out."""
+        moving = [0 if kept else size for size, kept in zip(self.bytes, resident, strict=True)]
+        return max(sum(moving[max(index - 1, 0) : index + 2]) for index in range(len(self)))
+
+    def tree(self, page: Page, arrays: Sequence[Any]) -> Any:
+        """One array a piece -> the parameters' tree, None where the page has nothing."""
+        by_leaf = {piece.leaf: array for piece, array in zip(page, arrays, strict=True)}
+        return jax.tree.unflatten(self.treedef, [by_leaf.get(leaf) for leaf in range(len(self.shapes))])
+
+    def piece_shapes(self, page: Page) -> Any:
+        """Shapes of a page's rows, as `tree` has them."""
+        return self.tree(page, [self._rows(piece.leaf, piece.rows) for piece in page])
+
+    def state_shapes(self, page: Page) -> Any:
+        """Shapes of a page's optax state."""
+        return jax.eval_shape(self.tx.init, self.piece_shapes(page))
+
+    def rows_of(self, page: Page, starts: jax.Array, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+        """A page's rows out of the arrays that it touches; traced, `starts` int32 [pieces]."""
+        return [
+            jax.lax.dynamic_slice_in_dim(array, starts[i], piece.rows, self.axis)
+            for i, (piece, array) in enumerate(zip(page, arrays, strict=True))
+        ]
+
+    def update_program(self, index: int) -> UpdateProgram:
+        """Of a page: reads its rows from the arrays it touches and writes them back in place."""
+        page = self.pages[index]
+        state_leaves, state_def = jax.tree.flatten(self.state_shapes(page))
+
+        def update_page(starts, params, grads, state, factor):
+            mine, its_grads = self.rows_of(page, starts, params), self.rows_of(page, starts, grads)
+            its_grads = [g * factor.reshape(factor.shape + (1,) * (g.ndim - factor.ndim)) for g in its_grads]
+            old = self.tree(page, mine)
+            updates, state = self.tx.update(self.tree(page, its_grads), jax.tree.unflatten(state_def, state), old)
+            new = jax.tree.leaves(optax.apply_updates(old, updates))
+            put = jax.lax.dynamic_update_slice_in_dim
+            params = [
+                put(whole, rows, starts[i], self.axis) for i, (whole, rows) in enumerate(zip(params, new, strict=True))
+            ]
+            return params, jax.tree.leaves(state)
+
+        starts = jax.ShapeDtypeStruct((len(page),), jnp.int32)
+        touched = [self.shapes[piece.leaf] for piece in page]
+        factor = jax.ShapeDtypeStruct(touched[0].shape[: self.axis], jnp.float32)
+        return UpdateProgram(update_page, (starts, touched, touched, state_leaves, factor))
+
+    def _rows(self, leaf: int, rows: int) -> jax.ShapeDtypeStruct:
+        shape = self.shapes[leaf].shape
+        return jax.ShapeDtypeStruct((*shape[: self.axis], rows, *shape[self.axis + 1 :]), self.shapes[leaf].dtype)
+
+    def _make(self, page_bytes: int) -> list[Page]:
+        sizes = [leaf.shape[self.axis] for leaf in self.shapes]
+        if self.cut == "whole":
+            return [tuple(Piece(leaf, 0, rows) for leaf, rows in enumerate(sizes))]
+        pages: list[Page] = []
+        open_page: list[Piece] = []
+        room = page_bytes
+        for leaf, rows in enumerate(sizes):
+            step = rows if self.cut == "leaves" else 1  # the least that can be taken
+            shape = self._rows(leaf, step)
+            step_bytes = state_bytes(self.tx, self.tree((Piece(leaf, 0, step),), [shape]))
+            step_bytes = step_bytes or shape.size * shape.dtype.itemsize  # without state: bounds the working set
+            start = 0
+            while start < rows:
+                take = min(rows - start, room // step_bytes * step)
+                if take <= 0 and open_page:
+                    pages.append(tuple(open_page))
+                    open_page, room = [], page_bytes
+                    continue
+                take = max(take, step)
+                open_page.append(Piece(leaf, start, start + take))
+                room -= take // step * step_bytes
+                start += take
+        return [*pages, tuple(open_page)] if open_page else pages
+
+
+def state_bytes(tx: optax.GradientTransformation, params: Any) -> int:
+    """Bytes of optimizer state for a tree of parameters, or of their shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(tx.init, params)))
+
+
+def _per_adapter(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Over a leading axis of adapters of parameters, gradients and state, step counts and hyperparameters included."""
+    return optax.GradientTransformation(jax.vmap(tx.init), lambda g, s, p=None: jax.vmap(tx.update)(g, s, p))
+
+
+def separability(tx: optax.GradientTransformation, params: Any = None) -> str:
+    """How far the update may be cut without changing it.
+
+    Args:
+      params: tree whose structure and ranks the probe takes; its sizes are replaced (two rows of some 20,000 elements).
+        None probes two arrays of rank 3.
+    Returns:
+      "rows": each row of a leading axis for itself (Adam, Lion, SGD, ...); "leaves": each array for itself (Adafactor,
+      LAMB, states in blocks that rows do not fill); "whole": not at all (a global norm inside the transformation, or
+      one that changes nothing in 64 updates). Found by comparing updates of random arrays.
+    """
+    if params is None:
+        params = [jax.ShapeDtypeStruct((2, 4096, 1), jnp.float32)] * 2
+    leaves, treedef = jax.tree.flatten(params)
+    # states in blocks (of 4096 or a divisor) may be cut between rows only where rows are whole blocks
+    in_blocks = all(leaf.size // max(leaf.shape[0], 1) % 4096 == 0 for leaf in leaves)
+    shapes = [(2, *_probed_row(leaf.ndim - 1, (128, 160) if in_blocks else (136, 144))) for leaf in leaves]
+
+    @cache
+    def draw(seed: int) -> list[jax.Array]:
+        """Parameters (seed 0) or gradients, some arrays and rows larger than others."""
+        rng, arrays = np.random.default_rng(seed), []
+        for number, (shape, leaf) in enumerate(zip(shapes, leaves, strict=True)):
+            rows = np.asarray([1, 3]).reshape(2, *(1 for _ in shape[1:]))
+            scale = rows * (100 if seed and number % 2 else 1)
+            arrays.append(jnp.asarray(rng.normal(size=shape) * scale, leaf.dtype))
+        return arrays
+
+    def updates(group: dict[int, slice], number: int):
+        """The first `number` updates, tree leaves each, of the rows in `group` on their own."""
+
+        def pick(arrays: list[jax.Array]) -> Any:
+            mine = [x[group[leaf]] if leaf in group else None for leaf, x in enumerate(arrays)]
+            return jax.tree.unflatten(treedef, mine)
+
+        state = tx.init(pick(draw(0)))
+        for k in range(number):
+            out, state = tx.update(pick(draw(k + 1)), state, pick(draw(0)))
+            yield [np.asarray(u, np.float32) for u in jax.tree.leaves(out)]
+
+    everything = dict.fromkeys(range(len(leaves)), slice(0, 2))
+    whole: dict[int, list[np.ndarray]] = {}
+    for k, out in enumerate(updates(everything, _PATIENCE)):
+        if any(u.any() for u in out):
+            whole[k] = out
+        if len(whole) == _PROBED_UPDATES:
+            break
+    if not whole:
+        return "whole"
+
+    def agrees(rows: Sequence[slice]) -> bool:
+        for leaf in range(len(leaves)):
+            for part in rows:
+                for k, out in enumerate(updates({leaf: part}, max(whole) + 1)):
+                    if k in whole and not _alike(whole[k][leaf][part], out[0]):
+                        return False
+        return True
+
+    if not agrees([slice(0, 2)]):
+        return "whole"
+    return "rows" if agrees([slice(0, 1), slice(1, 2)]) else "leaves"
+
+
+def _probed_row(ndim: int, matrix: tuple[int, int]) -> tuple[int, ...]:
+    if ndim < 2:
+        return (matrix[0] * matrix[1],) * ndim
+    return (*(1 for _ in range(ndim - 2)), *matrix)
+
+
+def _alike(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool(np.abs(a - b).max() <= 1e-3 * np.abs(a).max())  # programs of other shapes round otherwise
