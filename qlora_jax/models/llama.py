@@ -253,7 +253,7 @@ class Llama(nnx.Module):
 
 
 class _ChunkedBlock(NamedTuple):
-    """A block as the two functions of `layer_in_chunks`; equal ones are one function to a compilation.
+    """A block as the two functions of `layer_in_chunks`.
 
     A chunk's dropout depends on the layer's key, the chunk, the function and the projection alone.
     """
