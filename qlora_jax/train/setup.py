@@ -21,7 +21,7 @@ from qlora_jax.io.load import QuantSpec, load_config, load_model
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.llama import LINEARS, Llama
 from qlora_jax.optim.paged import PAGING, PagedOptimizer, state_bytes
-from qlora_jax.optim.schedules import make_optimizer, make_schedule
+from qlora_jax.optim.schedules import make_optimizer, make_schedule, paging
 
 _CHOICES = {
     ("model", "compute_dtype"): ("bfloat16", "float32"),
@@ -76,6 +76,7 @@ def check_config(config: Any) -> None:
             f"train.batch_size {config.train.batch_size} cannot be cut into train.grad_accum {config.train.grad_accum} "
             "equal micro-batches; make it a multiple"
         )
+    paging(config.optimizer)
     if config.optimizer.learning_rate <= 0 or config.optimizer.max_grad_norm < 0:
         raise InputError("optimizer.learning_rate must be positive and optimizer.max_grad_norm 0 (no clipping) or more")
     if config.model.compute == "fp8" and config.quant.format == "none":
@@ -150,7 +151,7 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
         f"{bits:.3f} bits a weight; adapter: rank {lora_config.rank}, {trainable:,} parameters "
         f"({100 * trainable / base_params:.2f}%)"
     )
-    paged = _paged(config.optimizer.paging, tx, adapter, base_bytes, say)
+    paged = _paged(config.optimizer, tx, adapter, base_bytes, say)
     optimizer = PagedOptimizer(tx, adapter, config.optimizer.page_bytes, paged)
     o = config.optimizer
     schedule = make_schedule(o.schedule, o.learning_rate, steps, o.warmup_steps)
@@ -180,15 +181,18 @@ def _start_from(model: Llama, folder: Path, wanted: LoRAConfig) -> None:
         lora.set_adapter(model, name, a, b, wanted.scale)
 
 
-def _paged(paging: str, tx: Any, adapter: Any, base_bytes: int, say: Callable[[str], None]) -> bool:
+def _paged(config: Any, tx: Any, adapter: Any, base_bytes: int, say: Callable[[str], None]) -> bool:
     """auto: paged where the state would take more than a quarter of what base, adapter and gradients leave free."""
     state = state_bytes(tx, jax.tree.leaves(adapter))
-    paged = paging == "always"
-    if paging == "auto":
+    paged = paging(config) == "always"
+    if paging(config) == "auto":
         limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
         paged = limit is not None and state > (limit - base_bytes - 3 * _bytes(adapter)) / 4
     where = "host memory, paged to the device" if paged else "device memory"
-    say(f"optimizer: {state / 2**20:,.1f} MiB of state in {where} (optimizer.paging = {paging})")
+    say(
+        f"optimizer: {state / 2**20:,.1f} MiB of state in {where} (optimizer.name = {config.name}, "
+        f"optimizer.paging = {config.paging})"
+    )
     return paged
 
 
