@@ -59,7 +59,8 @@ def get_config() -> ConfigDict:
     c.data.seed = 0  # of the split and the order
 
     c.optimizer = ConfigDict()
-    c.optimizer.name = "adamw"  # adamw | sgd | lion
+    c.optimizer.name = "adamw"  # adamw | lion | adamw8bit | lion8bit (8-bit state), these four also as paged_NAME
+    # (NAME with paging = always) | sgd. lion wants beta2 = 0.99 and a learning rate 3 to 10 times lower
     c.optimizer.learning_rate = 2e-4  # 1e-4 for 33B and larger
     c.optimizer.schedule = "constant"  # constant | linear | cosine, the last two to zero at the last step
     c.optimizer.warmup_steps = 0  # steps of linear rise from 0, before the schedule

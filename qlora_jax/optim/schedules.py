@@ -5,8 +5,13 @@ from typing import Any
 import optax
 
 from qlora_jax.errors import InputError
+from qlora_jax.optim.eightbit import adamw8bit, lion8bit
 
-OPTIMIZERS = ("adamw", "lion", "sgd")
+_PAGED = "paged_"
+OPTIMIZERS = (
+    "adamw", "adamw8bit", "lion", "lion8bit", "sgd",
+    "paged_adamw", "paged_adamw8bit", "paged_lion", "paged_lion8bit",
+)  # fmt: skip
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -34,11 +39,29 @@ def make_schedule(name: str, learning_rate: float, steps: int, warmup_steps: int
 
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
     """The `optimizer` section of a config -> optax. Clipping is in train/step.py: it needs the whole gradient."""
+    if config.name not in OPTIMIZERS:
+        raise InputError(f"optimizer.name is {config.name!r}; known: {', '.join(OPTIMIZERS)}")
     schedule = make_schedule(config.schedule, config.learning_rate, steps, config.warmup_steps)
-    if config.name == "adamw":
-        return optax.adamw(schedule, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay)
-    if config.name == "lion":
-        return optax.lion(schedule, config.beta1, config.beta2, weight_decay=config.weight_decay)
-    if config.name == "sgd":
-        return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(schedule, config.beta1 or None))
-    raise InputError(f"optimizer.name is {config.name!r}; known: {', '.join(OPTIMIZERS)}")
+    betas, decay = (config.beta1, config.beta2), config.weight_decay
+    match config.name.removeprefix(_PAGED):
+        case "adamw":
+            return optax.adamw(schedule, *betas, config.eps, weight_decay=decay)
+        case "adamw8bit":
+            return adamw8bit(schedule, *betas, config.eps, decay)
+        case "lion":
+            return optax.lion(schedule, *betas, weight_decay=decay)
+        case "lion8bit":
+            return lion8bit(schedule, *betas, decay)
+    return optax.chain(optax.add_decayed_weights(decay), optax.sgd(schedule, config.beta1 or None))
+
+
+def paging(config: Any) -> str:
+    """optimizer.paging; "always" where the optimizer's name says so. Raises InputError where the two contradict."""
+    if not config.name.startswith(_PAGED):
+        return config.paging
+    if config.paging == "never":
+        raise InputError(
+            f'optimizer.name is {config.name!r}, but optimizer.paging is "never": set optimizer.paging=auto, or '
+            f"optimizer.name={config.name.removeprefix(_PAGED)}"
+        )
+    return "always"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qlora_jax.models.llama import LINEARS, sizes
-from qlora_jax.optim.schedules import make_optimizer
+from qlora_jax.optim.schedules import make_optimizer, paging
 from qlora_jax.plan.advice import Change, first_that_fits
 from qlora_jax.plan.gpus import PlannedGpu
 from qlora_jax.plan.memory import Memory, fits, plan_memory, usable_bytes
@@ -85,7 +85,7 @@ def make_plan(
             changed = _changed(config, change)
             return fits(_memory(changed, read_spec(changed), gpu), gpu)
 
-        change, tried = first_that_fits(spec, config.optimizer.paging, would_fit)
+        change, tried = first_that_fits(spec, paging(config.optimizer), would_fit)
     sizes_of = spec.model.sizes
     weights = sum(O * I for O, I in (sizes(sizes_of, letters) for letters in LINEARS.values())) * sizes_of.L
     kinds = {kind: size for phase in memory.phases for kind, size in phase.bytes.items() if kind != "temporaries"}
@@ -101,7 +101,7 @@ def _memory(config: Any, spec: RunSpec, gpu: PlannedGpu) -> Memory:
     o = config.optimizer
     tx = make_optimizer(o, config.train.steps)
     run = {"loss_chunk": config.train.loss_chunk, "max_grad_norm": o.max_grad_norm}
-    return plan_memory(spec, gpu, tx, o.page_bytes, o.paging, run)
+    return plan_memory(spec, gpu, tx, o.page_bytes, paging(o), run)
 
 
 def _changed(config: Any, change: Change) -> Any:

@@ -1,4 +1,4 @@
-"""The values that 4-bit codes and 8-bit scale codes stand for.
+"""The values that 4-bit codes and 8-bit codes (of scales, of optimizer state) stand for.
 
 nf4, fp4: bitsandbytes' tables (`functional.get_4bit_type`); fp4's codes are ordered by bit pattern (sign, exponent,
 mantissa), not by value. int4: symmetric, -7..7 over absmax; code 15 is never written.
@@ -57,17 +57,24 @@ def codebook(name: str) -> Codebook:
     return CODEBOOKS[name]
 
 
-@cache
 def absmax_map() -> tuple[float, ...]:
-    """The 256 ascending values of an 8-bit scale: bitsandbytes' signed dynamic map (`create_dynamic_map`).
+    """The 256 ascending values of an 8-bit scale: the signed dynamic map."""
+    return dynamic_map(signed=True)
 
-    Per decade i of 7: the midpoints of linspace(0.1, 1, 2^i + 1) times 10^(i - 6), both signs; plus 0 and 1.
+
+@cache
+def dynamic_map(signed: bool) -> tuple[float, ...]:
+    """The 256 ascending values of dynamic 8-bit quantization (bitsandbytes' `create_dynamic_map`).
+
+    Per decade i of 7: the midpoints of linspace(0.1, 1, k + 1) times 10^(i - 6), with k = 2^i of both signs, or
+    k = 2^(i + 1) unsigned; plus 0 and 1. The largest decade is the finest.
     """
-    positive: list[float] = []
+    values = [0.0, 1.0]
     for i in range(7):
-        edges = _linspace(0.1, 1, 2**i + 1)
-        positive.extend((np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))).tolist())
-    return tuple(map(float, np.sort(np.asarray([*positive, *(-v for v in positive), 0.0, 1.0], np.float32))))
+        edges = _linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
+        positive = (np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))).tolist()
+        values.extend([*positive, *(-v for v in positive)] if signed else positive)
+    return tuple(map(float, np.sort(np.asarray(values, np.float32))))
 
 
 def _linspace(start: float, end: float, count: int) -> np.ndarray:

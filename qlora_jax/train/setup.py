@@ -22,7 +22,7 @@ from qlora_jax.lora import LoRAConfig
 from qlora_jax.models import attention
 from qlora_jax.models.llama import LINEARS, REMAT, Llama
 from qlora_jax.optim.paged import PAGING
-from qlora_jax.optim.schedules import make_optimizer, make_schedule
+from qlora_jax.optim.schedules import make_optimizer, make_schedule, paging
 
 _CHOICES = {
     ("model", "compute_dtype"): ("bfloat16", "float32"),
@@ -77,6 +77,7 @@ def check_config(config: Any) -> None:
             f"train.batch_size {config.train.batch_size} cannot be cut into train.grad_accum {config.train.grad_accum} "
             "equal micro-batches; make it a multiple"
         )
+    paging(config.optimizer)
     if config.optimizer.learning_rate <= 0 or config.optimizer.max_grad_norm < 0:
         raise InputError("optimizer.learning_rate must be positive and optimizer.max_grad_norm 0 (no clipping) or more")
     compute = config.model.compute

@@ -1,5 +1,6 @@
 """Learning rates update by update, and the optimizers of a config against their formulas."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from qlora_jax.errors import InputError
-from qlora_jax.optim.schedules import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
+from qlora_jax.optim.schedules import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule, paging
 
 
 def rates(name: str, steps: int, warmup: int) -> np.ndarray:
@@ -108,3 +109,28 @@ def test_learning_rate_follows_the_schedule():
 def test_unknown_optimizer():
     with pytest.raises(InputError, match=f"optimizer.name is 'adam'; known: {', '.join(OPTIMIZERS)}"):
         make_optimizer(section(name="adam"), 10)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "sgd"])
+def test_small_parameters_keep_32_bits_under_every_name(name):
+    plain = name.removeprefix("paged_").removesuffix("8bit")
+    expected = three_updates(name=plain, weight_decay=0.1, beta2=0.99)
+    np.testing.assert_allclose(three_updates(name=name, weight_decay=0.1, beta2=0.99), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "paged_adamw8bit", "lion8bit", "paged_lion8bit"])
+def test_8bit_names_have_8bit_state(name):
+    state = make_optimizer(section(name=name), 10).init(jnp.zeros((2, 4096)))
+    assert "uint8" in {str(leaf.dtype) for leaf in jax.tree.leaves(state)}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_paged_name_pages_always(name):
+    for value in ("auto", "always"):
+        assert paging(section(name=name, paging=value)) == ("always" if name.startswith("paged_") else value)
+
+
+def test_a_paged_name_that_may_never_page_is_refused():
+    with pytest.raises(InputError, match="'paged_lion8bit', but optimizer.paging is \"never\": set "):
+        paging(section(name="paged_lion8bit", paging="never"))
+    assert paging(section(name="lion8bit", paging="never")) == "never"

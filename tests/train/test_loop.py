@@ -167,6 +167,25 @@ def test_auto_compiles_the_programs_that_training_uses(tiny_config, tmp_path, mo
     assert len(runs[0].gradient._compiled) == 1
 
 
+def test_a_paged_name_is_the_plain_one_paged(tiny_config, tmp_path):
+    """With rows large enough for 8-bit state."""
+    tiny_config.lora.rank, tiny_config.optimizer.page_bytes = 128, 30_000
+    tiny_config.optimizer.name, tiny_config.optimizer.paging = "adamw8bit", "never"
+    train(tiny_config, tmp_path / "plain")
+    tiny_config.optimizer.name, tiny_config.optimizer.paging = "paged_adamw8bit", "auto"
+    said: list[str] = []
+    finetune(tiny_config, resolved(tiny_config), tmp_path / "paged", say=said.append)
+    assert any("of state in host memory" in line for line in said)
+    assert_same(adapter(tmp_path / "plain"), adapter(tmp_path / "paged"))
+
+
+def test_a_paged_name_that_may_never_page_is_refused(tiny_config, tmp_path):
+    tiny_config.optimizer.name, tiny_config.optimizer.paging = "paged_lion", "never"
+    with pytest.raises(InputError, match="set optimizer.paging=auto, or optimizer.name=lion"):
+        train(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_loss_that_is_not_finite_stops_and_names_step_and_batch(tiny_config, tmp_path, monkeypatch):
     original = loop.Program.__call__
 
