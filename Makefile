@@ -18,12 +18,10 @@ quickstart: venv
 test: lint
 	$(PYTHON_IN_VENV) -m pytest -n 2 $(ARGS)
 
-# On a machine with an NVIDIA GPU, after installing an extra (cuda13 or cuda12): right first, then how fast
+# On a machine with an NVIDIA GPU, after installing an extra (cuda13 or cuda12): right first, then how fast; 8 minutes.
+# With another Python that has the packages: python scripts/gpu_check.py
 gpu-check: venv-dev
-	JAX_PLATFORMS=cuda $(PYTHON_IN_VENV) -m pytest -m gpu $(ARGS)
-	@gpu=$$($(PYTHON_IN_VENV) -c 'import jax; print(jax.devices()[0].device_kind.lower().replace(" ", "-"))') && \
-	mkdir -p "results/$$gpu" && \
-	JAX_PLATFORMS=cuda $(PYTHON_IN_VENV) -m experiments.bench_kernels --out="results/$$gpu/bench_kernels.json"
+	@$(PYTHON_IN_VENV) scripts/gpu_check.py $(ARGS)
 
 lint: venv-dev
 	$(PYTHON_IN_VENV) -m ruff check .

@@ -1,5 +1,5 @@
 """Guanaco's recipe of the paper: the best-ranked path of each OASST1 tree, all turns trained, 1,875 steps of 16
-conversations.
+conversations. configs/guanaco_7b.py and its siblings name the models and say what they take.
 
 python -m experiments.train --config=configs/guanaco.py --config.model.path=DIR --config.data.path=FILE --workdir=RUN
 """
@@ -14,4 +14,6 @@ def get_config() -> ConfigDict:
     c.data.format = "oasst1"  # trees, or the flattened rows of openassistant-guanaco
     c.data.max_source_len = 16  # tokens; the source is BOS alone
     c.data.max_target_len = 512  # tokens; the whole conversation is the target
+    c.optimizer.paging = "always"  # the paper's paged optimizer
+    c.eval.batch_size = 4  # sequences
     return c.lock()

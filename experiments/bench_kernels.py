@@ -1,14 +1,20 @@
 """Times the 4-bit matmul against dense and dequantize-then-dot: python -m experiments.bench_kernels [--out=FILE.json]
 
 Every form of one product is timed in turns in one run, and so are the ceilings (a large copy, a large matmul) that its
-bytes/s and FLOP/s are held against. On a GPU the Triton kernels join, and bitsandbytes where it can be imported; on a
-CPU there are the XLA forms. --tune (GPU) measures tile sizes first and writes the table that later runs read.
+bytes/s and FLOP/s are held against. On a GPU the kernels join (scratch, triton; mosaic on Hopper), and bitsandbytes
+where it can be imported; on a CPU there are the XLA forms. A form that refuses a weight or fails stands in the table
+with what it said. --tune (GPU) measures every backend and Triton's tile sizes first, and writes the table that
+kernel=auto reads, product by product: run again, it goes on with those that are missing.
 """
 
 import json
 import os
+import shlex
 import statistics
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from tqdm import tqdm
@@ -23,7 +29,10 @@ FORMAT = flags.DEFINE_enum("format", "nf4", ["nf4", "fp4", "int4"], "The table o
 BLOCK_SIZE = flags.DEFINE_integer("block_size", 64, "Weights that share a scale.")
 REPEATS = flags.DEFINE_integer("repeats", None, "Turns, whose median counts. Without it: 20 on a GPU, 5 on a CPU.")
 OUT = flags.DEFINE_string("out", None, "JSON file to write.")
-TUNE = flags.DEFINE_bool("tune", False, "Measure the Triton kernels' tile sizes and write their table (GPU only).")
+LORA_RANK = flags.DEFINE_integer("lora_rank", None, "Adds the product with an adapter of this rank (GPU only).")
+MINUTES = flags.DEFINE_float("minutes", None, "Stop timing after so long; what is left out is said.", lower_bound=0)
+TUNE = flags.DEFINE_bool("tune", False, "Measure backends and tile sizes, and write the GPU's table (GPU only).")
+TUNE_MINUTES = flags.DEFINE_float("tune_minutes", None, "Stop tuning after so long.", lower_bound=0)
 
 CPU_SHAPES = ["tinyllama-1b/attention", "tinyllama-1b/down"]
 GPU_SHAPES = ["llama-7b", "llama-3-8b", "llama-65b"]
@@ -32,9 +41,10 @@ GPU_SHAPES = ["llama-7b", "llama-3-8b", "llama-65b"]
 def main() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # bitsandbytes needs room on the same GPU
     import jax
+    import jax.numpy as jnp
 
-    from experiments import bench_bitsandbytes
-    from pallas_kernels.nf4_matmul import Codec, config, measure
+    from experiments import bench_bitsandbytes, versions
+    from pallas_kernels.nf4_matmul import Codec, api, config, measure
     from pallas_kernels.nf4_matmul.shapes import SHAPES as ALL_SHAPES
     from qlora_jax.errors import InputError
     from qlora_jax.quant.codebooks import absmax_map, codebook
@@ -51,6 +61,8 @@ def main() -> None:
     if TUNE.value and not on_gpu:
         raise InputError(f"--tune measures GPU kernels, this process computes on {device.device_kind}: run it on a GPU")
     dtype = DTYPE.value or ("bfloat16" if on_gpu else "float32")
+    if LORA_RANK.value is not None:
+        _check_lora(LORA_RANK.value, dtype, device)
     repeats = (20 if on_gpu else 5) if REPEATS.value is None else REPEATS.value
     if repeats < 1:
         raise InputError(f"--repeats={repeats}: expected at least 1")
@@ -66,23 +78,52 @@ def main() -> None:
     if TUNE.value:
         _tune(cases, codecs, repeats)
 
-    backends = ("xla", "triton") if on_gpu else ("xla",)
+    backends = _backends(on_gpu)
     ceilings = measure.Ceilings(dtype, on_gpu)
-    results, peaks = [], []
+    deadline = _deadline(MINUTES.value)
+    peaks: list[tuple[float, float]] = []
+    results: list[dict] = []
+    failures: list[dict] = []
+    left_out: list[dict] = []
+    report = {
+        "command": shlex.join(["python", "-m", "experiments.bench_kernels", *sys.argv[1:]]),
+        "versions": versions.installed(),
+        "device": device.device_kind,
+        "dtype": dtype,
+        "format": FORMAT.value,
+        "block_size": BLOCK_SIZE.value,
+        "repeats": repeats,
+        "lora_rank": LORA_RANK.value,
+        "ceilings": {},
+        "results": results,
+        "failures": failures,
+        "left_out": left_out,
+    }
     for (name, m, op), case in tqdm(cases.items(), desc="timing", leave=False, delay=2):
+        if time.monotonic() > deadline:
+            left_out.append({"shape": name, "rows": m, "op": op})
+            continue
         copies = measure.copies_that_pass_the_cache(case, on_gpu)
+        refused = {b: api.refusal(codecs[name]._replace(backend=b), jnp.dtype(dtype)) for b in backends}
+        taken = tuple(b for b in backends if refused[b] is None)
         eight_bit = measure.eight_bit_forms(case) if on_gpu else ()
-        forms = measure.forms(case, codecs[name], copies, backends + eight_bit)
-        errors = {form: measure.eight_bit_error(case, codecs[name]) for form in eight_bit}
-        for form, error in errors.items():
-            tqdm.write(f"{name}, {m} rows: {form} is off by {error:.2%} of the full product (root mean square)")
+        forms = measure.forms(case, codecs[name], copies, taken + eight_bit)
+        if LORA_RANK.value is not None:
+            forms |= measure.lora_forms(case, codecs[name], copies, LORA_RANK.value)
         if on_gpu and dtype != "float32" and FORMAT.value == "nf4" and bench_bitsandbytes.is_there():
             forms["bitsandbytes"] = (bench_bitsandbytes.product(case, copies), forms["xla"][1])
-        runs = ceilings.runs | {form: run for form, (run, _) in forms.items()}
+        running, failing = measure.split_failing({form: run for form, (run, _) in forms.items()})
+        failing |= {form: reason for form, reason in refused.items() if reason is not None}
+        failures += [{"shape": name, "rows": m, "op": op, "form": f, "error": error} for f, error in failing.items()]
+        errors = {form: measure.eight_bit_error(case, codecs[name], form) for form in eight_bit if form in running}
+        for form, error in errors.items():
+            tqdm.write(f"{name}, {m} rows: {form} is off by {error:.2%} of the full product (root mean square)")
+        runs = ceilings.runs | running
         seconds = measure.interleaved(runs, repeats, copies)
         copy, multiply = ceilings.rates(seconds, copies)
         peaks.append((copy, multiply))
-        for form, (_, moved) in forms.items():
+        for form in running:
+            moved = forms[form][1]
             results.append(
                 {
                     "shape": name,
@@ -92,7 +133,7 @@ def main() -> None:
                     "op": op,
                     "form": form,
                     "seconds": seconds[form],
-                    "speed_to_dense": seconds["dense"] / seconds[form],
+                    "speed_to_dense": seconds["dense"] / seconds[form] if "dense" in seconds else None,
                     "bytes_per_second": moved / seconds[form],
                     "of_copy": moved / seconds[form] / copy,
                     "flops_per_second": case.flops / seconds[form],
@@ -100,38 +141,71 @@ def main() -> None:
                 }
                 | ({"error_to_full": errors[form]} if form in errors else {})
             )
-    print(_table(results))
-    copy, multiply = (statistics.median(peak) for peak in zip(*peaks, strict=True))
+        copy, multiply = (statistics.median(peak) for peak in zip(*peaks, strict=True))
+        report["ceilings"] = {"copy_bytes_per_second": copy, "matmul_flops_per_second": multiply}
+        _write(report)  # after each, so that an interruption loses one
+    if not peaks:
+        raise InputError(f"--minutes={MINUTES.value}: over before anything was timed; give more")
+    print(_table(results, failures))
+    if left_out:
+        print(f"--minutes={MINUTES.value} was over: {len(left_out)} of {len(cases)} products were not timed")
     print(f"ceilings in this run: copy {copy / 1e9:.1f} GB/s, matmul {multiply / 1e12:.3f} TFLOP/s")
-    if OUT.value:
-        report = {
-            "device": device.device_kind,
-            "dtype": dtype,
-            "format": FORMAT.value,
-            "block_size": BLOCK_SIZE.value,
-            "repeats": repeats,
-            "ceilings": {"copy_bytes_per_second": copy, "matmul_flops_per_second": multiply},
-            "results": results,
-        }
-        path = Path(OUT.value).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
+    if path := _write(report):
         print(f"written: {path}")
 
 
+def _write(report: dict) -> Path | None:
+    """Writes --out, if it was given."""
+    if not OUT.value:
+        return None
+    path = Path(OUT.value).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    return path
+
+
+def _backends(on_gpu: bool) -> tuple[str, ...]:
+    from pallas_kernels.nf4_matmul import config, triton_backend
+
+    if not on_gpu:
+        return ("xla",)
+    is_hopper = triton_backend.current_gpu().compute_capability == 90
+    return tuple(backend for backend in config.MEASURED if backend != "mosaic" or is_hopper)
+
+
+def _deadline(minutes: float | None) -> float:
+    return float("inf") if minutes is None else time.monotonic() + 60 * minutes
+
+
 def _tune(cases: dict, codecs: dict, repeats: int) -> None:
-    """Adds the best tiles of every case to the GPU's table."""
-    from pallas_kernels.nf4_matmul import config, measure, triton_backend
+    """Adds the fastest choice of every case that the GPU's table has not, until --tune_minutes are over."""
+    from pallas_kernels.nf4_matmul import config, triton_backend, tune
 
     gpu = triton_backend.current_gpu()
     path = config.table_file(gpu.name)
     table = dict(config.tuned_table(gpu.name))
-    for (name, m, op), case in tqdm(cases.items(), desc="tuning", leave=False, delay=2):
-        tiles = measure.tune(case, codecs[name], gpu, repeats, tqdm.write)
-        table[op, case.shape, case.block_size, config.row_bucket(m)] = tiles
+    wanted = {(case.op, case.shape, case.block_size, config.row_bucket(case.rows)): key for key, case in cases.items()}
+    missing = {entry: key for entry, key in wanted.items() if entry not in table}
+    if len(missing) < len(wanted):
+        print(f"tuning: {len(wanted) - len(missing)} products are in {path} (take them out to tune them anew)")
+    deadline = _deadline(TUNE_MINUTES.value)
+    for number, (entry, key) in enumerate(missing.items()):
+        name, m, op = key
+        print(f"tuning {number + 1} of {len(missing)}: {name}, {m} rows, {op}", flush=True)
+        try:
+            found = tune.tune(cases[key], codecs[name], gpu, repeats, print, lambda: time.monotonic() > deadline)
+        except TimeoutError:
+            print(f"--tune_minutes={TUNE_MINUTES.value} are over: {len(missing) - number} products are left")
+            break
+        except RuntimeError as error:
+            print(f"left out: {error}")
+            continue
+        times = ", ".join(f"{backend} {seconds * 1e6:.1f} us" for backend, seconds in found.seconds.items())
+        print(f"fastest: {found.choice.backend} ({times})", flush=True)
+        table[entry] = found.choice
         config.write_table(path, gpu.name, table)  # after each, so that an interruption loses one
-    config.tuned_table.cache_clear()
-    print(f"written: {path} ({len(table)} entries)")
+    config.forget_tables()
+    print(f"{path}: {len(table)} entries")
 
 
 def _names(wanted: list[str], known: list[str]) -> list[str]:
@@ -148,6 +222,17 @@ def _names(wanted: list[str], known: list[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _check_lora(rank: int, dtype: str, device: Any) -> None:
+    from qlora_jax.errors import InputError
+
+    if device.platform != "gpu":
+        raise InputError(f"--lora_rank={rank} measures GPU kernels, this process computes on {device.device_kind}")
+    if rank < 1:
+        raise InputError(f"--lora_rank={rank}: expected at least 1")
+    if dtype == "float32":
+        raise InputError(f"--lora_rank={rank}: the kernels take --dtype=bfloat16 and float16, found {dtype}")
+
+
 def _counts(wanted: list) -> list[int]:
     from qlora_jax.errors import InputError
 
@@ -156,16 +241,18 @@ def _counts(wanted: list) -> list[int]:
     return [int(count) for count in wanted]
 
 
-def _table(results: list[dict]) -> str:
+def _table(results: list[dict], failures: list[dict]) -> str:
     head = ("shape", "rows", "op", "form", "us", "speed", "GB/s", "TFLOP/s", "of peak")
-    lines = ["{:<38}{:>6} {:<9}{:<17}{:>10}{:>8}{:>9}{:>9}{:>9}".format(*head)]
+    lines = ["{:<38}{:>6} {:<9}{:<19}{:>10}{:>8}{:>9}{:>9}{:>9}".format(*head)]
     for r in results:
         shape = f"{r['shape']} {r['out_features']}x{r['in_features']}"
+        speed = "" if r["speed_to_dense"] is None else f"{r['speed_to_dense']:.2f}x"
         lines.append(
-            f"{shape:<38}{r['rows']:>6} {r['op']:<9}{r['form']:<17}{r['seconds'] * 1e6:>10.0f}"
-            f"{r['speed_to_dense']:>7.2f}x{r['bytes_per_second'] / 1e9:>9.1f}{r['flops_per_second'] / 1e12:>9.3f}"
+            f"{shape:<38}{r['rows']:>6} {r['op']:<9}{r['form']:<19}{r['seconds'] * 1e6:>10.0f}"
+            f"{speed:>8}{r['bytes_per_second'] / 1e9:>9.1f}{r['flops_per_second'] / 1e12:>9.3f}"
             f"{max(r['of_copy'], r['of_matmul']):>9.0%}"
         )
+    lines += [f"{f['shape']:<38}{f['rows']:>6} {f['op']:<9}{f['form']:<19} not timed: {f['error']}" for f in failures]
     return "\n".join([*lines, "speed: against dense. of peak: the nearer of the two ceilings."])
 
 

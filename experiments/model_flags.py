@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # flags defined in here belong to the command that calls
 flags.disclaim_key_flags()
 
+KERNELS = ("auto", "xla", "triton", "scratch", "mosaic")  # pallas_kernels.nf4_matmul.BACKENDS
 QUANTS = ("none", "nf4", "nf4+dq", "fp4", "fp4+dq", "int4", "int4+dq")
 
 
@@ -35,6 +36,7 @@ class ModelFlags:
     quant: flags.FlagHolder
     block_size: flags.FlagHolder
     compute_dtype: flags.FlagHolder
+    kernel: flags.FlagHolder
 
     def folder(self) -> "Path":
         """The checkpoint's folder, downloaded if it is a hub name."""
@@ -54,6 +56,7 @@ class ModelFlags:
         from qlora_jax.io.load import load_model
         from qlora_jax.io.peft import load_adapter, read_config
 
+        self._check_kernel()
         folder = self.folder()
         spec = self._spec(folder)
         adapter = resolve(self.adapter.value) if self.adapter.value else None
@@ -66,7 +69,7 @@ class ModelFlags:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            model = load_model(folder, spec, dtype, progress=progress)
+            model = load_model(folder, spec, dtype, kernel=self.kernel.value, progress=progress)
         tuned = ""
         if adapter is not None:
             config = load_adapter(model, adapter)
@@ -74,6 +77,17 @@ class ModelFlags:
         stored_as = "not quantized" if spec.format == "none" else str(spec)
         print(f"model: {folder}, {stored_as}, computing in {dtype}{tuned}", file=sys.stderr)
         return Loaded(folder, model, quant_name(spec))
+
+    def _check_kernel(self) -> None:
+        import jax
+
+        from qlora_jax.errors import InputError
+
+        if self.kernel.value not in ("auto", "xla") and jax.default_backend() != "gpu":
+            raise InputError(
+                f"--kernel={self.kernel.value} needs an NVIDIA GPU; this process computes on {jax.default_backend()}: "
+                "leave it out"
+            )
 
     def _spec(self, folder: "Path") -> "QuantSpec":
         from qlora_jax.errors import InputError
@@ -107,4 +121,5 @@ def model_flags() -> ModelFlags:
         flags.DEFINE_enum(
             "compute_dtype", None, ["float32", "bfloat16"], "of activations; float32 on CPUs, else bfloat16, by default"
         ),
+        flags.DEFINE_enum("kernel", "auto", KERNELS, "of the 4-bit matmul, as model.kernel in configs/base.py"),
     )

@@ -1,8 +1,9 @@
 """Quantizes a checkpoint to 4 bits on disk: python -m experiments.quantize --model=DIR --out=DIR2 [--format=bnb]
 
-Streamed tensor by tensor, in shards. Every command takes DIR2 as --model and computes from it what it computes from DIR
-quantized while loading. --format=bnb is what transformers and bitsandbytes read. A folder that is quantized already
-changes its form only, bit for bit. The report stands in DIR2 as qlora_jax_quantize.json.
+Streamed tensor by tensor; what a killed run left is cleared by the next. Every command takes DIR2 as --model and
+computes from it what it computes from DIR quantized while loading. --format=bnb is what transformers and bitsandbytes
+read. A folder that is quantized already changes its form only, bit for bit. The report stands in DIR2 as
+qlora_jax_quantize.json.
 """
 
 from pathlib import Path
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from experiments import cli
 
-MODEL = flags.DEFINE_string("model", None, "Checkpoint folder, or a hub name.", required=True)
+MODEL = flags.DEFINE_string("model", None, "Checkpoint folder, gs:// or s3:// address, or a hub name.", required=True)
 REVISION = flags.DEFINE_string("revision", "main", "Branch, tag or commit of a hub name.")
 OUT = flags.DEFINE_string("out", None, "Folder to make.", required=True)
 FORMAT = flags.DEFINE_enum("format", "native", ["native", "bnb"], "Form on disk: ours, or bitsandbytes'.")
@@ -24,12 +25,13 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace --out if it is a chec
 def main() -> None:
     from qlora_jax.io.folder import resolve
     from qlora_jax.io.load import stored_quant
+    from qlora_jax.io.remote import name_of
     from qlora_jax.io.write import REPORT, choose_quant, quantize_folder
 
     source, out = resolve(MODEL.value, REVISION.value), Path(OUT.value).expanduser()
     stored = stored_quant(source)
     quant = choose_quant(stored, QUANT.value, BLOCK_SIZE.value, source)
-    print(f"quantize: {source} ({stored or 'not quantized'}) -> {out}: {quant}, {FORMAT.value} form")
+    print(f"quantize: {name_of(source)} ({stored or 'not quantized'}) -> {out}: {quant}, {FORMAT.value} form")
     with tqdm(desc="quantizing", unit="tensor", leave=False, delay=2) as bar:
 
         def progress(done: int, total: int) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
@@ -19,9 +18,22 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".jax_cache"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-# the same examples on every run, no time limits (the machine may be slow), nothing kept on disk
-settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50, database=None)
-settings.load_profile("tests")
+try:
+    from hypothesis import settings
+except ImportError:  # the tests for a GPU need pytest alone
+    pass
+else:
+    # the same examples on every run, no time limits (the machine may be slow), nothing kept on disk
+    settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50, database=None)
+    settings.load_profile("tests")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With -m gpu, folders and files without such tests are not imported: their packages may be missing there."""
+    if config.option.markexpr != "gpu":
+        return None
+    files = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
+    return None if any("pytest.mark.gpu" in file.read_text() for file in files) else True
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,19 @@
 """The op: y = x W^T for a packed W, differentiable in x, with the packed arrays as its only residuals.
 
-Three backends. "xla" dequantizes a weight and leaves the product to XLA: every device, every shape; the default.
-"triton" (triton_backend.py: NVIDIA GPUs from Ampere on) and "mosaic" (mosaic_hopper.py: Hopper, training row counts)
-dequantize inside the product; shapes that their kernels refuse take "xla". `path` tells which way a weight goes.
+"xla" dequantizes a weight and leaves the product to XLA: every device, every shape; the default. "scratch" (scratch.py:
+NVIDIA GPUs from Ampere on) does the same with a kernel that dequantizes. "triton" (triton_backend.py: those GPUs) and
+"mosaic" (mosaic_hopper.py: Hopper) dequantize inside the product. Shapes that kernels refuse take "xla". "auto" takes
+what the GPU's tuned table (config.py) names as the fastest for an op, a shape and a number of rows, and "xla" where
+nothing was measured. `path` tells which way a product goes.
 
-Two computations of the forward product. "full" multiplies in x's dtype; the default. "fp8" rounds both operands to 8
-bits (fp8.py): with backend "triton" a kernel for Ada and Hopper, elsewhere a plain emulation that is no faster.
+Three computations of the forward product. "full" multiplies in x's dtype; the default. "fp8" and "fp8_row" round both
+operands to 8 bits, x with a scale for every 64 in-features or for every row (fp8.py): with backend "triton" in a kernel
+for Ada and Hopper, elsewhere in a plain emulation that is no faster.
 """
 
 import functools
 import importlib
+import importlib.util
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -20,12 +24,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.nf4_matmul import fp8, reference
+from pallas_kernels.nf4_matmul import config, fp8, reference
+from pallas_kernels.nf4_matmul.shapes import Shape
 
-_KERNELS = {"triton": "triton_backend", "mosaic": "mosaic_hopper"}  # backend -> its module, imported when it is chosen
+# backend -> its module, imported when it is chosen
+_KERNELS = {"triton": "triton_backend", "scratch": "scratch", "mosaic": "mosaic_hopper"}
 _FP8_KERNELS = {"triton": "triton_fp8_backend"}
-BACKENDS = ("xla", *_KERNELS)
-COMPUTE = ("full", "fp8")
+_PACKAGES = {"triton": "jax-triton", "scratch": "jax-triton"}  # what they need beside jax
+BACKENDS = ("auto", "xla", *_KERNELS)
+COMPUTE = ("full", "fp8", "fp8_row")
 log = logging.getLogger(__name__)
 
 
@@ -38,6 +45,7 @@ class Codec(NamedTuple):
     absmax_map: tuple[float, ...]  # 256 values, read only with double quantization
     backend: str = "xla"  # one of BACKENDS
     compute: str = "full"  # of the forward product: one of COMPUTE
+    fuse_lora: bool = False  # lora.matmul_lora adds the adapter inside the kernel; backend "triton" alone
 
 
 class Packed(NamedTuple):
@@ -57,32 +65,71 @@ def dequantize(packed: Packed, codec: Codec, dtype: jnp.dtype) -> jax.Array:
     return reference.dequantize(packed.codes, absmax, table, codec.shape, codec.block_size, dtype)
 
 
-def path(codec: Codec, dtype: jnp.dtype) -> str:
-    """The backend that `matmul` takes for activations of dtype: the codec's, or "xla" where kernels refuse the weight.
+def path(codec: Codec, dtype: jnp.dtype, op: config.Op | None = None, rows: int | None = None) -> str:
+    """The backend of a product with activations of dtype: the codec's, or "xla" where kernels refuse the weight.
 
-    Raises ValueError for an unknown backend or computation, or two that do not go together; RuntimeError for 8-bit
-    kernels where there is no NVIDIA GPU to ask what it has.
+    Backend "auto" needs op and rows (of x or dy, a pack's all together): it takes the tuned table's choice, or "xla".
+
+    Raises ValueError for an unknown backend or computation, two that do not go together, and "auto" without op and
+    rows; RuntimeError for 8-bit kernels where there is no NVIDIA GPU to ask what it has.
     """
+    _check(codec)
+    backend = codec.backend
+    if backend == "auto":
+        if op is None or rows is None:
+            raise ValueError('backend "auto" depends on op and rows: path(codec, dtype, op, rows)')
+        backend = _fastest(op, rows, codec)
+    if backend == "xla":
+        return "xla"
+    reason = refusal(codec._replace(backend=backend), dtype)
+    if reason is None and codec.backend == "auto" and not _is_installed(backend):
+        reason = f"the tuned table's fastest needs {_PACKAGES[backend]}: pip install {_PACKAGES[backend]}"
+    if reason is None:
+        return backend
+    _say_refused(backend, codec.shape, reason)
+    return "xla"
+
+
+def _check(codec: Codec) -> None:
     if codec.backend not in BACKENDS:
         raise ValueError(f"backend is {codec.backend!r}, expected one of {', '.join(BACKENDS)}")
     if codec.compute not in COMPUTE:
         raise ValueError(f"compute is {codec.compute!r}, expected one of {', '.join(COMPUTE)}")
-    if codec.backend == "xla":
-        return "xla"
-    if codec.compute == "fp8" and codec.backend not in _FP8_KERNELS:
+    if codec.compute != "full" and codec.backend not in ("auto", "xla", *_FP8_KERNELS):
         raise ValueError(
-            f'backend {codec.backend!r} has no kernel for compute "fp8": set backend to {" or ".join(_FP8_KERNELS)} or '
-            'xla, or compute to "full"'
+            f'backend {codec.backend!r} has no kernel for compute "{codec.compute}": set backend to '
+            f'{" or ".join(_FP8_KERNELS)} or xla, or compute to "full"'
         )
-    reason = _kernels(codec).unsupported(codec.shape, codec.block_size, dtype)
-    if reason is None:
-        return codec.backend
-    _say_refused(codec.backend, codec.shape, reason)
-    return "xla"
+
+
+def refusal(codec: Codec, dtype: jnp.dtype) -> str | None:
+    """Why the codec's backend, not "auto", does not take its weight with activations of dtype; None if it does."""
+    return None if codec.backend == "xla" else _kernels(codec).unsupported(codec.shape, codec.block_size, dtype)
+
+
+def _fastest(op: config.Op, rows: int, codec: Codec) -> str:
+    """What the table says; it knows nothing of 8-bit products."""
+    has_entry = rows and codec.compute == "full"
+    choice = config.tuned_table(_device_kind()).get(_key(op, rows, codec)) if has_entry else None
+    return "xla" if choice is None else choice.backend
+
+
+def _key(op: config.Op, rows: int, codec: Codec) -> config.Key:
+    return op, Shape(*codec.shape), codec.block_size, config.row_bucket(rows)
+
+
+def _device_kind() -> str:
+    """Of the device that programs are traced for: the abstract mesh's, or this process's first."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if abstract is None else abstract.device_kind
+
+
+def _is_installed(backend: str) -> bool:
+    return backend not in _PACKAGES or importlib.util.find_spec(_PACKAGES[backend].replace("-", "_")) is not None
 
 
 def _kernels(codec: Codec) -> ModuleType:
-    modules = _FP8_KERNELS if codec.compute == "fp8" else _KERNELS
+    modules = _KERNELS if codec.compute == "full" else _FP8_KERNELS
     return importlib.import_module(f"pallas_kernels.nf4_matmul.{modules[codec.backend]}")
 
 
@@ -103,18 +150,43 @@ def matmul(x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
       [..., O] in x's dtype, accumulated in float32.
     Raises:
       ValueError: x's last dimension is not I, or the backend or the computation is unknown, or it has no kernel for it.
-      RuntimeError, ImportError: backend "triton" or "mosaic" without its GPU or its packages.
+      RuntimeError, ImportError: backend "triton", "scratch" or "mosaic" without its GPU or its packages.
     """
     if x.shape[-1] != codec.shape[1]:
         raise ValueError(
             f"x has {x.shape[-1]} features, the weight [out, in] = {list(codec.shape)} takes {codec.shape[1]}"
         )
-    if path(codec, x.dtype) != "xla":
-        return _fused(_kernels(codec).forward, codec)(x, packed)
+    _check(codec)
+    return _product("forward", x, packed, codec)
+
+
+def _product(op: config.Op, x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
+    if codec.backend == "auto":
+        is_tuned = config.is_tuned(_device_kind(), op, Shape(*codec.shape), codec.block_size)
+        if is_tuned and codec.compute == "full":
+            # which one is fastest, is known once all rows are counted
+            return _fused(partial(_fastest_kernel, op), codec)(x, packed)
+        codec = codec._replace(backend="xla")
+    backend = path(codec, x.dtype)
+    if backend == "xla" and codec.compute == "full":
+        return _dense(op, x, packed, codec)
+    return _fused(_kernel(op, codec._replace(backend=backend)), codec)(x, packed)
+
+
+def _fastest_kernel(op: config.Op, x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
+    backend = path(codec, x.dtype, op, x.shape[0])
+    return _kernel(op, codec._replace(backend=backend))(x, packed, codec)
+
+
+def _kernel(op: config.Op, codec: Codec) -> Callable[[jax.Array, Packed, Codec], jax.Array]:
+    if codec.backend == "xla":
+        return partial(_dense, op) if codec.compute == "full" else fp8.forward
+    return getattr(_kernels(codec), op)
+
+
+def _dense(op: config.Op, x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
     x, packed = _not_before(x, packed)
-    if codec.compute == "fp8":
-        return _fused(fp8.forward, codec)(x, packed)
-    return dense_matmul(x, dequantize(packed, codec, x.dtype), contract=1)
+    return dense_matmul(x, dequantize(packed, codec, x.dtype), contract=1 if op == "forward" else 0)
 
 
 def _not_before(x: jax.Array, packed: Packed) -> tuple[jax.Array, Packed]:
@@ -140,10 +212,7 @@ def _forward(x, packed, codec):
 
 def _backward(codec, packed, dy):
     codec = codec._replace(compute="full")  # fp8.py says why there is no other gradient
-    if path(codec, dy.dtype) != "xla":
-        return _fused(_kernels(codec).backward, codec)(dy, packed), None
-    dy, packed = _not_before(dy, packed)
-    return dense_matmul(dy, dequantize(packed, codec, dy.dtype), contract=0), None
+    return _product("backward", dy, packed, codec), None
 
 
 def _fused(kernel: Callable, codec: Codec) -> Callable[[jax.Array, Packed], jax.Array]:

@@ -2,7 +2,8 @@
 
 A tuned table is a JSON file per GPU in tuned/, written by `python -m experiments.bench_kernels --tune`:
 {"gpu": "NVIDIA A100-SXM4-80GB", "entries": [{"op": "forward", "out_features": 4096, "in_features": 4096,
-"block_size": 64, "rows": 16, "tiles": {...}}, ...]}. An entry serves row counts up to its own and above half of it.
+"block_size": 64, "rows": 16, "backend": "triton", "tiles": {...}}, ...]}. An entry names the fastest backend that was
+measured, "triton" with its tiles, and serves row counts up to its own and above half of it.
 """
 
 import dataclasses
@@ -49,17 +50,26 @@ class Tiles:
     scales_in_kernel: bool = False  # expand 8-bit scales in the kernel instead of in a pass before it
 
 
-Table = dict[tuple[Op, Shape, int, int], Tiles]  # op, shape, block size, rows -> tiles
+class Choice(NamedTuple):
+    """A way to compute a product: a backend, with tiles where it is "triton"."""
+
+    backend: str
+    tiles: Tiles | None = None
+
+
+MEASURED = ("xla", "triton", "scratch", "mosaic")  # the backends that a table may name
+Key = tuple[Op, Shape, int, int]  # op, shape, block size, rows
+Table = dict[Key, Choice]
 
 
 def choose(op: Op, rows: int, shape: Shape, block_size: int, gpu: Gpu) -> Tiles:
     """The tuned tiles, or else the heuristic's; says once for a GPU and op that a shape is untuned."""
     table = tuned_table(gpu.name)
-    tiles = table.get((op, shape, block_size, row_bucket(rows)))
-    if tiles is None:
+    choice = table.get((op, shape, block_size, row_bucket(rows)))
+    if choice is None or choice.tiles is None:  # what another backend won has no tiles
         _say_untuned(op, gpu.name, bool(table), shape if table else None)
         return heuristic(op, rows, shape, block_size, gpu)
-    return tiles
+    return choice.tiles
 
 
 def row_bucket(rows: int) -> int:
@@ -107,24 +117,34 @@ def reduction_tiles(op: Op, shape: Shape, tiles: Tiles) -> int:
     return shape.in_features // tiles.block_i if op == "forward" else -(-shape.out_features // 2 // tiles.block_o)
 
 
-def candidates(op: Op, rows: int, shape: Shape, block_size: int, gpu: Gpu) -> list[Tiles]:
-    """What tuning tries: 3 * 3 * 2 * 2 * 3 * 4 * 2 * 2 = 1,728 at most, cut down to what fits the GPU and the call."""
-    product = itertools.product(
-        sorted({min(largest, max(16, row_bucket(rows))) for largest in (64, 128, 256)}),  # block_m
-        (32, 64, 128),  # block_o
-        sorted({min(64, block_size), min(128, block_size)}),  # block_i
-        (4, 8),  # num_warps
-        (2, 3, 4),  # num_stages
-        (1, 2, 4, 8),  # split
-        (False, True),  # scale_sums
-        (False, True),  # scales_in_kernel
-    )
-    found = []
-    for block_m, block_o, block_i, num_warps, num_stages, split, scale_sums, scales_in_kernel in product:
-        tiles = Tiles(block_m, block_o, block_i, split, 8, num_warps, num_stages, scale_sums, scales_in_kernel)
-        if fits(op, rows, shape, tiles, gpu):
-            found.append(tiles)
-    return found
+# tuning varies two fields at a time around the best so far: 3 * 3, 2 * 3, 4 * 2, 2 * 2, and again 3 * 3, 36 at most
+SWEEPS = (
+    ("block_m", "block_o"),
+    ("num_warps", "num_stages"),
+    ("split", "scales_in_kernel"),
+    ("block_i", "scale_sums"),
+    ("block_m", "block_o"),
+)
+
+
+def variations(
+    op: Op, rows: int, shape: Shape, block_size: int, gpu: Gpu, base: Tiles, fields: tuple[str, str]
+) -> list[Tiles]:
+    """base with every pair of values of two fields, as far as they fit the GPU and the call."""
+    values: dict[str, tuple] = {
+        "block_m": tuple(sorted({min(largest, max(16, row_bucket(rows))) for largest in (64, 128, 256)})),
+        "block_o": (32, 64, 128),
+        "block_i": tuple(sorted({min(64, block_size), min(128, block_size)})),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+        "split": (1, 2, 4, 8),
+        "scale_sums": (False, True),
+        "scales_in_kernel": (False, True),
+    }
+    first, second = fields
+    pairs = itertools.product(values[first], values[second])
+    found = [dataclasses.replace(base, **{first: one, second: other}) for one, other in pairs]
+    return [tiles for tiles in found if fits(op, rows, shape, tiles, gpu)]
 
 
 def fits(op: Op, rows: int, shape: Shape, tiles: Tiles, gpu: Gpu) -> bool:
@@ -163,9 +183,21 @@ def table_file(gpu_name: str) -> Path:
 
 @functools.cache
 def tuned_table(gpu_name: str) -> Table:
-    """The GPU's tuned tiles; empty where nothing was measured."""
+    """The GPU's tuned choices; empty where nothing was measured."""
     path = table_file(gpu_name)
     return read_table(path) if path.exists() else {}
+
+
+@functools.cache
+def is_tuned(gpu_name: str, op: Op, shape: Shape, block_size: int) -> bool:
+    """Whether the GPU's table has the product for any number of rows."""
+    return any(key[:3] == (op, shape, block_size) for key in tuned_table(gpu_name))
+
+
+def forget_tables() -> None:
+    """Reads tables anew when they are next asked for."""
+    tuned_table.cache_clear()
+    is_tuned.cache_clear()
 
 
 def read_table(path: Path) -> Table:
@@ -177,34 +209,41 @@ def read_table(path: Path) -> Table:
     table: Table = {}
     for number, entry in enumerate(entries):
         try:
-            key, tiles = _read_entry(entry)
+            key, choice = _read_entry(entry)
         except (KeyError, TypeError, ValueError) as error:
             problem = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{path}: entry {number}: {problem}; mend it, or tune again") from None
         if key in table:
             raise ValueError(f"{path}: entry {number}: {key} stands there twice; remove one")
-        table[key] = tiles
+        table[key] = choice
     return table
 
 
-def _read_entry(entry: dict) -> tuple[tuple[Op, Shape, int, int], Tiles]:
-    tiles = Tiles(**entry["tiles"])
-    op, rows, block_size = entry["op"], int(entry["rows"]), int(entry["block_size"])
+def _read_entry(entry: dict) -> tuple[Key, Choice]:
+    op, rows, block_size, backend = entry["op"], int(entry["rows"]), int(entry["block_size"]), entry["backend"]
+    shape = Shape(int(entry["out_features"]), int(entry["in_features"]))
     if op not in OPS:
         raise ValueError(f"op is {op!r}, expected one of {', '.join(OPS)}")
-    if rows != row_bucket(rows):
+    if rows < 1 or rows != row_bucket(rows):
         raise ValueError(f"rows is {rows}, expected a power of two")
+    if backend not in MEASURED:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(MEASURED)}")
+    if backend != "triton":
+        if "tiles" in entry:
+            raise ValueError(f'there are tiles beside backend {backend!r}, expected them with "triton" alone')
+        return (op, shape, block_size, rows), Choice(backend)
+    tiles = Tiles(**entry["tiles"])
     for field in ("block_m", "block_o", "block_i"):
         size = getattr(tiles, field)
         if not isinstance(size, int) or size < 16 or size & (size - 1):
             raise ValueError(f"{field} is {size!r}, expected a power of two from 16")
     if block_size % tiles.block_i:
         raise ValueError(f"block_i is {tiles.block_i}, expected a divisor of block_size {block_size}")
-    return (op, Shape(int(entry["out_features"]), int(entry["in_features"])), block_size, rows), tiles
+    return (op, shape, block_size, rows), Choice(backend, tiles)
 
 
 def write_table(path: Path, gpu_name: str, table: Table) -> None:
-    """Writes a tuned table that read_table reads."""
+    """Writes a tuned table that read_table reads; at every moment the file is the old table or the new one."""
     entries = [
         {
             "op": op,
@@ -212,16 +251,19 @@ def write_table(path: Path, gpu_name: str, table: Table) -> None:
             "in_features": shape.in_features,
             "block_size": block_size,
             "rows": rows,
-            "tiles": dataclasses.asdict(tiles),
+            "backend": choice.backend,
         }
-        for (op, shape, block_size, rows), tiles in sorted(table.items(), key=lambda item: item[0])
+        | ({"tiles": dataclasses.asdict(choice.tiles)} if choice.tiles else {})
+        for (op, shape, block_size, rows), choice in sorted(table.items(), key=lambda item: item[0])
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"gpu": gpu_name, "entries": entries}, indent=1) + "\n")
+    unfinished = path.with_name(path.name + ".new")
+    unfinished.write_text(json.dumps({"gpu": gpu_name, "entries": entries}, indent=1) + "\n")
+    unfinished.replace(path)
 
 
 @functools.cache
 def _say_untuned(op: Op, gpu_name: str, has_table: bool, shape: Shape | None) -> None:
-    what = f"shape {list(shape)} is not in the tuned table" if has_table and shape else "there is no tuned table"
+    what = f"shape {list(shape)} has no tiles in the tuned table" if has_table and shape else "there is no tuned table"
     tuning = "python -m experiments.bench_kernels --tune measures better ones"
     log.warning("nf4_matmul %s: %s of %s; tiles come from a heuristic (%s)", op, what, gpu_name, tuning)

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.nf4_matmul import api, config, triton_backend, triton_fp8_backend
+from pallas_kernels.nf4_matmul import api, config, triton_fp8_backend
+from pallas_kernels.nf4_matmul.lora import matmul_lora
 from pallas_kernels.nf4_matmul.shapes import Shape
 
-FP8 = "triton fp8"  # the form on 8-bit operands
+EIGHT_BIT = ("triton fp8", "triton fp8_row")  # the forms on 8-bit operands
 Run = Callable[[], Any]  # starts a computation; what it returns has been computed when jax.block_until_ready says so
 
 
@@ -78,26 +79,26 @@ def forms(case: Case, codec: api.Codec, copies: int, backends: tuple[str, ...]) 
     packed_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(packed[0]))
     found: dict[str, tuple[Run, int]] = {}
     for backend in backends:
-        products = _products(case.op, _form(codec, backend))
-        found[backend] = (partial(products, x, packed), packed_bytes + case.activation_bytes)
+        run = partial(products(case.op, _form(codec, backend)), x, packed)
+        found[backend] = (run, packed_bytes + case.activation_bytes)
     found["dense"] = (partial(multiply, x, dense), dense[0].nbytes + case.activation_bytes)
     found["dequantize, dot"] = (dequantize_then_dot, packed_bytes + 2 * dense[0].nbytes + case.activation_bytes)
     return found
 
 
 def eight_bit_forms(case: Case) -> tuple[str, ...]:
-    """FP8 where this GPU has a kernel for the case, else nothing: the emulation is not worth timing."""
+    """EIGHT_BIT where this GPU has a kernel for the case, else nothing: the emulation is not worth timing."""
     if case.op != "forward" or triton_fp8_backend.unsupported(case.shape, case.block_size, jnp.dtype(case.dtype)):
         return ()
-    return (FP8,)
+    return EIGHT_BIT
 
 
-def eight_bit_error(case: Case, codec: api.Codec, backend: str = FP8) -> float:
+def eight_bit_error(case: Case, codec: api.Codec, form: str) -> float:
     """Root mean square of the 8-bit product less the full one on the same backend, over that of the full one."""
     x = jax.random.normal(jax.random.key(0), (case.rows, case.shape.in_features), jnp.dtype(case.dtype))
-    packed, eight_bit = [random_packed(codec, seed=0)], _form(codec, backend)
-    full = _products("forward", eight_bit._replace(compute="full"))(x, packed)[0].astype(jnp.float32)
-    found = _products("forward", eight_bit)(x, packed)[0].astype(jnp.float32)
+    packed, eight_bit = [random_packed(codec, seed=0)], _form(codec, form)
+    full = products("forward", eight_bit._replace(compute="full"))(x, packed)[0].astype(jnp.float32)
+    found = products("forward", eight_bit)(x, packed)[0].astype(jnp.float32)
     return float(jnp.sqrt(jnp.mean(jnp.square(found - full)) / jnp.mean(jnp.square(full))))
 
 
@@ -107,7 +108,42 @@ def _form(codec: api.Codec, name: str) -> api.Codec:
     return codec._replace(backend=backend, compute=compute or "full")
 
 
-def _products(op: config.Op, codec: api.Codec) -> Callable[[jax.Array, list[api.Packed]], list[jax.Array]]:
+def lora_forms(case: Case, codec: api.Codec, copies: int, rank: int) -> dict[str, tuple[Run, int]]:
+    """The product with an adapter by the Triton kernels, its low-rank term beside the kernel and inside it.
+
+    Backward is dx alone. The small product u = scale * x A^T (scale * dy B) counts in both forms; every copy of the
+    weight has an adapter of its own, or XLA would compute the low-rank term once for all.
+    """
+    packed = [random_packed(codec, seed) for seed in range(copies)]
+    O, I = case.shape
+    dtype = jnp.dtype(case.dtype)
+    x = jax.random.normal(jax.random.key(0), (case.rows, I if case.op == "forward" else O), dtype)
+    a = list(jax.random.normal(jax.random.key(1), (copies, rank, I)) / I**0.5)
+    b = list(jax.random.normal(jax.random.key(2), (copies, O, rank)) / rank**0.5)
+
+    def adapted(fuse_lora, x, packed, a, b):
+        triton = codec._replace(backend="triton", fuse_lora=fuse_lora)
+        return [_product_lora(case.op, x, *each, triton) for each in zip(packed, a, b, strict=True)]
+
+    packed_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(packed[0]))
+    moved = packed_bytes + case.activation_bytes + rank * (O + I) * dtype.itemsize
+    return {
+        name: (partial(jax.jit(partial(adapted, fuse_lora)), x, packed, a, b), moved)
+        for name, fuse_lora in (("triton + XLA LoRA", False), ("triton, LoRA fused", True))
+    }
+
+
+def _product_lora(
+    op: config.Op, x: jax.Array, packed: api.Packed, a: jax.Array, b: jax.Array, codec: api.Codec
+) -> jax.Array:
+    if op == "forward":
+        return matmul_lora(x, packed, codec, a, b, 0.25)
+    zeros = jnp.zeros((x.shape[0], codec.shape[1]), x.dtype)
+    return jax.vjp(lambda primal: matmul_lora(primal, packed, codec, a, b, 0.25), zeros)[1](x)[0]
+
+
+def products(op: config.Op, codec: api.Codec) -> Callable[[jax.Array, list[api.Packed]], list[jax.Array]]:
+    """A program that computes the product with each of several weights, by the codec's backend."""
     return jax.jit(lambda x, packed: [_product(op, x, p, codec) for p in packed])
 
 
@@ -116,6 +152,22 @@ def _product(op: config.Op, x: jax.Array, packed: api.Packed, codec: api.Codec) 
         return api.matmul(x, packed, codec)
     zeros = jnp.zeros((x.shape[0], codec.shape[1]), x.dtype)  # the product with them is removed: nothing reads it
     return jax.vjp(lambda primal: api.matmul(primal, packed, codec), zeros)[1](x)[0]
+
+
+def split_failing[Name](runs: Mapping[Name, Run]) -> tuple[dict[Name, Run], dict[Name, str]]:
+    """Calls each once: those that compile and run, and what the others say, in one line."""
+    running, failing = {}, {}
+    for name, run in runs.items():
+        try:
+            jax.block_until_ready(run())
+            running[name] = run
+        except Exception as error:  # whatever a compiler says of one form, the others can be timed
+            failing[name] = first_line(error)
+    return running, failing
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:160]}"
 
 
 def interleaved[Name](runs: Mapping[Name, Run], repeats: int, copies: int) -> dict[Name, float]:
@@ -156,37 +208,3 @@ def copies_that_pass_the_cache(case: Case, on_gpu: bool) -> int:
     """Copies of the weight whose packed bytes are 256 MiB together, at most 32; one on CPUs, where they are slow."""
     packed_bytes = case.shape.out_features * case.shape.in_features // 2
     return max(2, min(32, 2**28 // packed_bytes)) if on_gpu else 1
-
-
-def tune(case: Case, codec: api.Codec, gpu: config.Gpu, repeats: int, say: Callable[[str], None]) -> config.Tiles:
-    """The fastest candidate that computes what the reference computes. Raises RuntimeError if there is none."""
-    copies = copies_that_pass_the_cache(case, on_gpu=True)
-    packed = [random_packed(codec, seed) for seed in range(copies)]
-    columns = case.shape.in_features if case.op == "forward" else case.shape.out_features
-    x = jax.random.normal(jax.random.key(0), (case.rows, columns), jnp.dtype(case.dtype))
-    expected = _products(case.op, codec._replace(backend="xla"))(x, packed[:1])[0].astype(jnp.float32)
-    size = float(jnp.sqrt(jnp.mean(jnp.square(expected))))
-    kernel = triton_backend.forward if case.op == "forward" else triton_backend.backward
-    runs: dict[config.Tiles, Run] = {}
-    for tiles in config.candidates(case.op, case.rows, case.shape, case.block_size, gpu):
-        products = jax.jit(partial(_with_tiles, kernel, codec, tiles))
-        try:
-            found = products(x, packed)[0].astype(jnp.float32)
-        except Exception as error:  # whatever the compiler says of this candidate, the next may do
-            say(f"left out, does not compile: {tiles}: {str(error).splitlines()[0][:100]}")
-            continue
-        worst = float(jnp.max(jnp.abs(found - expected))) / size
-        if not worst < 0.05:
-            say(f"left out, wrong by {worst:.2g} of the root mean square: {tiles}")
-            continue
-        runs[tiles] = partial(products, x, packed)
-    if not runs:
-        raise RuntimeError(f"no candidate computes {case} rightly on {gpu.name}")
-    seconds = interleaved(runs, repeats, copies)
-    return min(seconds, key=seconds.__getitem__)
-
-
-def _with_tiles(
-    kernel: Callable, codec: api.Codec, tiles: config.Tiles, x: jax.Array, packed: list[api.Packed]
-) -> list[jax.Array]:
-    return [kernel(x, p, codec, tiles) for p in packed]

@@ -2,25 +2,29 @@
 
 A tile of bytes [block_o, block_i] holds rows o and o + O / 2 of W, two weight tiles that meet the same tile of x.
 Weights are the left operand of the tensor cores (W x^T), so that few rows of x still fill an instruction.
+With an adapter, or a pack of them, u B^T joins the sums at the end (triton_lora.py).
 """
 
 import triton
 import triton.language as tl
 
 from pallas_kernels.nf4_matmul.triton_decode import decode, load_scales, load_table, pin
+from pallas_kernels.nf4_matmul.triton_lora import add_forward, place_in_pack, rank_of_split
 
 
 @triton.jit
 def forward_kernel(
-    x,  # [M, I]
+    x,  # [M, I]; with adapters one after another [A * M, I], and so u and out
     codes,  # uint8 [O / 2, I]
     table,  # uint32 [8], see triton_decode.table_words
     absmax,  # [O, C]
     scale_map,  # float32 [256], or None
     nested_absmax,
     offset,
+    u,  # [M, R], or None: no adapter
+    b,  # [A * O, R], or None
     out,  # [M, O] in x's dtype, or float32 [split, M, O]
-    rows,  # M
+    rows,  # M, of one adapter
     HALF: tl.constexpr,  # O / 2
     IN_FEATURES: tl.constexpr,
     SCALES_PER_ROW: tl.constexpr,  # C
@@ -29,6 +33,9 @@ def forward_kernel(
     BLOCK_I: tl.constexpr,  # divides the quantization block: one scale for a row of a tile
     SPLIT: tl.constexpr,
     GROUP_M: tl.constexpr,
+    ADAPTERS: tl.constexpr,  # A, 1 without
+    RANK: tl.constexpr,  # R
+    BLOCK_R: tl.constexpr,
     SCALE_SUMS: tl.constexpr,  # scale the tile's sums (few rows), not its weights (many rows)
     DTYPE: tl.constexpr,
 ):
@@ -36,8 +43,14 @@ def forward_kernel(
     TILES_O: tl.constexpr = (HALF + BLOCK_O - 1) // BLOCK_O
     TILES_I: tl.constexpr = IN_FEATURES // BLOCK_I
     TILES_A_SCALE: tl.constexpr = TILES_I // SCALES_PER_ROW
-    tile_m, tile_o = grouped_tile(tl.program_id(0), tl.cdiv(rows, BLOCK_M), TILES_O, GROUP_M)
+    tile_m, tile_o = grouped_tile(tl.program_id(0), ADAPTERS * tl.cdiv(rows, BLOCK_M), TILES_O, GROUP_M)
     split = tl.program_id(1)
+    if u is not None:
+        adapter, tile_m = place_in_pack(tile_m, rows, BLOCK_M)
+        x += adapter * rows * IN_FEATURES
+        u += adapter * rows * RANK
+        b += adapter * (2 * HALF * RANK)
+        out += adapter * rows * (2 * HALF)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
     i = tl.arange(0, BLOCK_I)
@@ -63,7 +76,10 @@ def forward_kernel(
         else:
             low_sums = tl.dot(low, x_T, low_sums)
             high_sums = tl.dot(high, x_T, high_sums)
-    out_tile = out + (split * rows + m[:, None]).to(tl.int64) * (2 * HALF) + o[None, :]
+    if u is not None:
+        end = rank_of_split(split, RANK)
+        low_sums, high_sums = add_forward(low_sums, high_sums, u, b, m, o_loaded, rows, end, HALF, RANK, BLOCK_R)
+    out_tile = out + (split * ADAPTERS * rows + m[:, None]).to(tl.int64) * (2 * HALF) + o[None, :]
     mask = (m[:, None] < rows) & (o[None, :] < HALF)
     tl.store(out_tile, tl.trans(low_sums).to(out.dtype.element_ty), mask=mask)
     tl.store(out_tile + HALF, tl.trans(high_sums).to(out.dtype.element_ty), mask=mask)

@@ -3,8 +3,10 @@
 Codes are looked up straight to float8_e4m3fn: an entry is one byte, so that one permute a weight does, where 16-bit
 entries take two (triton_decode.py has the scheme). Weights are the left operand, as in triton_forward.py. A tile is one
 run of in-features wide; its sums are multiplied by the run's two scales and added up in float32: a multiplication and a
-multiply-add for each sum and run. On Ada they and the decoding are fewer clocks than the tensor cores take; on Hopper,
-whose tensor cores are four times as fast, they are more (see tests/kernels/test_triton_fp8.py).
+multiply-add for each sum and run. Where x is scaled by whole rows only the multiply-add is left: W's scale is the same
+for a row of sums, and x's follows once after the loop. On Ada all that and the decoding are fewer clocks than the
+tensor cores take. On Hopper, whose tensor cores are four times as fast, they are more, and unless x is scaled by whole
+rows also more than dense bf16 takes at its peak (counted in tests/kernels/test_triton_fp8.py; no GPU has run either).
 """
 
 from collections.abc import Sequence
@@ -69,7 +71,7 @@ def decode(codes, words):
 @triton.jit
 def forward_kernel(
     x,  # float8_e4m3fn [M, I]
-    x_scales,  # float32 [I / BLOCK_I, M]
+    x_scales,  # float32 [I / BLOCK_I, M], or [1, M] with ROW_SCALES
     codes,  # uint8 [O / 2, I]
     table,  # uint32 [4], see table_words
     absmax,  # [O, C]
@@ -83,10 +85,11 @@ def forward_kernel(
     SCALES_PER_ROW: tl.constexpr,  # C
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,  # a run: one scale for a row of a tile of x or of W
+    BLOCK_I: tl.constexpr,  # one scale for a row of a tile of W, and of x without ROW_SCALES
     SPLIT: tl.constexpr,
     GROUP_M: tl.constexpr,
     STAGES: tl.constexpr,  # tiles in flight
+    ROW_SCALES: tl.constexpr,  # one scale for a whole row of x
 ):
     words = (tl.load(table), tl.load(table + 1), tl.load(table + 2), tl.load(table + 3))
     TILES_O: tl.constexpr = (HALF + BLOCK_O - 1) // BLOCK_O
@@ -106,13 +109,20 @@ def forward_kernel(
     # stages named here also bring the scales in ahead, which meet no tl.dot
     for tile in tl.range(split * TILES_I // SPLIT, (split + 1) * TILES_I // SPLIT, num_stages=STAGES):
         x_T = tl.trans(tl.load(x_tile + tile * BLOCK_I))
-        x_scale = tl.load(x_scales + tile * rows + m_loaded)[None, :]
         low, high = decode(tl.load(codes_tile + tile * BLOCK_I), words)
         scale = o_loaded * SCALES_PER_ROW + tile // TILES_A_SCALE
         low_scale = load_scales(scale, absmax, scale_map, nested_absmax, offset)[:, None]
         high_scale = load_scales(scale + HALF * SCALES_PER_ROW, absmax, scale_map, nested_absmax, offset)[:, None]
-        low_sums = tl.fma(tl.dot(low, x_T), low_scale * x_scale, low_sums)
-        high_sums = tl.fma(tl.dot(high, x_T), high_scale * x_scale, high_sums)
+        if not ROW_SCALES:
+            x_scale = tl.load(x_scales + tile * rows + m_loaded)[None, :]
+            low_scale *= x_scale
+            high_scale *= x_scale
+        low_sums = tl.fma(tl.dot(low, x_T), tl.broadcast_to(low_scale, low_sums.shape), low_sums)
+        high_sums = tl.fma(tl.dot(high, x_T), tl.broadcast_to(high_scale, high_sums.shape), high_sums)
+    if ROW_SCALES:
+        row_scale = tl.load(x_scales + m_loaded)[None, :]
+        low_sums *= row_scale
+        high_sums *= row_scale
     out_tile = out + (split * rows + m[:, None]).to(tl.int64) * (2 * HALF) + o[None, :]
     mask = (m[:, None] < rows) & (o[None, :] < HALF)
     tl.store(out_tile, tl.trans(low_sums).to(out.dtype.element_ty), mask=mask)

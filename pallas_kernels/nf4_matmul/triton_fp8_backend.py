@@ -38,7 +38,7 @@ def heuristic(rows: int, shape: Shape, block_size: int, gpu: Gpu) -> Tiles:
     tiles = Tiles(
         block_m=block_m,
         block_o=64,
-        block_i=fp8.run_length(block_size),
+        block_i=min(fp8.RUN, block_size),
         split=1,
         group_m=8,
         num_warps=8 if block_m == 128 else 4,
@@ -57,12 +57,9 @@ def forward(x: jax.Array, packed: "Packed", codec: "Codec", tiles: Tiles | None 
     shape, rows = Shape(*codec.shape), x.shape[0]
     if rows == 0:
         return jnp.zeros((0, shape.out_features), x.dtype)
-    try:
-        import jax_triton
+    jax_triton = triton_backend.load_jax_triton("triton")
+    from pallas_kernels.nf4_matmul.triton_fp8 import forward_kernel
 
-        from pallas_kernels.nf4_matmul.triton_fp8 import forward_kernel
-    except ImportError as error:
-        raise ImportError(f'backend "triton" needs jax-triton ({error}): pip install jax-triton==0.4.1') from error
     gpu = triton_backend.current_gpu()
     tiles = tiles or heuristic(rows, shape, codec.block_size, gpu)
     is_partial = tiles.split > 1
@@ -73,11 +70,11 @@ def forward(x: jax.Array, packed: "Packed", codec: "Codec", tiles: Tiles | None 
         kernel=forward_kernel,
         out_type=jax.ShapeDtypeStruct(size, jnp.float32 if is_partial else x.dtype),
         grid=(config.programs("forward", rows, shape, tiles), tiles.split),
-        name="nf4_matmul_forward_fp8",
+        name=f"nf4_matmul_forward_{codec.compute}",
         compute_capability=gpu.compute_capability,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        backend_options=triton_backend.BACKEND_OPTIONS,
+        backend_options=triton_backend.backend_options(gpu.compute_capability),
         cost_estimate={
             "flops": 2 * rows * shape.out_features * shape.in_features,
             "bytes_accessed": x.size
@@ -94,7 +91,7 @@ def operands(x: jax.Array, packed: "Packed", codec: "Codec", tiles: Tiles) -> tu
     """x, x_scales, codes, table, absmax, scale_map, nested_absmax, offset as the kernel takes them."""
     from pallas_kernels.nf4_matmul.triton_fp8 import table_words
 
-    values, scales = fp8.quantize(x, fp8.run_length(codec.block_size))
+    values, scales = fp8.quantize(x, fp8.run_length(codec))
     _, factor = fp8.table8(codec.table)
     table = jnp.asarray(table_words(codec.table))
     return values, scales.T / factor, packed.codes, table, *triton_backend.scale_operands(packed, codec, tiles)
@@ -113,4 +110,5 @@ def constants(codec: "Codec", tiles: Tiles) -> dict[str, Any]:
         "SPLIT": tiles.split,
         "GROUP_M": tiles.group_m,
         "STAGES": tiles.num_stages,
+        "ROW_SCALES": codec.compute == "fp8_row",
     }

@@ -54,7 +54,7 @@ class Batches:
     @property
     def max_length(self) -> int:
         """The largest T of any batch, padding included."""
-        return _round_up(int(self._lengths.max()), self._multiple)
+        return round_up(int(self._lengths.max()), self._multiple)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """tokens int32 [B, T] and loss_mask bool [B, T] of a step, counted from 0."""
@@ -173,7 +173,7 @@ def eval_batches(
 
 def pad(examples: Sequence[Example], rows: int, multiple: int, pad_id: int) -> dict[str, np.ndarray]:
     """Examples side by side: tokens int32 [rows, T] and loss_mask bool [rows, T], padded at the end and below."""
-    length = _round_up(max(map(len, examples)), multiple)
+    length = round_up(max(map(len, examples)), multiple)
     tokens = np.full((rows, length), pad_id, np.int32)
     loss_mask = np.zeros((rows, length), np.bool_)
     for row, example in enumerate(examples):
@@ -182,7 +182,7 @@ def pad(examples: Sequence[Example], rows: int, multiple: int, pad_id: int) -> d
     return {"tokens": tokens, "loss_mask": loss_mask}
 
 
-def _round_up(length: int, multiple: int) -> int:
+def round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 

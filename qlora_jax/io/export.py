@@ -1,5 +1,6 @@
 """Writing Hugging Face folders: whole checkpoints in 16 or 32 bits, and the atomic writes everything else uses."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -20,22 +21,43 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 
 @contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place when the block ends well; otherwise nothing is left
-    behind."""
+    """A temporary folder beside `out` that takes its place when the block ends well; otherwise nothing is left behind.
+
+    What a killed process left is cleared by the next call: `.out.partial`, and `.out.old`, which is put back where it
+    was killed between the two renames. Raises InputError when a process that is alive writes to the same place.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     building, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
+    building.mkdir(exist_ok=True)
+    lock = os.open(building, os.O_RDONLY)  # a lock goes with the process that holds it, however that ends
     try:
-        yield building
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    building.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+        if not _locked(lock, building):
+            raise InputError(f"{out} is being written by another process: wait for it, or choose another folder")
+        try:
+            if old.exists() and not out.exists():
+                old.rename(out)
+            shutil.rmtree(old, ignore_errors=True)
+            for entry in building.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            yield building
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+        if out.exists():
+            out.rename(old)
+        building.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _locked(handle: int, folder: Path) -> bool:
+    """Takes the folder's lock; false where another process has it, or has just put the folder to its place."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(handle), folder.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:

@@ -1,90 +1,176 @@
-"""A Hugging Face checkpoint folder: found locally or fetched by hub name, its safetensors read tensor by tensor."""
+"""A Hugging Face checkpoint folder: here, in an object store or fetched by hub name; tensors read piece by piece."""
 
+import itertools
+import math
 import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from qlora_jax.errors import InputError
+from qlora_jax.io import remote
+from qlora_jax.io.header import Place, numpy_dtype, read_header
 from qlora_jax.models.config import read_json
+
+PIECE_BYTES = 32 * 2**20  # of a tensor that is read at a time
+PIECES_ALIVE = 2  # one in use, one read ahead
+# what goes along with the weights: settings and vocabularies, never code
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+)
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "chat_template.jinja", "*.safetensors", "tokenizer.model"]  # never pickles, never code
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8"}
 
 
 def resolve(path: str, revision: str = "main") -> Path:
-    """A local folder as it is; a hub name ("owner/name") downloaded through huggingface_hub into its cache.
+    """A local folder as it is; gs:// or s3:// addresses opened (io/remote); a hub name ("owner/name") downloaded.
 
-    Raises InputError when there is neither, or the download fails.
+    Raises InputError when there is none of them, or the store or hub does not give it.
     """
     if not path:
         raise InputError("no model was named: give a checkpoint folder or a hub name (--config.model.path or --model)")
+    if remote.is_remote(path):
+        return remote.open_remote(path, ("config.json", _INDEX, *COMPANIONS))
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
         raise InputError(f"{path} is a file; expected a checkpoint folder with config.json and safetensors")
     if not _HUB_NAME.fullmatch(path):
-        raise InputError(f"{path}: no such folder (a hub name would read owner/name)")
+        raise InputError(f"{path}: no such folder (a hub name would read owner/name, a bucket gs:// or s3://)")
+    return _download(path, revision, _HUB_FILES)
+
+
+def fetch_config(name: str, revision: str = "main") -> Path:
+    """A folder with the config.json of a hub model and nothing else. Raises InputError when it cannot be had."""
+    if not _HUB_NAME.fullmatch(name):
+        raise InputError(f"{name}: no such folder (a hub name would read owner/name)")
+    return _download(name, revision, ["config.json"])
+
+
+def _download(name: str, revision: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{path}: no such folder here, and the hub did not give it at revision {revision!r}: {reason}"
+            f"{name}: no such folder here, and the hub did not give it at revision {revision!r}: {reason}"
         ) from error
 
 
 class TensorFiles:
     """The tensors of a checkpoint folder: model.safetensors, or shards under model.safetensors.index.json.
 
-    `shapes` and `dtypes` are known from the headers at once; `read` maps one tensor into memory.
+    `shapes` and `dtypes` are known from the headers at once. `folder` is what errors call it.
     """
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        single = folder / "model.safetensors"
+        self._source = remote.source_of(folder)
+        self.folder = self._source.name
         names: Any = {}
-        if index.exists():
-            names = read_json(index).get("weight_map")
+        if (folder / _INDEX).exists():
+            names = read_json(folder / _INDEX).get("weight_map")
             if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-                raise InputError(f"{index} has no weight_map of tensor names to file names")
+                raise InputError(f"{self.folder}/{_INDEX} has no weight_map of tensor names to file names")
             files = sorted(set(names.values()))
             outside = [name for name in files if Path(name).name != name]
             if outside:
-                raise InputError(f"{index} names {outside[0]!r}; shards must lie in the folder itself")
-            absent = [name for name in files if not (folder / name).is_file()]
+                raise InputError(f"{self.folder}/{_INDEX} names {outside[0]!r}; shards must lie in the folder itself")
+            absent = [name for name in files if not self._source.exists(name)]
             if absent:
-                raise InputError(f"{folder} lacks {', '.join(absent)}, named in its index: download the folder again")
-        elif single.exists():
-            files = [single.name]
+                raise InputError(
+                    f"{self.folder} lacks {', '.join(absent)}, named in its index: download the folder again"
+                )
+        elif self._source.exists(_SINGLE):
+            files = [_SINGLE]
         else:
             pickles = [p.name for p in folder.glob("*.bin")]
             hint = f"; {pickles[0]} is a pickle, which is never opened: convert it to safetensors" if pickles else ""
-            raise InputError(f"{folder} holds no model.safetensors and no model.safetensors.index.json{hint}")
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
-        self._files = {}
+            raise InputError(f"{self.folder} holds no {_SINGLE} and no {_INDEX}{hint}")
+        self._places: dict[str, tuple[str, Place]] = {}
         for name in files:
             try:
-                handle = safe_open(folder / name, "numpy")
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{folder / name} is damaged or cut short: {error}") from error
-            for key in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                view = handle.get_slice(key)
-                self.shapes[key] = tuple(view.get_shape())
-                self.dtypes[key] = _DTYPES.get(view.get_dtype(), view.get_dtype())
-                self._files[key] = handle
+                places = read_header(partial(self._source.read, name))
+            except (ValueError, OSError) as error:
+                raise InputError(f"{self.folder}/{name} is damaged or cut short: {error}") from error
+            self._places |= {key: (name, place) for key, place in places.items()}
+        self.shapes = {key: place.shape for key, (_, place) in self._places.items()}
+        self.dtypes = {key: place.dtype for key, (_, place) in self._places.items()}
         promised = sorted(set(names) - set(self.shapes))
         if promised:
-            raise InputError(f"{folder}: the index promises {promised[0]}, which its file does not hold")
+            raise InputError(f"{self.folder}: the index promises {promised[0]}, which its file does not hold")
+        self._reader = ThreadPoolExecutor(1, "read-ahead")
 
-    def read(self, key: str) -> np.ndarray:
-        return self._files[key].get_tensor(key)
+    def read(self, key: str, index: int | None = None) -> np.ndarray:
+        """A whole tensor, or its entry `index` along the first axis."""
+        shape = self.shapes[key] if index is None else self.shapes[key][1:]
+        first = 0 if index is None else index * math.prod(shape)
+        return self._read(key, first, np.empty(shape, numpy_dtype(self.dtypes[key])))
+
+    def pieces(self, key: str, piece_bytes: int | None = None) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        """A tensor in order, cut into boxes of about PIECE_BYTES: where a box begins, and its values.
+
+        The next piece is read while one is in use; what a piece held is overwritten once the next is asked for.
+        """
+        dtype = numpy_dtype(self.dtypes[key])
+        boxes = cut(self.shapes[key], dtype.itemsize, piece_bytes or PIECE_BYTES)
+        sizes = [math.prod(shape) for _, shape in boxes]
+        starts = [0, *itertools.accumulate(sizes)]
+        buffers = [np.empty(sizes[0], dtype) for _ in boxes[:PIECES_ALIVE]]
+
+        def read(number: int) -> np.ndarray:
+            out = buffers[number % PIECES_ALIVE][: sizes[number]]
+            self._read(key, starts[number], out)
+            return out
+
+        ahead = self._reader.submit(read, 0)
+        for number, (corner, shape) in enumerate(boxes):
+            piece = ahead.result()
+            if number + 1 < len(boxes):
+                ahead = self._reader.submit(read, number + 1)
+            yield corner, piece.reshape(shape)
+
+    def _read(self, key: str, first: int, out: np.ndarray) -> np.ndarray:
+        """Fills `out` with a tensor's values from its value number `first` on."""
+        file, place = self._places[key]
+        try:
+            self._source.read(file, place.start + first * out.itemsize, out.reshape(-1).view(np.uint8))
+        except (ValueError, OSError) as error:
+            raise InputError(f"{self.folder}/{file}: {key} cannot be read: {error}") from error
+        return out
+
+
+def cut(shape: tuple[int, ...], itemsize: int, most: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Cuts an array, in order, into boxes of `most` bytes at most that lie in one piece: (corner, shape) of each.
+
+    (80, 90_000_000) bytes at most 32 MiB -> ((0, 0), (1, 33_554_432)), ((0, 33_554_432), (1, 33_554_432)), ...
+    """
+    if not shape:
+        return [((), ())]
+    axis = next((a for a in range(len(shape)) if math.prod(shape[a + 1 :]) * itemsize <= most), len(shape) - 1)
+    inner = shape[axis + 1 :]
+    step = max(1, most // max(1, math.prod(inner) * itemsize))
+    boxes = []
+    for outer in np.ndindex(*shape[:axis]):
+        for start in range(0, shape[axis], step):
+            corner = (*outer, start, *(0,) * len(inner))
+            boxes.append((corner, (*(1,) * axis, min(step, shape[axis] - start), *inner)))
+    return boxes

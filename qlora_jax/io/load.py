@@ -1,12 +1,11 @@
 """A checkpoint folder -> a model, streamed: tensor by tensor from disk, quantized, written into its layer's place.
 
-Peak memory is the quantized model plus one tensor. All names and shapes are checked against the headers first, so that
-one error lists everything that does not fit.
+Peak memory of the device is the quantized model plus one tensor, of the host a few pieces (io/peaks says both). All
+names and shapes are checked against the headers first, so that one error lists everything that does not fit.
 """
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ import jax.numpy as jnp
 
 from qlora_jax.errors import InputError
 from qlora_jax.io.folder import TensorFiles
+from qlora_jax.io.place import put, to_device
+from qlora_jax.io.remote import name_of
 from qlora_jax.models import llama
 from qlora_jax.models.config import ModelConfig, parse_config, read_json
 from qlora_jax.models.llama import EMBEDDING, FINAL_NORM, HEAD, LAYER, LINEARS, NORMS, Llama
@@ -55,10 +56,7 @@ def stored_quant(folder: Path) -> QuantSpec | None:
         return None
     method = raw.get("quant_method")
     if method == native.METHOD:
-        lacking = [key for key in ("format", "block_size", "double_quant") if key not in raw]
-        if lacking:
-            raise InputError(f"{folder / 'config.json'}: quantization_config lacks {', '.join(lacking)}")
-        return QuantSpec(raw["format"], raw["block_size"], raw["double_quant"])
+        return QuantSpec(*native.read_settings(raw, f"{name_of(folder)}/config.json"))
     if method == "bitsandbytes" and raw.get("load_in_4bit"):
         files = TensorFiles(folder)
         first = LAYER.format(0, next(iter(LINEARS)))
@@ -66,8 +64,8 @@ def stored_quant(folder: Path) -> QuantSpec | None:
         q = bitsandbytes.from_bitsandbytes(parts, first)
         return QuantSpec(q.format, q.block_size, q.double_quant)
     raise InputError(
-        f"{folder} is quantized by {method!r}; readable are bitsandbytes 4-bit folders, our own (experiments.quantize) "
-        "and unquantized ones"
+        f"{name_of(folder)} is quantized by {method!r}; readable are bitsandbytes 4-bit folders, our own "
+        "(experiments.quantize) and unquantized ones"
     )
 
 
@@ -83,24 +81,46 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_tensors(files: TensorFiles, config: ModelConfig, quantized: bool) -> None:
-    """One InputError that lists every missing, unexpected, misshapen or unreadable tensor."""
-    expected = expected_shapes(config)
+def expected_stacks(config: ModelConfig, quant: QuantSpec) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Every quantized array of a folder in our own form: key -> shape, dtype."""
+    found = {}
+    for name, letters in LINEARS.items():
+        q = native.abstract(llama.sizes(config, letters), quant.format, quant.block_size, quant.double_quant)
+        for part, value in native.parts(q).items():
+            found[native.stack_key(name, part)] = ((config.L, *value.shape), value.dtype.name)
+    return found
+
+
+def is_native(files: TensorFiles) -> bool:
+    return any(native.is_stack(key) for key in files.shapes)
+
+
+def check_tensors(files: TensorFiles, config: ModelConfig, stored: QuantSpec | None) -> None:
+    """One InputError that lists every missing, unexpected, misshapen or unreadable tensor.
+
+    `stored` is how the linear layers are quantized there; what a bitsandbytes weight's parts hold is checked when read.
+    """
+    expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
+    expected = {key: (shape, _FLOATS) for key, shape in expected_shapes(config).items()}
     linears = {LAYER.format(index, name) for index in range(config.L) for name in LINEARS}
-    problems = []
-    owners = {key: _owner(key) for key in files.shapes}
-    for key, shape in expected.items():
-        if quantized and key in linears:
-            if key not in owners.values():
-                problems.append(f"missing {key}, quantized")
-        elif key not in files.shapes:
+    packed: set[str] = set()
+    if stored is not None:
+        expected = {key: value for key, value in expected.items() if key not in linears}
+        if is_native(files):
+            expected |= {key: (shape, (dtype,)) for key, (shape, dtype) in expected_stacks(config, stored).items()}
+        else:
+            packed = linears
+    owners = {key: bitsandbytes.part_of(key) for key in files.shapes}
+    problems = [f"missing {key}, quantized" for key in sorted(packed - set(owners.values()))]
+    for key, (shape, dtypes) in expected.items():
+        if key not in files.shapes:
             problems.append(f"missing {key} {list(shape)}")
         elif files.shapes[key] != shape:
             problems.append(f"{key} is {list(files.shapes[key])}, expected {list(shape)}")
-        elif files.dtypes[key] not in _FLOATS:
-            problems.append(f"{key} is {files.dtypes[key]}, expected one of {', '.join(_FLOATS)}")
+        elif files.dtypes[key] not in dtypes:
+            problems.append(f"{key} is {files.dtypes[key]}, expected {_one_of(dtypes)}")
     for key in sorted(files.shapes):
-        known = key in expected or (quantized and owners[key] in linears) or key.endswith(_HARMLESS)
+        known = key in expected or key in packed or owners[key] in packed or key.endswith(_HARMLESS)
         if not known and not (config.tied and key == HEAD):
             problems.append(f"unexpected {key} {list(files.shapes[key])}")
     if problems:
@@ -110,12 +130,12 @@ def check_tensors(files: TensorFiles, config: ModelConfig, quantized: bool) -> N
         )
 
 
-def _owner(key: str) -> str | None:
-    return bitsandbytes.part_of(key) or native.part_of(key)
+def _one_of(names: tuple[str, ...]) -> str:
+    return names[0] if len(names) == 1 else f"one of {', '.join(names)}"
 
 
 def load_config(folder: Path) -> ModelConfig:
-    return parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    return parse_config(read_json(folder / "config.json"), f"{name_of(folder)}/config.json")
 
 
 def load_model(
@@ -123,10 +143,12 @@ def load_model(
     quant: QuantSpec | None = None,
     compute_dtype: Any = jnp.bfloat16,
     remat: str = "block",
-    attention: str = "xla",
+    attention: str = "auto",
     kernel: str = "xla",
     progress: Callable[[int, int], None] = lambda done, total: None,
     compute: str = "full",
+    fuse_lora: bool = False,
+    sequence_chunk: int = 0,
 ) -> Llama:
     """Reads a checkpoint.
 
@@ -134,10 +156,11 @@ def load_model(
       folder: config.json and safetensors; unquantized, bnb-4bit, or written by `experiments.quantize`.
       quant: how linear layers are kept; None keeps what the folder has. Embedding, norms and head are never quantized.
       compute_dtype: of activations.
-      remat, attention: see Llama.
+      remat, attention, sequence_chunk: see Llama.
       kernel: of the 4-bit matmul, one of nf4_matmul.BACKENDS.
       progress: called with (tensors done, tensors in all).
       compute: of the 4-bit matmul's forward, one of nf4_matmul.COMPUTE.
+      fuse_lora: add an adapter inside the 4-bit kernel; kernel "triton" alone.
     Raises:
       InputError: the folder does not fit its config.json, is quantized otherwise than asked, or a weight is not finite.
     """
@@ -146,45 +169,49 @@ def load_model(
     quant = quant or stored or QuantSpec("none")
     if stored is not None and stored != quant:
         raise InputError(
-            f"{folder} is already quantized ({stored}), not {quant}: ask for what it is, or for its original"
+            f"{name_of(folder)} is already quantized ({stored}), not {quant}: ask for what it is, or for its original"
         )
     files = TensorFiles(folder)
-    check_tensors(files, config, quantized=stored is not None)
+    check_tensors(files, config, stored)
     total, done = len(expected_shapes(config)), 0
 
-    def array(key: str, dtype: Any = None) -> jax.Array:
+    def count(tensors: int = 1) -> None:
         nonlocal done
-        done += 1
+        done += tensors
         progress(done, total)
-        return jnp.asarray(files.read(key), dtype or _kept_dtype(files.dtypes[key], compute_dtype))
 
-    def linear(key: str) -> QuantizedTensor | jax.Array:
+    def array(key: str, dtype: Any = None) -> jax.Array:
+        count()
+        return to_device(files, key, dtype or _kept_dtype(files.dtypes[key], compute_dtype))
+
+    def linear(name: str, index: int) -> QuantizedTensor | jax.Array:
+        key = LAYER.format(index, name)
         if quant.format == "none":
             return array(key)
-        if stored is None:
-            return quantize(array(key, files.dtypes[key]), quant.format, quant.block_size, quant.double_quant, name=key)
-        return read_quantized(files, key, quant)
+        count()
+        if stored is not None:
+            return read_quantized(files, name, index, quant, llama.sizes(config, LINEARS[name]))
+        return quantize(to_device(files, key), quant.format, quant.block_size, quant.double_quant, name=key)
 
     weights: dict[str, Any] = {"embedding": array(EMBEDDING), "norm": array(FINAL_NORM, jnp.float32), "layers": {}}
     if not config.tied:
         weights["head"] = array(HEAD)
     for name in LINEARS:
-        shape = llama.sizes(config, LINEARS[name])
-        stack = None
-        for index in range(config.L):
-            key = LAYER.format(index, name)
-            leaf = linear(key)
-            if isinstance(leaf, QuantizedTensor):
-                leaf = dataclasses.replace(leaf, backend=kernel, compute=compute)
-            if stored is not None and leaf.shape != shape:
-                raise InputError(f"{files.folder}: {key} is {list(leaf.shape)} once unpacked, expected {list(shape)}")
-            stack = _put(stack, leaf, index, config.L)
+        stack: Any = None
+        if stored is not None and is_native(files):
+            stack = _read_stack(files, name, quant, llama.sizes(config, LINEARS[name]))
+            count(config.L)
+        else:
+            for index in range(config.L):
+                stack = put(stack, linear(name, index), index, config.L)
+        if isinstance(stack, QuantizedTensor):
+            stack = dataclasses.replace(stack, backend=kernel, compute=compute, fuse_lora=fuse_lora)
         weights["layers"][name] = stack
     for name in NORMS:
         norms = [array(LAYER.format(index, name), jnp.float32) for index in range(config.L)]
         weights["layers"][name] = jnp.stack(norms)
     progress(total, total)
-    return Llama(config, weights, compute_dtype, remat, attention)
+    return Llama(config, weights, compute_dtype, remat, attention, sequence_chunk)
 
 
 def _kept_dtype(stored: str, compute_dtype: Any) -> Any:
@@ -192,28 +219,32 @@ def _kept_dtype(stored: str, compute_dtype: Any) -> Any:
     return jnp.dtype(stored) if stored != "float32" else jnp.dtype(compute_dtype)
 
 
-def read_quantized(files: TensorFiles, key: str, quant: QuantSpec) -> QuantizedTensor:
-    parts = {part: files.read(part) for part in (key, *_parts(files, key)) if part in files.shapes}
-    q = native.from_native(parts, key) if f"{key}.codes" in parts else bitsandbytes.from_bitsandbytes(parts, key)
+def _read_stack(files: TensorFiles, name: str, quant: QuantSpec, shape: tuple[int, ...]) -> QuantizedTensor:
+    """A projection of all layers from a folder in our own form: nothing is computed, what is read is what is kept."""
+    q = native.abstract(shape, quant.format, quant.block_size, quant.double_quant)
+    arrays = {part: to_device(files, native.stack_key(name, part)) for part in native.parts(q)}
+    return native.filled(q, arrays)
+
+
+def read_quantized(
+    files: TensorFiles, name: str, index: int, quant: QuantSpec, shape: tuple[int, ...]
+) -> QuantizedTensor:
+    """One layer's projection [O, I] from a quantized folder, either form.
+
+    Raises InputError when it is stored otherwise than `quant` says, or has another shape.
+    """
+    if is_native(files):
+        q = native.abstract(shape, quant.format, quant.block_size, quant.double_quant)
+        arrays = {part: jnp.asarray(files.read(native.stack_key(name, part), index)) for part in native.parts(q)}
+        return native.filled(q, arrays)
+    key = LAYER.format(index, name)
+    parts = {part: files.read(part) for part in files.shapes if part == key or part.startswith(key + ".")}
+    q = bitsandbytes.from_bitsandbytes(parts, key)
     found = QuantSpec(q.format, q.block_size, q.double_quant)
     if found != quant:
         raise InputError(
             f"{files.folder}: {key} is stored as {found}, other layers as {quant}; mixed folders are not supported"
         )
+    if q.shape != shape:
+        raise InputError(f"{files.folder}: {key} is {list(q.shape)} once unpacked, expected {list(shape)}")
     return q
-
-
-def _parts(files: TensorFiles, key: str) -> list[str]:
-    return [part for part in files.shapes if part.startswith(key + ".")]
-
-
-def _put(stack: Any, leaf: Any, index: int, layers: int) -> Any:
-    """Writes one layer into its place; the stack is allocated once and updated in place (donated)."""
-    if stack is None:
-        stack = jax.tree.map(lambda x: jnp.zeros((layers, *x.shape), x.dtype), leaf)
-    return _write(stack, leaf, jnp.int32(index))
-
-
-@partial(jax.jit, donate_argnums=0)
-def _write(stack: Any, leaf: Any, index: jax.Array) -> Any:
-    return jax.tree.map(lambda s, x: jax.lax.dynamic_update_index_in_dim(s, x, index, 0), stack, leaf)

@@ -21,6 +21,7 @@ from qlora_jax.io import peft
 from qlora_jax.io.export import DTYPES, write_json
 from qlora_jax.io.folder import TensorFiles
 from qlora_jax.io.load import QuantSpec, check_tensors, expected_shapes, load_config, stored_quant
+from qlora_jax.io.remote import name_of
 from qlora_jax.io.shards import SHARD_BYTES, ShardWriter, copy_companions, new_folder
 from qlora_jax.io.write import hf_config, linear_keys, read_linear
 from qlora_jax.models.config import ModelConfig, read_json
@@ -107,7 +108,7 @@ def merge_folder(
     config, stored = load_config(base), stored_quant(base)
     source = _weights_to_take(base, stored, quant, into)
     files = TensorFiles(base)
-    check_tensors(files, config, quantized=stored is not None)
+    check_tensors(files, config, stored)
     lora_config, arrays = peft.read_adapter(_skeleton(config), adapter)
     factors = {
         LAYER.format(index, name): (np.asarray(a)[index], np.asarray(b)[index])
@@ -119,9 +120,9 @@ def merge_folder(
     norms = np.zeros(3)
     with new_folder(out, overwrite, [base, adapter], needed=parameters * np.dtype(DTYPES[dtype]).itemsize) as folder:
         writer = ShardWriter(folder, shard_bytes)
-        for done, (key, shape) in enumerate(shapes.items(), start=1):
+        for done, key in enumerate(shapes, start=1):
             if key in linears and source.format != "none":
-                w = np.asarray(_float32_values(read_linear(files, key, source, stored, shape)))
+                w = np.asarray(_float32_values(read_linear(files, *linears[key], source, stored, config)))
             else:
                 w = files.read(key)
             if key in factors:
@@ -135,7 +136,7 @@ def merge_folder(
         write_json(folder / "config.json", hf_config(read_json(base / "config.json"), dtype))
         w_norm, update, rounding = (math.sqrt(part) for part in norms)
         report = {
-            "base": str(base),
+            "base": name_of(base),
             "adapter": str(adapter),
             "merged_into": "original" if source.format == "none" else str(source),
             "dtype": dtype,

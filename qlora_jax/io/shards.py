@@ -1,5 +1,10 @@
-"""Writing a new Hugging Face folder piece by piece: whole or not at all, in shards that go to disk as they fill."""
+"""Writing a new Hugging Face folder piece by piece: whole or not at all, in shards.
 
+ShardWriter takes whole tensors as they come and writes what transformers writes; StackWriter knows all shapes
+beforehand and puts parts of tensors at their places, so that memory holds a part only.
+"""
+
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,21 +15,10 @@ from safetensors import SafetensorError
 
 from qlora_jax.errors import InputError
 from qlora_jax.io.export import atomic_folder, save_tensors, write_json
+from qlora_jax.io.folder import COMPANIONS
+from qlora_jax.io.header import Place, make_header
 
 SHARD_BYTES = 2 * 2**30
-# What goes along with the weights: settings and vocabularies, never code.
-_COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
-)
 _REPLACEABLE = (".json", ".safetensors", ".model", ".jinja", ".txt")
 
 
@@ -41,9 +35,10 @@ def new_folder(out: Path, overwrite: bool = False, sources: Sequence[Path] = (),
       InputError: `out` cannot be taken, the disk has too little room, or writing fails.
     """
     _check_target(out, overwrite, sources)
-    _check_room(out, needed)
     try:
-        with atomic_folder(out) as folder:
+        with atomic_folder(out) as folder:  # clears, or puts back, what a killed run left: so look again
+            _check_target(out, overwrite, sources)
+            _check_room(folder, out, needed)
             yield folder
     except (OSError, SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
@@ -66,9 +61,8 @@ def _check_target(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
         )
 
 
-def _check_room(out: Path, needed: int) -> None:
-    parent = next(folder for folder in out.resolve().parents if folder.exists())
-    free = shutil.disk_usage(parent).free
+def _check_room(folder: Path, out: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
             f"{out} would take about {size_text(needed)}, its disk has {size_text(free)} left: choose another --out"
@@ -85,7 +79,7 @@ def size_text(count: float) -> str:
 
 def copy_companions(source: Path, out: Path) -> list[str]:
     """Copies tokenizer and generation settings that stand beside a checkpoint; returns their names."""
-    names = [name for name in _COMPANIONS if (source / name).is_file()]
+    names = [name for name in COMPANIONS if (source / name).is_file()]
     for name in names:
         shutil.copyfile(source / name, out / name)
     return names
@@ -116,17 +110,10 @@ class ShardWriter:
     def finish(self) -> list[str]:
         """Writes what is left, and the index where there are several shards; returns the names of the weight files."""
         self._flush()
-        count = len(self._shards)
-        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        if count == 1:
-            names = ["model.safetensors"]
-        weight_map: dict[str, str] = {}
-        for name, (path, keys) in zip(names, self._shards, strict=True):
+        names = _file_names(len(self._shards))
+        for name, (path, _) in zip(names, self._shards, strict=True):
             path.rename(self.folder / name)
-            weight_map |= dict.fromkeys(keys, name)
-        if count > 1:
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            write_json(self.folder / "model.safetensors.index.json", index)
+        _write_index(self.folder, self.total_bytes, dict(zip(names, (keys for _, keys in self._shards), strict=True)))
         return names
 
     def _flush(self) -> None:
@@ -134,3 +121,84 @@ class ShardWriter:
         save_tensors(self._pending, path)
         self._shards.append((path, list(self._pending)))
         self._pending, self._pending_bytes = {}, 0
+
+
+class StackWriter:
+    """Files of tensors whose shapes are known, filled in any order; every byte must be written once.
+
+    Args:
+      folder: where they are made.
+      groups: tensors that stay together in a file, name -> (dtype, shape).
+      shard_bytes: of a file at most, unless one group alone is larger.
+    """
+
+    def __init__(self, folder: Path, groups: Sequence[Mapping[str, tuple[str, tuple[int, ...]]]], shard_bytes: int):
+        self.folder = folder
+        shards: list[dict[str, tuple[str, tuple[int, ...]]]] = []
+        room = 0
+        for group in groups:
+            size = sum(place.stop - place.start for place in make_header(group)[1].values())
+            if not shards or size > room:
+                shards.append({})
+                room = shard_bytes
+            shards[-1] |= group
+            room -= size
+        self.names = _file_names(len(shards))
+        self._places: dict[str, tuple[int, Place]] = {}
+        self._handles = [os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666) for name in self.names]
+        for handle, tensors in zip(self._handles, shards, strict=True):
+            header, places = make_header(tensors)
+            _write_all(handle, header, 0)
+            self._places |= {key: (handle, place) for key, place in places.items()}
+        self.total_bytes = self._missing = sum(place.stop - place.start for _, place in self._places.values())
+        self._keys = {name: list(tensors) for name, tensors in zip(self.names, shards, strict=True)}
+
+    def write(self, key: str, first: int, values: np.ndarray) -> None:
+        """Puts values at the tensor's value number `first` and after it."""
+        handle, place = self._places[key]
+        start = place.start + first * values.itemsize
+        if values.dtype.name != place.dtype or start + values.nbytes > place.stop:
+            raise ValueError(f"{values.size} values of {values.dtype} from {first} on do not fit {key}: {place}")
+        _write_all(handle, np.ascontiguousarray(values).reshape(-1).view(np.uint8), start)
+        self._missing -= values.nbytes
+
+    def finish(self) -> list[str]:
+        """Everything onto the disk, and the index where there are several files; returns the names of the files."""
+        if self._missing:
+            raise ValueError(f"{self._missing} bytes of {self.folder} were never written")
+        for handle in self._handles:
+            os.fsync(handle)  # a disk may say only now that it is full
+        self.close()
+        _write_index(self.folder, self.total_bytes, self._keys)
+        return self.names
+
+    def close(self) -> None:
+        while self._handles:
+            os.close(self._handles.pop())
+
+    def __enter__(self) -> "StackWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _write_all(handle: int, data: bytes | np.ndarray, start: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(handle, view, start)
+        view, start = view[count:], start + count
+
+
+def _file_names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def _write_index(folder: Path, total_bytes: int, keys: Mapping[str, Sequence[str]]) -> None:
+    """The index of several files, name -> its keys; one file needs none."""
+    if len(keys) > 1:
+        weight_map = {key: name for name, held in keys.items() for key in held}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(folder / "model.safetensors.index.json", index)

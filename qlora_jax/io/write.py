@@ -1,24 +1,35 @@
 """A checkpoint folder -> a folder quantized to 4 bits, streamed: tensor by tensor from safetensors to safetensors.
 
 Two forms are written: bitsandbytes' (what transformers saves and loads) and our own (qlora_jax.quant.native), which
-holds the packed arrays as they are in memory. `load_model` gets from both what it gets by quantizing the source itself,
-bit for bit. Embedding, norms and head are copied unchanged.
+holds the packed arrays as the device does, all layers together. `load_model` gets from both what it gets by quantizing
+the source itself, bit for bit. Embedding, norms and head are copied unchanged.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.errors import InputError
 from qlora_jax.io.export import DTYPES, write_json
 from qlora_jax.io.folder import TensorFiles
-from qlora_jax.io.load import QuantSpec, check_tensors, expected_shapes, load_config, read_quantized, stored_quant
-from qlora_jax.io.shards import SHARD_BYTES, ShardWriter, copy_companions, new_folder
-from qlora_jax.models.config import read_json
+from qlora_jax.io.header import numpy_dtype
+from qlora_jax.io.load import (
+    QuantSpec,
+    check_tensors,
+    expected_shapes,
+    expected_stacks,
+    load_config,
+    read_quantized,
+    stored_quant,
+)
+from qlora_jax.io.place import to_device
+from qlora_jax.io.remote import name_of
+from qlora_jax.io.shards import SHARD_BYTES, ShardWriter, StackWriter, copy_companions, new_folder
+from qlora_jax.models import llama
+from qlora_jax.models.config import ModelConfig, read_json
 from qlora_jax.models.llama import EMBEDDING, LAYER, LINEARS
 from qlora_jax.quant import bitsandbytes, native
 from qlora_jax.quant.tensor import QuantizedTensor, quantize
@@ -49,34 +60,35 @@ def choose_quant(stored: QuantSpec | None, name: str | None, block_size: int | N
     wanted = quant_spec(name or own_name, stored.block_size if block_size is None else block_size)
     if wanted != stored:
         raise InputError(
-            f"{where} is already quantized ({stored}) and cannot become {wanted} without a second loss: quantize its "
-            "original, or leave --quant and --block_size away to change the form on disk only"
+            f"{name_of(where)} is already quantized ({stored}) and cannot become {wanted} without a second loss: "
+            "quantize its original, or leave --quant and --block_size away to change the form on disk only"
         )
     return stored
 
 
-def linear_keys(layers: int) -> set[str]:
-    """Hugging Face keys of the weights that are quantized."""
-    return {LAYER.format(index, name) for index in range(layers) for name in LINEARS}
+def linear_keys(layers: int) -> dict[str, tuple[str, int]]:
+    """The weights that are quantized: Hugging Face key -> projection, layer."""
+    return {LAYER.format(index, name): (name, index) for index in range(layers) for name in LINEARS}
 
 
-def stored_bytes(files: TensorFiles, keys: set[str]) -> int:
-    """Bytes of these tensors in the folder, the parts of quantized ones included."""
-    owned = (key for key in files.shapes if (native.part_of(key) or bitsandbytes.part_of(key) or key) in keys)
-    return sum(math.prod(files.shapes[key]) * np.dtype(files.dtypes[key]).itemsize for key in owned)
+def linear_bytes(files: TensorFiles, linears: Container[str]) -> int:
+    """Bytes of the linear layers in the folder, the parts of quantized ones included."""
+    owned = (key for key in files.shapes if native.is_stack(key) or (bitsandbytes.part_of(key) or key) in linears)
+    return sum(_bytes(files, key) for key in owned)
+
+
+def _bytes(files: TensorFiles, key: str) -> int:
+    return math.prod(files.shapes[key]) * numpy_dtype(files.dtypes[key]).itemsize
 
 
 def read_linear(
-    files: TensorFiles, key: str, quant: QuantSpec, stored: QuantSpec | None, shape: tuple[int, ...]
+    files: TensorFiles, name: str, index: int, quant: QuantSpec, stored: QuantSpec | None, config: ModelConfig
 ) -> QuantizedTensor:
-    """The weight `key` [O, I] in 4 bits: as the folder holds it, or quantized from its 16 or 32 bits."""
-    if stored is None:
-        w = jnp.asarray(files.read(key), files.dtypes[key])
-        return quantize(w, quant.format, quant.block_size, quant.double_quant, name=key)
-    q = read_quantized(files, key, quant)
-    if q.shape != shape:
-        raise InputError(f"{files.folder}: {key} is {list(q.shape)} once unpacked, expected {list(shape)}")
-    return q
+    """One layer's projection [O, I] in 4 bits: as the folder holds it, or quantized from its 16 or 32 bits."""
+    if stored is not None:
+        return read_quantized(files, name, index, quant, llama.sizes(config, LINEARS[name]))
+    key = LAYER.format(index, name)
+    return quantize(to_device(files, key), quant.format, quant.block_size, quant.double_quant, name=key)
 
 
 def quantize_folder(
@@ -95,7 +107,8 @@ def quantize_folder(
       out: the folder to make; see `new_folder`.
       form: "native" or "bnb".
       quant: of `choose_quant`; None takes its defaults.
-      shard_bytes: bytes of a shard at most, unless one weight alone is larger; memory holds one shard and one tensor.
+      shard_bytes: bytes of a shard at most, unless what stays together is larger: a weight, in our form a projection of
+        all layers. Memory holds one tensor, for "bnb" also one shard.
       progress: called with (tensors done, tensors in all).
     Returns:
       the report: bytes before and after, bits a weight of the linear layers (scales included).
@@ -111,40 +124,35 @@ def quantize_folder(
         known = " and ".join(bitsandbytes.FORMATS)
         raise InputError(f"bitsandbytes has {known}, not {quant.format}: choose one of them, or --format=native")
     files = TensorFiles(source)
-    check_tensors(files, config, quantized=stored is not None)
+    check_tensors(files, config, stored)
     shapes, linears = expected_shapes(config), linear_keys(config.L)
     weights = sum(math.prod(shapes[key]) for key in linears)
-    linear_before, others = stored_bytes(files, linears), stored_bytes(files, set(shapes) - linears)
+    linear_before = linear_bytes(files, linears)
+    others = sum(_bytes(files, key) for key in shapes if key not in linears)
     raw = read_json(source / "config.json")
     kept_dtype = raw.get("dtype") or raw.get("torch_dtype")
     if kept_dtype not in DTYPES:
         kept_dtype = files.dtypes[EMBEDDING]
-    scales = (1 if quant.double_quant else 4) / quant.block_size
-    with new_folder(out, overwrite, [source], needed=others + math.ceil(weights * (0.5 + scales))) as folder:
-        writer, linear_after, packed_bytes = ShardWriter(folder, shard_bytes), 0, 0
-        for done, (key, shape) in enumerate(shapes.items(), start=1):
-            if key in linears:
-                q = read_linear(files, key, quant, stored, shape)
-                dtype = files.dtypes[key] if stored is None else kept_dtype
-                tensors = bitsandbytes.to_bitsandbytes(q, key, dtype) if form == "bnb" else native.to_native(q, key)
-                linear_after += sum(value.nbytes for value in tensors.values())
-                packed_bytes += q.nbytes
-            else:
-                tensors = {key: files.read(key)}
-            writer.add(tensors)
-            progress(done, len(shapes))
-        names = writer.finish()
-        settings = _bnb_settings(quant, kept_dtype) if form == "bnb" else _native_settings(quant)
+    stacks = expected_stacks(config, quant)
+    packed = sum(math.prod(shape) * numpy_dtype(dtype).itemsize for shape, dtype in stacks.values())
+    with new_folder(out, overwrite, [source], needed=others + packed) as folder:
+        write = _write_bnb if form == "bnb" else _write_native
+        job = _Job(files, config, quant, stored, kept_dtype, shard_bytes, progress)
+        names, linear_after = write(job, folder)
+        if form == "bnb":
+            settings = _bnb_settings(quant, kept_dtype)
+        else:
+            settings = native.settings(quant.format, quant.block_size, quant.double_quant)
         write_json(folder / "config.json", hf_config(raw, kept_dtype) | {"quantization_config": settings})
         report = {
-            "source": str(source),
+            "source": name_of(source),
             "source_quant": None if stored is None else str(stored),
             "form": form,
             "format": quant.format,
             "block_size": quant.block_size,
             "double_quant": quant.double_quant,
             "linear_weights": weights,
-            "bits_per_weight": round(8 * packed_bytes / weights, 4),
+            "bits_per_weight": round(8 * packed / weights, 4),
             "linear_bytes_before": linear_before,
             "linear_bytes_after": linear_after,
             "other_bytes": others,
@@ -156,19 +164,68 @@ def quantize_folder(
     return report
 
 
+class _Job(NamedTuple):
+    files: TensorFiles
+    config: ModelConfig
+    quant: QuantSpec
+    stored: QuantSpec | None
+    dtype: str  # that bitsandbytes will dequantize a weight to which is quantized already
+    shard_bytes: int
+    progress: Callable[[int, int], None]
+
+
+def _write_bnb(job: _Job, folder: Path) -> tuple[list[str], int]:
+    """Returns the names of the files and the bytes of the linear layers in them."""
+    shapes, linears = expected_shapes(job.config), linear_keys(job.config.L)
+    writer, linear_after = ShardWriter(folder, job.shard_bytes), 0
+    for done, key in enumerate(shapes, start=1):
+        if key in linears:
+            q = read_linear(job.files, *linears[key], job.quant, job.stored, job.config)
+            tensors = bitsandbytes.to_bitsandbytes(q, key, job.files.dtypes[key] if job.stored is None else job.dtype)
+            linear_after += sum(value.nbytes for value in tensors.values())
+        else:
+            tensors = {key: job.files.read(key)}
+        writer.add(tensors)
+        job.progress(done, len(shapes))
+    return writer.finish(), linear_after
+
+
+def _write_native(job: _Job, folder: Path) -> tuple[list[str], int]:
+    """The same in our own form: what is copied first, then a projection of all layers after the other."""
+    files, shapes, linears = job.files, expected_shapes(job.config), linear_keys(job.config.L)
+    copied = [key for key in shapes if key not in linears]
+    stacks = {key: (dtype, shape) for key, (shape, dtype) in expected_stacks(job.config, job.quant).items()}
+    groups = [{key: (files.dtypes[key], files.shapes[key])} for key in copied]
+    groups += [{key: stacks[key] for key in stacks if key.startswith(native.stack_key(name, ""))} for name in LINEARS]
+    done, linear_after = 0, 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        job.progress(done, len(shapes))
+
+    with StackWriter(folder, groups, job.shard_bytes) as writer:
+        for key in copied:
+            first = 0
+            for _, piece in files.pieces(key):
+                writer.write(key, first, piece)
+                first += piece.size
+                del piece
+            count()
+        for name in LINEARS:
+            for index in range(job.config.L):
+                parts = native.parts(read_linear(files, name, index, job.quant, job.stored, job.config))
+                for part, value in parts.items():
+                    writer.write(native.stack_key(name, part), index * value.size, np.asarray(value))
+                    linear_after += value.nbytes
+                count()
+        return writer.finish(), linear_after
+
+
 def hf_config(raw: dict[str, Any], dtype: str) -> dict[str, Any]:
     """A source's config.json for a new folder: dtype said once, no quantization, no pointer to code (never copied)."""
     dropped = ("quantization_config", "auto_map", "dtype", "torch_dtype")
     return {key: value for key, value in raw.items() if key not in dropped} | {"torch_dtype": dtype}
-
-
-def _native_settings(quant: QuantSpec) -> dict[str, Any]:
-    return {
-        "quant_method": native.METHOD,
-        "format": quant.format,
-        "block_size": quant.block_size,
-        "double_quant": quant.double_quant,
-    }
 
 
 def _bnb_settings(quant: QuantSpec, dtype: str) -> dict[str, Any]:

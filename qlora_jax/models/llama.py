@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qlora_jax.models.attention import attend_chunk, causal_attention
+from qlora_jax.models.chunks import chunk_size, layer_in_chunks
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.layers import Dropout, Frozen, Linear, RMSNorm, rope_inverse_frequencies, rotate
 
@@ -31,6 +33,9 @@ def sizes(config: ModelConfig, letters: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(values[letter] for letter in letters)
 
 
+REMAT = ("none", "block", "block+offload")
+
+
 class Cache(NamedTuple):
     """Keys and values seen so far: [L, B, S, K, H] each, in the compute dtype. S is the room, not the number filled."""
 
@@ -43,7 +48,7 @@ class Context(NamedTuple):
 
     positions: jax.Array  # int32 [B, T]
     inverse_frequencies: jax.Array  # float32 [H / 2]
-    implementation: str  # of attention: xla | cudnn
+    implementation: str  # of attention: one of attention.IMPLEMENTATIONS
 
 
 class Attention(nnx.Module):
@@ -57,20 +62,27 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, context: Context, cache: Cache | None, layer: jax.Array, dropout: Dropout):
         """x [B, T, D] -> [B, T, D], and the cache with these T positions of this layer written, in place."""
         B, T, _ = x.shape
-        q = self.q_proj(x, dropout).reshape(B, T, self.N, self.H)
-        k = self.k_proj(x, dropout).reshape(B, T, self.K, self.H)
-        v = self.v_proj(x, dropout).reshape(B, T, self.K, self.H)
-        q = rotate(q, context.positions, context.inverse_frequencies)
-        k = rotate(k, context.positions, context.inverse_frequencies)
+        q = self.queries(x, context, dropout)
+        k, v = self.keys_values(x, context, dropout)
         if cache is None:
-            attend = partial(jax.nn.dot_product_attention, implementation=context.implementation, is_causal=True)
-            out = attend(q, k, v)
+            out = causal_attention(q, k, v, context.implementation)
         else:
             place = (layer, jnp.arange(B)[:, None], context.positions)
             cache = Cache(cache.k.at[place].set(k), cache.v.at[place].set(v))
             seen = jnp.arange(cache.k.shape[2])[None, None, :] <= context.positions[:, :, None]  # [B, T, S]
             out = jax.nn.dot_product_attention(q, cache.k[layer], cache.v[layer], mask=seen[:, None])
         return self.o_proj(out.reshape(B, T, self.N * self.H), dropout), cache
+
+    def queries(self, x: jax.Array, context: Context, dropout: Dropout) -> jax.Array:
+        """x [B, T, D] -> [B, T, N, H], rotated."""
+        q = self.q_proj(x, dropout).reshape(*x.shape[:2], self.N, self.H)
+        return rotate(q, context.positions, context.inverse_frequencies)
+
+    def keys_values(self, x: jax.Array, context: Context, dropout: Dropout) -> tuple[jax.Array, jax.Array]:
+        """x [B, T, D] -> keys, rotated, and values: [B, T, K, H] each."""
+        k = self.k_proj(x, dropout).reshape(*x.shape[:2], self.K, self.H)
+        v = self.v_proj(x, dropout).reshape(*x.shape[:2], self.K, self.H)
+        return rotate(k, context.positions, context.inverse_frequencies), v
 
 
 class FeedForward(nnx.Module):
@@ -97,6 +109,20 @@ class Block(nnx.Module):
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x), dropout), cache
 
+    def keys_values(self, x: jax.Array, context: Context, dropout: Dropout) -> tuple[jax.Array, jax.Array]:
+        """What a chunk x [B, C, D] gives to the attention of all: [B, C, K, H] each."""
+        return self.self_attn.keys_values(self.input_layernorm(x), context, dropout)
+
+    def rest(
+        self, x: jax.Array, kv: tuple[jax.Array, jax.Array], first: jax.Array, context: Context, dropout: Dropout
+    ) -> jax.Array:
+        """Everything else of a chunk x [B, C, D] whose first token stands at `first`, given all keys and values."""
+        attention = self.self_attn
+        q = attention.queries(self.input_layernorm(x), context, dropout)
+        out = attend_chunk(q, *kv, first)
+        x = x + attention.o_proj(out.reshape(*x.shape[:2], -1), dropout)
+        return x + self.mlp(self.post_attention_layernorm(x), dropout)
+
 
 class Llama(nnx.Module):
     """Decoder over stacked blocks.
@@ -106,8 +132,11 @@ class Llama(nnx.Module):
       weights: "embedding" [V, D]; "head" [V, D], absent when tied; "norm" float32 [D]; "layers": name -> stacked
         weight, names as in LINEARS (QuantizedTensor or [L, O, I]) and NORMS (float32 [L, D]).
       compute_dtype: of activations and matmuls.
-      remat: "block" keeps one activation a layer and recomputes the rest in the backward pass; "none" keeps everything.
-      attention: "xla" or "cudnn".
+      remat: one of REMAT. "block" keeps one activation a layer and recomputes the rest in the backward pass, "none"
+        keeps everything, "block+offload" is "block" whose activations train/backward.py keeps in host memory.
+      attention: one of attention.IMPLEMENTATIONS.
+      sequence_chunk: tokens; longer sequences go through a layer in chunks of so many, with chunked attention whatever
+        `attention` says. 0 is off.
     """
 
     def __init__(
@@ -116,11 +145,12 @@ class Llama(nnx.Module):
         weights: dict[str, Any],
         compute_dtype: Any,
         remat: str = "block",
-        attention: str = "xla",
+        attention: str = "auto",
+        sequence_chunk: int = 0,
     ):
         self.config = config
         self.compute_dtype = jnp.dtype(compute_dtype)
-        self.remat, self.attention, self.dropout_rate = remat, attention, 0.0
+        self.remat, self.attention, self.sequence_chunk, self.dropout_rate = remat, attention, sequence_chunk, 0.0
         self.embedding = Frozen(weights["embedding"])
         self.blocks = Block(config, weights["layers"])
         self.norm = RMSNorm(weights["norm"], config.norm_eps)
@@ -143,18 +173,31 @@ class Llama(nnx.Module):
         Returns:
           hidden [B, T, D] after the final norm, and the cache with these tokens added (None without one).
         """
+        T = tokens.shape[1]
+        if cache is None:
+            tokens, positions = self.pad(tokens), None if positions is None else self.pad(positions)
         context = self.context(tokens, positions)
-        block, state = self.layers()
+        block, *state = self.layers(nnx.LoRAParam, ...)
         apply_layer = partial(self.apply_layer, block, context, dropout_key)
 
         def step(carry, inputs):
             (x, cache), (state, layer) = carry, inputs
-            return apply_layer(state, x, layer, cache), None
+            return apply_layer(tuple(state), x, layer, cache), None
 
         if self.remat != "none" and cache is None:
             step = jax.checkpoint(step, prevent_cse=False)  # a scan's body is not merged with its forward
         (x, cache), _ = jax.lax.scan(step, (self.embed(tokens), cache), (state, jnp.arange(self.config.L)))
-        return self.norm(x), cache
+        return self.norm(x[:, :T]), cache
+
+    def pad(self, tokens: jax.Array) -> jax.Array:
+        """[B, T] with zeros (False) at the right, as the chunks of a long sequence need them; causality hides them."""
+        T = tokens.shape[1]
+        if not self._is_chunked(T):
+            return tokens
+        return jnp.pad(tokens, ((0, 0), (0, -T % chunk_size(T, self.sequence_chunk))))
+
+    def _is_chunked(self, T: int) -> bool:
+        return 0 < self.sequence_chunk < T
 
     def context(self, tokens: jax.Array, positions: jax.Array | None = None) -> Context:
         """What every layer shares, for tokens [B, T] at positions int32 [B, T] (0..T-1 by default)."""
@@ -177,15 +220,23 @@ class Llama(nnx.Module):
         block: Any,
         context: Context,
         dropout_key: jax.Array | None,
-        state: Any,
+        state: tuple[Any, Any],
         x: jax.Array,
         layer: jax.Array,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """One layer: x [B, T, D] -> [B, T, D], and the cache with its keys and values. `state`: the layer's slice."""
+        """One layer: x [B, T, D] -> [B, T, D], and the cache with its keys and values.
+
+        `state`: the layer's slice of `layers(nnx.LoRAParam, ...)`: adapter and frozen arrays. Where the sequence is cut
+        into chunks T is what `pad` makes of it, and the frozen arrays get no gradient.
+        """
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
-        states = state if isinstance(state, tuple) else (state,)
-        return nnx.merge(block, *states)(x, context, cache, layer, Dropout(self.dropout_rate, key))
+        if cache is None and self._is_chunked(x.shape[1]):
+            adapter, frozen = state
+            pieces = _ChunkedBlock(block, self.dropout_rate, chunk_size(x.shape[1], self.sequence_chunk))
+            arrays = (frozen, context.positions, context.inverse_frequencies, key)
+            return layer_in_chunks(pieces.keys_values, pieces.rest, pieces.size, arrays, adapter, x), None
+        return nnx.merge(block, *state)(x, context, cache, layer, Dropout(self.dropout_rate, key))
 
     def head_weight(self) -> jax.Array:
         """[V, D]: the output head, or the embedding it is tied to."""
@@ -199,6 +250,33 @@ class Llama(nnx.Module):
         """An empty cache with room for S positions of B rows."""
         shape = (self.config.L, B, S, self.config.K, self.config.H)
         return Cache(jnp.zeros(shape, self.compute_dtype), jnp.zeros(shape, self.compute_dtype))
+
+
+class _ChunkedBlock(NamedTuple):
+    """A block as the two functions of `layer_in_chunks`; equal ones are one function to a compilation.
+
+    A chunk's dropout depends on the layer's key, the chunk, the function and the projection alone.
+    """
+
+    graph: Any
+    dropout_rate: float
+    size: int  # tokens of a chunk
+
+    def keys_values(self, arrays: Any, adapter: Any, x: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
+        block, context, dropout = self._open(arrays, adapter, first, 0)
+        return block.keys_values(x, context, dropout)
+
+    def rest(self, arrays: Any, adapter: Any, kv: Any, x: jax.Array, first: jax.Array) -> jax.Array:
+        block, context, dropout = self._open(arrays, adapter, first, 1)
+        return block.rest(x, kv, first, context, dropout)
+
+    def _open(self, arrays: Any, adapter: Any, first: jax.Array, place: int) -> tuple[Block, Context, Dropout]:
+        frozen, positions, frequencies, key = arrays
+        if key is not None:
+            key = jax.random.fold_in(jax.random.fold_in(key, first // self.size), place)
+        positions = jax.lax.dynamic_slice_in_dim(positions, first, self.size, axis=1)
+        context = Context(positions, frequencies, "chunked")
+        return nnx.merge(self.graph, adapter, frozen), context, Dropout(self.dropout_rate, key)
 
 
 def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:

@@ -21,6 +21,7 @@ class PlannedGpu:
     flops_per_second: float  # bfloat16 products, float32 sums
     l2_bytes: int
     clock_ghz: float
+    is_here: bool = False  # this process's own device, which programs are compiled for as always
 
     @property
     def target_config(self) -> str:

@@ -12,10 +12,12 @@ from qlora_jax.io.load import QuantSpec
 from qlora_jax.models import llama
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.llama import LINEARS, NORMS, Llama
+from qlora_jax.optim.pages import Pages
 from qlora_jax.plan.gpus import PlannedGpu
 from qlora_jax.plan.topology import compile_for, on_gpu
 from qlora_jax.quant.tensor import quantize
-from qlora_jax.train.step import make_gradient
+from qlora_jax.train.backward import compiler_options as remat_options
+from qlora_jax.train.step import make_evaluation, make_gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +29,15 @@ class ModelSpec:
     lora: lora.LoRAConfig
     compute_dtype: str = "bfloat16"
     remat: str = "block"
-    attention: str = "xla"
-    kernel: str = "xla"
+    attention: str = "auto"
+    kernel: str = "auto"
+    compute: str = "full"
+    fuse_lora: bool = False
+    sequence_chunk: int = 0
+
+    @property
+    def is_16bit(self) -> bool:
+        return self.compute_dtype != "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +48,16 @@ class AbstractModel:
     adapter: Any
     base: Any
 
+    def merged(self) -> Llama:
+        """The model itself, of ShapeDtypeStructs."""
+        return nnx.merge(self.graph, self.adapter, self.base)
+
 
 def abstract_model(spec: ModelSpec) -> AbstractModel:
     """The model that `train/setup.prepare` would load, as shapes and dtypes."""
     config = spec.sizes
-    stored = jnp.dtype("float32" if spec.compute_dtype == "float32" else "bfloat16")
+    stored = jnp.dtype("bfloat16" if spec.is_16bit else "float32")
+    how = {"backend": spec.kernel, "compute": spec.compute, "fuse_lora": spec.fuse_lora}
 
     def build() -> Llama:
         weights: dict[str, Any] = {
@@ -54,12 +68,12 @@ def abstract_model(spec: ModelSpec) -> AbstractModel:
         if not config.tied:
             weights["head"] = jnp.zeros((config.V, config.D), stored)
         for name, letters in LINEARS.items():
-            one = jnp.zeros(llama.sizes(config, letters), stored)
+            one: Any = jnp.zeros(llama.sizes(config, letters), stored)
             if spec.quant.format != "none":
                 one = quantize(one, spec.quant.format, spec.quant.block_size, spec.quant.double_quant)
-                one = dataclasses.replace(one, backend=spec.kernel)
+                one = dataclasses.replace(one, **how)
             weights["layers"][name] = jax.tree.map(lambda x: jnp.zeros((config.L, *x.shape), x.dtype), one)
-        model = Llama(config, weights, spec.compute_dtype, spec.remat, spec.attention)
+        model = Llama(config, weights, spec.compute_dtype, spec.remat, spec.attention, spec.sequence_chunk)
         lora.attach(model, spec.lora, jax.random.key(0))
         return model
 
@@ -86,12 +100,32 @@ def compile_gradient(
     dropout: bool,
     loss_chunk: int = 1024,
     max_grad_norm: float = 0.3,
-    compiler_options: dict[str, str] | None = None,
+    extra_options: dict[str, str] | None = None,
 ) -> Any:
-    """`train/step.make_gradient`, as the loop calls it, compiled for `gpu`: a jax.stages.Compiled."""
+    """`train/step.make_gradient`, as the loop calls it, compiled for `gpu`: a jax.stages.Compiled.
+
+    Of its memory_analysis() host_temp_size_in_bytes is pinned host memory (block inputs where remat offloads them), not
+    part of temp_size_in_bytes. `extra_options` are the compiler's, beside those of the loop.
+    """
     gradient = make_gradient(model.graph, loss_chunk, max_grad_norm)
     shape = (batch.G, batch.B, batch.T)
     tokens, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
     key = jax.eval_shape(lambda: jax.random.key(0)) if dropout else None
     arguments = on_gpu(gpu, (model.adapter, model.base, tokens, mask, key))
-    return compile_for(gpu, gradient, *arguments, compiler_options=compiler_options)
+    options = remat_options(model.merged().remat) | (extra_options or {})
+    return compile_for(gpu, gradient, *arguments, compiler_options=options)
+
+
+def compile_evaluation(gpu: PlannedGpu, model: AbstractModel, batch: BatchShape, loss_chunk: int = 1024) -> Any:
+    """`train/step.make_evaluation` of one batch [B, T], compiled for `gpu`."""
+    shape = (batch.B, batch.T)
+    tokens, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
+    arguments = on_gpu(gpu, (model.adapter, model.base, tokens, mask))
+    return compile_for(gpu, make_evaluation(model.graph, loss_chunk), *arguments)
+
+
+def compile_update(gpu: PlannedGpu, pages: Pages) -> Any:
+    """The update of the page with the most state, compiled for `gpu`."""
+    program = pages.update_program(pages.largest)
+    arguments = on_gpu(gpu, program.arguments)
+    return compile_for(gpu, program.function, *arguments, donate_argnums=program.donate_argnums)

@@ -42,6 +42,8 @@ def described_device(gpu: PlannedGpu) -> Any:
 
 def on_gpu(gpu: PlannedGpu, tree: Any) -> Any:
     """The shapes of `tree` (arrays or ShapeDtypeStructs), placed on the described device."""
+    if gpu.is_here:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
     sharding = jax.sharding.SingleDeviceSharding(described_device(gpu))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
@@ -60,12 +62,15 @@ def compile_for(
     gpu: PlannedGpu,
     function: Any,
     *arguments: Any,
-    donate_argnums: tuple[int, ...] = (),
     compiler_options: dict[str, str] | None = None,
+    donate_argnums: tuple[int, ...] = (),
 ) -> Any:
     """`function` jitted, lowered and compiled for shapes that `on_gpu` placed: a jax.stages.Compiled."""
+    jitted = jax.jit(function, donate_argnums=donate_argnums)
+    if gpu.is_here:
+        return jitted.lower(*arguments).compile(compiler_options=compiler_options)
     with traced_for(gpu), _uncached():
-        lowered = jax.jit(function, donate_argnums=donate_argnums).trace(*arguments).lower(lowering_platforms=("cuda",))
+        lowered = jitted.trace(*arguments).lower(lowering_platforms=("cuda",))
         return lowered.compile(compiler_options=compiler_options)
 
 

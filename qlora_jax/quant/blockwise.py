@@ -18,25 +18,69 @@ import numpy as np
 from pallas_kernels.nf4_matmul import NESTED_BLOCK, Packed
 from qlora_jax.quant.codebooks import Codebook, absmax_map
 
+CHUNK = 2**22  # values of a large weight that are in work at a time, in 32 bits
 _TINY = 1e-38  # below the smallest normal number: XLA computes with it as with zero, but stores it
 
 
 @partial(jax.jit, static_argnames=("book", "block_size", "double_quant"))
 def quantize_packed(w: jax.Array, book: Codebook, block_size: int, double_quant: bool) -> tuple[Packed, jax.Array]:
     """w [...] any float dtype, n values -> its packed arrays, and float32 [] that is finite when all of w is."""
-    flat = w.reshape(-1)
+    if _in_chunks(w.size, block_size):
+        codes, absmax = _pack_in_chunks(w, book, block_size)
+    else:
+        codes, absmax = _pack(w.reshape(-1), book, block_size)
+    check = jnp.max(absmax)
+    if not double_quant:
+        return Packed(codes, absmax, None, None), check
+    offset = _mean(absmax)
+    absmax_codes, nested_absmax = _rank_scales(absmax - offset)
+    return Packed(codes, absmax_codes, nested_absmax, offset), check
+
+
+def temporary_bytes(n: int, block_size: int) -> int:
+    """Device memory that `quantize_packed` takes at most beside its n values and its results.
+
+    Ranking takes 32 bits and some bytes of codes a value in work; after it, averaging and rounding the scales takes
+    four float32 arrays of the next power of two.
+    """
+    in_work = CHUNK if _in_chunks(n, block_size) else n
+    return max(6 * in_work, 16 << (-(-n // block_size) - 1).bit_length()) + 2**20
+
+
+def _in_chunks(n: int, block_size: int) -> bool:
+    return n > CHUNK and n % (2 * block_size) == 0
+
+
+def _pack_in_chunks(w: jax.Array, book: Codebook, block_size: int) -> tuple[jax.Array, jax.Array]:
+    """What `_pack` gives for w's values, with no more than CHUNK of them in 32 bits at a time.
+
+    A chunk is a run of blocks of the first half of w and the run of the second half that shares its bytes. The last
+    chunk begins early enough to be whole; what it does twice comes out the same.
+    """
+    blocks = w.size // 2 // block_size
+    halves, step = w.reshape(2, blocks, block_size), min(blocks, CHUNK // (2 * block_size))
+
+    def chunk(index: jax.Array, packed: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        codes, absmax = packed
+        start = jnp.minimum(index * step, blocks - step)
+        part = jax.lax.dynamic_slice(halves, (0, start, 0), (2, step, block_size))
+        part_codes, part_absmax = _pack(part.reshape(-1), book, block_size)
+        codes = jax.lax.dynamic_update_slice(codes, part_codes, (start * block_size,))
+        return codes, jax.lax.dynamic_update_slice(absmax, part_absmax.reshape(2, step), (0, start))
+
+    empty = jnp.zeros(w.size // 2, jnp.uint8), jnp.zeros((2, blocks), jnp.float32)
+    codes, absmax = jax.lax.fori_loop(0, -(-blocks // step), chunk, empty)
+    return codes, absmax.reshape(-1)
+
+
+def _pack(flat: jax.Array, book: Codebook, block_size: int) -> tuple[jax.Array, jax.Array]:
+    """float [n] -> packed codes uint8 [ceil(n / 2)], absmax float32 [ceil(n / block_size)]."""
     ranks, absmax = _rank(flat, np.asarray(book.thresholds, np.float32), block_size)
     codes = (
         ranks if book.codes_by_rank == tuple(range(len(book.codes_by_rank))) else _permute(ranks, book.codes_by_rank)
     )
     # the barrier: fused into the packing, ranking is not vectorized and takes six times as long on CPUs
-    packed_codes = _pack_halves(jax.lax.optimization_barrier(codes), pad_code=_zero_code(book))
-    check = jnp.max(absmax)
-    if not double_quant:
-        return Packed(packed_codes, absmax, None, None), check
-    offset = _mean(absmax)
-    absmax_codes, nested_absmax = _rank_scales(absmax - offset)
-    return Packed(packed_codes, absmax_codes, nested_absmax, offset), check
+    return _pack_halves(jax.lax.optimization_barrier(codes), pad_code=_zero_code(book)), absmax
 
 
 def _rank(flat: jax.Array, thresholds: np.ndarray, block_size: int) -> tuple[jax.Array, jax.Array]:

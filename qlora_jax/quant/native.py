@@ -1,69 +1,77 @@
-"""Our own form on disk: the packed arrays as they are in memory, under the weight's Hugging Face name.
+"""Our own form on disk: a projection's packed arrays as the device holds them, all layers of a model in one array.
 
-For a weight P: `P.codes` uint8, `P.absmax` uint8 or float32, with double quantization `P.nested_absmax` float32 and
-`P.offset` float32 [], and `P.meta`, uint8 bytes of JSON {format, block_size, shape}. The folder's config.json says the
-same once: quantization_config {quant_method, format, block_size, double_quant}. The arrays are QuantizedTensor's.
+For a projection P of L layers: `model.layers.P.weight.codes` uint8 [L, ceil(O * I / 2)], `.absmax` [L, C'] uint8 or
+float32, with double quantization `.nested_absmax` float32 [L, ceil(C' / 256)] and `.offset` float32 [L]: the arrays of
+QuantizedTensor, so that loading is one read in order for each. What they mean stands in the folder's config.json:
+quantization_config {quant_method, layout, format, block_size, double_quant}; O and I follow from its sizes.
 """
 
-import json
+import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 
-from pallas_kernels.nf4_matmul import NESTED_BLOCK
 from qlora_jax.errors import InputError
-from qlora_jax.quant.codebooks import codebook
-from qlora_jax.quant.tensor import QuantizedTensor, check_block_size
+from qlora_jax.quant.tensor import QuantizedTensor, quantize
 
 METHOD = "qlora_jax"
-_PARTS = ("codes", "absmax", "nested_absmax", "offset", "meta")
+LAYOUT = 2  # of the arrays above; in layout 1 every layer had arrays of its own
+PARTS = ("codes", "absmax", "nested_absmax", "offset")
+_STACK = "model.layers.{}.weight.{}"
 
 
-def part_of(key: str) -> str | None:
-    """The weight a file's key belongs to ("a.weight.codes" -> "a.weight"); None for other keys."""
-    name, _, part = key.rpartition(".")
-    return name if part in _PARTS else None
+def stack_key(projection: str, part: str) -> str:
+    """("mlp.up_proj", "codes") -> "model.layers.mlp.up_proj.weight.codes"."""
+    return _STACK.format(projection, part)
 
 
-def to_native(q: QuantizedTensor, name: str) -> dict[str, np.ndarray]:
-    """The tensors of q under our keys."""
-    meta = json.dumps({"format": q.format, "block_size": q.block_size, "shape": list(q.shape)})
-    parts = {"codes": q.codes, "absmax": q.absmax, "nested_absmax": q.nested_absmax, "offset": q.offset}
-    tensors = {f"{name}.{part}": np.asarray(value) for part, value in parts.items() if value is not None}
-    return tensors | {f"{name}.meta": np.frombuffer(meta.encode(), np.uint8).copy()}
+def is_stack(key: str) -> bool:
+    """Whether a file's key is one of ours."""
+    return key.endswith(tuple(f".weight.{part}" for part in PARTS)) and not key.split(".")[2].isdigit()
 
 
-def from_native(tensors: Mapping[str, np.ndarray], name: str) -> QuantizedTensor:
-    """Reads what `to_native` wrote. Raises InputError when a part is missing, misshapen or of another dtype."""
-    try:
-        meta = json.loads(np.asarray(tensors[f"{name}.meta"], np.uint8).tobytes())
-        format, block_size, (out_features, in_features) = meta["format"], int(meta["block_size"]), meta["shape"]
-        codes, absmax = tensors[f"{name}.codes"], tensors[f"{name}.absmax"]
-    except (KeyError, ValueError, TypeError) as error:
-        raise InputError(f"{name}: its packed parts are incomplete or damaged ({error!r})") from error
-    codebook(format)
-    check_block_size(block_size)
-    nested, offset = tensors.get(f"{name}.nested_absmax"), tensors.get(f"{name}.offset")
-    blocks = -(-out_features * in_features // block_size)
-    expected = {
-        "codes": (codes, np.uint8, -(-out_features * in_features // 2)),
-        "absmax": (absmax, np.float32 if nested is None else np.uint8, blocks),
-        "nested_absmax": (nested, np.float32, -(-blocks // NESTED_BLOCK)),
-        "offset": (offset, np.float32, 1),
+def settings(format: str, block_size: int, double_quant: bool) -> dict[str, Any]:
+    """quantization_config of config.json."""
+    return {
+        "quant_method": METHOD,
+        "layout": LAYOUT,
+        "format": format,
+        "block_size": block_size,
+        "double_quant": double_quant,
     }
-    for part, (value, dtype, size) in expected.items():
-        if value is None and (nested is None and offset is None):
-            continue
-        if value is None or value.dtype != dtype or value.size != size:
-            found = "missing" if value is None else f"{value.dtype} with {value.size} values"
-            raise InputError(f"{name}.{part} is {found}; expected {np.dtype(dtype)} with {size}")
-    return QuantizedTensor(
-        jnp.asarray(codes),
-        jnp.asarray(absmax),
-        None if nested is None else jnp.asarray(nested),
-        None if offset is None else jnp.asarray(offset),
-        shape=(out_features, in_features),
-        format=format,
-        block_size=block_size,
-    )
+
+
+def read_settings(raw: dict[str, Any], where: str) -> tuple[str, int, bool]:
+    """(format, block_size, double_quant) of a quantization_config that `settings` made.
+
+    Raises InputError when it is half there, or of a layout that is not read.
+    """
+    if raw.get("layout", 1) != LAYOUT:
+        raise InputError(
+            f"{where}: quantization_config is of layout {raw.get('layout', 1)!r}, this version reads {LAYOUT}: "
+            "quantize the original again by experiments.quantize"
+        )
+    lacking = [key for key in ("format", "block_size", "double_quant") if key not in raw]
+    if lacking:
+        raise InputError(f"{where}: quantization_config lacks {', '.join(lacking)}")
+    return raw["format"], raw["block_size"], raw["double_quant"]
+
+
+def abstract(shape: tuple[int, ...], format: str, block_size: int, double_quant: bool) -> QuantizedTensor:
+    """A quantized [O, I] with shapes and dtypes in place of arrays."""
+    w = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    return jax.eval_shape(lambda w: quantize(w, format, block_size, double_quant), w)
+
+
+def filled(q: QuantizedTensor, arrays: Mapping[str, jax.Array]) -> QuantizedTensor:
+    """q with the arrays of its parts."""
+    nested, offset = arrays.get("nested_absmax"), arrays.get("offset")
+    return dataclasses.replace(q, codes=arrays["codes"], absmax=arrays["absmax"], nested_absmax=nested, offset=offset)
+
+
+def parts(q: QuantizedTensor) -> dict[str, Any]:
+    """Its arrays (or their shapes) under the names of their parts."""
+    arrays = {"codes": q.codes, "absmax": q.absmax, "nested_absmax": q.nested_absmax, "offset": q.offset}
+    return {part: value for part, value in arrays.items() if value is not None}

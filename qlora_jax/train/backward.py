@@ -5,6 +5,8 @@
 
 Each layer's gradient is added to its place in the accumulators as soon as it is there. Differentiating the whole scan
 would make a fresh gradient of the whole adapter beside the accumulators, for every micro-batch: 3.2 GB of a 65B model.
+
+Where model.remat is "block+offload", x_0 .. x_{L-1} go to pinned host memory as they come and return one by one.
 """
 
 from functools import partial
@@ -14,8 +16,27 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.llama import Llama
-from qlora_jax.train.loss import summed_loss
+from qlora_jax.train.loss import loss_and_gradient
+
+
+def compiler_options(remat: str) -> dict[str, str]:
+    """XLA's options for a program that calls add_gradient.
+
+    What is computed again is written out here. XLA's own pass for it takes host memory for device memory: where inputs
+    are offloaded it looks for minutes for what it cannot find (70B at 65,536 tokens: 287 s of compilation, not 31).
+    """
+    return {"xla_disable_hlo_passes": "rematerialization"} if remat == "block+offload" else {}
+
+
+def block_input_bytes(sizes: ModelConfig, B: int, T: int, itemsize: int) -> int:
+    """Bytes of x_0 .. x_{L-1}, all of them: pinned host memory where remat is "block+offload", else device memory.
+
+    A compiled program's host_temp_size_in_bytes says the same, and its temp_size_in_bytes holds what of them is on the
+    device even so. T as the layers see it (Llama.pad), itemsize of activations.
+    """
+    return sizes.L * B * T * sizes.D * itemsize
 
 
 def add_gradient(
@@ -32,24 +53,24 @@ def add_gradient(
     Returns:
       float32 [] summed nats of the target tokens, and the new total.
     """
+    tokens, loss_mask = model.pad(tokens), model.pad(loss_mask)
     block, adapter, frozen = model.layers(nnx.LoRAParam, ...)
     apply_layer = partial(model.apply_layer, block, model.context(tokens), key)
     numbers = jnp.arange(model.config.L)
+    offload = model.remat == "block+offload"
 
     def forward(x, layer):
         mine, others, number = layer
         y, _ = apply_layer((mine, others), x, number)
-        return y, x
+        return y, jax.device_put(x, jax.memory.Space.Host) if offload else x
 
     x, inputs = jax.lax.scan(forward, model.embed(tokens), (adapter, frozen, numbers))
 
-    def head(x):
-        return summed_loss(model.norm(x), model.head_weight(), tokens, loss_mask, loss_chunk)[0]
-
-    loss, dx = jax.value_and_grad(head)(x)
+    loss, dx = loss_and_gradient(model.norm, x, model.head_weight(), tokens, loss_mask, loss_chunk)
 
     def backward(carry, layer):
         (dx, total), (x, mine, others, number) = carry, layer
+        x = jax.device_put(x, jax.memory.Space.Device) if offload else x
         _, pullback = jax.vjp(lambda mine, x: apply_layer((mine, others), x, number)[0], mine, x)
         gradient, dx = pullback(dx)
         total = jax.tree.map(lambda sums, g: sums.at[number].add(g), total, gradient)

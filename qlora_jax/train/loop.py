@@ -25,6 +25,7 @@ from qlora_jax.io.peft import write_adapter
 from qlora_jax.optim.paged import PagedOptimizer
 from qlora_jax.optim.pages import Pages
 from qlora_jax.settings import config_hash
+from qlora_jax.train.backward import compiler_options
 from qlora_jax.train.checkpoints import Checkpoints
 from qlora_jax.train.memory import Program, memory_limit, peak_device_bytes, peak_host_bytes
 from qlora_jax.train.residency import decide
@@ -77,7 +78,10 @@ class Run:
     def __init__(self, config: Any, plain: dict, prepared: Prepared, workdir: Workdir, say: Callable[[str], None]):
         self.config, self.plain, self.prepared, self.workdir, self.say = config, plain, prepared, workdir, say
         self.adapter = prepared.adapter
-        self.gradient = Program(make_gradient(prepared.graph, config.train.loss_chunk, config.optimizer.max_grad_norm))
+        self.gradient = Program(
+            make_gradient(prepared.graph, config.train.loss_chunk, config.optimizer.max_grad_norm),
+            compiler_options(config.model.remat),
+        )
         self.evaluation = Program(make_evaluation(prepared.graph, config.train.loss_chunk))
         self.optimizer = self._make_optimizer()
         self.states = self.optimizer.init(self.adapter)

@@ -3,11 +3,13 @@
 loss = sum over target tokens t of -log softmax(head h_{t-1})[token_t]  /  number of target tokens
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from qlora_jax.models.chunks import chunk_size
 from qlora_jax.models.llama import head_logits
 
 
@@ -40,6 +42,44 @@ def summed_loss(
 
     total, _ = jax.lax.scan(add_chunk, jnp.float32(0), (rows, labels, counted))
     return total, jnp.sum(loss_mask[:, 1:]).astype(jnp.float32)
+
+
+def loss_and_gradient(
+    norm: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    head: jax.Array,
+    tokens: jax.Array,
+    loss_mask: jax.Array,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """summed_loss(norm(x), ...) and its gradient: beside x and d x, arrays of a chunk's size only.
+
+    Args:
+      norm: the final norm, token by token.
+      x: [B, T, D], what the last layer gives. head, tokens, loss_mask, chunk: as in summed_loss.
+    Returns:
+      float32 [] nats, d x [B, T, D] in x's dtype.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    labels = jnp.roll(tokens, -1, axis=1).reshape(-1)
+    counted = jnp.roll(loss_mask.at[:, 0].set(False), -1, axis=1).reshape(-1)
+    size = chunk_size(rows.shape[0], chunk)
+
+    def add_chunk(carry, number):
+        total, dx = carry
+        start = jnp.minimum(number * size, rows.shape[0] - size)  # the last chunk repeats rows: they count once
+        cut = lambda array: jax.lax.dynamic_slice_in_dim(array, start, size)  # noqa: E731
+        weight = cut(counted) & (start + jnp.arange(size) >= number * size)
+
+        def chunk_loss(rows):
+            return jnp.sum(token_nll(head_logits(norm(rows), head), cut(labels)) * weight)
+
+        loss, fresh = jax.value_and_grad(chunk_loss)(cut(rows))
+        return (total + loss, jax.lax.dynamic_update_slice_in_dim(dx, cut(dx) + fresh, start, axis=0)), None
+
+    start = (jnp.float32(0), jnp.zeros_like(rows))
+    (total, dx), _ = jax.lax.scan(add_chunk, start, jnp.arange(-(-rows.shape[0] // size)))
+    return total, dx.reshape(x.shape)
 
 
 def token_nll(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -1,17 +1,20 @@
 """What a run takes, measured where the backend measures it and said by the compiler where it does not."""
 
+import os
 import resource
 import sys
 from typing import Any
 
 import jax
 
+MEMORY_FRACTION = 0.95  # of a GPU, for JAX's allocator; XLA_CLIENT_MEM_FRACTION says otherwise
+
 
 class Program:
     """A jitted function compiled once a shape, so that each program's own memory figures are at hand."""
 
-    def __init__(self, function: Any):
-        self._jitted = jax.jit(function)
+    def __init__(self, function: Any, compiler_options: dict[str, str] | None = None):
+        self._jitted = jax.jit(function, compiler_options=compiler_options)
         self._compiled: dict[Any, Any] = {}
         self.peak_bytes = 0  # largest program so far: arguments, results and temporaries
 
@@ -49,3 +52,8 @@ def peak_host_bytes() -> int:
     """Highest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def host_memory_bytes() -> int:
+    """Of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

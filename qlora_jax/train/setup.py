@@ -19,14 +19,15 @@ from qlora_jax.io import peft
 from qlora_jax.io.folder import resolve
 from qlora_jax.io.load import QuantSpec, load_config, load_model
 from qlora_jax.lora import LoRAConfig
-from qlora_jax.models.llama import LINEARS, Llama
+from qlora_jax.models import attention
+from qlora_jax.models.llama import LINEARS, REMAT, Llama
 from qlora_jax.optim.paged import PAGING
 from qlora_jax.optim.schedules import make_optimizer, make_schedule
 
 _CHOICES = {
     ("model", "compute_dtype"): ("bfloat16", "float32"),
-    ("model", "remat"): ("block", "none"),
-    ("model", "attention"): ("xla", "cudnn"),
+    ("model", "remat"): REMAT,
+    ("model", "attention"): attention.IMPLEMENTATIONS,
     ("model", "kernel"): nf4_matmul.BACKENDS,
     ("model", "compute"): nf4_matmul.COMPUTE,
     ("optimizer", "paging"): PAGING,
@@ -78,17 +79,27 @@ def check_config(config: Any) -> None:
         )
     if config.optimizer.learning_rate <= 0 or config.optimizer.max_grad_norm < 0:
         raise InputError("optimizer.learning_rate must be positive and optimizer.max_grad_norm 0 (no clipping) or more")
-    if config.model.compute == "fp8" and config.quant.format == "none":
+    compute = config.model.compute
+    if compute != "full" and config.quant.format == "none":
         raise InputError(
-            'model.compute is "fp8", a form of the 4-bit matmul, but quant.format is "none": set quant.format=nf4, or '
+            f'model.compute is "{compute}", a form of the 4-bit matmul, but quant.format is "none": set '
+            "quant.format=nf4, or model.compute=full"
+        )
+    if compute != "full" and config.model.kernel == "mosaic":
+        raise InputError(
+            f'model.kernel is "mosaic", which has no kernel for model.compute="{compute}": set model.kernel=triton, or '
             "model.compute=full"
         )
-    if config.model.compute == "fp8" and config.model.kernel == "mosaic":
+    if config.model.sequence_chunk < 0:
+        raise InputError(f"model.sequence_chunk is {config.model.sequence_chunk}; expected tokens, or 0 for off")
+    if config.model.sequence_chunk and config.model.attention not in ("auto", "chunked"):
         raise InputError(
-            'model.kernel is "mosaic", which has no kernel for model.compute="fp8": set model.kernel=triton, or '
-            "model.compute=full"
+            f"model.attention is {config.model.attention!r}, which needs the whole sequence's queries, but "
+            f"model.sequence_chunk is {config.model.sequence_chunk}: set model.attention=chunked, or sequence_chunk=0"
         )
-    needs_gpu = [key for key in ("kernel", "attention") if config.model[key] != "xla"]
+    if config.model.fuse_lora:
+        _check_fuse_lora(config)
+    needs_gpu = [key for key in ("kernel", "attention") if config.model[key] not in ("xla", "auto", "chunked")]
     if needs_gpu and jax.default_backend() != "gpu":
         key = needs_gpu[0]
         raise InputError(
@@ -97,6 +108,20 @@ def check_config(config: Any) -> None:
         )
     if config.mesh.devices != 1:
         raise InputError(f"mesh.devices is {config.mesh.devices}; one run trains on one device")
+
+
+def _check_fuse_lora(config: Any) -> None:
+    for section, key, takes in (
+        ("model", "kernel", ("triton",)),
+        ("model", "compute", ("full",)),
+        ("model", "compute_dtype", ("bfloat16",)),
+        ("quant", "format", ("nf4", "fp4", "int4")),
+    ):
+        if (found := config[section][key]) not in takes:
+            raise InputError(
+                f"model.fuse_lora needs {section}.{key} {' or '.join(takes)}, found {found!r}: "
+                "change it, or set model.fuse_lora=False"
+            )
 
 
 def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, int], None]) -> Prepared:
@@ -135,9 +160,16 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
         say(f"data: {grad_accum} micro-batches a step, not {config.train.grad_accum}: the file's batches are smaller")
     tx = make_optimizer(config.optimizer, steps)
     m = config.model
-    if m.compute == "fp8" and m.kernel == "xla":
-        say("model: 8-bit products are emulated with model.kernel=xla: they show the effect on the loss, not the speed")
-    model = load_model(folder, quant, m.compute_dtype, m.remat, m.attention, m.kernel, progress, m.compute)
+    if m.compute != "full" and m.kernel in ("auto", "xla"):
+        say(
+            f"model: 8-bit products are emulated with model.kernel={m.kernel}: they show the effect on the loss, not "
+            "the speed"
+        )
+    _say_attention(m, data.batches.max_length, say)
+    model = load_model(
+        folder, quant, m.compute_dtype, m.remat, m.attention, m.kernel, progress, m.compute, m.fuse_lora,
+        m.sequence_chunk,
+    )  # fmt: skip
     lora.attach(model, lora_config, jax.random.key(config.train.seed))
     if config.lora.init_from:
         _start_from(model, Path(config.lora.init_from), lora_config)
@@ -156,6 +188,18 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
         folder, tokenizer, data, graph, adapter, base, lora_config, tx, schedule, steps, grad_accum,
         base_bytes, bits, trainable, base_params + trainable,
     )  # fmt: skip
+
+
+def _say_attention(model: Any, longest: int, say: Callable[[str], None]) -> None:
+    """What attention does is said where the config leaves it open, or where a chunk decides it."""
+    if 0 < model.sequence_chunk < longest:
+        say(f"model: sequences over {model.sequence_chunk} tokens in chunks of at most that, attention = chunked")
+    elif model.attention == "auto":
+        chosen = attention.chosen("auto", longest)
+        say(
+            f"model: attention = {chosen} for the longest sequences, of {longest} tokens (auto: xla up to "
+            f"{attention.LONGEST_WHOLE}, chunked above)"
+        )
 
 
 def _start_from(model: Llama, folder: Path, wanted: LoRAConfig) -> None:

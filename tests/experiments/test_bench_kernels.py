@@ -11,11 +11,13 @@ def results(run_commands, tmp_path_factory):
     commands = {
         "small": ["--shapes=tinyllama-1b/key_value", "--rows=1,8", "--repeats=1", "--block_size=32", f"--out={out}"],
         "tune": ["--tune"],
+        "lora": ["--lora_rank=16"],
         "shape": ["--shapes=llama-9000b"],
         "rows": ["--rows=16,some"],
         "op": ["--ops=sideways"],
         "block": ["--block_size=48"],
         "repeats": ["--repeats=0"],
+        "minutes": ["--minutes=0", "--shapes=tinyllama-1b/key_value"],
     }
     found = run_commands([["experiments.bench_kernels", *flags] for flags in commands.values()])
     return dict(zip(commands, found, strict=True)) | {"file": out}
@@ -25,6 +27,8 @@ def test_every_form_of_every_product_is_reported(results):
     assert results["small"]["status"] == 0, results["small"]["err"]
     report = json.loads(results["file"].read_text())
     assert (report["dtype"], report["format"], report["block_size"]) == ("float32", "nf4", 32)
+    assert report["failures"] == report["left_out"] == [] and report["versions"]["jax"]
+    assert "--block_size=32" in report["command"]
     assert all(rate > 0 for rate in report["ceilings"].values())
     found = {(r["rows"], r["op"], r["form"]) for r in report["results"]}
     forms = ("xla", "dense", "dequantize, dot")
@@ -40,11 +44,13 @@ def test_every_form_of_every_product_is_reported(results):
     ("name", "message"),
     [
         ("tune", "--tune measures GPU kernels, this process computes on cpu: run it on a GPU"),
+        ("lora", "--lora_rank=16 measures GPU kernels, this process computes on cpu"),
         ("shape", "--shapes=llama-9000b: expected a model (tinyllama-1b, "),
         ("rows", "--rows=16,some: expected whole numbers above 0"),
         ("op", "--ops=sideways: expected forward or backward"),
         ("block", "block_size is 48; expected a power of two from 32 to 4096"),
         ("repeats", "--repeats=0: expected at least 1"),
+        ("minutes", "--minutes=0.0: over before anything was timed; give more"),
     ],
 )
 def test_mistakes_are_one_line(results, name, message):

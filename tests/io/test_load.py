@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import qlora_jax as qj
 from qlora_jax import lora
 from qlora_jax.errors import InputError
-from qlora_jax.io.folder import TensorFiles
+from qlora_jax.io.folder import TensorFiles, cut
 from qlora_jax.io.load import QuantSpec, load_model, stored_quant
+from qlora_jax.io.write import quantize_folder
 from qlora_jax.models.llama import LAYER, LINEARS
 
 
@@ -146,7 +148,8 @@ def test_quantized_by_something_else(copy):
 
 
 def test_our_own_quantization_half_described(copy):
-    folder = copy("llama/llama1", config=lambda c: c.update(quantization_config={"quant_method": "qlora_jax"}))
+    own = {"quant_method": "qlora_jax", "layout": 2}
+    folder = copy("llama/llama1", config=lambda c: c.update(quantization_config=own))
     with pytest.raises(InputError, match="quantization_config lacks format, block_size, double_quant"):
         load_model(folder)
 
@@ -174,22 +177,52 @@ def test_quantized_weight_of_another_shape(copy):
 
 
 @pytest.mark.parametrize("quant", [QuantSpec(), QuantSpec("none")])
-def test_one_unquantized_tensor_at_a_time(golden, monkeypatch, quant):
-    """When a linear layer's tensor is read, those read before it are gone."""
+@pytest.mark.parametrize("piece_bytes", [500, 2**25])
+def test_one_unquantized_tensor_at_a_time(golden, monkeypatch, quant, piece_bytes):
+    """When a linear layer's tensor is read, those read before it are gone, buffers of its pieces included."""
     linears, alive, most = {LAYER.format(i, name) for i in range(2) for name in LINEARS}, [], []
-    read = TensorFiles.read
+    monkeypatch.setattr("qlora_jax.io.folder.PIECE_BYTES", piece_bytes)
+    read = TensorFiles._read
 
-    def watched(self, key):
-        most.append(sum(reference() is not None for reference in alive))
-        tensor = read(self, key)
+    def watched(self, key, first, out):
+        if key in linears and first == 0:
+            most.append(sum(reference() is not None for of, reference in alive if of != key))
         if key in linears:
-            alive.append(weakref.ref(tensor))
-        return tensor
+            alive.append((key, weakref.ref(out if out.base is None else out.base)))
+        return read(self, key, first, out)
 
-    monkeypatch.setattr(TensorFiles, "read", watched)
+    monkeypatch.setattr(TensorFiles, "_read", watched)
     load_model(golden / "llama" / "llama2", quant)
-    assert len(alive) == len(linears)
-    assert max(most) <= 1
+    assert {key for key, _ in alive} == linears and len(most) == len(linears)
+    assert max(most) == 0
+
+
+@pytest.mark.parametrize("name", ["llama/llama3", "bnb4bit/nf4_dq"])
+def test_pieces_make_no_difference(golden, monkeypatch, tmp_path, name):
+    """Tensors cut into many pieces, within rows too, come out as they are."""
+    form = tmp_path / "native"
+    quantize_folder(golden / name, form)
+    for folder in (golden / name, form):
+        whole = load_model(folder, QuantSpec(), "float32")
+        with monkeypatch.context() as patched:
+            patched.setattr("qlora_jax.io.folder.PIECE_BYTES", 100)
+            pieces = load_model(folder, QuantSpec(), "float32")
+        for a, b in zip(jax.tree.leaves(nnx.state(whole)), jax.tree.leaves(nnx.state(pieces)), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("shape", "most"), [((7, 5, 3), 1), ((7, 5, 3), 20), ((7, 5, 3), 70), ((4, 9), 1000), ((), 1)])
+def test_pieces_are_runs_in_order(shape, most):
+    values = np.arange(np.prod(shape, dtype=int), dtype=np.int16).reshape(shape)
+    again, flat = np.empty_like(values), []
+    for corner, size in cut(shape, 2, most):
+        box = tuple(slice(at, at + count) for at, count in zip(corner, size, strict=True))
+        again[box] = values[box]
+        flat.append(values[box].reshape(-1))
+        assert flat[-1].size == np.prod(size) and (flat[-1].nbytes <= most or flat[-1].size == 1)
+    np.testing.assert_array_equal(again, values)
+    np.testing.assert_array_equal(np.concatenate(flat), values.reshape(-1))
 
 
 def test_progress_counts_every_tensor(golden):
@@ -198,3 +231,11 @@ def test_progress_counts_every_tensor(golden):
     total = 3 + 2 * 9
     assert seen[0] == (1, total) and seen[-1] == (total, total)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+@pytest.mark.parametrize("fuse_lora", [False, True])
+def test_kernel_and_fused_adapter_reach_every_linear_layer(golden, fuse_lora):
+    model = load_model(golden / "llama" / "llama1", QuantSpec(), kernel="triton", fuse_lora=fuse_lora)
+    for name in LINEARS:
+        codec = lora.linear(model, name).weight.get_value().codec
+        assert (codec.backend, codec.fuse_lora) == ("triton", fuse_lora)

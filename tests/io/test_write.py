@@ -166,7 +166,7 @@ def test_settings_go_along_but_no_code(golden: Path, tmp_path: Path) -> None:
     names = {"config.json", "model.safetensors", REPORT, "tokenizer.json", "tokenizer.model"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     written = json.loads((tmp_path / "out" / "config.json").read_text())
-    quantization = {"quant_method": "qlora_jax", "format": "nf4", "block_size": 64, "double_quant": True}
+    quantization = {"quant_method": "qlora_jax", "layout": 2, "format": "nf4", "block_size": 64, "double_quant": True}
     assert written == config | {"torch_dtype": written["torch_dtype"], "quantization_config": quantization}
 
 
@@ -197,7 +197,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_left(
 
     monkeypatch.setattr(shards, "save_tensors", full)
     with pytest.raises(InputError, match="out was not written.*No space left on device"):
-        quantize_folder(golden / "llama" / "llama2", tmp_path / "out", shard_bytes=10_000)
+        quantize_folder(golden / "llama" / "llama2", tmp_path / "out", "bnb", shard_bytes=10_000)
     assert len(calls) == 3 and not list(tmp_path.iterdir())
 
 

@@ -12,15 +12,17 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
-from pallas_kernels.nf4_matmul import Codec, Packed, config, triton_backend, triton_fp8, triton_fp8_backend
+from pallas_kernels.nf4_matmul import Codec, Packed, config, scratch, triton_backend, triton_fp8, triton_fp8_backend
 from pallas_kernels.nf4_matmul.shapes import Shape
 from pallas_kernels.nf4_matmul.triton_backward import backward_kernel
+from pallas_kernels.nf4_matmul.triton_dequantize import dequantize_kernel
 from pallas_kernels.nf4_matmul.triton_forward import forward_kernel
 from tests.kernels import ptx
 
@@ -37,17 +39,26 @@ POINTERS = {
 STORED = {tl.bfloat16: ml_dtypes.bfloat16, tl.float8e4nv: ml_dtypes.float8_e4m3fn}
 
 
-def matmul(op: config.Op, x: jax.Array, packed: Packed, codec: Codec, tiles: config.Tiles) -> np.ndarray:
-    """y or dx as float32, computed as triton_backend launches it."""
-    kernel, name, columns = (forward_kernel, "x", 0) if op == "forward" else (backward_kernel, "dy", 1)
+def matmul(
+    op: config.Op,
+    x: jax.Array,
+    packed: Packed,
+    codec: Codec,
+    tiles: config.Tiles,
+    low_rank: triton_backend.LowRank | None = None,
+) -> np.ndarray:
+    """y or dx [M, .] as float32, computed as triton_backend launches it; with a pack's adapters x is [A * M, .]."""
+    kernel, columns = (forward_kernel, 0) if op == "forward" else (backward_kernel, 1)
+    name, *low_rank_names = ("x", "u", "b") if op == "forward" else ("dy", "du", "a")
     shape, rows = Shape(*codec.shape), x.shape[0]
+    adapters, rank = (1, 0) if low_rank is None else (low_rank.left.shape[0], low_rank.left.shape[2])
     arrays = triton_backend.operands(packed, codec, x.dtype, tiles)
-    names = ("codes", "table", "absmax", "scale_map", "nested_absmax", "offset")
-    arguments = {n: None if a is None else np.array(a) for n, a in zip(names, arrays, strict=True)}
+    arguments = _named(arrays + triton_backend.low_rank_operands(low_rank), *low_rank_names)
     out = np.full((tiles.split, rows, shape[columns]), np.nan, np.float32 if tiles.split > 1 else np.asarray(x).dtype)
-    arguments |= {name: np.array(x), "out": out, "rows": rows} | triton_backend.constants(op, codec, x.dtype, tiles)
+    arguments |= {name: np.array(x), "out": out, "rows": rows // adapters}
+    arguments |= triton_backend.constants(op, codec, x.dtype, tiles, adapters, rank)
     arguments["DTYPE"] = tl.constexpr(arguments["DTYPE"])
-    run(kernel, (config.programs(op, rows, shape, tiles), tiles.split), arguments)
+    run(kernel, (adapters * config.programs(op, rows // adapters, shape, tiles), tiles.split), arguments)
     return out.astype(np.float32).sum(0)
 
 
@@ -61,6 +72,19 @@ def matmul_fp8(x: jax.Array, packed: Packed, codec: Codec, tiles: config.Tiles) 
     arguments |= {"out": out, "rows": rows} | triton_fp8_backend.constants(codec, tiles)
     run(triton_fp8.forward_kernel, (config.programs("forward", rows, shape, tiles), tiles.split), arguments)
     return out.sum(0)
+
+
+def dequantize(packed: Packed, codec: Codec, dtype: str) -> np.ndarray:
+    """W [O, I] in dtype, computed as scratch.py launches it."""
+    out = np.full(codec.shape, np.nan, jnp.dtype(dtype))
+    arguments = _named(scratch.operands(packed, codec)) | {"out": out} | scratch.constants(codec)
+    run(dequantize_kernel, (scratch.programs(codec),), arguments)
+    return out
+
+
+def _named(arrays: tuple[jax.Array | None, ...], *more: str) -> dict[str, Any]:
+    names = ("codes", "table", "absmax", "scale_map", "nested_absmax", "offset", *more)
+    return {name: None if a is None else np.array(a) for name, a in zip(names, arrays, strict=True)}
 
 
 def run(kernel: JITFunction, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
@@ -81,12 +105,14 @@ def run(kernel: JITFunction, grid: tuple[int, ...], arguments: Mapping[str, Any]
 def _patched(kernel: JITFunction) -> Iterator[None]:
     """Puts the interpreter in the compiler's place, for this kernel, and takes it out again."""
     builder, patch_language = interpreter.interpreter_builder, interpreter._patch_lang
-    added = {"create_inline_asm": _inline_assembly, "create_dot": _dot, "create_fp_trunc": _round}
+    added = {"create_inline_asm": _inline_assembly, "create_dot": _dot, "create_fp_trunc": _round, "create_fadd": _add}
     modules = [(module, dict(vars(module))) for module in _modules(kernel)]
     scopes = []
 
     def patch(function):
         scopes.append(patch_language(function))  # the interpreter itself forgets those of helper functions
+        # Triton 3.6 to 3.8 make whole numbers of arrays of one value, which numpy 2.4 refuses
+        scopes[-1].set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
         return scopes[-1]
 
     try:
@@ -150,6 +176,14 @@ def _dot(a, b, sums, input_precision, max_num_imprecise_acc):
     """Exact products of 16-bit or 8-bit values, summed in float32."""
     left, right = (operand.data.view(STORED.get(operand.get_element_ty(), operand.data.dtype)) for operand in (a, b))
     return interpreter.TensorHandle(left.astype(np.float32) @ right.astype(np.float32) + sums.data, tl.float32)
+
+
+def _add(a, b):
+    """The interpreter would add the bits of bfloat16 values."""
+    if a.dtype.scalar != tl.bfloat16:
+        return interpreter.TensorHandle(a.data + b.data, a.dtype.scalar)
+    total = a.data.view(ml_dtypes.bfloat16) + b.data.view(ml_dtypes.bfloat16)
+    return interpreter.TensorHandle(total.view(np.uint16), tl.bfloat16)
 
 
 def _round(source, target):

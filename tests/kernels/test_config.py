@@ -42,27 +42,43 @@ def test_one_row_fills_the_gpu():
     assert config.programs("forward", 1, SHAPE, tiles) * tiles.split >= A100.cores
 
 
-def test_candidates_fit_and_differ():
-    for op in config.OPS:
-        for rows in (1, 256, 4096):
-            found = config.candidates(op, rows, SHAPE, 64, RTX_4090)
-            assert len(found) == len(set(found)) > 5
-            assert all(config.shared_bytes(op, tiles) <= config.shared_limit(89) for tiles in found)
-            assert all(64 % tiles.block_i == 0 for tiles in found)
+@pytest.mark.parametrize("block_size", [32, 64, 256])
+@pytest.mark.parametrize("rows", [1, 256, 4096])
+@pytest.mark.parametrize("op", config.OPS)
+def test_variations_fit_differ_and_are_few(op, rows, block_size):
+    call = (op, rows, SHAPE, block_size, RTX_4090)
+    base, tried = config.heuristic(*call), set()
+    for fields in config.SWEEPS:
+        found = config.variations(*call, base, fields)
+        assert len(found) == len(set(found)) <= 9
+        for tiles in found:
+            assert config.shared_bytes(op, tiles) <= config.shared_limit(89)
+            assert block_size % tiles.block_i == 0
+            assert dataclasses.replace(tiles, **{field: getattr(base, field) for field in fields}) == base
+        tried |= set(found)
+    assert 5 < len(tried) <= 36
 
 
 def test_a_tuned_table_comes_back_and_is_used(tmp_path, monkeypatch):
     tiles = dataclasses.replace(config.heuristic("forward", 16, SHAPE, 64, A100), num_stages=2)
-    table: config.Table = {("forward", SHAPE, 64, 16): tiles}
+    table: config.Table = {
+        ("forward", SHAPE, 64, 16): config.Choice("triton", tiles),
+        ("forward", SHAPE, 64, 4096): config.Choice("scratch"),
+    }
     monkeypatch.setattr(config, "TUNED", tmp_path)
     config.write_table(config.table_file(A100.name), A100.name, table)
-    config.tuned_table.cache_clear()
+    config.forget_tables()
     try:
         assert config.read_table(tmp_path / "nvidia-a100-sxm4-80gb.json") == table
         assert config.choose("forward", 9, SHAPE, 64, A100) == tiles
         assert config.choose("forward", 8, SHAPE, 64, A100) != tiles
+        untuned = config.heuristic("forward", 4000, SHAPE, 64, A100)
+        assert config.choose("forward", 4000, SHAPE, 64, A100) == untuned  # scratch won there, and has no tiles
+        assert config.is_tuned(A100.name, "forward", SHAPE, 64)
+        assert not config.is_tuned(A100.name, "backward", SHAPE, 64)
+        assert [path.name for path in tmp_path.iterdir()] == ["nvidia-a100-sxm4-80gb.json"]  # nothing half-written
     finally:
-        config.tuned_table.cache_clear()
+        config.forget_tables()
 
 
 def test_an_untuned_gpu_is_said_once(caplog, monkeypatch, tmp_path):
@@ -83,6 +99,7 @@ GOOD = {
     "in_features": 4096,
     "block_size": 64,
     "rows": 16,
+    "backend": "triton",
     "tiles": dataclasses.asdict(config.Tiles(16, 64, 64, 1, 8, 4, 4)),
 }
 
@@ -97,6 +114,11 @@ GOOD = {
             "entry 1: op is 'up', expected one of forward, backward",
         ),
         (json.dumps({"entries": [{k: v for k, v in GOOD.items() if k != "rows"}]}), "entry 0: 'rows' is missing"),
+        (json.dumps({"entries": [{**GOOD, "rows": 0}]}), "entry 0: rows is 0, expected a power of two"),
+        (json.dumps({"entries": [{k: v for k, v in GOOD.items() if k != "backend"}]}), "0: 'backend' is missing"),
+        (json.dumps({"entries": [{**GOOD, "backend": "cuda"}]}), "backend is 'cuda', expected one of xla, triton, scr"),
+        (json.dumps({"entries": [{**GOOD, "backend": "scratch"}]}), "tiles beside backend 'scratch', expected them"),
+        (json.dumps({"entries": [{k: v for k, v in GOOD.items() if k != "tiles"}]}), "entry 0: 'tiles' is missing"),
         (json.dumps({"entries": [{**GOOD, "rows": 17}]}), "entry 0: rows is 17, expected a power of two"),
         (json.dumps({"entries": [{**GOOD, "block_size": 32}]}), "block_i is 64, expected a divisor of block_size 32"),
         (json.dumps({"entries": [{**GOOD, "tiles": {**GOOD["tiles"], "block_m": 24}}]}), "block_m is 24, expected a"),

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import print_saved_residuals
 
 import qlora_jax as qj
 from pallas_kernels import nf4_matmul
-from pallas_kernels.nf4_matmul import Codec, Packed, config, triton_backend
+from pallas_kernels.nf4_matmul import Codec, Packed, config, scratch, triton_backend
 from pallas_kernels.nf4_matmul.shapes import Shape
 
 GPU = config.Gpu("a GPU", 86, 1)
@@ -37,7 +37,7 @@ FUSED = list(SHAPES)[:4]
 
 @pytest.fixture
 def launches(monkeypatch) -> list[tuple[str, tuple[int, ...]]]:
-    """The kernels in the interpreter; the list has (op, shape of the activations) of every launch."""
+    """The kernels in the interpreter; the list has (op, shape of the activations or of W) of every launch."""
     pytest.importorskip("triton")
     from tests.kernels import interpreter
 
@@ -55,8 +55,16 @@ def launches(monkeypatch) -> list[tuple[str, tuple[int, ...]]]:
         out = jax.ShapeDtypeStruct((x.shape[0], columns), jnp.float32)
         return jax.pure_callback(compute, out, x, packed).astype(x.dtype)
 
+    def dequantize(packed: Packed, codec: Codec, dtype: jnp.dtype) -> jax.Array:
+        def compute(packed):
+            seen.append(("dequantize", codec.shape))
+            return interpreter.dequantize(Packed(*packed), codec, dtype)
+
+        return jax.pure_callback(compute, jax.ShapeDtypeStruct(codec.shape, dtype), packed)
+
     for op in config.OPS:
         monkeypatch.setattr(triton_backend, op, functools.partial(launch, op))
+    monkeypatch.setattr(scratch, "dequantize", dequantize)
     return seen
 
 
@@ -81,7 +89,7 @@ def check(found: jax.Array, x: jax.Array, w: np.ndarray) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("backend", ["xla", "triton"])
+@pytest.mark.parametrize("backend", ["xla", "triton", "scratch"])
 def test_value_and_gradient(backend, name, dtype, launches):
     q = weight(name)
     codec = q.codec._replace(backend=backend)
@@ -92,13 +100,18 @@ def test_value_and_gradient(backend, name, dtype, launches):
     check(y, x, w.T)
     check(dx, dy, w)
     is_fused = backend == "triton" and name in FUSED and dtype != "float32"
-    assert nf4_matmul.path(codec, dtype) == ("triton" if is_fused else "xla")
-    assert launches == ([("forward", (10, q.shape[1])), ("backward", (10, q.shape[0]))] if is_fused else [])
+    is_scratch = backend == "scratch" and dtype != "float32"
+    assert nf4_matmul.path(codec, dtype) == (backend if is_fused or is_scratch else "xla")
+    if is_scratch:
+        assert launches == [("dequantize", q.shape)] * 2
+        assert np.array_equal(y, nf4_matmul.matmul(x, q.packed, q.codec))  # W is that of "xla" bit for bit
+    else:
+        assert launches == ([("forward", (10, q.shape[1])), ("backward", (10, q.shape[0]))] if is_fused else [])
 
 
 @pytest.mark.parametrize(("format", "double_quant"), [("fp4", True), ("int4", True), ("nf4", False)])
 @pytest.mark.parametrize("rows", [1, 17, 150])
-@pytest.mark.parametrize("backend", ["xla", "triton"])
+@pytest.mark.parametrize("backend", ["xla", "triton", "scratch"])
 def test_formats_and_row_counts(backend, rows, format, double_quant, launches):
     q = weight("a ragged edge", format, double_quant)
     x = normal(rows, q.shape[1], dtype="bfloat16", seed=1)
@@ -106,7 +119,7 @@ def test_formats_and_row_counts(backend, rows, format, double_quant, launches):
     check(y, x, np.asarray(qj.dequantize(q, jnp.float32), np.float64).T)
 
 
-@pytest.mark.parametrize("backend", ["xla", "triton"])
+@pytest.mark.parametrize("backend", ["xla", "triton", "scratch"])
 def test_a_pack_of_adapters_is_one_product_of_all_their_rows(backend, launches):
     q = weight("whole tiles")
     codec = q.codec._replace(backend=backend)
@@ -116,14 +129,15 @@ def test_a_pack_of_adapters_is_one_product_of_all_their_rows(backend, launches):
         return jnp.sum(nf4_matmul.matmul(x, q.packed, codec).astype(jnp.float32) ** 2)
 
     together = jax.block_until_ready(jax.jit(jax.vmap(jax.value_and_grad(loss)))(x))
-    assert launches == ([("forward", (12, 128)), ("backward", (12, 128))] if backend == "triton" else [])
+    once = {"triton": [("forward", (12, 128)), ("backward", (12, 128))], "scratch": [("dequantize", (128, 128))] * 2}
+    assert launches == once.get(backend, [])
     apart = [jax.value_and_grad(loss)(one) for one in x]
     for k, one in enumerate(apart):
         np.testing.assert_allclose(together[0][k], one[0], rtol=1e-3)
         np.testing.assert_allclose(*(np.asarray(g, np.float32) for g in (together[1][k], one[1])), rtol=2e-2, atol=0.5)
 
 
-@pytest.mark.parametrize("backend", ["xla", "triton"])
+@pytest.mark.parametrize("backend", ["xla", "triton", "scratch"])
 def test_weights_that_differ_are_taken_one_by_one(backend, launches):
     shape, block_size = SHAPES["whole tiles"]
     qs = [qj.quantize(normal(*shape, dtype="float32", seed=seed), block_size=block_size) for seed in (3, 4)]
@@ -135,7 +149,7 @@ def test_weights_that_differ_are_taken_one_by_one(backend, launches):
         check(y, x, np.asarray(qj.dequantize(q, jnp.float32), np.float64).T)
 
 
-@pytest.mark.parametrize("backend", ["xla", "triton"])
+@pytest.mark.parametrize("backend", ["xla", "triton", "scratch"])
 def test_only_packed_arrays_are_kept_for_the_backward_pass(backend, launches, capsys):
     q = weight("whole tiles")
     codec = q.codec._replace(backend=backend)
@@ -145,7 +159,7 @@ def test_only_packed_arrays_are_kept_for_the_backward_pass(backend, launches, ca
     assert kept and all("from the argument packed" in line for line in kept), kept
 
 
-@pytest.mark.parametrize("backend", ["xla", "triton"])
+@pytest.mark.parametrize("backend", ["xla", "triton", "scratch"])
 def test_no_rows(backend):
     q = weight("whole tiles")
     x = jnp.zeros((0, 128), jnp.bfloat16)
@@ -170,29 +184,34 @@ def test_xla_is_the_default_and_a_refusal_is_said(caplog):
 def test_mistakes_are_named():
     q = weight("whole tiles")
     x = jnp.zeros((2, 128), jnp.bfloat16)
-    with pytest.raises(ValueError, match="backend is 'cuda', expected one of xla, triton, mosaic"):
+    with pytest.raises(ValueError, match="backend is 'cuda', expected one of auto, xla, triton, scratch, mosaic"):
         nf4_matmul.matmul(x, q.packed, q.codec._replace(backend="cuda"))
     if jax.default_backend() == "cpu":
-        pytest.importorskip("jax_triton")
-        with pytest.raises(RuntimeError, match='backend "triton" needs an NVIDIA GPU, this process computes on cpu'):
-            nf4_matmul.matmul(x, q.packed, q.codec._replace(backend="triton"))
+        pytest.importorskip("triton")
+        for backend in ("triton", "scratch"):
+            message = f'backend "{backend}" needs an NVIDIA GPU, this process computes on cpu'
+            with pytest.raises(RuntimeError, match=message):
+                nf4_matmul.matmul(x, q.packed, q.codec._replace(backend=backend))
 
 
-def test_missing_packages_are_named(monkeypatch):
+@pytest.mark.parametrize("backend", ["triton", "scratch"])
+def test_missing_packages_are_named(backend, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax_triton", None)
     q = weight("whole tiles")
-    with pytest.raises(ImportError, match="needs jax-triton .*: pip install jax-triton"):
-        nf4_matmul.matmul(jnp.zeros((2, 128), jnp.bfloat16), q.packed, q.codec._replace(backend="triton"))
+    with pytest.raises(ImportError, match=f'"{backend}" needs jax-triton .*: pip install jax-triton'):
+        nf4_matmul.matmul(jnp.zeros((2, 128), jnp.bfloat16), q.packed, q.codec._replace(backend=backend))
 
 
 @pytest.mark.parametrize("rows", [1, 300])
 @pytest.mark.parametrize("gpu", ["NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 4090", "NVIDIA H200"])
-def test_the_whole_op_is_lowered_for_a_gpu_that_is_not_here(gpu, rows):
-    triton_lib = pytest.importorskip("jax_triton.triton_lib")
+@pytest.mark.parametrize("backend", ["triton", "scratch"])
+def test_the_whole_op_is_lowered_for_a_gpu_that_is_not_here(backend, gpu, rows):
+    pytest.importorskip("triton")
+    triton_lib = triton_backend.load_jax_triton(backend).triton_lib
     if triton_lib.triton_kernel_call_lib is None:
         pytest.skip("lowering needs jax-cuda13-plugin (pip install --no-deps jax-cuda13-plugin)")
-    q = weight("whole tiles")
-    codec = q.codec._replace(backend="triton")
+    q = weight("a ragged edge")
+    codec = q.codec._replace(backend=backend)
     device = jax.sharding.AbstractDevice(device_kind=gpu, num_cores=100, platform="gpu")
 
     def pack_gradient(x, packed):
@@ -201,10 +220,10 @@ def test_the_whole_op_is_lowered_for_a_gpu_that_is_not_here(gpu, rows):
 
         return jax.vmap(jax.grad(loss))(x)
 
-    x = jax.ShapeDtypeStruct((2, rows, 128), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((2, rows, 192), jnp.bfloat16)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
         lowered = jax.jit(pack_gradient).trace(x, q.packed).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
     assert text.count("triton_kernel_call") == 2  # forward and backward, each once for the whole pack
-    assert f"tensor<{2 * rows}x128xbf16>" in text
-    assert "tensor<128x128xbf16>" not in text  # no 16-bit W anywhere
+    assert f"tensor<{2 * rows}x192xbf16>" in text
+    assert ("tensor<70x192xbf16>" in text) == (backend == "scratch")  # else no 16-bit W anywhere

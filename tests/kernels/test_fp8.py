@@ -1,4 +1,4 @@
-"""The 8-bit form of the product: its definition in float64, its contract on both backends, how much it rounds off."""
+"""The 8-bit forms of the product: their definition in float64, their contract on both backends, what they round off."""
 
 import dataclasses
 
@@ -16,6 +16,7 @@ from pallas_kernels.nf4_matmul.shapes import Shape
 
 H200 = config.Gpu("NVIDIA H200", 90, 132)
 A100 = config.Gpu("NVIDIA A100-SXM4-80GB", 80, 108)
+EIGHT_BIT = ("fp8", "fp8_row")
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 # shape [O, I] and block size; the last four go the plain way
@@ -45,7 +46,7 @@ def launches(monkeypatch) -> list[tuple[str, tuple[int, ...]]]:
         tiles = triton_fp8_backend.heuristic(x.shape[0], shape, codec.block_size, H200._replace(cores=1))
 
         def compute(x, packed):
-            seen.append(("fp8 forward", x.shape))
+            seen.append((f"{codec.compute} forward", x.shape))
             return interpreter.matmul_fp8(x, Packed(*packed), codec, tiles)
 
         out = jax.ShapeDtypeStruct((x.shape[0], shape.out_features), jnp.float32)
@@ -79,7 +80,7 @@ def rounded(values: np.ndarray) -> np.ndarray:
     return values.astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
 
 
-def by_definition(x: jax.Array, q: qj.QuantizedTensor) -> tuple[np.ndarray, np.ndarray]:
+def by_definition(x: jax.Array, q: qj.QuantizedTensor, compute: str) -> tuple[np.ndarray, np.ndarray]:
     """(y, the sum of the terms' magnitudes), float64 [M, O]: run by run as fp8.py's head says it, in numpy."""
     x32 = np.asarray(x, np.float32)
     entries, factor = fp8.table8(q.codec.table)
@@ -93,7 +94,8 @@ def by_definition(x: jax.Array, q: qj.QuantizedTensor) -> tuple[np.ndarray, np.n
     run = min(64, q.block_size)
     for begin in range(0, q.shape[1], run):
         part = slice(begin, begin + run)
-        amax = np.abs(x32[:, part]).max(axis=1, keepdims=True)
+        scaled_together = x32 if compute == "fp8_row" else x32[:, part]
+        amax = np.abs(scaled_together).max(axis=1, keepdims=True)
         scale = np.where(amax > 0, amax * np.float32(1 / 448), np.float32(1))
         terms = (scale * rounded(x32[:, part] / scale))[:, None, :] * (absmax[:, part] * w8[:, part] / factor)[None]
         y += terms.sum(-1)
@@ -101,10 +103,10 @@ def by_definition(x: jax.Array, q: qj.QuantizedTensor) -> tuple[np.ndarray, np.n
     return y, magnitude
 
 
-def check(found: jax.Array, x: jax.Array, q: qj.QuantizedTensor) -> None:
+def check(found: jax.Array, x: jax.Array, q: qj.QuantizedTensor, compute: str) -> None:
     """found is the definition's value but for float32 sums and the result's rounding."""
     assert found.dtype == x.dtype
-    expected, magnitude = by_definition(x.reshape(-1, x.shape[-1]), q)
+    expected, magnitude = by_definition(x.reshape(-1, x.shape[-1]), q, compute)
     error = np.abs(np.asarray(found, np.float64).reshape(expected.shape) - expected)
     assert np.all(error <= UNIT_ROUNDOFF[x.dtype.name] * np.abs(expected) + 2.0**-21 * magnitude)
 
@@ -112,44 +114,49 @@ def check(found: jax.Array, x: jax.Array, q: qj.QuantizedTensor) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("backend", ["xla", "triton"])
-def test_value_and_gradient(backend, name, dtype, launches):
+@pytest.mark.parametrize("compute", EIGHT_BIT)
+def test_value_and_gradient(compute, backend, name, dtype, launches):
     q = weight(name)
-    codec = q.codec._replace(backend=backend, compute="fp8")
+    codec = q.codec._replace(backend=backend, compute=compute)
     x, dy = normal(2, 5, q.shape[1], dtype=dtype, seed=1), normal(2, 5, q.shape[0], dtype=dtype, seed=2)
     y, pullback = jax.vjp(lambda x: nf4_matmul.matmul(x, q.packed, codec), x)
     (dx,) = jax.block_until_ready(pullback(dy))
-    check(y, x, q)
+    check(y, x, q, compute)
     _, full = jax.vjp(lambda x: nf4_matmul.matmul(x, q.packed, q.codec), x)
     np.testing.assert_array_equal(dx, full(dy)[0])  # the gradient of the full product
     is_fused = backend == "triton" and name in FUSED and dtype != "float32"
     assert nf4_matmul.path(codec, dtype) == ("triton" if is_fused else "xla")
-    assert launches == ([("fp8 forward", (10, q.shape[1])), ("backward", (10, q.shape[0]))] if is_fused else [])
+    expected = [(f"{compute} forward", (10, q.shape[1])), ("backward", (10, q.shape[0]))]
+    assert launches == (expected if is_fused else [])
 
 
 @pytest.mark.parametrize(("format", "double_quant"), [("fp4", True), ("int4", True), ("nf4", False)])
 @pytest.mark.parametrize("rows", [1, 17, 150])
 @pytest.mark.parametrize("backend", ["xla", "triton"])
-def test_formats_and_row_counts(backend, rows, format, double_quant, launches):
+@pytest.mark.parametrize("compute", EIGHT_BIT)
+def test_formats_and_row_counts(compute, backend, rows, format, double_quant, launches):
     q = weight("a ragged edge", format, double_quant)
     x = normal(rows, q.shape[1], dtype="bfloat16", seed=1)
-    check(nf4_matmul.matmul(x, q.packed, q.codec._replace(backend=backend, compute="fp8")), x, q)
+    check(nf4_matmul.matmul(x, q.packed, q.codec._replace(backend=backend, compute=compute)), x, q, compute)
     assert len(launches) == (backend == "triton")
 
 
 @pytest.mark.parametrize("backend", ["xla", "triton"])
-def test_a_pack_of_adapters_is_one_product_of_all_their_rows(backend, launches):
+@pytest.mark.parametrize("compute", EIGHT_BIT)
+def test_a_pack_of_adapters_is_one_product_of_all_their_rows(compute, backend, launches):
     q = weight("whole tiles")
-    codec = q.codec._replace(backend=backend, compute="fp8")
+    codec = q.codec._replace(backend=backend, compute=compute)
     x = normal(3, 4, 128, dtype="bfloat16", seed=1)
     together = jax.block_until_ready(jax.jit(jax.vmap(lambda x: nf4_matmul.matmul(x, q.packed, codec)))(x))
-    check(together, x, q)
-    assert launches == ([("fp8 forward", (12, 128))] if backend == "triton" else [])
+    check(together, x, q, compute)
+    assert launches == ([(f"{compute} forward", (12, 128))] if backend == "triton" else [])
 
 
 @pytest.mark.parametrize("backend", ["xla", "triton"])
-def test_only_packed_arrays_are_kept_for_the_backward_pass(backend, launches, capsys):
+@pytest.mark.parametrize("compute", EIGHT_BIT)
+def test_only_packed_arrays_are_kept_for_the_backward_pass(compute, backend, launches, capsys):
     q = weight("whole tiles")
-    codec = q.codec._replace(backend=backend, compute="fp8")
+    codec = q.codec._replace(backend=backend, compute=compute)
     x = normal(4, 128, dtype="bfloat16", seed=1)
     print_saved_residuals(lambda x, packed: nf4_matmul.matmul(x, packed, codec), x, q.packed)
     kept = capsys.readouterr().out.splitlines()
@@ -157,48 +164,54 @@ def test_only_packed_arrays_are_kept_for_the_backward_pass(backend, launches, ca
 
 
 @pytest.mark.parametrize("backend", ["xla", "triton"])
-def test_no_rows(backend, monkeypatch):
+@pytest.mark.parametrize("compute", EIGHT_BIT)
+def test_no_rows(compute, backend, monkeypatch):
     monkeypatch.setattr(triton_backend, "current_gpu", lambda: H200)
     q = weight("whole tiles")
     x = jnp.zeros((0, 128), jnp.bfloat16)
-    assert nf4_matmul.matmul(x, q.packed, q.codec._replace(backend=backend, compute="fp8")).shape == (0, 128)
+    assert nf4_matmul.matmul(x, q.packed, q.codec._replace(backend=backend, compute=compute)).shape == (0, 128)
 
 
-def test_full_is_the_default_and_reaches_the_tensor():
+@pytest.mark.parametrize("compute", EIGHT_BIT)
+def test_full_is_the_default_and_others_reach_the_tensor(compute):
     q = weight("whole tiles")
     assert q.codec.compute == "full"
     x = normal(4, 128, dtype="float32", seed=1)
-    eight_bit = dataclasses.replace(q, compute="fp8")
-    check(qj.matmul(x, eight_bit), x, q)
+    eight_bit = dataclasses.replace(q, compute=compute)
+    check(qj.matmul(x, eight_bit), x, q, compute)
     assert not np.allclose(qj.matmul(x, q), qj.matmul(x, eight_bit), rtol=1e-3)
 
 
-def test_mistakes_are_named(monkeypatch):
+@pytest.mark.parametrize("compute", EIGHT_BIT)
+def test_mistakes_are_named(compute, monkeypatch):
     q = weight("whole tiles")
     x = jnp.zeros((2, 128), jnp.bfloat16)
-    with pytest.raises(ValueError, match="compute is 'int8', expected one of full, fp8"):
+    with pytest.raises(ValueError, match="compute is 'int8', expected one of full, fp8, fp8_row"):
         nf4_matmul.matmul(x, q.packed, q.codec._replace(compute="int8"))
-    with pytest.raises(ValueError, match="'mosaic' has no kernel for compute \"fp8\": set backend to triton or xla"):
-        nf4_matmul.matmul(x, q.packed, q.codec._replace(backend="mosaic", compute="fp8"))
+    message = f"'mosaic' has no kernel for compute \"{compute}\": set backend to triton or xla"
+    with pytest.raises(ValueError, match=message):
+        nf4_matmul.matmul(x, q.packed, q.codec._replace(backend="mosaic", compute=compute))
     if jax.default_backend() == "cpu":
         with pytest.raises(RuntimeError, match='backend "triton" needs an NVIDIA GPU, this process computes on cpu'):
-            nf4_matmul.matmul(x, q.packed, q.codec._replace(backend="triton", compute="fp8"))
+            nf4_matmul.matmul(x, q.packed, q.codec._replace(backend="triton", compute=compute))
     monkeypatch.setattr(triton_backend, "current_gpu", lambda: A100)
     reason = triton_fp8_backend.unsupported((128, 128), 64, jnp.bfloat16)
     assert reason == "NVIDIA A100-SXM4-80GB has compute capability 8.0: the 8-bit kernel is for 8.9 and 9.0"
-    codec = q.codec._replace(backend="triton", compute="fp8")
+    codec = q.codec._replace(backend="triton", compute=compute)
     assert nf4_matmul.path(codec, jnp.bfloat16) == "xla"
-    check(nf4_matmul.matmul(x + 1, q.packed, codec), x + 1, q)
+    x = normal(2, 128, dtype="bfloat16", seed=1)
+    check(nf4_matmul.matmul(x, q.packed, codec), x, q, compute)
 
 
 @pytest.mark.parametrize("rows", [1, 300])
 @pytest.mark.parametrize("gpu", ["NVIDIA GeForce RTX 4090", "NVIDIA H200"])
-def test_the_whole_op_is_lowered_for_a_gpu_that_is_not_here(gpu, rows):
+@pytest.mark.parametrize(("compute", "scales"), [("fp8", 2), ("fp8_row", 1)])  # of a row of 128 in-features
+def test_the_whole_op_is_lowered_for_a_gpu_that_is_not_here(compute, scales, gpu, rows):
     triton_lib = pytest.importorskip("jax_triton.triton_lib")
     if triton_lib.triton_kernel_call_lib is None:
         pytest.skip("lowering needs jax-cuda13-plugin (pip install --no-deps jax-cuda13-plugin)")
     q = weight("whole tiles")
-    codec = q.codec._replace(backend="triton", compute="fp8")
+    codec = q.codec._replace(backend="triton", compute=compute)
     device = jax.sharding.AbstractDevice(device_kind=gpu, num_cores=100, platform="gpu")
 
     def pack_gradient(x, packed):
@@ -211,7 +224,7 @@ def test_the_whole_op_is_lowered_for_a_gpu_that_is_not_here(gpu, rows):
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
         text = jax.jit(pack_gradient).trace(x, q.packed).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("triton_kernel_call") == 2  # forward and backward, each once for the whole pack
-    assert f"tensor<{2 * rows}x128xf8E4M3FN>" in text and f"tensor<2x{2 * rows}xf32>" in text  # x and its scales
+    assert f"tensor<{2 * rows}x128xf8E4M3FN>" in text and f"tensor<{scales}x{2 * rows}xf32>" in text  # x, its scales
     assert "tensor<128x128x" not in text  # no W anywhere
 
 
@@ -225,10 +238,11 @@ def test_rows_of_zeros_and_tiny_values_stay_finite():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_not_hidden(bad):
+@pytest.mark.parametrize("compute", EIGHT_BIT)
+def test_what_is_not_finite_is_not_hidden(compute, bad):
     q = weight("whole tiles")
     x = normal(3, 128, dtype="bfloat16", seed=1).at[1, 5].set(bad)
-    y = np.asarray(nf4_matmul.matmul(x, q.packed, q.codec._replace(compute="fp8")), np.float32)
+    y = np.asarray(nf4_matmul.matmul(x, q.packed, q.codec._replace(compute=compute)), np.float32)
     assert np.all(np.isnan(y[1])) and np.all(np.isfinite(y[[0, 2]]))
 
 
@@ -253,6 +267,26 @@ def test_the_table_is_scaled_to_the_least_error(format, largest, error):
     assert np.sqrt(np.mean((two - exact) ** 2) / np.mean(exact**2)) > found + 0.003  # a power of two leaves more
 
 
+@pytest.mark.parametrize(
+    ("times", "runs", "rows"),
+    [
+        (1e3, (0.0245, 0.0257), (0.0259, 0.0271)),
+        (1e4, (0.0245, 0.0257), (0.0265, 0.0278)),
+        (1e5, (0.0385, 0.0405), (0.12, 0.13)),
+        (1e6, (0.235, 0.240), (0.94, 0.97)),
+    ],
+)
+def test_what_a_row_loses_beside_one_large_value(times, runs, rows):
+    """Error of the other values, root mean square over theirs: 64 share the large one's scale, or all 1,024 do."""
+    x = np.random.default_rng(0).normal(size=(256, 1024)).astype(np.float32)
+    x[:, 77] = times
+    others = np.arange(1024) != 77
+    for run, (low, high) in ((64, runs), (1024, rows)):
+        values, scales = fp8.quantize(x, run)
+        back = np.asarray(values, np.float64) * np.repeat(np.asarray(scales, np.float64), run, axis=1)
+        assert low < np.sqrt(np.mean(np.square(back - x)[:, others]) / np.mean(np.square(x[:, others]))) < high, run
+
+
 ACTIVATIONS = {
     "normal": lambda rng, x: x,
     "eight features of 1,024 fifty times as large": lambda rng, x: x * np.where(np.arange(1024) % 128 == 5, 50, 1),
@@ -262,26 +296,30 @@ ACTIVATIONS = {
 
 
 @pytest.mark.parametrize(
-    ("format", "activations", "low", "high"),
+    ("format", "activations", "fp8", "fp8_row"),
     [
-        ("nf4", "normal", 0.0315, 0.0328),
-        ("fp4", "normal", 0.0245, 0.0257),
-        ("int4", "normal", 0.0245, 0.0257),
-        ("nf4", "eight features of 1,024 fifty times as large", 0.0195, 0.0225),
-        ("fp4", "eight features of 1,024 fifty times as large", 0.0052, 0.0061),
-        ("int4", "eight features of 1,024 fifty times as large", 0.0052, 0.0061),
-        ("nf4", "one value a row a thousand times as large", 0.0185, 0.0210),
-        ("fp4", "one value a row a thousand times as large", 0.0004, 0.0012),
-        ("nf4", "Student's t, 3 degrees of freedom", 0.0280, 0.0305),
-        ("int4", "Student's t, 3 degrees of freedom", 0.0205, 0.0225),
+        ("nf4", "normal", (0.0315, 0.0328), (0.0325, 0.0338)),
+        ("fp4", "normal", (0.0245, 0.0257), (0.0259, 0.0271)),
+        ("int4", "normal", (0.0245, 0.0257), (0.0259, 0.0271)),
+        ("nf4", "eight features of 1,024 fifty times as large", (0.0195, 0.0225), (0.0265, 0.0295)),
+        ("fp4", "eight features of 1,024 fifty times as large", (0.0052, 0.0061), (0.0188, 0.0208)),
+        ("int4", "eight features of 1,024 fifty times as large", (0.0052, 0.0061), (0.0188, 0.0208)),
+        ("nf4", "one value a row a thousand times as large", (0.0185, 0.0210), (0.0185, 0.0210)),
+        ("fp4", "one value a row a thousand times as large", (0.0004, 0.0012), (0.0004, 0.0012)),
+        ("nf4", "Student's t, 3 degrees of freedom", (0.0280, 0.0305), (0.0305, 0.0330)),
+        ("int4", "Student's t, 3 degrees of freedom", (0.0205, 0.0225), (0.0237, 0.0259)),
     ],
 )
-def test_error_against_the_full_product(format, activations, low, high):
-    """Root mean square of the difference over that of the full product, W normal [512, 1024], x [256, 1024]."""
+def test_error_against_the_full_product(format, activations, fp8, fp8_row):
+    """Root mean square of the difference over that of the full product, W normal [512, 1024], x [256, 1024].
+
+    A value that stands out of its run (or row) is the one that sets the scale: it becomes 448, exactly.
+    """
     rng = np.random.default_rng(0)
     q = qj.quantize(jnp.asarray(rng.normal(size=(512, 1024)), jnp.float32), format)
     x = jnp.asarray(ACTIVATIONS[activations](rng, rng.normal(size=(256, 1024))), jnp.float32)
     full = nf4_matmul.matmul(x, q.packed, q.codec)
-    eight_bit = nf4_matmul.matmul(x, q.packed, q.codec._replace(compute="fp8"))
-    error = float(jnp.sqrt(jnp.mean(jnp.square(eight_bit - full)) / jnp.mean(jnp.square(full))))
-    assert low < error < high
+    for compute, (low, high) in zip(EIGHT_BIT, (fp8, fp8_row), strict=True):
+        eight_bit = nf4_matmul.matmul(x, q.packed, q.codec._replace(compute=compute))
+        error = float(jnp.sqrt(jnp.mean(jnp.square(eight_bit - full)) / jnp.mean(jnp.square(full))))
+        assert low < error < high, compute

@@ -1,4 +1,10 @@
-"""The Triton and Mosaic kernels on a real GPU, against XLA's float32 product there (make gpu-check)."""
+"""Every backend on a real GPU against a float32 product there: value, gradient, packs, formats, blocks, ragged edges.
+
+Small weights, so that the 50-odd cases take two minutes, most of it compiling (make gpu-check).
+"""
+
+import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +13,7 @@ import pytest
 
 import qlora_jax as qj
 from pallas_kernels import nf4_matmul
-from pallas_kernels.nf4_matmul import fp8, triton_fp8_backend
-from pallas_kernels.nf4_matmul.mosaic_hopper import HOPPER
-from pallas_kernels.nf4_matmul.shapes import SHAPES
+from pallas_kernels.nf4_matmul import api, fp8, scratch, triton_fp8_backend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,49 +21,164 @@ pytestmark = [
 ]
 
 UNIT_ROUNDOFF = {"bfloat16": 2.0**-9, "float16": 2.0**-12}
+KERNELS = [backend for backend in nf4_matmul.BACKENDS if backend != "auto"]
+
+# rows, dtype, shape [O, I], block size, format, double quantization
+CASES = {
+    "1 row": (1, "bfloat16", (1024, 2048), 64, "nf4", True),
+    "a few rows": (17, "float16", (1024, 2048), 64, "nf4", True),
+    "some rows": (100, "bfloat16", (1024, 2048), 64, "nf4", True),
+    "training rows": (2048, "bfloat16", (1024, 2048), 64, "nf4", True),
+    "ragged training rows": (1111, "float16", (1024, 2048), 64, "nf4", False),
+    "Llama-7B's down projection": (300, "bfloat16", (4096, 11008), 64, "nf4", True),
+    "fp4": (33, "bfloat16", (512, 1024), 64, "fp4", True),
+    "int4": (256, "float16", (512, 1024), 64, "int4", True),
+    "blocks of 32": (65, "bfloat16", (512, 1024), 32, "nf4", True),
+    "blocks of 128": (130, "bfloat16", (512, 1024), 128, "nf4", True),
+    "blocks of 256": (16, "float16", (512, 1024), 256, "nf4", True),
+    "out-features that fill no tile": (50, "bfloat16", (330, 448), 64, "nf4", True),
+    "blocks that cross rows": (50, "bfloat16", (65, 67), 64, "nf4", True),
+}
 
 
-@pytest.mark.parametrize("backend", ["triton", "mosaic"])
-@pytest.mark.parametrize("dtype", UNIT_ROUNDOFF)
-@pytest.mark.parametrize("rows", [1, 2, 16, 17, 100, 300, 2048])
-@pytest.mark.parametrize("name", ["tinyllama-1b/key_value", "tinyllama-1b/down", "llama-7b/gate_up"])
-def test_value_and_gradient(name, rows, dtype, backend):
-    if backend == "mosaic" and not jax.devices()[0].device_kind.removeprefix("NVIDIA ").startswith(HOPPER):
-        pytest.skip("the Mosaic kernels are for Hopper")
-    shape = SHAPES[name]
-    keys = jax.random.split(jax.random.key(rows), 3)
-    q = qj.quantize(jax.random.normal(keys[0], tuple(shape)))
+def quantized(shape, block_size=64, format="nf4", double_quant=True, seed=0) -> qj.QuantizedTensor:
+    return qj.quantize(jax.random.normal(jax.random.key(seed), shape), format, block_size, double_quant)
+
+
+def codec_of(q: qj.QuantizedTensor, backend: str, dtype: str) -> nf4_matmul.Codec:
+    """The codec with that backend, which must be here and take the weight; else the test is skipped with the reason."""
     codec = q.codec._replace(backend=backend)
-    x = jax.random.normal(keys[1], (rows, shape.in_features), dtype)
-    dy = jax.random.normal(keys[2], (rows, shape.out_features), dtype)
-    y, pullback = jax.vjp(lambda x: nf4_matmul.matmul(x, q.packed, codec), x)
-    (dx,) = pullback(dy)
+    if backend == "mosaic" and str(jax.devices()[0].compute_capability) != "9.0":
+        pytest.skip("the Mosaic kernels are for Hopper")
+    if backend in ("triton", "scratch") and importlib.util.find_spec("jax_triton") is None:
+        pytest.fail("jax-triton is missing: pip install jax-triton==0.4.1")
+    if (refusal := api.refusal(codec, jnp.dtype(dtype))) is not None:
+        pytest.skip(f"refused: {refusal}")
+    return codec
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def exact_and_bound(left: jax.Array, w: jax.Array, contract: int) -> tuple[jax.Array, jax.Array]:
+    """Errors of the terms are independent: six standard deviations of three roundings, and the result's own."""
+    exact = nf4_matmul.dense_matmul(left.astype(jnp.float32), w, contract)
+    magnitude = jnp.sqrt(nf4_matmul.dense_matmul(left.astype(jnp.float32) ** 2, w**2, contract))
+    return exact, UNIT_ROUNDOFF[left.dtype.name] * (6 * 3**0.5 * magnitude + jnp.abs(exact))
+
+
+def check(found: jax.Array, left: jax.Array, w: jax.Array, contract: int) -> None:
+    exact, bound = exact_and_bound(left, w, contract)
+    assert found.dtype == left.dtype
+    assert np.all(np.abs(np.asarray(found, np.float32) - np.asarray(exact)) <= np.asarray(bound))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_value_and_gradient(backend, name):
+    rows, dtype, shape, block_size, format, double_quant = CASES[name]
+    q = quantized(shape, block_size, format, double_quant)
+    codec = codec_of(q, backend, dtype)
+    keys = jax.random.split(jax.random.key(1), 2)
+    x, dy = (jax.random.normal(key, (rows, shape[axis]), dtype) for key, axis in zip(keys, (1, 0), strict=True))
+
+    @jax.jit
+    def both(x, dy, packed):
+        y, pullback = jax.vjp(lambda x: nf4_matmul.matmul(x, packed, codec), x)
+        return y, pullback(dy)[0]
+
+    y, dx = both(x, dy, q.packed)
     w = qj.dequantize(q, jnp.float32)
-    for found, left, contract in ((y, x, 1), (dx, dy, 0)):
-        exact = nf4_matmul.dense_matmul(left.astype(jnp.float32), w, contract)
-        magnitude = jnp.sqrt(nf4_matmul.dense_matmul(left.astype(jnp.float32) ** 2, w**2, contract))
-        # errors of the terms are independent: six standard deviations of three roundings, and the result's own
-        bound = UNIT_ROUNDOFF[dtype] * (6 * 3**0.5 * magnitude + jnp.abs(exact))
-        assert found.dtype == dtype
-        assert np.all(np.abs(np.asarray(found, np.float32) - np.asarray(exact)) <= np.asarray(bound))
+    check(y, x, w, 1)
+    check(dx, dy, w, 0)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_pack_of_adapters_in_a_scan_over_layers(backend):
+    """vmap over 3 adapters of 20 rows, 2 stacked layers, gradient of the whole: against "xla" on the same GPU."""
+    layers = [quantized((512, 512), seed=seed) for seed in (0, 1)]
+    codec = codec_of(layers[0], backend, "bfloat16")
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(q.packed for q in layers))
+    x = jax.random.normal(jax.random.key(2), (3, 20, 512), "bfloat16")
+
+    def gradient(codec):
+        def loss(x, packed):
+            y, _ = jax.lax.scan(lambda x, p: (nf4_matmul.matmul(x, p, codec) / 16, None), x, packed)
+            return jnp.sum(y.astype(jnp.float32) ** 2)
+
+        return np.asarray(jax.jit(jax.vmap(jax.grad(loss), in_axes=(0, None)))(x, stacked), np.float32)
+
+    expected = gradient(codec._replace(backend="xla"))
+    np.testing.assert_allclose(gradient(codec), expected, rtol=0, atol=0.03 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("dtype", UNIT_ROUNDOFF)
-@pytest.mark.parametrize("rows", [1, 17, 100, 300, 2048])
-@pytest.mark.parametrize("block_size", [32, 64, 256])
-@pytest.mark.parametrize("name", ["tinyllama-1b/key_value", "llama-7b/gate_up"])
-def test_8_bit_value(name, block_size, rows, dtype):
+@pytest.mark.parametrize("name", ["1 row", "fp4", "int4", "blocks of 256", "blocks that cross rows"])
+def test_the_scratch_is_exact_to_the_bit(name, dtype):
+    _, _, shape, block_size, format, double_quant = CASES[name]
+    q = quantized(shape, block_size, format, double_quant)
+    codec = codec_of(q, "scratch", dtype)
+    found = jax.jit(lambda packed: scratch.dequantize(packed, codec, jnp.dtype(dtype)))(q.packed)
+    codes, absmax = np.asarray(q.packed.codes), np.asarray(q.packed.absmax)
+    if double_quant:
+        nested = np.asarray(q.packed.nested_absmax)[np.arange(len(absmax)) // 256]
+        absmax = np.asarray(codec.absmax_map, np.float32)[absmax] * nested + np.asarray(q.packed.offset)
+    number = np.arange(shape[0] * shape[1])
+    values = np.asarray(codec.table, np.float32)[np.concatenate([codes & 15, codes >> 4])[number]]
+    expected = (values * absmax[number // block_size]).astype(jnp.dtype(dtype)).reshape(shape)
+    expected = np.where(expected == 0, np.zeros_like(expected), expected)  # -0 becomes +0
+    np.testing.assert_array_equal(np.asarray(found).view(np.uint16), expected.view(np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "block_size"),
+    [(1, "bfloat16", 64), (17, "float16", 32), (300, "bfloat16", 256), (2048, "bfloat16", 64)],
+)
+@pytest.mark.parametrize("shape", [(1024, 2048), (4096, 11008)])
+@pytest.mark.parametrize("compute", ["fp8", "fp8_row"])
+def test_8_bit_value(compute, shape, rows, dtype, block_size):
     """Against the emulation of the same roundings: what is left are sums, which 8-bit tensor cores may keep shorter."""
-    shape = SHAPES[name]
     if reason := triton_fp8_backend.unsupported(shape, block_size, jnp.dtype(dtype)):
         pytest.skip(reason)
     keys = jax.random.split(jax.random.key(rows), 2)
-    q = qj.quantize(jax.random.normal(keys[0], tuple(shape)), block_size=block_size)
-    x = jax.random.normal(keys[1], (rows, shape.in_features), dtype)
-    found = nf4_matmul.matmul(x, q.packed, q.codec._replace(backend="triton", compute="fp8"))
-    exact = fp8.forward(x.astype(jnp.float32), q.packed, q.codec)
+    q = qj.quantize(jax.random.normal(keys[0], shape), block_size=block_size)
+    x = jax.random.normal(keys[1], (rows, shape[1]), dtype)
+    codec = q.codec._replace(backend="triton", compute=compute)
+    found = nf4_matmul.matmul(x, q.packed, codec)
+    exact = fp8.forward(x.astype(jnp.float32), q.packed, codec)
     magnitude = nf4_matmul.dense_matmul(jnp.abs(x).astype(jnp.float32), jnp.abs(qj.dequantize(q, jnp.float32)), 1)
     error = np.abs(np.asarray(found, np.float32) - np.asarray(exact))
     assert found.dtype == dtype
     assert np.all(error <= 2 * UNIT_ROUNDOFF[dtype] * np.abs(np.asarray(exact)) + 2.0**-11 * np.asarray(magnitude))
     assert np.sqrt(np.mean(error**2)) < 0.004 * np.sqrt(np.mean(np.square(exact)))
+
+
+@pytest.mark.parametrize("with_dropout", [False, True])
+@pytest.mark.parametrize(("rows", "rank"), [(1, 64), (17, 8), (300, 64), (300, 256)])
+def test_a_pack_of_fused_adapters(rows, rank, with_dropout):
+    """Value and every gradient against the plain form in float32, for three adapters in one kernel call."""
+    shape, adapters, scale = (1024, 2048), 3, 0.25
+    keys = jax.random.split(jax.random.key(rows), 6)
+    q = qj.quantize(jax.random.normal(keys[0], shape))
+    x = jax.random.normal(keys[1], (adapters, rows, shape[1]), jnp.bfloat16)
+    dy = jax.random.normal(keys[2], (adapters, rows, shape[0]), jnp.bfloat16)
+    a = jax.random.normal(keys[3], (adapters, rank, shape[1])).astype(jnp.bfloat16).astype(jnp.float32)
+    b = jax.random.normal(keys[4], (adapters, shape[0], rank)).astype(jnp.bfloat16).astype(jnp.float32)
+    dropped = jnp.where(jax.random.bernoulli(keys[5], 0.5, x.shape), 2 * x, 0) if with_dropout else None
+
+    def run(codec, dtype):
+        def product(x, dropped, a, b):
+            return nf4_matmul.matmul_lora(x, q.packed, codec, a, b, scale, dropped)
+
+        def pack(x, dropped, a, b, dy):
+            y, pullback = jax.vjp(jax.vmap(product, (0, None if dropped is None else 0, 0, 0)), x, dropped, a, b)
+            return y, pullback(dy)
+
+        masked = None if dropped is None else dropped.astype(dtype)
+        return jax.jit(pack)(x.astype(dtype), masked, a, b, dy.astype(dtype))
+
+    # A and B hold values of 16 bits: rounding them changes nothing
+    found = run(q.codec._replace(backend="triton", fuse_lora=True), jnp.bfloat16)
+    exact = run(q.codec, jnp.float32)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        error = np.asarray(one, np.float32) - np.asarray(other, np.float32)
+        size = np.sqrt(np.mean(np.asarray(other, np.float32) ** 2))
+        assert np.sqrt(np.mean(error**2)) < 2 * 2.0**-8 * size and np.abs(error).max() < 8 * 2.0**-7 * size

@@ -12,8 +12,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pallas_kernels.nf4_matmul import Codec, config, triton_backend, triton_fp8, triton_fp8_backend
+from pallas_kernels.nf4_matmul import Codec, config, scratch, triton_backend, triton_fp8, triton_fp8_backend
 from pallas_kernels.nf4_matmul.triton_backward import backward_kernel
+from pallas_kernels.nf4_matmul.triton_dequantize import dequantize_kernel
 from pallas_kernels.nf4_matmul.triton_forward import forward_kernel
 
 CUOBJDUMP = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -28,11 +29,24 @@ class Machine(NamedTuple):
     shared: int  # bytes a program
     instructions: Counter  # by name, over the whole code
     loop: Counter  # by name, of one turn of the longest loop
+    wide_stores: int  # of 16 bytes a thread, to global memory
+
+    @property
+    def total(self) -> int:
+        return self.instructions.total() - self.instructions["NOP"]
 
 
 def compile_kernel(
-    op: config.Op, codec: Codec, dtype: str, tiles: config.Tiles, compute_capability: int, double_quant: bool = True
+    op: config.Op,
+    codec: Codec,
+    dtype: str,
+    tiles: config.Tiles,
+    compute_capability: int,
+    double_quant: bool = True,
+    adapters: int = 1,
+    rank: int = 0,
 ) -> Machine:
+    """rank 0: the plain kernel; else with the low-rank term of `adapters` adapters."""
     kernel = forward_kernel if op == "forward" else backward_kernel
     nested = "*fp32" if double_quant and tiles.scales_in_kernel else "constexpr"
     types = {
@@ -43,12 +57,12 @@ def compile_kernel(
         "scale_map": nested,
         "nested_absmax": nested,
         "offset": nested,
+        **dict.fromkeys(("u", "b") if op == "forward" else ("du", "a"), POINTER[dtype] if rank else "constexpr"),
         "out": POINTER[dtype] if tiles.split == 1 else "*fp32",
         "rows": "i32",
     }
-    return _compile(
-        kernel, types, triton_backend.constants(op, codec, jnp.dtype(dtype), tiles), tiles, compute_capability
-    )
+    constants = triton_backend.constants(op, codec, jnp.dtype(dtype), tiles, adapters, rank)
+    return _compile(kernel, types, constants, _options(tiles), compute_capability)
 
 
 def compile_fp8(
@@ -68,17 +82,34 @@ def compile_fp8(
         "rows": "i32",
     }
     constants = triton_fp8_backend.constants(codec, tiles)
-    return _compile(triton_fp8.forward_kernel, types, constants, tiles, compute_capability)
+    return _compile(triton_fp8.forward_kernel, types, constants, _options(tiles), compute_capability)
 
 
-def _compile(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], tiles: config.Tiles, compute_capability: int
-) -> Machine:
-    constants |= {name: None for name, kind in types.items() if kind == "constexpr"}
+def compile_dequantize(codec: Codec, dtype: str, compute_capability: int, double_quant: bool = True) -> Machine:
+    nested = "*fp32" if double_quant else "constexpr"
+    types = {
+        "codes": "*u8",
+        "table": "*fp32",
+        "absmax": "*u8" if double_quant else "*fp32",
+        "scale_map": nested,
+        "nested_absmax": nested,
+        "offset": nested,
+        "out": POINTER[dtype],
+    }
+    options = {"num_warps": scratch.WARPS, "num_stages": 1}
+    return _compile(dequantize_kernel, types, scratch.constants(codec), options, compute_capability)
+
+
+def _options(tiles: config.Tiles) -> dict[str, Any]:
+    return {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+
+
+def _compile(kernel: Any, types: dict[str, str], constants: dict, options: dict, compute_capability: int) -> Machine:
+    constants = constants | {name: None for name, kind in types.items() if kind == "constexpr"}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     pointers = [k for k, kind in enumerate(signature.values()) if kind.startswith("*")]
     source = ASTSource(kernel, signature, constants, {(k,): [["tt.divisibility", 16]] for k in pointers})
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, **triton_backend.BACKEND_OPTIONS}
+    options = options | triton_backend.backend_options(compute_capability)
     compiled = triton.compile(source, target=GPUTarget("cuda", compute_capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -96,7 +127,9 @@ def _compile(
     ]
     longest = max(loops, key=Counter.total, default=Counter())
     total = Counter(name for _, name, _ in instructions)
-    return Machine(int(found[1]), int(found[2]), compiled.metadata.shared, total, longest)
+    return Machine(
+        int(found[1]), int(found[2]), compiled.metadata.shared, total, longest, len(re.findall(r"STG\S*\.128", code))
+    )
 
 
 def _cuobjdump(*arguments: str) -> str:

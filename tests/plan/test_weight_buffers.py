@@ -30,7 +30,7 @@ def test_a_layers_weights_pass_through_one_scratch(kernel, copies):
     model = abstract_model(ModelSpec(LLAMA_7B, QuantSpec(), LoRAConfig(dropout=0.1), kernel=kernel))
 
     def compile(options):
-        return compile_gradient(GPUS["h200"], model, BatchShape(16, 1, 512), dropout=True, compiler_options=options)
+        return compile_gradient(GPUS["h200"], model, BatchShape(16, 1, 512), dropout=True, extra_options=options)
 
     _, values = compile_with_values(compile)
     assert len(values) > 100

@@ -1,42 +1,39 @@
-"""Our own form on disk gives back the same arrays, and names what is damaged."""
+"""Our own form on disk: names, shapes and settings of the arrays."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import qlora_jax as qj
-from qlora_jax.quant.native import from_native, part_of, to_native
+from qlora_jax.quant import native
 
 
-@pytest.mark.parametrize("format", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("format", ["nf4", "int4"])
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_round_trip(format, double_quant):
-    w = jnp.asarray(np.random.default_rng(0).standard_normal((7, 33)), jnp.float32)
+@pytest.mark.parametrize("shape", [(7, 33), (8, 64)])
+def test_what_is_promised_is_what_quantizing_gives(shape, format, double_quant):
+    w = jax.numpy.asarray(np.random.default_rng(0).standard_normal(shape), "float32")
     q = qj.quantize(w, format, 32, double_quant)
-    again = from_native(to_native(q, "a.w"), "a.w")
-    assert jax.tree.structure(again) == jax.tree.structure(q)
-    for x, y in zip(jax.tree.leaves(q), jax.tree.leaves(again), strict=True):
-        assert x.dtype == y.dtype and x.shape == y.shape
-        np.testing.assert_array_equal(x, y)
+    promised = native.abstract(shape, format, 32, double_quant)
+    assert jax.tree.structure(promised) == jax.tree.structure(q)
+    for expected, found in zip(jax.tree.leaves(promised), jax.tree.leaves(q), strict=True):
+        assert (expected.shape, expected.dtype) == (found.shape, found.dtype)
+    again = native.filled(promised, native.parts(q))
+    assert again == q and set(native.parts(q)) == set(native.PARTS[: 4 if double_quant else 2])
 
 
-@pytest.mark.parametrize("part", ["codes", "absmax", "nested_absmax", "offset", "meta"])
-def test_every_part_is_needed(part):
-    tensors = to_native(qj.quantize(jnp.ones((4, 32)), "nf4", 32), "w")
-    del tensors[f"w.{part}"]
-    with pytest.raises(qj.InputError, match="^w"):
-        from_native(tensors, "w")
+def test_names():
+    assert native.stack_key("mlp.up_proj", "codes") == "model.layers.mlp.up_proj.weight.codes"
+    assert all(native.is_stack(native.stack_key("mlp.up_proj", part)) for part in native.PARTS)
+    for other in ("model.layers.0.mlp.up_proj.weight.absmax", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"):
+        assert not native.is_stack(other)
 
 
-@pytest.mark.parametrize("part", ["codes", "absmax", "nested_absmax"])
-def test_misshapen_part(part):
-    tensors = to_native(qj.quantize(jnp.ones((4, 32)), "nf4", 32), "w")
-    tensors[f"w.{part}"] = np.zeros(5, tensors[f"w.{part}"].dtype)
-    with pytest.raises(qj.InputError, match=f"w.{part} is .* with 5 values; expected"):
-        from_native(tensors, "w")
-
-
-def test_part_of():
-    assert part_of("a.weight.codes") == "a.weight"
-    assert part_of("a.weight") is None
+def test_settings_are_read_back_and_other_layouts_are_named():
+    raw = native.settings("fp4", 128, False)
+    assert native.read_settings(raw, "here") == ("fp4", 128, False)
+    with pytest.raises(qj.InputError, match="^here: quantization_config lacks format"):
+        native.read_settings({key: value for key, value in raw.items() if key != "format"}, "here")
+    del raw["layout"]  # as folders of earlier versions have it
+    with pytest.raises(qj.InputError, match="^here: .* of layout 1, this version reads 2: quantize the original again"):
+        native.read_settings(raw, "here")

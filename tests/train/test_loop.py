@@ -20,6 +20,7 @@ from qlora_jax.settings import resolved
 from qlora_jax.train import checkpoints, loop
 from qlora_jax.train.loop import Run, Stopped, finetune
 from qlora_jax.train.residency import RESERVED, decide
+from qlora_jax.train.setup import check_config
 
 
 def train(config, path: Path) -> dict:
@@ -219,11 +220,33 @@ def test_two_processes_cannot_share_a_workdir(tiny_config, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
+        ("model", "kernel", "mosaic", "needs model.kernel triton, found 'mosaic': change it, or set model.fuse_lora="),
+        ("model", "compute", "fp8", "needs model.compute full, found 'fp8'"),
+        ("model", "compute_dtype", "float32", "needs model.compute_dtype bfloat16, found 'float32'"),
+        ("quant", "format", "none", "needs quant.format nf4 or fp4 or int4, found 'none'"),
+    ],
+)
+def test_what_cannot_fuse_an_adapter_is_named(tiny_config, section, key, value, message):
+    tiny_config.model.update(kernel="triton", compute_dtype="bfloat16", fuse_lora=True)
+    tiny_config.quant.format = "nf4"
+    tiny_config[section][key] = value
+    with pytest.raises(InputError, match=message):
+        check_config(tiny_config)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
         ("train", "steps", 0, "at least 1"),
         ("model", "compute_dtype", "float64", "bfloat16 or float32"),
-        ("model", "kernel", "cuda", "xla or triton"),
+        ("model", "kernel", "cuda", "auto or xla or triton"),
         ("model", "kernel", "triton", "needs an NVIDIA GPU; this process computes on cpu"),
-        ("model", "compute", "int8", "full or fp8"),
+        ("model", "remat", "blocks", "none or block or block[+]offload"),
+        ("model", "attention", "flash", "auto or xla or chunked or cudnn"),
+        ("model", "attention", "cudnn", "needs an NVIDIA GPU; this process computes on cpu"),
+        ("model", "sequence_chunk", -1, "expected tokens, or 0 for off"),
+        ("model", "compute", "int8", "full or fp8 or fp8_row"),
+        ("model", "fuse_lora", True, "model.fuse_lora needs model.kernel triton, found 'auto'"),
         ("optimizer", "paging", "maybe", "never or always or auto"),
         ("optimizer", "schedule", "cosin", "known: constant, linear, cosine"),
         ("optimizer", "name", "adam", "known: adamw"),
@@ -246,25 +269,28 @@ def test_bad_values_say_what_is_expected(tiny_config, tmp_path, section, key, va
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
-        ("quant", "format", "none", "quant.format is \"none\": set quant.format=nf4, or model.compute=full"),
-        ("model", "kernel", "mosaic", "no kernel for model.compute=\"fp8\": set model.kernel=triton, or"),
+        ("quant", "format", "none", 'quant.format is "none": set quant.format=nf4, or model.compute=full'),
+        ("model", "kernel", "mosaic", 'no kernel for model.compute="{}": set model.kernel=triton, or'),
     ],
 )
-def test_what_does_not_go_with_8_bit_products_is_named(tiny_config, tmp_path, section, key, value, message):
-    tiny_config.model.compute = "fp8"
+@pytest.mark.parametrize("compute", ["fp8", "fp8_row"])
+def test_what_does_not_go_with_8_bit_products_is_named(tiny_config, tmp_path, compute, section, key, value, message):
+    tiny_config.model.compute = compute
     tiny_config[section][key] = value
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message.format(compute)):
         train(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_8_bit_products_train_beside_the_full_ones(tiny_config, tmp_path):
-    train(tiny_config, tmp_path / "full")
-    tiny_config.model.compute = "fp8"
-    train(tiny_config, tmp_path / "fp8")
-    full, eight_bit = losses(tmp_path / "full"), losses(tmp_path / "fp8")
-    assert full != eight_bit
-    np.testing.assert_allclose(eight_bit, full, rtol=0.02)
+    found = {}
+    for compute in ("full", "fp8", "fp8_row"):
+        tiny_config.model.compute = compute
+        train(tiny_config, tmp_path / compute)
+        found[compute] = losses(tmp_path / compute)
+    assert found["full"] != found["fp8"] != found["fp8_row"] != found["full"]
+    for compute in ("fp8", "fp8_row"):
+        np.testing.assert_allclose(found[compute], found["full"], rtol=0.02)
 
 
 def test_killed_command_ends_with_a_bit_identical_adapter(golden, tmp_path):
@@ -348,3 +374,30 @@ def test_killed_before_its_first_checkpoint_a_run_has_each_metric_once(tiny_conf
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "eval_loss" in row] == [0, 2, 4]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_how_long_sequences_run_is_said(tiny_config, tmp_path):
+    """12 tokens: whole by default, in chunks of 5 when asked; attention that needs all queries cannot have chunks."""
+
+    def said() -> str:
+        lines: list[str] = []
+        finetune(tiny_config, resolved(tiny_config), tmp_path / str(tiny_config.model.sequence_chunk), say=lines.append)
+        return "\n".join(lines)
+
+    tiny_config.train.steps = 1
+    assert "attention = xla for the longest sequences, of 12 tokens" in said()
+    tiny_config.model.sequence_chunk = 5
+    assert "sequences over 5 tokens in chunks of at most that, attention = chunked" in said()
+    tiny_config.model.attention = "xla"
+    with pytest.raises(InputError, match="model.attention is 'xla'.*set model.attention=chunked, or sequence_chunk=0"):
+        check_config(tiny_config)
+
+
+@pytest.mark.parametrize("sequence_chunk", [0, 5])
+def test_offloaded_run_equals_the_run_on_the_device_bit_for_bit(tiny_config, tmp_path, sequence_chunk):
+    tiny_config.model.sequence_chunk = sequence_chunk
+    for remat in ("block", "block+offload"):
+        tiny_config.model.remat = remat
+        train(tiny_config, tmp_path / remat)
+    assert losses(tmp_path / "block") == losses(tmp_path / "block+offload")
+    assert_same(adapter(tmp_path / "block"), adapter(tmp_path / "block+offload"))

@@ -1,0 +1,14 @@
+"""Guanaco 13B, the paper's recipe: OASST1's best-ranked paths, all turns trained, 1,875 steps of 16 conversations.
+
+python -m experiments.train --config=configs/guanaco_13b.py --config.data.path=FILE --workdir=runs/guanaco_13b
+"""
+
+from ml_collections import ConfigDict
+
+from configs import guanaco
+
+
+def get_config() -> ConfigDict:
+    c = guanaco.get_config()
+    c.model.path = "huggyllama/llama-13b"
+    return c.lock()

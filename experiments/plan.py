@@ -1,0 +1,130 @@
+"""Will it fit: python -m experiments.plan --config=configs/guanaco_65b.py --gpu=a6000 [--out=FILE.json]
+
+Compiles the config's real training programs for a GPU that is not here, from the model's sizes alone: no weights, no
+data and no GPU are needed. Prints device memory by kind, host memory, and the least time of a step; and, where it does
+not fit, the smallest change that does. --gpu=here plans for this machine's own device; with --workdir it is held
+against what a finished run there has measured.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from experiments import cli
+
+if TYPE_CHECKING:
+    from qlora_jax.plan.plan import Plan
+
+CONFIG = cli.config_flag()
+GPU = flags.DEFINE_list("gpu", None, "One or more of the known GPUs (a wrong name lists them), or here.", required=True)
+OUT = flags.DEFINE_string("out", None, "JSON file to write (with several GPUs: a list).")
+WORKDIR = flags.DEFINE_string("workdir", None, "With --gpu=here: a finished run of this config, to compare with.")
+ADVISE = flags.DEFINE_bool("advise", True, "Where it does not fit, look for the smallest change that does.")
+
+LABELS = {
+    "codes": "base: 4-bit codes",
+    "scales": "base: scales",
+    "linear_16bit": "base: linear layers, not quantized",
+    "embeddings_and_head": "base: embeddings and head",
+    "norms": "base: norms",
+    "adapters": "adapters",
+    "gradients": "gradients",
+    "optimizer": "optimizer state on the device",
+    "block_inputs": "block inputs (remat)",
+    "temporaries": "XLA's temporaries",
+}
+
+
+def main() -> None:
+    here = GPU.value == ["here"]
+    if not here:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # what is compiled for is not what is here
+    from qlora_jax.errors import InputError
+    from qlora_jax.plan.gpus import planned_gpu
+    from qlora_jax.plan.here import gpu_here
+    from qlora_jax.plan.plan import make_plan
+
+    if WORKDIR.value and not here:
+        raise InputError("--workdir compares with a run on this machine: it goes with --gpu=here alone")
+    if "here" in GPU.value and not here:
+        raise InputError("--gpu=here stands alone: this machine's device is not compiled for as the others are")
+    measured = _measured(Path(WORKDIR.value)) if WORKDIR.value else None
+    gpus = {"here": gpu_here()} if here else {name: planned_gpu(name) for name in GPU.value}
+    plans = []
+    for name, gpu in gpus.items():
+        plan = make_plan(CONFIG.value, gpu, lambda line: print(f"plan: {line}", flush=True), ADVISE.value)
+        plans.append(plan.to_json(name))
+        print(table(plan))
+    if measured is not None:
+        plans[0] |= _compare(plans[0]["device_peak_bytes"], measured)
+    if OUT.value:
+        path = Path(OUT.value).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(plans if len(plans) > 1 else plans[0], indent=1) + "\n")
+        print(f"written: {path}")
+
+
+def table(plan: "Plan") -> str:
+    """The plan as a person reads it. GB is 10^9 bytes, GiB 2^30."""
+    from qlora_jax.plan.memory import usable_bytes
+    from qlora_jax.plan.plan import EFFICIENCIES
+
+    memory, batch, peak = plan.memory, plan.spec.batch, plan.memory.peak
+    lines = [f"{plan.gpu.device_kind}: {_both(plan.gpu.memory_bytes)}", ""]
+    lines += [f"  {LABELS[kind]:<36}{size / 1e9:>9.3f} GB" for kind, size in peak.bytes.items()]
+    lines += [
+        f"  {'peak on the device, while: ' + peak.name:<36}{peak.total / 1e9:>9.3f} GB",
+        "  " + ", ".join(f"{phase.name} {phase.total / 1e9:.3f}" for phase in memory.phases) + " GB",
+        f"  {'of which a run may take':<36}{usable_bytes(plan.gpu) / 1e9:>9.3f} GB",
+        "",
+        f"  {'pinned host memory':<36}{memory.pinned_host_bytes / 1e9:>9.3f} GB",
+        f"  {'host memory at the peak of loading':<36}{memory.load_host_peak_bytes / 1e9:>9.3f} GB",
+        f"  {'optimizer state':<36}{memory.optimizer_bytes / 1e9:>9.3f} GB in {len(memory.resident)} pages, "
+        f"{sum(memory.resident)} of them on the device",
+        "",
+        f"  a step: {batch.G} x {batch.B} sequences of {batch.T} = {batch.tokens:,} tokens, "
+        f"{plan.time.flops / 1e12:,.1f} TFLOP, {plan.time.bytes / 1e9:,.1f} GB of device memory moved, "
+        f"{plan.time.bus_bytes / 1e9:,.2f} GB each way over the bus",
+        f"  roofline {plan.time.seconds:.2f} s; tokens/s at "
+        + ", ".join(f"{share:.0%}: {share * batch.tokens / plan.time.seconds:,.0f}" for share in EFFICIENCIES),
+        "",
+    ]
+    if plan.fits:
+        room = usable_bytes(plan.gpu) - peak.total
+        lines.append(f"it fits, with {_both(room)} to spare")
+    else:
+        short = peak.total - usable_bytes(plan.gpu)
+        lines.append(f"it does not fit: {_both(short)} short")
+        lines += [f"  nor with {change}" for change in plan.tried]
+        if plan.change is not None:
+            lines.append(f"  it fits with {plan.change}")
+    return "\n".join(lines)
+
+
+def _both(size: int) -> str:
+    return f"{size / 1e9:.2f} GB ({size / 2**30:.2f} GiB)"
+
+
+def _measured(workdir: Path) -> int:
+    from qlora_jax.errors import InputError
+    from qlora_jax.models.config import read_json
+    from qlora_jax.settings import differing_keys, resolved
+
+    if not (workdir / "summary.json").is_file():
+        raise InputError(f"--workdir={workdir}: no summary.json there; give the workdir of a finished run")
+    differing = differing_keys(read_json(workdir / "config.json"), resolved(CONFIG.value))
+    if differing:
+        raise InputError(f"--workdir={workdir} is a run of another config: {'; '.join(differing[:5])}")
+    return read_json(workdir / "summary.json")["peak_device_bytes"]
+
+
+def _compare(planned: int, measured: int) -> dict[str, Any]:
+    print(f"the run measured {_both(measured)}, the plan is {planned / measured - 1:+.1%} off")
+    return {"measured_peak_bytes": measured, "plan_to_measured": planned / measured}
+
+
+if __name__ == "__main__":
+    cli.run(main)

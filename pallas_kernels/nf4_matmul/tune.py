@@ -1,0 +1,142 @@
+"""Finds the fastest right way to compute a product on this GPU: every backend, and tile sizes of "triton" by search.
+
+The search starts from the heuristic's tiles and varies two fields at a time around the best so far (config.SWEEPS):
+some 40 programs to compile instead of the 1,728 of the whole product. What differs between one pair of fields and the
+next is not seen. A program that computes something else than the reference is never ranked.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.nf4_matmul import api, config, measure
+from pallas_kernels.nf4_matmul.config import Choice
+from pallas_kernels.nf4_matmul.measure import Case, Run
+
+TOLERANCE = 0.05  # of the root mean square; a wrong index is off by about 1, the roundings of 16 bits by 0.01
+
+
+class Tuned(NamedTuple):
+    """The fastest choice, and the seconds of a product by each backend (triton's with its best tiles)."""
+
+    choice: Choice
+    seconds: Mapping[str, float]
+
+
+def tune(
+    case: Case,
+    codec: api.Codec,
+    gpu: config.Gpu,
+    repeats: int,
+    say: Callable[[str], None],
+    is_over: Callable[[], bool] = lambda: False,
+) -> Tuned:
+    """The fastest choice that computes what the reference computes.
+
+    Args:
+      case, codec: the product.
+      gpu: this process's.
+      repeats: turns whose median counts.
+      say: takes lines on what was left out and what was found.
+      is_over: asked before each program is compiled.
+    Raises:
+      RuntimeError: nothing computes the product rightly.
+      TimeoutError: is_over said so.
+    """
+    trials = _Trials(case, codec, say, is_over)
+    for backend in config.MEASURED:
+        if backend != "triton" and (backend != "mosaic" or gpu.compute_capability == 90):
+            trials.add(Choice(backend))
+    if (refusal := api.refusal(codec._replace(backend="triton"), jnp.dtype(case.dtype))) is None:
+        _search_tiles(trials, case, gpu, repeats)
+    else:
+        say(f"left out, triton: {refusal}")
+    if not trials.runs:
+        raise RuntimeError(f"no backend computes {case} rightly on {gpu.name}")
+    seconds = trials.time(repeats)
+    return Tuned(min(seconds, key=seconds.__getitem__), {choice.backend: found for choice, found in seconds.items()})
+
+
+def _search_tiles(trials: "_Trials", case: Case, gpu: config.Gpu, repeats: int) -> None:
+    """Leaves the best tiles of "triton" among the trials, if any are right."""
+    call = (case.op, case.rows, case.shape, case.block_size, gpu)
+    tiles = config.heuristic(*call)
+    trials.add(Choice("triton", tiles))
+    for fields in config.SWEEPS:
+        found = [Choice("triton", varied) for varied in config.variations(*call, tiles, fields)]
+        for choice in found:
+            trials.add(choice)
+        if best := trials.keep_fastest("triton", repeats):
+            tiles = best
+            trials.say(f"after {' and '.join(fields)}: {tiles}")
+
+
+class _Trials:
+    """Compiled and checked programs by choice."""
+
+    def __init__(self, case: Case, codec: api.Codec, say: Callable[[str], None], is_over: Callable[[], bool]) -> None:
+        self.say = say
+        self.runs: dict[Choice, Run] = {}
+        self._is_over, self._case, self._codec = is_over, case, codec
+        self._tried: set[Choice] = set()
+        self._copies = measure.copies_that_pass_the_cache(case, on_gpu=True)
+        self._packed = [measure.random_packed(codec, seed) for seed in range(self._copies)]
+        columns = case.shape.in_features if case.op == "forward" else case.shape.out_features
+        self._x = jax.random.normal(jax.random.key(0), (case.rows, columns), jnp.dtype(case.dtype))
+        w = api.dequantize(self._packed[0], codec, jnp.dtype(jnp.float32))
+        self._expected = api.dense_matmul(self._x.astype(jnp.float32), w, 1 if case.op == "forward" else 0)
+        self._size = float(jnp.sqrt(jnp.mean(jnp.square(self._expected))))
+
+    def add(self, choice: Choice) -> None:
+        """Compiles and checks a choice, once; says why it is left out."""
+        if choice in self._tried:
+            return
+        if self._is_over():
+            raise TimeoutError
+        self._tried.add(choice)
+        codec = self._codec._replace(backend=choice.backend)
+        if (refusal := api.refusal(codec, jnp.dtype(self._case.dtype))) is not None:
+            self.say(f"left out, {choice.backend}: {refusal}")
+            return
+        products = measure.products(self._case.op, codec)
+        if choice.tiles is not None:
+            module = importlib.import_module("pallas_kernels.nf4_matmul.triton_backend")
+            products = jax.jit(partial(_with_tiles, getattr(module, self._case.op), codec, choice.tiles))
+        try:
+            found = products(self._x, self._packed)[0].astype(jnp.float32)
+            worst = float(jnp.max(jnp.abs(found - self._expected))) / self._size
+        except Exception as error:  # whatever the compiler says of this choice, the next may do
+            self.say(f"left out, does not run: {_name(choice)}: {measure.first_line(error)}")
+            return
+        if not worst < TOLERANCE:
+            self.say(f"left out, wrong by {worst:.2g} of the root mean square: {_name(choice)}")
+            return
+        self.runs[choice] = partial(products, self._x, self._packed)
+
+    def time(self, repeats: int) -> dict[Choice, float]:
+        """Median seconds of one product of every choice."""
+        return measure.interleaved(self.runs, repeats, self._copies)
+
+    def keep_fastest(self, backend: str, repeats: int) -> config.Tiles | None:
+        """Drops all but the fastest of a backend's choices; its tiles."""
+        runs = {choice: run for choice, run in self.runs.items() if choice.backend == backend}
+        if not runs:
+            return None
+        seconds = measure.interleaved(runs, repeats, self._copies)
+        best = min(seconds, key=seconds.__getitem__)
+        self.runs = {choice: run for choice, run in self.runs.items() if choice.backend != backend or choice == best}
+        return best.tiles
+
+
+def _name(choice: Choice) -> str:
+    return choice.backend if choice.tiles is None else str(choice.tiles)
+
+
+def _with_tiles(
+    kernel: Callable, codec: api.Codec, tiles: config.Tiles, x: jax.Array, packed: list[api.Packed]
+) -> list[jax.Array]:
+    return [kernel(x, p, codec, tiles) for p in packed]

@@ -1,0 +1,172 @@
+"""Device memory of a run by kind, from XLA's own buffer assignment of its programs for the GPU.
+
+A run has four phases, and its peak is the largest of theirs:
+
+    loading     the quantized model, and one tensor in 16 bits with what quantizing it takes
+    gradient    base, adapter, summed gradients, block inputs, temporaries; and optimizer state that stays on the device
+    update      base, adapter, summed gradients, resident state, the pages in flight, temporaries of a page's update
+    evaluation  base, adapter, resident state, and the temporaries of a batch of held-out examples
+
+XLA gives arguments, results and temporaries of a program as totals; arguments and results are the arrays that a run
+holds, so what is left are its temporaries.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import optax
+
+from qlora_jax.io.peaks import load_device_peak_bytes, load_host_peak_bytes
+from qlora_jax.lora import linear
+from qlora_jax.models.llama import LINEARS
+from qlora_jax.optim.pages import Pages
+from qlora_jax.plan.gpus import PlannedGpu
+from qlora_jax.plan.program import (
+    AbstractModel,
+    abstract_model,
+    compile_evaluation,
+    compile_gradient,
+    compile_update,
+)
+from qlora_jax.plan.spec import RunSpec
+from qlora_jax.quant.tensor import QuantizedTensor
+from qlora_jax.train.backward import block_input_bytes
+from qlora_jax.train.memory import MEMORY_FRACTION
+from qlora_jax.train.residency import decide
+
+KINDS = (
+    "codes",
+    "scales",
+    "linear_16bit",  # linear layers that are not quantized
+    "embeddings_and_head",
+    "norms",
+    "adapters",
+    "gradients",
+    "optimizer",
+    "block_inputs",
+    "temporaries",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """What stands on the device at once in one phase of a run."""
+
+    name: str
+    bytes: dict[str, int]  # by kind
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Of a run on one GPU."""
+
+    phases: tuple[Phase, ...]
+    page_bytes: tuple[int, ...]  # optimizer state of each page
+    resident: tuple[bool, ...]  # which of them stay on the device
+    optimizer_bytes: int  # all of its state, wherever it lives
+    pinned_host_bytes: int  # paged state, and offloaded block inputs
+    load_host_peak_bytes: int
+
+    @property
+    def peak(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.total)
+
+
+def base_bytes(model: AbstractModel) -> dict[str, int]:
+    """The frozen model by kind."""
+    whole = model.merged()
+    found = dict.fromkeys(("codes", "scales", "linear_16bit", "embeddings_and_head", "norms"), 0)
+    for name in LINEARS:
+        w = linear(whole, name).weight.get_value()
+        if isinstance(w, QuantizedTensor):
+            found["codes"] += _bytes(w.codes)
+            found["scales"] += _bytes((w.absmax, w.nested_absmax, w.offset))
+        else:
+            found["linear_16bit"] += _bytes(w)
+    heads = [whole.embedding] if whole.head is None else [whole.embedding, whole.head]
+    found["embeddings_and_head"] = sum(_bytes(variable.get_value()) for variable in heads)
+    found["norms"] = _bytes(model.base) - sum(found.values())
+    return found
+
+
+def plan_memory(
+    spec: RunSpec, gpu: PlannedGpu, tx: optax.GradientTransformation, page_bytes: int, paging: str, run: dict[str, Any]
+) -> Memory:
+    """Compiles the run's programs for `gpu` and adds up.
+
+    Args:
+      spec: sizes.
+      tx, page_bytes, paging: of the optimizer.
+      run: loss_chunk, max_grad_norm.
+    """
+    model = abstract_model(spec.model)
+    base, adapter = base_bytes(model), _bytes(model.adapter)
+    held = base | {"adapters": adapter}
+    gradient = compile_gradient(gpu, model, spec.batch, spec.model.lora.dropout > 0, **run).memory_analysis()
+    offloaded = gradient.host_temp_size_in_bytes
+    inputs = 0
+    if spec.model.remat == "block":  # of the temporaries, what is known
+        inputs = block_input_bytes(spec.model.sizes, spec.batch.B, spec.batch.T, 2 if spec.model.is_16bit else 4)
+    in_gradient = held | {
+        "gradients": adapter,
+        "block_inputs": inputs,
+        "temporaries": gradient.temp_size_in_bytes - inputs,
+    }
+    evaluation = 0
+    if spec.evaluation is not None:
+        evaluation = _temporaries(compile_evaluation(gpu, model, spec.evaluation, run["loss_chunk"]))
+
+    pages = Pages(tx, model.adapter, page_bytes)
+    programs = max(sum(in_gradient.values()), sum(held.values()) + evaluation)
+    resident = pages.resident(decide(paging, pages, usable_bytes(gpu), programs).resident_bytes)
+    stays = sum(size for size, is_kept in zip(pages.bytes, resident, strict=True) if is_kept)
+    update = _temporaries(compile_update(gpu, pages))
+    loading = load_device_peak_bytes(spec.model.sizes, spec.model.quant, spec.form) - sum(base.values())
+    phases = (
+        Phase("loading", base | {"temporaries": loading}),
+        Phase("gradient", in_gradient | {"optimizer": stays}),
+        Phase(
+            "update",
+            held | {"gradients": adapter, "optimizer": stays + pages.in_flight_bytes(resident), "temporaries": update},
+        ),
+        Phase("evaluation", held | {"optimizer": stays, "temporaries": evaluation}),
+    )
+    paged = sum(pages.bytes) - stays
+    pinned = paged + offloaded
+    return Memory(
+        tuple(_ordered(phase) for phase in phases),
+        tuple(pages.bytes),
+        resident,
+        sum(pages.bytes),
+        pinned,
+        load_host_peak_bytes(spec.model.sizes, spec.form) + pinned,
+    )
+
+
+def _temporaries(compiled: Any) -> int:
+    """Bytes on the device beside a program's arguments and results."""
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def _ordered(phase: Phase) -> Phase:
+    return Phase(phase.name, {kind: phase.bytes[kind] for kind in KINDS if phase.bytes.get(kind)})
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def fits(memory: Memory, gpu: PlannedGpu) -> bool:
+    """Whether the peak is within what a run may take."""
+    return memory.peak.total <= usable_bytes(gpu)
+
+
+def usable_bytes(gpu: PlannedGpu) -> int:
+    """What JAX's allocator may take; the rest is for CUDA's context, cuBLAS's workspace and the loaded programs."""
+    return gpu.memory_bytes if gpu.is_here else math.floor(MEMORY_FRACTION * gpu.memory_bytes)

@@ -1,0 +1,51 @@
+"""The least time of a train step: its floating-point operations and its bytes over a GPU's rates.
+
+Operations of one token, with P weights in linear layers, r the adapters' parameters, H = V * D of the head:
+
+    base      2 P  forward, 2 P recomputed, 2 P for dx               (no gradient of frozen weights)
+    adapters  2 r  forward, 2 r recomputed, 4 r for dx, dA and dB
+    head      2 H  forward, 2 H recomputed, 2 H for dx
+    attention 4 N H_head T / 2 a layer forward and recomputed, twice that for its gradient (causal: half the square)
+
+Bytes of one micro-batch: packed codes and scales for each pass over the base; where XLA dequantizes, also a 16-bit
+weight written and read again in each pass; block inputs written and read; the head once a pass. Of a step: the paged
+state over the bus, both ways.
+"""
+
+import dataclasses
+
+from qlora_jax.plan.gpus import PlannedGpu
+from qlora_jax.plan.spec import RunSpec
+
+PASSES = 3  # over the base: forward, recomputed, dx
+BUS_BYTES_PER_SECOND = 25e9  # PCIe 4.0 x16, one direction, as large copies from pinned memory reach it
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Of one optimizer step."""
+
+    flops: float
+    bytes: float  # of device memory
+    bus_bytes: float  # each way, between host and device
+    seconds: float
+
+
+def roofline(
+    spec: RunSpec, gpu: PlannedGpu, packed_bytes: int, linear_weights: int, adapter_params: int, bus_bytes: int
+) -> Roofline:
+    """The larger of computing and moving for each micro-batch, and the bus's time beside it."""
+    sizes, batch = spec.model.sizes, spec.batch
+    passes = PASSES if spec.model.remat != "none" else PASSES - 1
+    head = sizes.V * sizes.D
+    attention = 2 * sizes.N * sizes.H * batch.T * sizes.L
+    token = (
+        2 * passes * linear_weights + 2 * (passes + 1) * adapter_params + 2 * PASSES * head + (passes + 1) * attention
+    )
+    micro_flops = token * batch.B * batch.T
+    moved = passes * packed_bytes + 2 * PASSES * head + 4 * sizes.L * batch.B * batch.T * sizes.D
+    if spec.model.kernel in ("auto", "xla", "scratch") and spec.model.quant.format != "none":
+        moved += passes * 4 * linear_weights
+    micro = max(micro_flops / gpu.flops_per_second, moved / gpu.bytes_per_second)
+    seconds = batch.G * micro + 24 * adapter_params / gpu.bytes_per_second
+    return Roofline(batch.G * micro_flops, batch.G * moved, bus_bytes, max(seconds, bus_bytes / BUS_BYTES_PER_SECOND))

@@ -1,0 +1,74 @@
+"""What a config asks for, in sizes: no weights and no data are read."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from qlora_jax.data.batches import FileBatches, round_up
+from qlora_jax.errors import InputError
+from qlora_jax.io.folder import fetch_config
+from qlora_jax.io.load import QuantSpec, load_config
+from qlora_jax.lora import LoRAConfig
+from qlora_jax.models.config import ModelConfig, read_json
+from qlora_jax.models.known import KNOWN, known_config
+from qlora_jax.plan.program import BatchShape, ModelSpec
+from qlora_jax.quant import native
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSpec:
+    """The sizes of a run."""
+
+    model: ModelSpec
+    batch: BatchShape  # of a train step, at the longest row
+    evaluation: BatchShape | None  # one batch of held-out examples; None where there are none
+    form: str  # of the weights on disk: one of io/peaks.FORMS
+
+
+def read_spec(config: Any) -> RunSpec:
+    """Sizes of the run that `config` (as configs/base.py) describes, at its longest sequences.
+
+    Raises InputError for a model whose sizes are neither in its folder, nor known here, nor to be had from the hub.
+    """
+    sizes, form = _model_sizes(config.model.path, config.model.revision)
+    lora = LoRAConfig(
+        config.lora.rank, config.lora.alpha, config.lora.dropout, tuple(config.lora.targets), config.lora.use_rslora
+    )
+    quant = QuantSpec(config.quant.format, config.quant.block_size, config.quant.double_quant)
+    m = config.model
+    model = ModelSpec(
+        sizes, quant, lora, m.compute_dtype, m.remat, m.attention, m.kernel, m.compute, m.fuse_lora, m.sequence_chunk
+    )
+    rows, length = config.train.batch_size, _longest(config.data)
+    if config.data.batches:
+        batches = FileBatches(config.data.batches)
+        rows, length = batches.batch_size, batches.max_length
+    G = math.gcd(config.train.grad_accum, rows)
+    has_evaluation = bool(config.data.eval_examples or config.data.eval_path) and not config.data.batches
+    evaluation = BatchShape(1, config.eval.batch_size, length) if has_evaluation else None
+    return RunSpec(model, BatchShape(G, rows // G, length), evaluation, form)
+
+
+def _longest(data: Any) -> int:
+    return round_up(data.max_source_len + data.max_target_len, data.pad_to_multiple_of)
+
+
+def _model_sizes(path: str, revision: str) -> tuple[ModelConfig, str]:
+    if not path:
+        raise InputError("model.path is empty; give a checkpoint folder or a hub name: --config.model.path=...")
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return load_config(folder), _form(folder)
+    if (known := known_config(path)) is not None:
+        return known, "unquantized"
+    try:
+        folder = fetch_config(path, revision)
+    except InputError as error:
+        raise InputError(f"{error}; the sizes that are known here are those of {', '.join(KNOWN)}") from error
+    return load_config(folder), _form(folder)
+
+
+def _form(folder: Path) -> str:
+    settings = read_json(folder / "config.json").get("quantization_config")
+    return "unquantized" if settings is None else "native" if settings.get("quant_method") == native.METHOD else "bnb"

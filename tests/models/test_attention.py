@@ -1,0 +1,85 @@
+"""Attention in chunks against all scores at once, forward and backward, at ragged lengths."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax.models import attention
+from qlora_jax.models.attention import causal_attention, chunked_attention
+
+B, N, K, H = 2, 4, 2, 8
+
+
+def arrays(T: int, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(T), 4)
+    shapes = ((B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H))
+    return [2 * jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def chunks(query_chunk: int, key_chunk: int):
+    return lambda q, k, v: chunked_attention(q, k, v, query_chunk, key_chunk)
+
+
+def whole(q, k, v):
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+
+def with_gradient(attend, q, k, v, d_out):
+    """out, dq, dk, dv as float32."""
+    out, pull = jax.vjp(attend, q, k, v)
+    return [np.asarray(x, np.float32) for x in (out, *pull(d_out))]
+
+
+@pytest.mark.parametrize(
+    ("T", "query_chunk", "key_chunk"),
+    [(1, 16, 8), (2, 1, 1), (7, 3, 5), (16, 16, 16), (33, 16, 7), (100, 64, 128), (257, 64, 32), (300, 128, 96)],
+)
+def test_chunks_give_what_the_whole_gives(T, query_chunk, key_chunk):
+    found, expected = (with_gradient(attend, *arrays(T)) for attend in (chunks(query_chunk, key_chunk), whole))
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=3e-5, rtol=3e-6)  # of values up to about 30
+
+
+def test_bfloat16_is_as_exact_as_the_whole():
+    """Against float32 on the same numbers. d k and d v are sums over 19 chunks: rounded at each, their error would be
+    2.3 and 2.5 times the whole's. d q is made from 16-bit d scores, which the whole keeps in 32 bits on a CPU."""
+    rounded = arrays(300, jnp.bfloat16)
+    exact = with_gradient(whole, *(x.astype(jnp.float32) for x in rounded))
+    errors = [
+        [np.abs(x - true).mean() for x, true in zip(with_gradient(attend, *rounded), exact, strict=True)]
+        for attend in (chunks(16, 32), whole)
+    ]
+    for mine, theirs, times in zip(*errors, (1, 3, 2, 2), strict=True):
+        assert 0 < mine < times * theirs
+
+
+def test_auto_is_whole_up_to_its_limit(monkeypatch):
+    assert attention.chosen("auto", attention.LONGEST_WHOLE) == "xla"
+    assert attention.chosen("auto", attention.LONGEST_WHOLE + 1) == "chunked"
+    assert [attention.chosen(name, 10**6) for name in ("xla", "chunked", "cudnn")] == ["xla", "chunked", "cudnn"]
+    monkeypatch.setattr(attention, "LONGEST_WHOLE", 8)
+    q, k, v, _ = arrays(9)
+    monkeypatch.setattr(attention, "chunked_attention", lambda *_: "chunks")
+    assert causal_attention(q, k, v, "auto") == "chunks"
+    assert causal_attention(q, k, v, "xla").shape == q.shape
+
+
+def test_no_array_of_all_scores():
+    """The gradient's program at 512 tokens: no array has as many elements as the scores, nor half of them."""
+    q, k, v, _ = arrays(512)
+    text = jax.make_jaxpr(jax.grad(lambda q: chunked_attention(q, k, v, 64, 32).sum()))(q)
+    largest = max(v.aval.size for eqn in every_equation(text.jaxpr) for v in eqn.outvars)
+    assert largest == B * 512 * N * H < B * N * 512 * 512 / 2
+
+
+def every_equation(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in inner_jaxprs(eqn):
+            yield from every_equation(inner)
+
+
+def inner_jaxprs(eqn):
+    leaves = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"))
+    return [getattr(x, "jaxpr", x) for x in leaves if hasattr(x, "eqns") or hasattr(x, "jaxpr")]

@@ -1,0 +1,146 @@
+"""Gradients layer by layer: where the layers' inputs wait, and sequences cut into chunks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax import lora
+from qlora_jax.io.load import QuantSpec, load_model
+from qlora_jax.lora import LoRAConfig
+from qlora_jax.models import llama
+from qlora_jax.models.layers import Dropout
+from qlora_jax.train.backward import block_input_bytes
+from qlora_jax.train.step import make_evaluation, make_gradient
+
+FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
+G, B, T = 2, 2, 37
+
+
+def parts(golden, remat="block", sequence_chunk=0, dropout=0.2, dtype=jnp.float32, quant="none"):
+    """Grouped-query attention, an adapter with B not zero on all layers: graph, adapter, base."""
+    model = load_model(golden / "llama" / "llama2", QuantSpec(quant), dtype, remat, sequence_chunk=sequence_chunk)
+    lora.attach(model, LoRAConfig(rank=2, dropout=dropout), jax.random.key(0))
+    for place, name in enumerate(lora.LINEARS):
+        layer = lora.linear(model, name)
+        shape = layer.lora_b.get_value().shape
+        layer.lora_b.set_value(0.1 * jax.random.normal(jax.random.key(place), shape))
+    return lora.split(model)
+
+
+def batch(seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(3, 96, (G, B, T)).astype(np.int32), rng.random((G, B, T)) < 0.7
+
+
+def step(graph):
+    return make_gradient(graph, loss_chunk=13, max_grad_norm=0.3)
+
+
+def same(a, b) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def close(a, b, share: float) -> bool:
+    """Every array within `share` of its own largest value."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.abs(x - y).max() <= share * np.abs(y).max() for x, y in pairs)
+
+
+@pytest.mark.parametrize("sequence_chunk", [0, 16])
+def test_offloaded_is_kept_on_the_device_bit_for_bit(golden, sequence_chunk):
+    """For CUDA the inputs are moved to host memory and back; XLA:CPU has one memory, and must keep the numbers."""
+    results = []
+    for remat in ("block", "block+offload"):
+        graph, adapter, base = parts(golden, remat, sequence_chunk, dtype=jnp.bfloat16, quant="nf4")
+        gradient = jax.jit(step(graph), compiler_options=FAST)
+        lowered = gradient.trace(adapter, base, *batch(), jax.random.key(5)).lower(lowering_platforms=("cuda",))
+        moves = lowered.as_text().count("annotate_device_placement")
+        assert moves == (2 if remat == "block+offload" else 0)
+        results.append(gradient(adapter, base, *batch(), jax.random.key(5)))
+    assert float(results[0][1].grad_norm) > 0
+    assert same(*results)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU: CPUs have one memory")
+def test_offloaded_inputs_come_back_in_order_on_a_gpu(golden):
+    """XLA of jax 0.11.0 read them from first to last on GPUs and said nothing (openxla/xla#46231)."""
+    results = []
+    for remat in ("block", "block+offload"):
+        graph, adapter, base = parts(golden, remat)
+        results.append(jax.jit(step(graph))(adapter, base, *batch(), None))
+    assert close(*results, 1e-5)
+
+
+@pytest.mark.parametrize("sequence_chunk", [0, 16])
+def test_a_pack_of_adapters_is_each_for_itself(golden, sequence_chunk):
+    graph, adapter, base = parts(golden, "block+offload", sequence_chunk)
+    other = jax.tree.map(lambda leaf: leaf * 1.5, adapter)
+    pack = jax.tree.map(lambda *leaves: jnp.stack(leaves), adapter, other)
+    keys = jax.random.split(jax.random.key(1), 2)
+    gradient = step(graph)
+    together, metrics = jax.jit(jax.vmap(gradient, (0, None, None, None, 0)), compiler_options=FAST)(
+        pack, base, *batch(), keys
+    )
+    alone = jax.jit(gradient, compiler_options=FAST)
+    for place, one in enumerate((adapter, other)):
+        sums, own = alone(one, base, *batch(), keys[place])
+        assert float(metrics.loss[place]) == pytest.approx(float(own.loss), rel=1e-5)
+        assert close(jax.tree.map(lambda leaf, place=place: leaf[place], together), sums, 1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 36])
+def test_chunks_of_the_sequence_give_the_gradient_of_the_whole(golden, chunk):
+    """No dropout: it is drawn for each chunk. 37 tokens: no chunk but 1 divides them, 36 leaves one token alone."""
+    results = []
+    for size in (0, chunk):
+        graph, adapter, base = parts(golden, "block", size, dropout=0.0)
+        results.append(jax.jit(step(graph), compiler_options=FAST)(adapter, base, *batch(), None))
+    (expected, metrics), (found, chunked) = results
+    assert float(chunked.loss) == pytest.approx(float(metrics.loss), rel=1e-5)
+    assert close(found, expected, 1e-4)
+
+
+def test_evaluation_in_chunks_is_evaluation(golden):
+    tokens, mask = (x[0] for x in batch())
+    losses = []
+    for chunk in (0, 16):
+        graph, adapter, base = parts(golden, sequence_chunk=chunk)
+        losses.append(jax.jit(make_evaluation(graph, 64), compiler_options=FAST)(adapter, base, tokens, mask))
+    assert float(losses[0][0]) == pytest.approx(float(losses[1][0]), rel=1e-5) != 0
+
+
+def test_layer_by_layer_is_the_derivative_of_the_whole(golden):
+    """remat "none" is differentiated by JAX: also through chunks and their dropout, whose masks must come again."""
+    results = []
+    for remat in ("none", "block"):
+        graph, adapter, base = parts(golden, remat, sequence_chunk=16)
+        results.append(jax.jit(step(graph), compiler_options=FAST)(adapter, base, *batch(), jax.random.key(2)))
+    (expected, metrics), (found, chunked) = results
+    assert float(chunked.loss) == pytest.approx(float(metrics.loss), rel=1e-5)
+    assert close(found, expected, 1e-4)
+
+
+def test_each_chunk_draws_its_own_dropout(golden, monkeypatch):
+    """Seed, layer, chunk, function of a chunk: no two draw from one key, and a seed draws the same again."""
+    keys = []
+
+    class Watched(Dropout):
+        def __init__(self, rate, key):
+            super().__init__(rate, key)
+            jax.debug.callback(lambda data: keys.append(tuple(data.tolist())), jax.random.key_data(key))
+
+    monkeypatch.setattr(llama, "Dropout", Watched)
+    model = load_model(golden / "llama" / "llama2", compute_dtype=jnp.float32, sequence_chunk=16)
+    tokens = jnp.asarray(batch()[0][0])
+    for seed in (0, 1, 0):
+        jax.block_until_ready(model(tokens, dropout_key=jax.random.key(seed))[0])
+    jax.effects_barrier()
+    one_pass = model.config.L * 3 * 2
+    assert len(keys) == 3 * one_pass and len(set(keys)) == 2 * one_pass
+
+
+def test_bytes_of_the_block_inputs(golden):
+    model = load_model(golden / "llama" / "llama2")
+    assert block_input_bytes(model.config, B=3, T=40, itemsize=2) == model.config.L * 3 * 40 * model.config.D * 2
