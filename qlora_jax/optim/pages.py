@@ -1,8 +1,9 @@
 """Pages: an optimizer's work cut into parts of bounded size. Shapes only: a planner needs no device for it.
 
-Parameters are cut along the leading (layer) axis of each array into runs of rows, and the runs are gathered into pages
-of about `page_bytes` of optimizer state. The transformation sees a page as the parameters' own tree with None where the
-page has nothing, so masks and labels that go by names keep their meaning.
+A page is a run of rows of one array, cut along its leading (layer) axis into equal runs of at most `page_bytes` of
+optimizer state, or some whole arrays that are smaller. Equal arrays have equal pages, which share a compiled program.
+The transformation sees a page as the parameters' own tree with None where the page has nothing, so masks and labels
+that go by names keep their meaning.
 
 Transformations that look at more than one element of one parameter at a time cannot be cut anywhere: what `tx` allows
 is found by a probe (`separability`).
@@ -131,7 +132,8 @@ class Pages:
 
         def update_page(starts, params, grads, state, factor):
             mine, its_grads = self.rows_of(page, starts, params), self.rows_of(page, starts, grads)
-            its_grads = [g * factor.reshape(factor.shape + (1,) * (g.ndim - factor.ndim)) for g in its_grads]
+            scale = lambda g: (g * factor.reshape(factor.shape + (1,) * (g.ndim - factor.ndim))).astype(g.dtype)  # noqa: E731
+            its_grads = list(map(scale, its_grads))
             old = self.tree(page, mine)
             updates, state = self.tx.update(self.tree(page, its_grads), jax.tree.unflatten(state_def, state), old)
             new = jax.tree.leaves(optax.apply_updates(old, updates))
@@ -155,25 +157,31 @@ class Pages:
         if self.cut == "whole":
             return [tuple(Piece(leaf, 0, rows) for leaf, rows in enumerate(sizes))]
         pages: list[Page] = []
-        open_page: list[Piece] = []
+        open_page: list[Piece] = []  # of arrays that are smaller than a page
         room = page_bytes
         for leaf, rows in enumerate(sizes):
             step = rows if self.cut == "leaves" else 1  # the least that can be taken
             shape = self._rows(leaf, step)
             step_bytes = state_bytes(self.tx, self.tree((Piece(leaf, 0, step),), [shape]))
             step_bytes = step_bytes or shape.size * shape.dtype.itemsize  # without state: bounds the working set
-            start = 0
-            while start < rows:
-                take = min(rows - start, room // step_bytes * step)
-                if take <= 0 and open_page:
-                    pages.append(tuple(open_page))
-                    open_page, room = [], page_bytes
-                    continue
-                take = max(take, step)
-                open_page.append(Piece(leaf, start, start + take))
-                room -= take // step * step_bytes
-                start += take
+            most = max(page_bytes // step_bytes, 1) * step
+            if rows > most:
+                take = _even(rows, most)
+                pages += [(Piece(leaf, start, min(start + take, rows)),) for start in range(0, rows, take)]
+                continue
+            needed = rows // step * step_bytes
+            if needed > room and open_page:
+                pages.append(tuple(open_page))
+                open_page, room = [], page_bytes
+            open_page.append(Piece(leaf, 0, rows))
+            room -= needed
         return [*pages, tuple(open_page)] if open_page else pages
+
+
+def _even(rows: int, most: int) -> int:
+    """Rows a page of an array that needs several: a divisor, so that all share a program, if one fills half a page."""
+    divisor = max(take for take in range(1, most + 1) if rows % take == 0)
+    return divisor if 2 * divisor > most else most
 
 
 def state_bytes(tx: optax.GradientTransformation, params: Any) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from qlora_jax.errors import InputError
 from qlora_jax.plan.gpus import PlannedGpu
@@ -78,7 +79,9 @@ def _uncached() -> Iterator[None]:
     """Without JAX's cache of compiled programs: what it keeps for a GPU that is not here it cannot load again."""
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # whether there is one is asked once, at the first program
     try:
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
