@@ -24,6 +24,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.io.peft import write_adapter
 from qlora_jax.optim.paged import PagedOptimizer
 from qlora_jax.optim.pages import Pages
+from qlora_jax.optim.schedules import paging
 from qlora_jax.settings import config_hash
 from qlora_jax.train.backward import compiler_options
 from qlora_jax.train.checkpoints import Checkpoints
@@ -121,11 +122,11 @@ class Run:
         """With as much of its state on the device as optimizer.paging says."""
         section, prepared = self.config.optimizer, self.prepared
         limit = memory_limit()
-        if section.paging == "auto" and limit is not None:
+        if paging(section) == "auto" and limit is not None:
             self._compile_largest()
         pages = Pages(prepared.tx, self.adapter, section.page_bytes)
         programs = max(self.gradient.peak_bytes, self.evaluation.peak_bytes)
-        residency = decide(section.paging, pages, limit, programs)
+        residency = decide(paging(section), pages, limit, programs)
         self.say(residency.reason)
         return PagedOptimizer(pages, self.adapter, residency.resident_bytes)
 
