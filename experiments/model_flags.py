@@ -100,7 +100,9 @@ def quant_name(spec: "QuantSpec") -> str:
 def model_flags() -> ModelFlags:
     """Defines the flags for the calling command."""
     return ModelFlags(
-        flags.DEFINE_string("model", None, "checkpoint folder, gs:// or s3:// address, or hub name (owner/name)", required=True),
+        flags.DEFINE_string(
+            "model", None, "checkpoint folder, gs:// or s3:// address, or hub name (owner/name)", required=True
+        ),
         flags.DEFINE_string("revision", "main", "branch, tag or commit of a hub name"),
         flags.DEFINE_string("adapter", None, "PEFT adapter folder, such as a run's WORKDIR/adapter"),
         flags.DEFINE_enum("quant", None, QUANTS, "how linear layers are kept; as the folder has them by default"),
