@@ -55,6 +55,7 @@ class ModelFlags:
         from qlora_jax.io.folder import resolve
         from qlora_jax.io.load import load_model
         from qlora_jax.io.peft import load_adapter, read_config
+        from qlora_jax.io.remote import name_of
 
         self._check_kernel()
         folder = self.folder()
@@ -75,7 +76,7 @@ class ModelFlags:
             config = load_adapter(model, adapter)
             tuned = f", adapter {adapter} of rank {config.rank}"
         stored_as = "not quantized" if spec.format == "none" else str(spec)
-        print(f"model: {folder}, {stored_as}, computing in {dtype}{tuned}", file=sys.stderr)
+        print(f"model: {name_of(folder)}, {stored_as}, computing in {dtype}{tuned}", file=sys.stderr)
         return Loaded(folder, model, quant_name(spec))
 
     def _check_kernel(self) -> None:
@@ -113,7 +114,9 @@ def quant_name(spec: "QuantSpec") -> str:
 def model_flags() -> ModelFlags:
     """Defines the flags for the calling command."""
     return ModelFlags(
-        flags.DEFINE_string("model", None, "checkpoint folder, or hub name (owner/name)", required=True),
+        flags.DEFINE_string(
+            "model", None, "checkpoint folder, gs:// or s3:// address, or hub name (owner/name)", required=True
+        ),
         flags.DEFINE_string("revision", "main", "branch, tag or commit of a hub name"),
         flags.DEFINE_string("adapter", None, "PEFT adapter folder, such as a run's WORKDIR/adapter"),
         flags.DEFINE_enum("quant", None, QUANTS, "how linear layers are kept; as the folder has them by default"),

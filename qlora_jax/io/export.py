@@ -1,5 +1,6 @@
 """Writing Hugging Face folders: whole checkpoints in 16 or 32 bits, and the atomic writes everything else uses."""
 
+import errno
 import fcntl
 import json
 import os
@@ -58,6 +59,10 @@ def _locked(handle: int, folder: Path) -> bool:
         return os.path.samestat(os.fstat(handle), folder.stat())
     except (BlockingIOError, FileNotFoundError):
         return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        return True  # a network disk without locks: two writers at once are not told apart there
 
 
 def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:

@@ -31,6 +31,7 @@ COMPANIONS = (
     "vocab.json",
     "merges.txt",
 )
+_ALIGNMENT = 64
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -51,6 +52,12 @@ def resolve(path: str, revision: str = "main") -> Path:
         return folder
     if folder.exists():
         raise InputError(f"{path} is a file; expected a checkpoint folder with config.json and safetensors")
+    set_aside = folder.with_name(f".{folder.name}.old")
+    if set_aside.is_dir():
+        raise InputError(
+            f"{path}: a run that was replacing this folder was killed; what was there is {set_aside}: rename it, or "
+            "run the same command again"
+        )
     if not _HUB_NAME.fullmatch(path):
         raise InputError(f"{path}: no such folder (a hub name would read owner/name, a bucket gs:// or s3://)")
     return _download(path, revision, _HUB_FILES)
@@ -134,7 +141,7 @@ class TensorFiles:
         boxes = cut(self.shapes[key], dtype.itemsize, piece_bytes or PIECE_BYTES)
         sizes = [math.prod(shape) for _, shape in boxes]
         starts = [0, *itertools.accumulate(sizes)]
-        buffers = [np.empty(sizes[0], dtype) for _ in boxes[:PIECES_ALIVE]]
+        buffers = [_aligned(sizes[0], dtype) for _ in boxes[:PIECES_ALIVE]]
 
         def read(number: int) -> np.ndarray:
             out = buffers[number % PIECES_ALIVE][: sizes[number]]
@@ -156,6 +163,13 @@ class TensorFiles:
         except (ValueError, OSError) as error:
             raise InputError(f"{self.folder}/{file}: {key} cannot be read: {error}") from error
         return out
+
+
+def _aligned(count: int, dtype: np.dtype) -> np.ndarray:
+    """Room for `count` values that begins where XLA's arrays do: a CPU then takes it as it is, without a copy."""
+    room = np.empty(count * dtype.itemsize + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    return room[start : start + count * dtype.itemsize].view(dtype)
 
 
 def cut(shape: tuple[int, ...], itemsize: int, most: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -41,10 +41,10 @@ def temporary_bytes(n: int, block_size: int) -> int:
     """Device memory that `quantize_packed` takes at most beside its n values and its results.
 
     Ranking takes 32 bits and some bytes of codes a value in work; after it, averaging and rounding the scales takes
-    four float32 arrays of the next power of two.
+    five float32 arrays of the next power of two at most.
     """
     in_work = CHUNK if _in_chunks(n, block_size) else n
-    return max(6 * in_work, 16 << (-(-n // block_size) - 1).bit_length()) + 2**20
+    return max(6 * in_work, 20 << (-(-n // block_size) - 1).bit_length()) + 2**21
 
 
 def _in_chunks(n: int, block_size: int) -> bool:

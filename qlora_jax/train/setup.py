@@ -18,6 +18,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.io import peft
 from qlora_jax.io.folder import resolve
 from qlora_jax.io.load import QuantSpec, load_config, load_model
+from qlora_jax.io.remote import name_of
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models import attention
 from qlora_jax.models.llama import LINEARS, REMAT, Llama
@@ -179,7 +180,7 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
     bits, base_params = _base_size(model)
     trainable = sum(leaf.size for leaf in jax.tree.leaves(adapter))
     say(
-        f"model: {folder}: {base_params:,} parameters, {quant}: {base_bytes / 2**20:,.1f} MiB, linear layers "
+        f"model: {name_of(folder)}: {base_params:,} parameters, {quant}: {base_bytes / 2**20:,.1f} MiB, linear layers "
         f"{bits:.3f} bits a weight; adapter: rank {lora_config.rank}, {trainable:,} parameters "
         f"({100 * trainable / base_params:.2f}%)"
     )

@@ -15,10 +15,9 @@ def status(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-small, folder, quant = sys.argv[1:]
-spec = QuantSpec() if quant == "nf4" else None
-load_model(Path(small), spec)
+small, folder = map(Path, sys.argv[1:])
+load_model(small, QuantSpec())
 before = status("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
-model = load_model(Path(folder), spec)
+model = load_model(folder, QuantSpec())
 print(json.dumps({"peak": status("VmHWM") - before, "kept": status("VmRSS") - before}))

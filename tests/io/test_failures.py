@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.errors import InputError
-from qlora_jax.io.folder import TensorFiles
+from qlora_jax.io.folder import TensorFiles, resolve
 from qlora_jax.io.header import make_header, read_header
 from qlora_jax.io.load import QuantSpec, load_model
 from qlora_jax.io.shards import new_folder
@@ -95,6 +95,8 @@ def test_killed_between_two_renames(source: Path, out: Path) -> None:
     before = contents(out)
     assert run(KILL_BETWEEN_RENAMES, source, out, "native").returncode == -signal.SIGKILL
     assert {path.name for path in out.parent.iterdir()} == {".out.old", ".out.partial"}
+    with pytest.raises(InputError, match=r"was replacing this folder was killed; what was there is .*/\.out\.old"):
+        resolve(str(out))
     with pytest.raises(InputError, match="not empty.*--overwrite"):
         quantize_folder(source, out)
     assert contents(out) == before and {path.name for path in out.parent.iterdir()} == {"out"}
