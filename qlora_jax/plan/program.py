@@ -28,6 +28,7 @@ class ModelSpec:
     quant: QuantSpec
     lora: lora.LoRAConfig
     compute_dtype: str = "bfloat16"
+    kept_dtype: str = "bfloat16"  # of what is not quantized: embedding, head, and linear layers of an unquantized base
     remat: str = "block"
     attention: str = "auto"
     kernel: str = "auto"
@@ -56,7 +57,7 @@ class AbstractModel:
 def abstract_model(spec: ModelSpec) -> AbstractModel:
     """The model that `train/setup.prepare` would load, as shapes and dtypes."""
     config = spec.sizes
-    stored = jnp.dtype("bfloat16" if spec.is_16bit else "float32")
+    stored = jnp.dtype(spec.kept_dtype)
     how = {"backend": spec.kernel, "compute": spec.compute, "fuse_lora": spec.fuse_lora}
 
     def build() -> Llama:

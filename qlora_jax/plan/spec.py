@@ -31,14 +31,24 @@ def read_spec(config: Any) -> RunSpec:
 
     Raises InputError for a model whose sizes are neither in its folder, nor known here, nor to be had from the hub.
     """
-    sizes, form = _model_sizes(config.model.path, config.model.revision)
+    sizes, form, dtype = _model_sizes(config.model.path, config.model.revision)
     lora = LoRAConfig(
         config.lora.rank, config.lora.alpha, config.lora.dropout, tuple(config.lora.targets), config.lora.use_rslora
     )
     quant = QuantSpec(config.quant.format, config.quant.block_size, config.quant.double_quant)
     m = config.model
     model = ModelSpec(
-        sizes, quant, lora, m.compute_dtype, m.remat, m.attention, m.kernel, m.compute, m.fuse_lora, m.sequence_chunk
+        sizes,
+        quant,
+        lora,
+        m.compute_dtype,
+        _kept(dtype, m.compute_dtype),
+        m.remat,
+        m.attention,
+        m.kernel,
+        m.compute,
+        m.fuse_lora,
+        m.sequence_chunk,
     )
     rows, length = config.train.batch_size, _longest(config.data)
     if config.data.batches:
@@ -54,21 +64,29 @@ def _longest(data: Any) -> int:
     return round_up(data.max_source_len + data.max_target_len, data.pad_to_multiple_of)
 
 
-def _model_sizes(path: str, revision: str) -> tuple[ModelConfig, str]:
+def _kept(stored: str, compute_dtype: str) -> str:
+    """As load.py keeps it: 16-bit values stay what they are, 32-bit ones only for a float32 computation."""
+    return compute_dtype if stored == "float32" else stored
+
+
+def _model_sizes(path: str, revision: str) -> tuple[ModelConfig, str, str]:
+    """The model's sizes, the form of its folder, and the dtype that its config.json states."""
     if not path:
         raise InputError("model.path is empty; give a checkpoint folder or a hub name: --config.model.path=...")
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return load_config(folder), _form(folder)
+        return _of_folder(folder)
     if (known := known_config(path)) is not None:
-        return known, "unquantized"
+        return known, "unquantized", "bfloat16"
     try:
         folder = fetch_config(path, revision)
     except InputError as error:
         raise InputError(f"{error}; the sizes that are known here are those of {', '.join(KNOWN)}") from error
-    return load_config(folder), _form(folder)
+    return _of_folder(folder)
 
 
-def _form(folder: Path) -> str:
-    settings = read_json(folder / "config.json").get("quantization_config")
-    return "unquantized" if settings is None else "native" if settings.get("quant_method") == native.METHOD else "bnb"
+def _of_folder(folder: Path) -> tuple[ModelConfig, str, str]:
+    raw = read_json(folder / "config.json")
+    settings = raw.get("quantization_config")
+    form = "unquantized" if settings is None else "native" if settings.get("quant_method") == native.METHOD else "bnb"
+    return load_config(folder), form, raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"

@@ -1,5 +1,7 @@
 """8-bit moments are bitsandbytes' bit for bit, cut where pages cut, and never become worse than their map allows."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qlora_jax.optim.eightbit import BLOCK, Quantized, _nearest, adamw8bit, dequantize, lion8bit, quantize
-from qlora_jax.optim.paged import PagedOptimizer, separability, state_bytes
+from qlora_jax.optim.paged import PagedOptimizer
+from qlora_jax.optim.pages import Pages, separability, state_bytes
 from qlora_jax.quant.codebooks import dynamic_map
 from qlora_jax.train.checkpoints import Checkpoints
 
@@ -163,7 +166,9 @@ def test_may_be_cut_by_rows(name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_paged_is_unpaged_bit_for_bit_and_optax(name, page_bytes):
     tx = OPTIMIZERS[name]
-    (params, states), unpaged = (run(PagedOptimizer(tx, tree(0), page_bytes, paged)) for paged in (True, False))
+    (params, states), unpaged = (
+        run(PagedOptimizer(Pages(tx, tree(0), page_bytes), tree(0), resident)) for resident in (0, math.inf)
+    )
     assert_same_bits((params, states), unpaged)
     arrays = [leaf for leaf in jax.tree.leaves(states) if leaf.ndim]
     assert {leaf.sharding.memory_kind for leaf in arrays} == {"pinned_host"}
@@ -188,7 +193,7 @@ def test_bytes_of_state(name, moments):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_checkpoint_goes_on_exactly(name, tmp_path):
     def optimizer():
-        return PagedOptimizer(OPTIMIZERS[name], tree(0), 20_000, paged=True)
+        return PagedOptimizer(Pages(OPTIMIZERS[name], tree(0), 20_000), tree(0), 0)
 
     whole = run(optimizer(), updates=4)
     params, states = run(optimizer(), updates=2)
