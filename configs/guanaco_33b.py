@@ -12,4 +12,6 @@ def get_config() -> ConfigDict:
     c = guanaco.get_config()
     c.model.path = "huggyllama/llama-30b"
     c.model.remat = "block+offload"  # 0.5 GB less on a 24 GB card
+    c.lora.dropout = 0.05
+    c.optimizer.learning_rate = 1e-4
     return c.lock()

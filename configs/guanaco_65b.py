@@ -11,4 +11,6 @@ from configs import guanaco
 def get_config() -> ConfigDict:
     c = guanaco.get_config()
     c.model.path = "huggyllama/llama-65b"
+    c.lora.dropout = 0.05
+    c.optimizer.learning_rate = 1e-4
     return c.lock()

@@ -100,3 +100,30 @@ def rotate(x: jax.Array, positions: jax.Array, inverse_frequencies: jax.Array) -
     cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def in_order(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(x, y), where what comes of this x waits for y; so do their gradients for each other.
+
+    Projections of one input need not be computed side by side: where weights are dequantized before they are
+    multiplied, a GPU's compiler would hold several of them in 16 bits at once.
+    """
+    return jax.lax.optimization_barrier((x, y))
+
+
+@jax.custom_vjp
+def gradient_after(y: jax.Array, x: jax.Array) -> jax.Array:
+    """y, whose gradient waits for x: in a layer that is computed again, the last weight waits for the first ones."""
+    return y
+
+
+def _gradient_after_forward(y, x):
+    return y, x
+
+
+def _gradient_after_backward(x, dy):
+    dy, x = jax.lax.optimization_barrier((dy, x))
+    return dy, jnp.zeros_like(x)
+
+
+gradient_after.defvjp(_gradient_after_forward, _gradient_after_backward)

@@ -10,7 +10,16 @@ from flax import nnx
 from qlora_jax.models.attention import attend_chunk, causal_attention
 from qlora_jax.models.chunks import chunk_size, layer_in_chunks
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.layers import Dropout, Frozen, Linear, RMSNorm, rope_inverse_frequencies, rotate
+from qlora_jax.models.layers import (
+    Dropout,
+    Frozen,
+    Linear,
+    RMSNorm,
+    gradient_after,
+    in_order,
+    rope_inverse_frequencies,
+    rotate,
+)
 
 # Place in a layer, as Hugging Face names it -> shape in ModelConfig's letters. Linear layers are quantized.
 LINEARS = {
@@ -63,6 +72,7 @@ class Attention(nnx.Module):
         """x [B, T, D] -> [B, T, D], and the cache with these T positions of this layer written, in place."""
         B, T, _ = x.shape
         q = self.queries(x, context, dropout)
+        x, q = in_order(x, q)
         k, v = self.keys_values(x, context, dropout)
         if cache is None:
             out = causal_attention(q, k, v, context.implementation)
@@ -71,7 +81,8 @@ class Attention(nnx.Module):
             cache = Cache(cache.k.at[place].set(k), cache.v.at[place].set(v))
             seen = jnp.arange(cache.k.shape[2])[None, None, :] <= context.positions[:, :, None]  # [B, T, S]
             out = jax.nn.dot_product_attention(q, cache.k[layer], cache.v[layer], mask=seen[:, None])
-        return self.o_proj(out.reshape(B, T, self.N * self.H), dropout), cache
+        out = out.reshape(B, T, self.N * self.H)
+        return gradient_after(self.o_proj(out, dropout), out), cache
 
     def queries(self, x: jax.Array, context: Context, dropout: Dropout) -> jax.Array:
         """x [B, T, D] -> [B, T, N, H], rotated."""
@@ -81,6 +92,7 @@ class Attention(nnx.Module):
     def keys_values(self, x: jax.Array, context: Context, dropout: Dropout) -> tuple[jax.Array, jax.Array]:
         """x [B, T, D] -> keys, rotated, and values: [B, T, K, H] each."""
         k = self.k_proj(x, dropout).reshape(*x.shape[:2], self.K, self.H)
+        x, k = in_order(x, k)
         v = self.v_proj(x, dropout).reshape(*x.shape[:2], self.K, self.H)
         return rotate(k, context.positions, context.inverse_frequencies), v
 
@@ -92,7 +104,10 @@ class FeedForward(nnx.Module):
         self.down_proj = Linear(weights["mlp.down_proj"])
 
     def __call__(self, x: jax.Array, dropout: Dropout) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x, dropout)) * self.up_proj(x, dropout), dropout)
+        gate = self.gate_proj(x, dropout)
+        x, gate = in_order(x, gate)
+        inner = jax.nn.silu(gate) * self.up_proj(x, dropout)
+        return gradient_after(self.down_proj(inner, dropout), inner)
 
 
 class Block(nnx.Module):

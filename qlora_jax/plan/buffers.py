@@ -9,7 +9,7 @@ Values of one allocation may share a place; two that do never live at the same t
 import math
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +27,6 @@ class Value(NamedTuple):
     bytes: int
     dtype: str  # XLA's: f32, bf16, u8, ...
     shape: tuple[int, ...]
-
-    @property
-    def place(self) -> tuple[int, int]:
-        return self.allocation, self.offset
 
 
 def compile_with_values(compile: Callable[[dict[str, str]], Any]) -> tuple[Any, list[Value]]:
@@ -55,10 +51,18 @@ def read_values(text: str) -> list[Value]:
     return values
 
 
-def places(values: list[Value], dtype: str, elements: int) -> set[tuple[int, int]]:
-    """Where arrays of this dtype and size lie that the program makes: no more of them ever live at once."""
-    return {
-        value.place
+def most_at_once(values: list[Value], dtype: str, elements: Collection[int]) -> int:
+    """How many arrays of this dtype, of one of these sizes, the program may hold at once besides its parameters.
+
+    Arrays whose places overlap never do; so it is at most the largest number of places apart from each other.
+    """
+    places = {
+        (value.allocation, value.offset, value.offset + value.bytes)
         for value in values
-        if not value.is_parameter and value.dtype == dtype and math.prod(value.shape) == elements
+        if not value.is_parameter and value.dtype == dtype and math.prod(value.shape) in elements
     }
+    count, free_from = 0, (-1, 0)
+    for allocation, begin, end in sorted(places, key=lambda place: (place[0], place[2])):
+        if (allocation, begin) >= free_from:
+            count, free_from = count + 1, (allocation, end)
+    return count

@@ -26,8 +26,11 @@ def compiler_options(remat: str) -> dict[str, str]:
 
     What is computed again is written out here. XLA's own pass for it takes host memory for device memory: where inputs
     are offloaded it looks for minutes for what it cannot find (70B at 65,536 tokens: 287 s of compilation, not 31).
+    Who offloads is short of memory: fusions with several results are off too, which on Ampere dequantize a weight for
+    the forward and the backward product at once (33B: 0.2 GB).
     """
-    return {"xla_disable_hlo_passes": "rematerialization"} if remat == "block+offload" else {}
+    passes = "rematerialization,multi_output_fusion"
+    return {"xla_disable_hlo_passes": passes} if remat == "block+offload" else {}
 
 
 def block_input_bytes(sizes: ModelConfig, B: int, T: int, itemsize: int) -> int:

@@ -9,7 +9,7 @@ from qlora_jax.io.load import QuantSpec
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.plan import topology
-from qlora_jax.plan.buffers import compile_with_values, places
+from qlora_jax.plan.buffers import Value, compile_with_values, most_at_once
 from qlora_jax.plan.gpus import GPUS
 from qlora_jax.plan.program import BatchShape, ModelSpec, abstract_model, compile_gradient
 
@@ -34,10 +34,20 @@ def test_a_layers_weights_pass_through_one_scratch(kernel, copies):
 
     _, values = compile_with_values(compile)
     assert len(values) > 100
-    scratch = set.union(*(places(values, "bf16", elements) for elements in WEIGHTS))
-    assert len(scratch) == copies, scratch
-    for elements in WEIGHTS:
-        assert not places(values, "f32", elements), "a weight in 32 bits"
-        assert not places(values, "bf16", LLAMA_7B.L * elements), "all layers' weights in 16 bits"
+    assert most_at_once(values, "bf16", WEIGHTS) == copies
+    assert most_at_once(values, "f32", WEIGHTS) == 0, "a weight in 32 bits"
+    assert most_at_once(values, "bf16", [LLAMA_7B.L * elements for elements in WEIGHTS]) == 0, "all layers' weights"
     codes = {math.prod(value.shape) for value in values if value.is_parameter and value.dtype == "u8"}
     assert {LLAMA_7B.L * elements // 2 for elements in WEIGHTS} <= codes, "the codes are not what the program takes"
+
+
+def test_overlapping_places_are_never_used_at_once():
+    def value(allocation, offset, bytes, elements=4, dtype="bf16", is_parameter=False):
+        return Value("v", allocation, is_parameter, offset, bytes, dtype, (elements,))
+
+    assert most_at_once([value(0, 0, 8), value(0, 0, 8)], "bf16", [4]) == 1
+    assert most_at_once([value(0, 0, 8), value(0, 4, 8)], "bf16", [4]) == 1
+    assert most_at_once([value(0, 0, 8), value(0, 4, 8), value(0, 8, 8)], "bf16", [4]) == 2
+    assert most_at_once([value(0, 0, 8), value(1, 0, 8)], "bf16", [4]) == 2
+    assert most_at_once([value(0, 0, 8, dtype="f32"), value(0, 8, 8, is_parameter=True)], "bf16", [4]) == 0
+    assert most_at_once([value(0, 0, 8, elements=5), value(0, 8, 8)], "bf16", [4, 5]) == 2
