@@ -51,18 +51,18 @@ def read_values(text: str) -> list[Value]:
     return values
 
 
-def most_at_once(values: list[Value], dtype: str, elements: Collection[int]) -> int:
-    """How many arrays of this dtype, of one of these sizes, the program may hold at once besides its parameters.
+def most_bytes_at_once(values: list[Value], dtype: str, elements: Collection[int]) -> int:
+    """What arrays of this dtype, of one of these sizes, may take at once besides the program's parameters.
 
-    Arrays whose places overlap never do; so it is at most the largest number of places apart from each other.
+    Arrays whose places overlap never live together; so it is the most bytes of places that are apart from each other.
     """
     places = {
-        (value.allocation, value.offset, value.offset + value.bytes)
+        (value.allocation, value.offset + value.bytes, value.bytes)
         for value in values
         if not value.is_parameter and value.dtype == dtype and math.prod(value.shape) in elements
     }
-    count, free_from = 0, (-1, 0)
-    for allocation, begin, end in sorted(places, key=lambda place: (place[0], place[2])):
-        if (allocation, begin) >= free_from:
-            count, free_from = count + 1, (allocation, end)
-    return count
+    most = [((-1, 0), 0)]  # (allocation, end): the most bytes of places that end there or before
+    for allocation, end, size in sorted(places):
+        before = max(bytes for place, bytes in most if place <= (allocation, end - size))
+        most.append(((allocation, end), max(most[-1][1], before + size)))
+    return most[-1][1]
