@@ -16,12 +16,14 @@ from absl import flags
 from experiments import cli
 
 if TYPE_CHECKING:
+    from qlora_jax.plan.gpus import PlannedGpu
     from qlora_jax.plan.plan import Plan
 
 CONFIG = cli.config_flag()
 GPU = flags.DEFINE_list("gpu", None, "One or more of the known GPUs (a wrong name lists them), or here.", required=True)
 OUT = flags.DEFINE_string("out", None, "JSON file to write (with several GPUs: a list).")
 WORKDIR = flags.DEFINE_string("workdir", None, "With --gpu=here: a finished run of this config, to compare with.")
+LONGEST = flags.DEFINE_bool("longest_context", False, "Find the longest sequence that fits instead, one a step.")
 ADVISE = flags.DEFINE_bool("advise", True, "Where it does not fit, look for the smallest change that does.")
 
 LABELS = {
@@ -55,6 +57,9 @@ def main() -> None:
     gpus = {"here": gpu_here()} if here else {name: planned_gpu(name) for name in GPU.value}
     plans = []
     for name, gpu in gpus.items():
+        if LONGEST.value:
+            plans.append(_longest(name, gpu))
+            continue
         plan = make_plan(CONFIG.value, gpu, lambda line: print(f"plan: {line}", flush=True), ADVISE.value)
         plans.append(plan.to_json(name))
         print(table(plan))
@@ -65,6 +70,16 @@ def main() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(plans if len(plans) > 1 else plans[0], indent=1) + "\n")
         print(f"written: {path}")
+
+
+def _longest(name: str, gpu: "PlannedGpu") -> dict[str, Any]:
+    from qlora_jax.plan.longest import longest_context
+
+    found = longest_context(CONFIG.value, gpu, lambda line: print(f"plan: {line}", flush=True))
+    print(table(found.plan))
+    beyond = "no longer one was tried" if found.too_long is None else f"{found.too_long:,} do not fit"
+    print(f"longest context: {found.tokens:,} tokens ({beyond})")
+    return found.plan.to_json(name) | {"longest_context": found.tokens, "too_long": found.too_long}
 
 
 def table(plan: "Plan") -> str:

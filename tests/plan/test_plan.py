@@ -2,11 +2,13 @@
 
 import importlib
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from qlora_jax.errors import InputError
+from qlora_jax.plan import longest
 from qlora_jax.plan.advice import Change, changes, first_that_fits
 from qlora_jax.plan.gpus import GPUS, PlannedGpu, planned_gpu
 from qlora_jax.plan.memory import usable_bytes
@@ -123,3 +125,28 @@ def test_the_roofline_by_hand(quickstart):
     assert found.flops == batch.tokens * token
     slow_bus = roofline(spec, CPU, 500, P, r, bus_bytes=10**15)
     assert slow_bus.seconds == pytest.approx(10**15 / 25e9)
+
+
+def test_the_longest_context_is_found(quickstart, monkeypatch):
+    """Against plans whose memory is known: 1 MB and 1 kB a token."""
+
+    class Fake:
+        def __init__(self, tokens):
+            self.memory = SimpleNamespace(peak=SimpleNamespace(total=10**6 + 1000 * tokens))
+            self.fits = self.memory.peak.total <= CPU.memory_bytes
+
+    asked = []
+
+    def fake_plan(config, gpu, say, advise):
+        asked.append(config.data.max_source_len + config.data.max_target_len)
+        assert (config.train.batch_size, config.train.grad_accum, config.data.eval_examples) == (1, 1, 0)
+        return Fake(asked[-1])
+
+    monkeypatch.setattr(longest, "make_plan", fake_plan)
+    found = longest.longest_context(quickstart, CPU)
+    most = (CPU.memory_bytes - 10**6) // 1000 // 1024 * 1024
+    assert found.tokens == most and found.too_long == most + 1024
+    assert len(asked) == len(set(asked)) <= 6
+    monkeypatch.setattr(longest, "usable_bytes", lambda gpu: 10**6)
+    with pytest.raises(InputError, match="not even 4096 tokens fit a CPU"):
+        longest.longest_context(quickstart, CPU)
