@@ -83,21 +83,16 @@ def _applied(cap: int | None) -> int | None:
     """The cap, or None where this process computes on no GPU. Raises InputError where JAX does not keep to it."""
     import jax
 
-    from qlora_jax.errors import InputError
+    from experiments import memory_cap
     from qlora_jax.train.memory import memory_limit
 
     if cap is None:
         return None
-    device, limit = jax.devices()[0], memory_limit()
+    device = jax.devices()[0]
     if device.platform != "gpu":
         print(f"--gpu_bytes={GPU_BYTES.value} is not applied: this process computes on {device.device_kind}, no GPU")
         return None
-    if limit is None or limit > 1.001 * cap:
-        found = "states no limit" if limit is None else f"gives out {limit / 2**30:.2f} GiB"
-        raise InputError(
-            f"--gpu_bytes={GPU_BYTES.value}: JAX's allocator {found}; unset XLA_PYTHON_CLIENT_ALLOCATOR and what else "
-            "sets it"
-        )
+    memory_cap.check_cap(cap, memory_limit(), f"--gpu_bytes={GPU_BYTES.value}")
     return cap
 
 

@@ -41,3 +41,12 @@ def set_cap(cap: int, memory: int, flag: str) -> None:
         raise InputError(f"{flag}: this GPU has {memory / 2**30:.2f} GiB ({memory / 1e9:.2f} GB): give at most that")
     os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # the old name of the same; JAX refuses both together
     os.environ["XLA_CLIENT_MEM_FRACTION"] = repr(cap / memory)
+
+
+def check_cap(cap: int, limit: int | None, flag: str) -> None:
+    """Raises InputError unless JAX, started, keeps to the cap: `limit` is what its allocator says it may give out."""
+    if limit is None or limit > 1.001 * cap:
+        found = "states no limit" if limit is None else f"gives out {limit / 2**30:.2f} GiB"
+        raise InputError(
+            f"{flag}: JAX's allocator {found}; take XLA_PYTHON_CLIENT_ALLOCATOR, or what else sets it, away"
+        )

@@ -178,7 +178,8 @@ class Bench:
 
     def _time_resident(self, grads: Any, factor: Any, updates: int) -> tuple[float, ...] | None:
         """Seconds of updates whose state stays on the device; None where it did already, or does not fit."""
-        if all(self.optimizer.resident) or not self._fits_resident():
+        stats = jax.devices()[0].memory_stats() or {}
+        if all(self.optimizer.resident) or not fits_resident(self.pages, stats):
             return None
         self.states.clear()
         optimizer = PagedOptimizer(self.pages, self.adapter)
@@ -190,12 +191,14 @@ class Bench:
             seconds.append(time.perf_counter() - begun)
         return tuple(seconds[1:])  # the first compiles
 
-    def _fits_resident(self) -> bool:
-        stats = jax.devices()[0].memory_stats() or {}
-        if "bytes_limit" not in stats:
-            return True
-        free = (1 - RESERVED) * stats["bytes_limit"] - stats["bytes_in_use"]
-        return sum(self.pages.bytes) + max(self.pages.bytes) <= free
+
+def fits_resident(pages: Pages, stats: dict[str, int]) -> bool:
+    """Whether all of the state fits beside what a device holds between a gradient and its update; `stats` is its
+    memory_stats(), empty where it counts none."""
+    if "bytes_limit" not in stats:
+        return True
+    free = (1 - RESERVED) * stats["bytes_limit"] - stats["bytes_in_use"]
+    return sum(pages.bytes) + max(pages.bytes) <= free
 
 
 def traffic_bytes(optimizer: PagedOptimizer) -> int:

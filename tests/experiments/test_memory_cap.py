@@ -37,6 +37,16 @@ def test_a_cap_becomes_the_fraction_of_the_card(monkeypatch):
         memory_cap.set_cap(48 * 2**30, 24 * 2**30, "--f")
 
 
+@pytest.mark.parametrize(
+    ("limit", "found"),
+    [(None, "states no limit"), (72 * 2**30, "gives out 72.00 GiB")],
+)
+def test_a_cap_that_jax_does_not_keep_to_is_an_error(limit, found):
+    memory_cap.check_cap(48 * 2**30, 48 * 2**30 + 4096, "--f")
+    with pytest.raises(InputError, match=f"--f: JAX's allocator {found}"):
+        memory_cap.check_cap(48 * 2**30, limit, "--f")
+
+
 def test_no_gpu_is_asked_for_on_cpus(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert memory_cap.gpu_memory_bytes() is None
