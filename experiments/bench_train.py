@@ -113,7 +113,7 @@ def _say_what(spec: "RunSpec") -> None:
 def _measure(spec: "RunSpec") -> "Measured":
     from qlora_jax.train.benchmark import measure
 
-    with tqdm(total=WARMUP.value + STEPS.value, desc="steps", unit="step", leave=False) as bar:
+    with tqdm(total=WARMUP.value + STEPS.value, desc="steps", unit="step", leave=False, delay=2) as bar:
         return measure(CONFIG.value, spec, STEPS.value, WARMUP.value, bar.update, CONFIG.value.train.seed)
 
 

@@ -173,7 +173,10 @@ def test_the_rival_itself(results):
     """Where torch is: bitsandbytes + PEFT + transformers on a small model, on whatever there is to compute on."""
     python = os.environ.get("QLORA_JAX_TORCH_PYTHON", sys.executable)
     asked = report(results, "asked.json") | {"steps": 1, "warmup": 1}
-    done = subprocess.run([python, SCRIPT], input=json.dumps(asked), capture_output=True, text=True)
+    one_thread = os.environ | {
+        "OMP_NUM_THREADS": "1"
+    }  # on busy cores OpenMP's threads wait for one another, for seconds
+    done = subprocess.run([python, SCRIPT], input=json.dumps(asked), env=one_thread, capture_output=True, text=True)
     if done.returncode == 3 and "cannot be imported" in done.stderr:
         pytest.skip(done.stderr.splitlines()[-1])
     assert done.returncode == 0, done.stderr
