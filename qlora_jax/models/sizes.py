@@ -11,6 +11,11 @@ from qlora_jax.models.llama import LINEARS, sizes
 from qlora_jax.quant.tensor import quantize
 
 
+def linear_weights(config: ModelConfig) -> int:
+    """Weights of all linear layers."""
+    return config.L * sum(math.prod(sizes(config, letters)) for letters in LINEARS.values())
+
+
 def linear_bytes(
     config: ModelConfig, format: str, block_size: int = 64, double_quant: bool = True
 ) -> tuple[int, float]:

@@ -79,6 +79,11 @@ GPUS = {
 }
 
 
+def gpu_of_kind(device_kind: str) -> PlannedGpu | None:
+    """The GPU that JAX calls `device_kind`; None where its data sheet is not here."""
+    return next((gpu for gpu in GPUS.values() if gpu.device_kind == device_kind), None)
+
+
 def planned_gpu(name: str) -> PlannedGpu:
     """The GPU called `name` ("a6000", also "A6000", "RTX A6000"). Raises InputError that lists the known ones."""
     plain = name.lower().removeprefix("nvidia").strip().replace("geforce", "").replace("_", "-").strip()

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from qlora_jax.models.llama import LINEARS, sizes
+from qlora_jax.models.sizes import linear_weights
 from qlora_jax.optim.schedules import make_optimizer, paging
 from qlora_jax.plan.advice import Change, first_that_fits
 from qlora_jax.plan.gpus import PlannedGpu
@@ -86,8 +86,7 @@ def make_plan(
             return fits(_memory(changed, read_spec(changed), gpu), gpu)
 
         change, tried = first_that_fits(spec, paging(config.optimizer), would_fit)
-    sizes_of = spec.model.sizes
-    weights = sum(O * I for O, I in (sizes(sizes_of, letters) for letters in LINEARS.values())) * sizes_of.L
+    weights = linear_weights(spec.model.sizes)
     kinds = {kind: size for phase in memory.phases for kind, size in phase.bytes.items() if kind != "temporaries"}
     packed = kinds.get("codes", 0) + kinds.get("scales", 0) or kinds["linear_16bit"]
     paged = memory.optimizer_bytes - sum(

@@ -4,7 +4,7 @@ Operations of one token, with P weights in linear layers, r the adapters' parame
 
     base      2 P  forward, 2 P recomputed, 2 P for dx               (no gradient of frozen weights)
     adapters  2 r  forward, 2 r recomputed, 4 r for dx, dA and dB
-    head      2 H  forward, 2 H recomputed, 2 H for dx
+    head      2 H  forward, 2 H for dx; 2 H recomputed where remat is "none" (elsewhere both are done at once)
     attention 4 N H_head T / 2 a layer forward and recomputed, twice that for its gradient (causal: half the square)
 
 Bytes of one micro-batch: packed codes and scales for each pass over the base; where XLA dequantizes, also a 16-bit
@@ -31,6 +31,23 @@ class Roofline:
     seconds: float
 
 
+def step_flops(spec: RunSpec, linear_weights: int, adapter_params: int, recomputed: bool = True) -> float:
+    """Floating-point operations of one optimizer step.
+
+    Args:
+      linear_weights, adapter_params: P and r above.
+      recomputed: also those that are done again to save memory (hardware FLOPs). Without them (model FLOPs) a token
+        takes 4 P + 6 r + 4 H, and attention three times its forward.
+    """
+    sizes, batch = spec.model.sizes, spec.batch
+    passes = PASSES if recomputed and spec.model.remat != "none" else PASSES - 1
+    head_passes = PASSES if recomputed and spec.model.remat == "none" else PASSES - 1
+    head = 2 * head_passes * sizes.V * sizes.D
+    attention = 2 * sizes.N * sizes.H * batch.T * sizes.L
+    token = 2 * passes * linear_weights + 2 * (passes + 1) * adapter_params + head + (passes + 1) * attention
+    return token * batch.tokens
+
+
 def roofline(
     spec: RunSpec, gpu: PlannedGpu, packed_bytes: int, linear_weights: int, adapter_params: int, bus_bytes: int
 ) -> Roofline:
@@ -38,11 +55,7 @@ def roofline(
     sizes, batch = spec.model.sizes, spec.batch
     passes = PASSES if spec.model.remat != "none" else PASSES - 1
     head = sizes.V * sizes.D
-    attention = 2 * sizes.N * sizes.H * batch.T * sizes.L
-    token = (
-        2 * passes * linear_weights + 2 * (passes + 1) * adapter_params + 2 * PASSES * head + (passes + 1) * attention
-    )
-    micro_flops = token * batch.B * batch.T
+    micro_flops = step_flops(spec, linear_weights, adapter_params) / batch.G
     moved = passes * packed_bytes + 2 * PASSES * head + 4 * sizes.L * batch.B * batch.T * sizes.D
     if spec.model.kernel in ("auto", "xla", "scratch") and spec.model.quant.format != "none":
         moved += passes * 4 * linear_weights

@@ -62,11 +62,19 @@ class Prepared:
 
 
 def check_config(config: Any) -> None:
-    """Raises InputError for values that no run can have, before anything is read."""
+    """Raises InputError for what no run can have, before anything is read."""
     if not config.model.path:
         raise InputError("model.path is empty; give a checkpoint folder or a hub name: --config.model.path=...")
     if not config.data.path and not config.data.batches:
         raise InputError("data.path is empty; give a data file or a hub data set: --config.data.path=...")
+    check_values(config)
+
+
+def check_values(config: Any, backend: str | None = None) -> None:
+    """Raises InputError for values that no run can have, whatever model and data it names.
+
+    `backend` is what the run will compute on ("gpu", "cpu"); None asks JAX, which starts it.
+    """
     for (section, key), allowed in _CHOICES.items():
         if config[section][key] not in allowed:
             raise InputError(f"{section}.{key} is {config[section][key]!r}; expected {' or '.join(allowed)}")
@@ -102,11 +110,11 @@ def check_config(config: Any) -> None:
     if config.model.fuse_lora:
         _check_fuse_lora(config)
     needs_gpu = [key for key in ("kernel", "attention") if config.model[key] not in ("xla", "auto", "chunked")]
-    if needs_gpu and jax.default_backend() != "gpu":
+    if needs_gpu and (backend := backend or jax.default_backend()) != "gpu":
         key = needs_gpu[0]
         raise InputError(
             f"model.{key} is {config.model[key]!r}, which needs an NVIDIA GPU; this process computes on "
-            f"{jax.default_backend()}: set model.{key}=xla"
+            f"{backend}: set model.{key}=xla"
         )
     if config.mesh.devices != 1:
         raise InputError(f"mesh.devices is {config.mesh.devices}; one run trains on one device")
