@@ -119,7 +119,7 @@ def _measure(spec: "RunSpec") -> "Measured":
 
 def _account(spec: "RunSpec", measured: "Measured") -> "tuple[Utilization, Phase]":
     """The share of the device's rate, and the larger of the plan's phases that the peak was measured over."""
-    from qlora_jax.optim.schedules import make_optimizer
+    from qlora_jax.optim.schedules import make_optimizer, paging
     from qlora_jax.plan.here import gpu_here
     from qlora_jax.plan.memory import plan_memory
     from qlora_jax.plan.utilization import utilization
@@ -127,7 +127,7 @@ def _account(spec: "RunSpec", measured: "Measured") -> "tuple[Utilization, Phase
     here, config = gpu_here(), CONFIG.value
     o = config.optimizer
     run = {"loss_chunk": config.train.loss_chunk, "max_grad_norm": o.max_grad_norm}
-    memory = plan_memory(spec, here, make_optimizer(o, config.train.steps), o.page_bytes, o.paging, run)
+    memory = plan_memory(spec, here, make_optimizer(o, config.train.steps), o.page_bytes, paging(o), run)
     seconds = statistics.median(measured.step_seconds)
     # the compiler's figure, on CPUs, is of the gradient
     names = ("gradient", "update") if measured.peak_source == "allocator" else ("gradient",)

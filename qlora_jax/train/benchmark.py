@@ -18,7 +18,7 @@ import numpy as np
 from qlora_jax.errors import InputError
 from qlora_jax.optim.paged import PagedOptimizer
 from qlora_jax.optim.pages import Pages
-from qlora_jax.optim.schedules import make_optimizer
+from qlora_jax.optim.schedules import make_optimizer, paging
 from qlora_jax.plan.program import BatchShape
 from qlora_jax.plan.spec import RunSpec
 from qlora_jax.train.backward import compiler_options
@@ -146,7 +146,7 @@ class Bench:
             batch = [jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.int32, np.bool_)]
             self.evaluation.compile(self.adapter, self.base, *batch)
         programs = max(self.gradient.peak_bytes, self.evaluation.peak_bytes)
-        residency = decide(self.config.optimizer.paging, self.pages, memory_limit(), programs)
+        residency = decide(paging(self.config.optimizer), self.pages, memory_limit(), programs)
         return PagedOptimizer(self.pages, self.adapter, residency.resident_bytes), residency.reason
 
     def _batch(self, step: int) -> tuple[np.ndarray, np.ndarray, Any]:
