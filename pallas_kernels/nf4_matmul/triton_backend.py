@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LARGEST_HALF = 2**31  # bytes of codes are addressed by 32-bit integers
 # compute capabilities of GPUs that programs are lowered for where there is none: the abstract device has only a name
-CAPABILITIES = {"A100": 80, "A6000": 86, "RTX 3090": 86, "RTX 4090": 89, "L40": 89, "H100": 90, "H200": 90}
+CAPABILITIES = {"A100": 80, "A6000": 86, "RTX 3090": 86, "RTX 4090": 89, "L40": 89, "H100": 90, "H200": 90, "A10": 86}
 
 
 class LowRank(NamedTuple):

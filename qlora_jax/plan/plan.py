@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from qlora_jax.models.sizes import linear_weights
 from qlora_jax.optim.schedules import make_optimizer, paging
 from qlora_jax.plan.advice import Change, first_that_fits
@@ -13,6 +15,7 @@ from qlora_jax.plan.memory import Memory, fits, plan_memory, usable_bytes
 from qlora_jax.plan.roofline import Roofline, roofline
 from qlora_jax.plan.spec import RunSpec, read_spec
 from qlora_jax.settings import flatten
+from qlora_jax.train.setup import check_values
 
 EFFICIENCIES = (1.0, 0.6, 0.4)  # of the roofline, for which tokens/s are stated
 
@@ -73,6 +76,7 @@ def make_plan(
     Raises:
       InputError: a mistake in the config, a model whose sizes are not known, no compiler for the GPU.
     """
+    check_values(config, jax.default_backend() if gpu.is_here else "gpu")
     spec = read_spec(config)
     say(f"compiling a step of {spec.batch.G} x {spec.batch.B} x {spec.batch.T} tokens for {gpu.device_kind}")
     memory = _memory(config, spec, gpu)

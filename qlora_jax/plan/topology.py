@@ -70,7 +70,11 @@ def compile_for(
     if gpu.is_here:
         return jitted.lower(*arguments).compile(compiler_options=compiler_options)
     with traced_for(gpu), _uncached():
-        lowered = jitted.trace(*arguments).lower(lowering_platforms=("cuda",))
+        try:
+            traced = jitted.trace(*arguments)
+        except RuntimeError as error:  # of a kernel that is not for this GPU
+            raise InputError(f"{gpu.device_kind}: {str(error).splitlines()[0]}") from error
+        lowered = traced.lower(lowering_platforms=("cuda",))
         return lowered.compile(compiler_options=compiler_options)
 
 

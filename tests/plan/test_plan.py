@@ -114,6 +114,16 @@ def test_models_whose_sizes_nobody_knows(quickstart, monkeypatch):
         read_spec(quickstart)
 
 
+def test_mistakes_cost_no_compiling(xla_gpu, quickstart):
+    quickstart.train.batch_size, quickstart.train.grad_accum = 15, 4
+    with pytest.raises(InputError, match="train.batch_size 15 cannot be cut into train.grad_accum 4"):
+        make_plan(quickstart, GPUS["a6000"])
+    quickstart.train.grad_accum, quickstart.model.kernel, quickstart.model.compute_dtype = 1, "mosaic", "bfloat16"
+    quickstart.model.path = "huggyllama/llama-7b"
+    with pytest.raises(InputError, match='RTX A6000: backend "mosaic" needs a Hopper GPU'):
+        make_plan(quickstart, GPUS["a6000"])
+
+
 def test_the_roofline_by_hand(quickstart):
     """2 P a token for each of three passes over P weights of the base; the head goes through two."""
     spec = read_spec(quickstart)
