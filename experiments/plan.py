@@ -9,7 +9,7 @@ against what a finished run there has measured.
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 
@@ -54,17 +54,18 @@ def main() -> None:
     if "here" in GPU.value and not here:
         raise InputError("--gpu=here stands alone: this machine's device is not compiled for as the others are")
     measured = _measured(Path(WORKDIR.value)) if WORKDIR.value else None
+    length = None if measured is None else measured.length
     gpus = {"here": gpu_here()} if here else {name: planned_gpu(name) for name in GPU.value}
     plans = []
     for name, gpu in gpus.items():
         if LONGEST.value:
             plans.append(_longest(name, gpu))
             continue
-        plan = make_plan(CONFIG.value, gpu, lambda line: print(f"plan: {line}", flush=True), ADVISE.value)
+        plan = make_plan(CONFIG.value, gpu, lambda line: print(f"plan: {line}", flush=True), ADVISE.value, length)
         plans.append(plan.to_json(name))
         print(table(plan))
     if measured is not None:
-        plans[0] |= _compare(plans[0]["device_peak_bytes"], measured)
+        plans[0] |= _compare(plans[0]["device_peak_bytes"], measured.peak_bytes)
     if OUT.value:
         path = Path(OUT.value).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,22 +89,28 @@ def table(plan: "Plan") -> str:
     from qlora_jax.plan.plan import EFFICIENCIES
 
     memory, batch, peak = plan.memory, plan.spec.batch, plan.memory.peak
+    scale, unit = (1e9, "GB") if peak.total >= 1e9 else (1e6, "MB")
+
+    def row(label: str, size: int, more: str = "") -> str:
+        return f"  {label:<36}{size / scale:>9.3f} {unit}{more}"
+
+    pages = f" in {len(memory.resident)} pages, {sum(memory.resident)} of them on the device"
     lines = [f"{plan.gpu.device_kind}: {_both(plan.gpu.memory_bytes)}", ""]
-    lines += [f"  {LABELS[kind]:<36}{size / 1e9:>9.3f} GB" for kind, size in peak.bytes.items()]
+    lines += [row(LABELS[kind], size) for kind, size in peak.bytes.items()]
     lines += [
-        f"  {'peak on the device, while: ' + peak.name:<36}{peak.total / 1e9:>9.3f} GB",
-        "  " + ", ".join(f"{phase.name} {phase.total / 1e9:.3f}" for phase in memory.phases) + " GB",
-        f"  {'of which a run may take':<36}{usable_bytes(plan.gpu) / 1e9:>9.3f} GB",
+        row(f"peak on the device, while: {peak.name}", peak.total),
+        "  " + ", ".join(f"{phase.name} {phase.total / scale:.3f}" for phase in memory.phases) + f" {unit}",
+        row("of which a run may take", usable_bytes(plan.gpu)),
         "",
-        f"  {'pinned host memory':<36}{memory.pinned_host_bytes / 1e9:>9.3f} GB",
-        f"  {'host memory at the peak of loading':<36}{memory.load_host_peak_bytes / 1e9:>9.3f} GB",
-        f"  {'optimizer state':<36}{memory.optimizer_bytes / 1e9:>9.3f} GB in {len(memory.resident)} pages, "
-        f"{sum(memory.resident)} of them on the device",
+        row("pinned host memory", memory.pinned_host_bytes),
+        row("host memory at the peak of loading", memory.load_host_peak_bytes),
+        row("optimizer state", memory.optimizer_bytes, pages),
         "",
         f"  a step: {batch.G} x {batch.B} sequences of {batch.T} = {batch.tokens:,} tokens, "
-        f"{plan.time.flops / 1e12:,.1f} TFLOP, {plan.time.bytes / 1e9:,.1f} GB of device memory moved, "
-        f"{plan.time.bus_bytes / 1e9:,.2f} GB each way over the bus",
-        f"  roofline {plan.time.seconds:.2f} s; tokens/s at "
+        f"{plan.time.flops / 1e12:,.2f} TFLOP,",
+        f"  {plan.time.bytes / 1e9:,.2f} GB of device memory moved, {plan.time.bus_bytes / 1e9:,.3f} GB each way over "
+        "the bus",
+        f"  roofline {plan.time.seconds:.3g} s; tokens/s at "
         + ", ".join(f"{share:.0%}: {share * batch.tokens / plan.time.seconds:,.0f}" for share in EFFICIENCIES),
         "",
     ]
@@ -120,10 +127,19 @@ def table(plan: "Plan") -> str:
 
 
 def _both(size: int) -> str:
+    if size < 1e9:
+        return f"{size / 1e6:.2f} MB ({size / 2**20:.2f} MiB)"
     return f"{size / 1e9:.2f} GB ({size / 2**30:.2f} GiB)"
 
 
-def _measured(workdir: Path) -> int:
+class Measured(NamedTuple):
+    """What a finished run says of itself."""
+
+    peak_bytes: int
+    length: int  # tokens of its longest row
+
+
+def _measured(workdir: Path) -> Measured:
     from qlora_jax.errors import InputError
     from qlora_jax.models.config import read_json
     from qlora_jax.settings import differing_keys, resolved
@@ -133,7 +149,9 @@ def _measured(workdir: Path) -> int:
     differing = differing_keys(read_json(workdir / "config.json"), resolved(CONFIG.value))
     if differing:
         raise InputError(f"--workdir={workdir} is a run of another config: {'; '.join(differing[:5])}")
-    return read_json(workdir / "summary.json")["peak_device_bytes"]
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    tokens = max(row["tokens"] for row in rows if "tokens" in row)
+    return Measured(read_json(workdir / "summary.json")["peak_device_bytes"], tokens // CONFIG.value.train.batch_size)
 
 
 def _compare(planned: int, measured: int) -> dict[str, Any]:

@@ -64,7 +64,11 @@ class Plan:
 
 
 def make_plan(
-    config: Any, gpu: PlannedGpu, say: Callable[[str], None] = lambda line: None, advise: bool = True
+    config: Any,
+    gpu: PlannedGpu,
+    say: Callable[[str], None] = lambda line: None,
+    advise: bool = True,
+    length: int | None = None,
 ) -> Plan:
     """Plans the run that `config` (as configs/base.py) describes.
 
@@ -72,12 +76,13 @@ def make_plan(
       config: a ConfigDict; nothing it names is read but the sizes of the model.
       gpu: of GPUS, or `gpu_here()`.
       say: takes lines on what is being compiled.
+      length: tokens of the longest row, where the data has none as long as the config allows.
       advise: look for a change that fits, where the run does not; each try compiles.
     Raises:
       InputError: a mistake in the config, a model whose sizes are not known, no compiler for the GPU.
     """
     check_values(config, jax.default_backend() if gpu.is_here else "gpu")
-    spec = read_spec(config)
+    spec = read_spec(config, length)
     say(f"compiling a step of {spec.batch.G} x {spec.batch.B} x {spec.batch.T} tokens for {gpu.device_kind}")
     memory = _memory(config, spec, gpu)
     change: Change | None = None

@@ -26,8 +26,8 @@ class RunSpec:
     form: str  # of the weights on disk: one of io/peaks.FORMS
 
 
-def read_spec(config: Any) -> RunSpec:
-    """Sizes of the run that `config` (as configs/base.py) describes, at its longest sequences.
+def read_spec(config: Any, length: int | None = None) -> RunSpec:
+    """Sizes of the run that `config` (as configs/base.py) describes, at its longest sequences, or at those of `length`.
 
     Raises InputError for a model whose sizes are neither in its folder, nor known here, nor to be had from the hub.
     """
@@ -50,7 +50,7 @@ def read_spec(config: Any) -> RunSpec:
         m.fuse_lora,
         m.sequence_chunk,
     )
-    rows, length = config.train.batch_size, _longest(config.data)
+    rows, length = config.train.batch_size, length or _longest(config.data)
     if config.data.batches:
         batches = FileBatches(config.data.batches)
         rows, length = batches.batch_size, batches.max_length
