@@ -1,6 +1,8 @@
 """Guanaco 33B, the paper's recipe: OASST1's best-ranked paths, all turns trained, 1,875 steps of 16 conversations.
 
 python -m experiments.train --config=configs/guanaco_33b.py --config.data.path=FILE --workdir=runs/guanaco_33b
+
+By plan on an RTX 4090: 22.0 GB on the device, 4.4 GB of pinned host memory; at 60% of the roofline 10 hours.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,8 @@
 """Guanaco 65B, the paper's recipe: OASST1's best-ranked paths, all turns trained, 1,875 steps of 16 conversations.
 
 python -m experiments.train --config=configs/guanaco_65b.py --config.data.path=FILE --workdir=runs/guanaco_65b
+
+By plan on an RTX A6000: 42.7 GB on the device, 6.4 GB of pinned host memory; at 60% of the roofline 21 hours.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,8 @@
 """Guanaco 7B, the paper's recipe: OASST1's best-ranked paths, all turns trained, 1,875 steps of 16 conversations.
 
 python -m experiments.train --config=configs/guanaco_7b.py --config.data.path=FILE --workdir=runs/guanaco_7b
+
+By plan on an RTX 4090: 5.7 GB on the device, 1.3 GB of pinned host memory; at 60% of the roofline 2 hours.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,8 @@
 """Llama 3 8B on conversations by Guanaco's recipe: r 64 on all linear layers, 1,875 steps of 16.
 
 python -m experiments.train --config=configs/llama3_8b.py --config.data.path=FILE --workdir=runs/llama3_8b
+
+By plan on an RTX 4090: 7.8 GB on the device, 1.3 GB of pinned host memory; at 60% of the roofline 2 hours.
 """
 
 from ml_collections import ConfigDict

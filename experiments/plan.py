@@ -44,6 +44,7 @@ def main() -> None:
     here = GPU.value == ["here"]
     if not here:
         os.environ["JAX_PLATFORMS"] = "cpu"  # what is compiled for is not what is here
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # XLA's scheduler calls a program over four fifths of a card an error
     from qlora_jax.errors import InputError
     from qlora_jax.plan.gpus import planned_gpu
     from qlora_jax.plan.here import gpu_here
@@ -120,6 +121,11 @@ def table(plan: "Plan") -> str:
     else:
         short = peak.total - usable_bytes(plan.gpu)
         lines.append(f"it does not fit: {_both(short)} short")
+        if memory.held_bytes > usable_bytes(plan.gpu):
+            lines.append(
+                f"  base, adapters and gradients alone take {_both(memory.held_bytes)}: take a larger card, a smaller model "
+                "or a smaller lora.rank"
+            )
         lines += [f"  nor with {change}" for change in plan.tried]
         if plan.change is not None:
             lines.append(f"  it fits with {plan.change}")

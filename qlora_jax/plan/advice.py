@@ -53,8 +53,3 @@ def first_that_fits(
             return change, tried
         tried.append(change)
     return None, tried
-
-
-def is_larger_than_card(held_bytes: int, memory_bytes: int) -> bool:
-    """Whether the frozen model and its adapters alone are too large: then no change of the above helps."""
-    return held_bytes > memory_bytes

@@ -77,6 +77,13 @@ class Memory:
     def peak(self) -> Phase:
         return max(self.phases, key=lambda phase: phase.total)
 
+    @property
+    def held_bytes(self) -> int:
+        """Base, adapters and gradients: what no other batch, length, remat or paging makes smaller."""
+        gradient = next(phase for phase in self.phases if phase.name == "gradient").bytes
+        passing = ("optimizer", "block_inputs", "temporaries")
+        return sum(size for kind, size in gradient.items() if kind not in passing)
+
 
 def base_bytes(model: AbstractModel) -> dict[str, int]:
     """The frozen model by kind."""

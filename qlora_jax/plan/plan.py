@@ -87,7 +87,7 @@ def make_plan(
     memory = _memory(config, spec, gpu)
     change: Change | None = None
     tried: list[Change] = []
-    if advise and not fits(memory, gpu):
+    if advise and not fits(memory, gpu) and memory.held_bytes <= usable_bytes(gpu):
 
         def would_fit(change: Change) -> bool:
             say(f"does not fit; compiling with {change}")

@@ -89,6 +89,13 @@ def test_what_does_not_fit_is_told_what_would(quickstart):
     assert make_plan(quickstart, small, advise=False).fits
 
 
+def test_a_card_too_small_for_the_model_is_not_tried(quickstart):
+    held = make_plan(quickstart, CPU).memory.held_bytes
+    tiny = PlannedGpu("a tiny CPU", (0, 0), 0, held - 1, 1e10, 1e11, 0, 0.0, is_here=True)
+    plan = make_plan(quickstart, tiny, say=lambda line: pytest.fail(line) if "does not fit" in line else None)
+    assert not plan.fits and plan.change is None and plan.tried == ()
+
+
 def test_advice_loses_nothing_first_and_gives_up(quickstart):
     quickstart.train.batch_size, quickstart.train.grad_accum, quickstart.optimizer.paging = 8, 2, "auto"
     spec = read_spec(quickstart)
