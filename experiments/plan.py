@@ -123,8 +123,8 @@ def table(plan: "Plan") -> str:
         lines.append(f"it does not fit: {_both(short)} short")
         if memory.held_bytes > usable_bytes(plan.gpu):
             lines.append(
-                f"  base, adapters and gradients alone take {_both(memory.held_bytes)}: take a larger card, a smaller model "
-                "or a smaller lora.rank"
+                f"  base, adapters and gradients alone take {_both(memory.held_bytes)}: take a larger card, a smaller "
+                "model or a smaller lora.rank"
             )
         lines += [f"  nor with {change}" for change in plan.tried]
         if plan.change is not None:
