@@ -10,6 +10,9 @@ Files, told apart by their fields:
     pairwise CSV    benchmark, first, second, item_id, score (three-class)
     judge JSONL     the same five fields (question_id may stand for item_id), score of either protocol, and optionally
                     judge, category, text (what the judge wrote)
+    annotations     of people: question, first, second, annotator, verdict (CSV or JSONL; system_1 and system_2 may
+                    stand for first and second, question_id or item_id for question). A verdict is a three-class score,
+                    one of the words first, second and tie, or the name of the better system
     ratings JSONL   as released with the paper: question_id, answer1_id, answer2_id, score. The systems stand in the
                     file's name, A-...-vs-B-...jsonl, which gives their order backwards for some files: an
                     answer id that a file of answers knows decides which of the two came first
@@ -31,14 +34,20 @@ from qlora_jax.errors import InputError
 
 PROTOCOLS = ("threeclass", "relative")
 FIRST, SECOND, TIE, UNPARSED = 1, 2, 3, -1
+ANY = "any"  # benchmark of what does not name one
 COLUMNS = ("benchmark", "first", "second", "item_id", "score")
 RATING_FIELDS = ("question_id", "answer1_id", "answer2_id", "score")
 SUFFIXES = (".csv", ".jsonl", ".csv.gz", ".jsonl.gz")
 
 
+ANNOTATION_FIELDS = ("question", "first", "second", "annotator", "verdict")
+ALIASES = {"question_id": "question", "item_id": "question", "system_1": "first", "system_2": "second"}
+WORDS = {"first": FIRST, "second": SECOND, "tie": TIE}
+
+
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    benchmark: str  # "" where a file does not name one; such a verdict belongs to any
+    benchmark: str  # ANY where a file does not name one
     first: str  # system whose answer the judge saw first
     second: str
     item: str
@@ -78,6 +87,8 @@ def read_verdicts(path: Path, answers: Sequence[Path] = ()) -> Read:
         fields = rows[0].fields
         if all(name in fields for name in COLUMNS if name != "item_id") and {"item_id", "question_id"} & set(fields):
             verdicts += _named_verdicts(rows)
+        elif all(name in _annotation(fields) for name in ANNOTATION_FIELDS):
+            verdicts += _named_verdicts([_as_judged(row) for row in rows])
         elif all(name in fields for name in RATING_FIELDS):
             if owners is None:
                 owners = read_answers([*answers, *([beside] if beside.is_dir() else [])])
@@ -87,7 +98,10 @@ def read_verdicts(path: Path, answers: Sequence[Path] = ()) -> Read:
         elif path.is_dir():
             notes.append(f"{file.name}: passed over, not a file of verdicts")
         else:
-            expected = f"{', '.join(COLUMNS)} (or a released rating file's {', '.join(RATING_FIELDS)})"
+            expected = (
+                f"{', '.join(COLUMNS)} (or a released rating file's {', '.join(RATING_FIELDS)}, or people's "
+                f"{', '.join(ANNOTATION_FIELDS)})"
+            )
             raise InputError(f"{path}: found the columns {', '.join(map(str, fields))}; expected {expected}")
     if not verdicts:
         listing = ", ".join(file.name for file in files) or "no .csv or .jsonl file"
@@ -128,10 +142,10 @@ def select(verdicts: Sequence[Verdict], protocol: str, benchmark: str | None) ->
             f"no {protocol} verdicts; found {_counts(found)}: choose with --protocol "
             "(relative scores are pairs [a, b], three-class scores one of 1, 2, 3, -1)"
         )
-    benchmarks = Counter(verdict.benchmark for verdict in of_protocol if verdict.benchmark)
+    benchmarks = Counter(verdict.benchmark for verdict in of_protocol if verdict.benchmark != ANY)
     if benchmark is None and len(benchmarks) > 1:
         raise InputError(f"there are several benchmarks, {_counts(benchmarks)}: choose one with --benchmark")
-    chosen = [v for v in of_protocol if benchmark is None or v.benchmark in ("", benchmark)]
+    chosen = [v for v in of_protocol if benchmark is None or v.benchmark in (ANY, benchmark)]
     if not chosen:
         raise InputError(f"--benchmark={benchmark}: no {protocol} games; the benchmarks are {_counts(benchmarks)}")
     return chosen
@@ -143,6 +157,21 @@ def _is_data(path: Path) -> bool:
 
 def _counts(found: Counter[str]) -> str:
     return ", ".join(f"{name} ({count:,} games)" for name, count in sorted(found.items()))
+
+
+def _annotation(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of an annotation under the names of ANNOTATION_FIELDS."""
+    return {ALIASES.get(name, name): value for name, value in fields.items()}
+
+
+def _as_judged(row: Row) -> Row:
+    """An annotation with the fields of a judge file; its benchmark, if it has none, is any."""
+    fields = _annotation(row.fields)
+    verdict = str(fields["verdict"]).strip()
+    names = {str(fields["first"]): FIRST, str(fields["second"]): SECOND}
+    score = names.get(verdict, WORDS.get(verdict.lower(), fields["verdict"]))
+    judged = {"benchmark": ANY, "item_id": fields["question"], "score": score, "judge": fields["annotator"]}
+    return dataclasses.replace(row, fields=judged | fields)
 
 
 def _named_verdicts(rows: Sequence[Row]) -> list[Verdict]:
@@ -200,7 +229,7 @@ def _rated_verdicts(file: Path, rows: Sequence[Row], owners: dict[str, str]) -> 
         else:
             judge = str(row.fields.get("judge") or "")
             verdicts.append(
-                Verdict(benchmark[1] if benchmark else "", first, second, str(item), score, protocol, judge)
+                Verdict(benchmark[1] if benchmark else ANY, first, second, str(item), score, protocol, judge)
             )
     problems.raise_if_any()
     return verdicts, note
@@ -209,7 +238,7 @@ def _rated_verdicts(file: Path, rows: Sequence[Row], owners: dict[str, str]) -> 
 def _file_systems(stem: str) -> tuple[str, str] | None:
     """The two systems of a rating file's name, as it orders them."""
     pair = re.sub(r"-gpt-?4-reviewer.*$", "", stem).split("-vs-")
-    names = [re.sub(r"-(vicuna|oa)(-generations.*)?$", "", name) for name in pair]
+    names = [re.sub(r"^answer[-_]|-(vicuna|oa)(-generations.*)?$", "", name) for name in pair]
     return (names[0], names[1]) if len(names) == 2 and names[0] != names[1] and all(names) else None
 
 
