@@ -5,12 +5,14 @@ threeclass: Elo over random orderings of the games, and a Bradley-Terry fit besi
 the figures elo and wins as .png and .svg.
 relative: a system's points over ChatGPT's. --out gets relative.json {system: {"percent", "low", "high"}}, table.md,
 .csv and .tex, and the figure relative as .png and .svg.
+Where verdicts have a category, or --questions gives it, categories.* has the scores by category.
 
 Verdicts are a CSV with columns benchmark, first, second, item_id, score (1 first wins, 2 second wins, 3 tie, -1
 unparsed), JSONL files with these fields, the rating files released with the QLoRA paper, or a folder of them.
 """
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +22,8 @@ from absl import flags
 from experiments import cli
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from qlora_jax.evaluate.verdicts import Verdict
 
 VERDICTS = flags.DEFINE_string("verdicts", None, "file of verdicts, or a folder of them", required=True)
@@ -32,6 +36,7 @@ START = flags.DEFINE_float("start", 1000, "Elo that every system begins with")
 TIES = flags.DEFINE_string("ties", "half", "half: a tie is half a win of each; drop: ties are left out")
 REFERENCE = flags.DEFINE_string("reference", None, "system that others are relative to; ChatGPT by default")
 ANSWERS = flags.DEFINE_multi_string("answers", [], "JSONL of answers (or a folder) that tells whose an answer id is")
+QUESTIONS = flags.DEFINE_string("questions", None, "JSONL with question_id and category, for scores by category")
 OUT = flags.DEFINE_string("out", None, "folder for the results", required=True)
 
 ABOUT_K = (
@@ -42,6 +47,7 @@ ABOUT_K = (
 
 def main() -> int:
     from qlora_jax.errors import InputError
+    from qlora_jax.evaluate.categories import with_categories
     from qlora_jax.evaluate.verdicts import read_verdicts, select
 
     out = Path(OUT.value).expanduser()
@@ -49,6 +55,11 @@ def main() -> int:
         raise InputError(f"--out={out} is a file; expected a folder")
     read = read_verdicts(Path(VERDICTS.value).expanduser(), [Path(path).expanduser() for path in ANSWERS.value])
     verdicts = select(read.verdicts, PROTOCOL.value, BENCHMARK.value)
+    if QUESTIONS.value is not None:
+        verdicts = with_categories(verdicts, Path(QUESTIONS.value).expanduser())
+    judges = sorted({verdict.judge for verdict in verdicts})
+    if len(judges) > 1:
+        print(f"note: verdicts of {len(judges)} judges are pooled: {', '.join(name or '(no name)' for name in judges)}")
     for note in read.notes:
         print(f"note: {note}")
     if PROTOCOL.value == "relative":
@@ -66,6 +77,7 @@ def play(verdicts: "list[Verdict]", out: Path) -> None:
 
     from qlora_jax.evaluate import figures, tables
     from qlora_jax.evaluate.bradley_terry import bradley_terry
+    from qlora_jax.evaluate.categories import shares_won
     from qlora_jax.evaluate.elo import check_settings, elo
     from qlora_jax.evaluate.games import games_of
     from qlora_jax.io.export import write_json
@@ -113,12 +125,17 @@ def play(verdicts: "list[Verdict]", out: Path) -> None:
     figures.draw_intervals(
         out, "elo", list(ratings), [(r.elo, r.low, r.high) for r in ratings.values()], f"Elo (K = {K.value:g})"
     )
-    figures.draw_matrix(out, "wins", list(ratings), shares, "games won by the row's system, ties half")
+    figures.draw_matrix(
+        out, "wins", list(ratings), list(ratings), 100 * shares, "games won by the row's system, ties half, %"
+    )
+    categories, percents = shares_won(verdicts, list(ratings))
+    write_categories(out, list(ratings), categories, percents, "games won, ties half, %", (0, 100))
 
 
 def compare(verdicts: "list[Verdict]", out: Path) -> None:
     """The table of the relative protocol."""
     from qlora_jax.evaluate import figures, tables
+    from qlora_jax.evaluate.categories import points_over
     from qlora_jax.evaluate.relative import find_reference, relative
     from qlora_jax.io.export import write_json
 
@@ -139,6 +156,31 @@ def compare(verdicts: "list[Verdict]", out: Path) -> None:
     tables.write_tables(out, "table", header, rows)
     values = [(r.percent, r.low, r.high) for r in found.values()]
     figures.draw_intervals(out, "relative", list(found), values, f"points, % of {reference}'s")
+    categories, table = points_over(verdicts, list(found), reference)
+    write_categories(out, list(found), categories, table, f"points, % of {reference}'s", (50, 150))
+
+
+def write_categories(
+    out: Path,
+    systems: list[str],
+    categories: list[str],
+    percents: "np.ndarray",
+    label: str,
+    limits: tuple[float, float],
+) -> None:
+    """The table and the heat map by category, where verdicts have one."""
+    from qlora_jax.evaluate import figures, tables
+
+    if not categories:
+        return
+    header = ["system", *categories]
+    rows = [
+        [name, *(f"{x:.1f}" if math.isfinite(x) else "-" for x in line)]
+        for name, line in zip(systems, percents, strict=True)
+    ]
+    print(f"\nby category: {label}\n{tables.as_text(header, rows)}\n")
+    tables.write_tables(out, "categories", header, rows)
+    figures.draw_matrix(out, "categories", systems, categories, percents, label, limits)
 
 
 if __name__ == "__main__":

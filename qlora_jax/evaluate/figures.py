@@ -25,18 +25,25 @@ def draw_intervals(
     _save(figure, folder, name)
 
 
-def draw_matrix(folder: Path, name: str, systems: Sequence[str], shares: np.ndarray, label: str) -> None:
-    """Heat map of shares [S, S] in 0..1, NaN where two systems never met."""
+def draw_matrix(
+    folder: Path,
+    name: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    percents: np.ndarray,
+    label: str,
+    limits: tuple[float, float] = (0, 100),
+) -> None:
+    """Heat map of percents [rows, columns], white at the middle of the limits; NaN stays empty."""
     plt = _pyplot()
-    side = 2.5 + 0.6 * len(systems)
-    figure, axes = plt.subplots(figsize=(side + 1, side))
-    image = axes.imshow(shares, vmin=0, vmax=1, cmap="RdBu")
-    axes.set_xticks(range(len(systems)), systems, rotation=45, ha="right")
-    axes.set_yticks(range(len(systems)), systems)
-    for (row, column), share in np.ndenumerate(shares):
-        if np.isfinite(share):
-            dark = abs(share - 0.5) > 0.3
-            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color="white" if dark else "black")
+    figure, axes = plt.subplots(figsize=(3.5 + 0.6 * len(columns), 2.5 + 0.6 * len(rows)))
+    image = axes.imshow(percents, vmin=limits[0], vmax=limits[1], cmap="RdBu", aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
+    for (row, column), percent in np.ndenumerate(percents):
+        if np.isfinite(percent):
+            dark = abs(percent - np.mean(limits)) > 0.3 * (limits[1] - limits[0])
+            axes.text(column, row, f"{percent:.0f}", ha="center", va="center", color="white" if dark else "black")
     figure.colorbar(image, label=label)
     _save(figure, folder, name)
 

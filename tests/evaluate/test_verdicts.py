@@ -85,6 +85,23 @@ def test_three_class_order_by_name_is_noted(tmp_path) -> None:
     assert len(read.notes) == 1 and "7b-guanaco is taken as first" in read.notes[0]
 
 
+@pytest.mark.parametrize(
+    "name, systems",
+    [
+        ("gpt-4-oa-generations-vs-vicuna-13b-oa-generations-gpt-4-reviewer-threeclass", ("gpt-4", "vicuna-13b")),
+        (
+            "13b-guanaco-vicuna-generations-topp0.9-temp0.7-vs-answer-bard-gpt-4-reviewer-threeclass",
+            ("13b-guanaco", "bard"),
+        ),
+        ("7b-flan-oa-generations-topp0.9-beam1-vs-gpt-3.5-oa-generations-gpt-4-reviewer", ("7b-flan", "gpt-3.5")),
+    ],
+)
+def test_systems_of_released_names(tmp_path, name, systems) -> None:
+    jsonl(tmp_path / f"{name}.jsonl", [rating(1, "a", "b", 1)])
+    (verdict,) = read_verdicts(tmp_path).verdicts
+    assert (verdict.first, verdict.second) == systems
+
+
 def test_csv_and_judge_files_of_a_folder(tmp_path) -> None:
     (tmp_path / "a.csv").write_text(HEADER + "oa,x,y,q1,1\noa,y,x,q1,-1\n")
     judged = {

@@ -34,6 +34,12 @@ def folder(tmp_path_factory) -> Path:
     (folder / "nothing").mkdir()
     row = {"benchmark": "oa", "first": "a", "second": "chatgpt", "item_id": 1}
     (folder / "r.jsonl").write_text("".join(json.dumps(row | {"score": s}) + "\n" for s in ([9, 10], [8, 10], -1)))
+    questions = [{"question_id": i, "category": "math" if i < 4 else "coding"} for i in range(8)]
+    (folder / "q.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    (folder / "other.jsonl").write_text(json.dumps({"question_id": 99, "category": "math"}) + "\n")
+    judged = [row | {"score": [5, 10], "category": "math", "judge": "x"}, row | {"score": -1, "category": "math"}]
+    judged.append({**row, "first": "chatgpt", "second": "a", "score": [8, 6], "category": "fermi", "judge": "x"})
+    (folder / "j.jsonl").write_text("".join(json.dumps(line) + "\n" for line in judged))
     return folder
 
 
@@ -43,6 +49,15 @@ def results(folder, run_commands) -> dict:
         "elo": [f"--verdicts={folder}/v.csv", "--k=16", "--orderings=50", f"--out={folder}/elo"],
         "again": [f"--verdicts={folder}/v.csv", "--k=16", "--orderings=50", f"--out={folder}/again"],
         "relative": [f"--verdicts={folder}/r.jsonl", "--protocol=relative", f"--out={folder}/relative"],
+        "categories": [
+            f"--verdicts={folder}/v.csv",
+            "--orderings=1",
+            f"--out={folder}/c",
+            f"--questions={folder}/q.jsonl",
+        ],
+        "relative categories": [f"--verdicts={folder}/j.jsonl", "--protocol=relative", f"--out={folder}/rc"],
+        "uncategorised": [f"--verdicts={folder}/v.csv", f"--questions={folder}/r.jsonl"],
+        "unasked": [f"--verdicts={folder}/won.csv", f"--questions={folder}/other.jsonl"],
         "won": [f"--verdicts={folder}/won.csv", "--orderings=1", f"--out={folder}/won"],
         "absent": [f"--verdicts={folder}/absent.csv"],
         "columns": [f"--verdicts={folder}/columns.csv"],
@@ -87,6 +102,16 @@ def test_tables_and_figures(results, folder) -> None:
         assert file.read_bytes() == (folder / "again" / file.name).read_bytes(), file.name
 
 
+def test_scores_by_category(results, folder) -> None:
+    assert results["categories"]["status"] == results["relative categories"]["status"] == 0, results["categories"]
+    table = {line.split(",")[0]: line.split(",")[1:] for line in (folder / "c" / "categories.csv").read_text().split()}
+    # of items 0 to 3 a wins 1 and 2 against b_1 and 1 to 3 against c, of 4 to 7 three of each
+    assert table["system"] == ["coding", "math"] and table["a"] == ["75.0", "62.5"]
+    assert (folder / "c" / "categories.png").is_file() and not (folder / "elo" / "categories.csv").exists()
+    assert (folder / "rc" / "categories.csv").read_text() == "system,fermi,math\na,75.0,50.0\n"
+    assert "2 judges are pooled: (no name), x" in results["relative categories"]["out"]
+
+
 def test_relative_is_in_the_agreed_form(results, folder) -> None:
     assert results["relative"]["status"] == 0, results["relative"]
     written = json.loads((folder / "relative" / "relative.json").read_text())
@@ -112,6 +137,8 @@ def test_an_unbeaten_system_has_no_fit(results, folder) -> None:
         ("benchmark", ["--benchmark=mt", "oa (1 games), vicuna (1 games)"]),
         ("several", ["several benchmarks", "--benchmark"]),
         ("protocol", ["no relative verdicts", "--protocol"]),
+        ("uncategorised", ["r.jsonl, line 1", "expected question_id and category"]),
+        ("unasked", ["other.jsonl: no question 1, which was judged"]),
         ("k", ["--k=0.0: expected a positive number"]),
         ("out", ["v.csv is a file; expected a folder"]),
     ],
