@@ -157,7 +157,7 @@ def compare(verdicts: "list[Verdict]", out: Path) -> None:
     values = [(r.percent, r.low, r.high) for r in found.values()]
     figures.draw_intervals(out, "relative", list(found), values, f"points, % of {reference}'s")
     categories, table = points_over(verdicts, list(found), reference)
-    write_categories(out, list(found), categories, table, f"points, % of {reference}'s", (50, 150))
+    write_categories(out, list(found), categories, table, f"points, % of {reference}'s", (0, 200))
 
 
 def write_categories(
