@@ -93,7 +93,7 @@ def test_flattened_conversations():
         ("input-output", {"input": "I", "output": "\ud83d"}, "half a surrogate pair (U+D83D) in the field output"),
         ("input-output", {}, 'no field "input"; fields found: none'),
         ("oasst1", {"instruction": "I"}, 'no field "prompt" (a tree) or "text" (a flattened conversation)'),
-        ("oasst1", {"message_id": "1", "parent_id": None}, "use the file of trees"),
+        ("oasst1", {"message_id": "1", "parent_id": None}, 'no field "role"; fields found: message_id, parent_id'),
         ("oasst1", {"prompt": "Q"}, "expected messages as objects in the tree, found text"),
         ("oasst1", {"prompt": {"text": "Q"}}, 'no field "role"; fields found: text'),
         ("oasst1", {"prompt": message("system", "Q")}, "expected prompter or assistant in the field role"),

@@ -6,7 +6,9 @@ import json
 import pytest
 from huggingface_hub import constants
 
+from qlora_jax.data.formats import FORMATS
 from qlora_jax.data.hub import choose_train_files, looks_like_dataset
+from qlora_jax.data.known import KNOWN_SETS, KnownSet
 from qlora_jax.data.read import SUFFIXES, read_rows
 from qlora_jax.errors import InputError
 from tests.hub_server import SHA, TOKEN, HubHandler, serving
@@ -83,6 +85,23 @@ def test_the_train_file_is_taken(hub, capfd):
 def test_a_named_file(hub):
     assert outputs("owner/clear:test.jsonl") == ["b"]
     assert outputs("owner/several:harmless/train.jsonl") == ["x"]
+
+
+def test_sets_known_by_name(hub, monkeypatch, tmp_path):
+    monkeypatch.setitem(KNOWN_SETS, "both", KnownSet(("owner/several:helpful/train.jsonl", "owner/clear"), "x", 1, 2))
+    assert outputs("both") == ["h", "a"]
+    with pytest.raises(InputError, match=r"flan-v2 is not on the hub in its owners' form: give the \.tsv files"):
+        outputs("flan-v2")
+    with pytest.raises(InputError, match="alpacca: no such file.*; data sets known by name: oasst1, hh-rlhf, alpaca"):
+        outputs("alpacca")
+    (tmp_path / "both").write_text("")
+    with pytest.raises(InputError, match="both: unknown kind of file"):  # a local file goes first
+        outputs("both")
+
+
+def test_known_sets_can_be_read():
+    assert {known.format for known in KNOWN_SETS.values()} <= set(FORMATS)
+    assert all(looks_like_dataset(path) for known in KNOWN_SETS.values() for path in known.paths)
 
 
 def test_fetched_data_is_read_again_without_the_hub(hub, monkeypatch):
