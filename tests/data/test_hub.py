@@ -1,6 +1,7 @@
 """Hub data sets, against a server on this machine that speaks the few requests huggingface_hub makes."""
 
 import gzip
+import importlib
 import json
 
 import pytest
@@ -162,3 +163,23 @@ def test_choice_of_files():
 def test_names():
     assert looks_like_dataset("tatsu-lab/alpaca") and looks_like_dataset("a/b:dir/f.json")
     assert not any(map(looks_like_dataset, ["./a/b", "/a/b", "a", "a/b/c", "~/a", "../a", "a/b:"]))
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("alpaca", "alpaca"),
+        ("guanaco", "oasst1"),
+        ("hh_rlhf", "hh-rlhf"),
+        ("self_instruct", "self-instruct"),
+        ("unnatural", "unnatural-instructions"),
+        ("flan_v2", "flan-v2"),
+        ("chip2", "chip2"),
+        ("longform", "longform"),
+    ],
+)
+def test_the_configs_of_the_known_sets(file, name):
+    data = importlib.import_module(f"configs.{file}").get_config().data
+    known = KNOWN_SETS[name]
+    found = data.format, data.max_source_len, data.max_target_len
+    assert found == (known.format, known.max_source_len, known.max_target_len)
