@@ -1,8 +1,8 @@
 """Chip2 of OIG, question and answer without their labels as the paper's code has it, with Alpaca's lengths. Steps and
 batch are base.py's.
 
-python -m experiments.train --config=configs/chip2.py --config.model.path=DIR \\
-  --config.data.path=chip2 --workdir=RUN
+python -m experiments.train --config=configs/chip2.py --config.model.path=DIR
+--config.data.path=chip2 --workdir=RUN
 """
 
 from ml_collections import ConfigDict

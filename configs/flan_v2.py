@@ -3,8 +3,8 @@
 The answer stands at the end of the target: of AQuA, GSM8K and StrategyQA 99.5% are whole at 256 tokens, 83.4% at 128
 (Llama 2's tokenizer).
 
-python -m experiments.train --config=configs/flan_v2.py --config.model.path=DIR \\
-  --config.data.path=FILE --workdir=RUN
+python -m experiments.train --config=configs/flan_v2.py --config.model.path=DIR
+--config.data.path=FILE --workdir=RUN
 """
 
 from ml_collections import ConfigDict

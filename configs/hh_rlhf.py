@@ -3,8 +3,8 @@ base.py's. The name hh-rlhf stands for the owners' four training files.
 
 Of harmless-base's test conversations 99.4% are whole at 768 tokens, 97.0% at 512 (Llama 2's tokenizer).
 
-python -m experiments.train --config=configs/hh_rlhf.py --config.model.path=DIR \\
-  --config.data.path=hh-rlhf --workdir=RUN
+python -m experiments.train --config=configs/hh_rlhf.py --config.model.path=DIR
+--config.data.path=hh-rlhf --workdir=RUN
 """
 
 from ml_collections import ConfigDict

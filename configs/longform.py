@@ -1,7 +1,7 @@
 """LongForm: instructions for long texts. Steps and batch are base.py's; the lengths are chosen for long answers.
 
-python -m experiments.train --config=configs/longform.py --config.model.path=DIR \\
-  --config.data.path=longform --workdir=RUN
+python -m experiments.train --config=configs/longform.py --config.model.path=DIR
+--config.data.path=longform --workdir=RUN
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,8 @@
 
 Of the answers of the owners' seed and user tasks 81.5% are whole at 128 tokens, 95.1% at 256 (Llama 2's tokenizer).
 
-python -m experiments.train --config=configs/self_instruct.py --config.model.path=DIR \\
-  --config.data.path=FILE --workdir=RUN
+python -m experiments.train --config=configs/self_instruct.py --config.model.path=DIR
+--config.data.path=FILE --workdir=RUN
 """
 
 from ml_collections import ConfigDict

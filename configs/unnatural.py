@@ -1,7 +1,7 @@
 """Unnatural Instructions, the core data, with Alpaca's lengths. Steps and batch are base.py's.
 
-python -m experiments.train --config=configs/unnatural.py --config.model.path=DIR \\
-  --config.data.path=unnatural-instructions --workdir=RUN
+python -m experiments.train --config=configs/unnatural.py --config.model.path=DIR
+--config.data.path=unnatural-instructions --workdir=RUN
 """
 
 from ml_collections import ConfigDict

@@ -37,7 +37,14 @@ KNOWN_SETS: dict[str, KnownSet] = {
     "hh-rlhf": KnownSet(_HH, "hh-rlhf", 16, 768),
     "alpaca": KnownSet(("tatsu-lab/alpaca",), "alpaca", 384, 128),
     "alpaca-clean": KnownSet(("yahma/alpaca-cleaned",), "alpaca", 384, 128),
-    "self-instruct": KnownSet(("yizhongw/self_instruct",), "self-instruct", 384, 128),
+    "self-instruct": KnownSet(
+        (),
+        "self-instruct",
+        384,
+        128,
+        "give data/finetuning/self_instruct_221203/gpt3_finetuning_data.jsonl of github.com/yizhongw/self-instruct "
+        "(yizhongw/self_instruct on the hub is a program that fetches it)",
+    ),
     "unnatural-instructions": KnownSet(("mrm8488/unnatural-instructions-core",), "unnatural-instructions", 384, 128),
     "flan-v2": KnownSet(
         (), "flan-v2", 384, 256, "give the .tsv files of flan/v2/cot_data in github.com/google-research/FLAN"
