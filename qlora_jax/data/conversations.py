@@ -85,11 +85,12 @@ def sharegpt(row: Row) -> list[Pair]:
 def gather_messages(rows: Sequence[Row]) -> list[Row]:
     """Trees of single messages {message_id, parent_id, text, role, rank?}, each at the place of its first message.
 
-    Rows that are no single messages are left as they are. A message's id stands in message_id or user_message_id, its
+    A data set without single messages is left as it is. A message's id stands in message_id or user_message_id, its
     parent's in parent_id or parent_message_id (null for the first of a tree).
 
     Raises:
-      InputError: an id that is missing, not text or there twice, or a parent that is not in the data set.
+      InputError: an id that is missing, not text or there twice, a parent that is not in the data set, or messages that
+        answer each other in a circle.
     """
     if not rows or not any(_is_single(row) for row in rows):
         return list(rows)
@@ -119,6 +120,15 @@ def gather_messages(rows: Sequence[Row]) -> list[Row]:
         else:
             problems.add(f"{row.where}: its parent {parent!r} is not in this data set")
     problems.raise_if_any()
+    reached: set[str] = set()
+    below = [tree.fields for tree in trees]
+    while below:
+        node = below.pop()
+        reached.add(node.get("message_id") or node["user_message_id"])
+        below.extend(node["replies"])
+    for row, identity, _ in parents:
+        if identity not in reached:
+            raise InputError(f"{row.where}: the message {identity!r} answers itself, by way of its parents")
     return trees
 
 

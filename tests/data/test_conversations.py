@@ -68,6 +68,8 @@ def test_single_messages_become_trees():
     assert formatted("oasst1", *rows) == ([("", expected)], 1)
     with pytest.raises(InputError, match="f, line 2: its parent 'a' is not in this data set"):
         formatted("oasst1", rows[3] | {"message_id": "A"}, rows[1])
+    with pytest.raises(InputError, match="f, line 2: the message 'b' answers itself, by way of its parents"):
+        formatted("oasst1", rows[3], message("b", "c", "prompter", "x"), message("c", "b", "assistant", "y"))
     with pytest.raises(InputError, match="f, line 2: a second message with the message_id 'a'"):
         formatted("oasst1", rows[3], rows[3])
 
