@@ -58,7 +58,8 @@ def objects(row: Row, field: str) -> list[Row]:
 
 def bad(row: Row, field: str, reason: str) -> NoReturn:
     """Raises InputError with the row's place; the fields found are named where `field` is missing."""
-    found = ", ".join(str(name) for name in list(row.fields)[:12]) or "none"
+    # Of a file without a header the first row's texts are the names: each is cut and kept on one line.
+    found = ", ".join(" ".join(str(name).split())[:40] for name in list(row.fields)[:12]) or "none"
     missing = field not in row.fields
     raise InputError(f"{row.where}: {reason}" + (f"; fields found: {found}" if missing else ""))
 

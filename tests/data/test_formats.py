@@ -91,6 +91,7 @@ def test_flattened_conversations():
         ("input-output", {"input": "I", "output": ""}, "the field output is empty"),
         ("input-output", {"output": "O"}, 'no field "input"; fields found: output'),
         ("input-output", {"input": "I", "output": "\ud83d"}, "half a surrogate pair (U+D83D) in the field output"),
+        ("input-output", {"a long\n" + "x" * 50: ""}, 'no field "input"; fields found: a long ' + "x" * 33),
         ("input-output", {}, 'no field "input"; fields found: none'),
         ("oasst1", {"instruction": "I"}, 'no field "prompt" (a tree) or "text" (a flattened conversation)'),
         ("oasst1", {"message_id": "1", "parent_id": None}, 'no field "role"; fields found: message_id, parent_id'),
