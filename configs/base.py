@@ -44,10 +44,8 @@ def get_config() -> ConfigDict:
     c.lora.init_from = ""  # PEFT folder to start from; "" starts at zero effect (B = 0)
 
     c.data = ConfigDict()
-    c.data.path = (
-        ""  # file (.json .jsonl .csv .tsv .parquet, also .gz), a hub data set (owner/name, owner/name:file), or
-    )
-    # oasst1 | hh-rlhf | alpaca | alpaca-clean | unnatural-instructions | chip2 | longform | dolly
+    c.data.path = ""  # file (.json .jsonl .csv .tsv .parquet, also .gz), hub data set (owner/name, owner/name:file), or
+    # oasst1 | hh-rlhf | alpaca | alpaca-clean | unnatural-instructions | chip2 | longform | dolly (data/known.py)
     c.data.revision = "main"
     c.data.format = "alpaca"  # alpaca | input-output | oasst1 | hh-rlhf | self-instruct | unnatural-instructions |
     # flan-v2 | chip2 | longform | dolly | messages (OpenAI's chats) | sharegpt
