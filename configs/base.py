@@ -44,9 +44,11 @@ def get_config() -> ConfigDict:
     c.lora.init_from = ""  # PEFT folder to start from; "" starts at zero effect (B = 0)
 
     c.data = ConfigDict()
-    c.data.path = ""  # file (.json .jsonl .csv .parquet, also .gz), or a hub data set's name
+    c.data.path = ""  # file (.json .jsonl .csv .tsv .parquet, also .gz), hub data set (owner/name, owner/name:file), or
+    # oasst1 | hh-rlhf | alpaca | alpaca-clean | unnatural-instructions | chip2 | longform | dolly (data/known.py)
     c.data.revision = "main"
-    c.data.format = "alpaca"  # alpaca | input-output | oasst1
+    c.data.format = "alpaca"  # alpaca | input-output | oasst1 | hh-rlhf | self-instruct | unnatural-instructions |
+    # flan-v2 | chip2 | longform | dolly | messages (OpenAI's chats) | sharegpt
     c.data.batches = ""  # int32 .npy file [n, B, T] instead of a data set; labels are the inputs shifted
     c.data.max_source_len = 384  # tokens of the prompt, BOS included
     c.data.max_target_len = 128  # tokens of the answer, EOS included

@@ -61,6 +61,10 @@ class Batches:
         rows = [self.examples[i] for i in self._indices(step)]
         return pad(rows, self.batch_size, self._multiple, self._pad_id)
 
+    def lengths(self, step: int) -> np.ndarray:
+        """Tokens of a step's examples without padding, int [B]."""
+        return self._lengths[self._indices(step)]
+
     def describe(self, step: int) -> str:
         """The files and lines of a step's examples."""
         places: dict[str, list[str]] = {}

@@ -8,7 +8,7 @@ import numpy as np
 
 from qlora_jax.data.batches import Batches, FileBatches
 from qlora_jax.data.examples import Example, Truncated, tokenize_examples
-from qlora_jax.data.formats import FORMATS, format_rows
+from qlora_jax.data.formats import COLUMNS, check_format, format_rows
 from qlora_jax.data.read import read_rows
 from qlora_jax.data.split import split
 from qlora_jax.data.tokenizer import Tokenizer
@@ -45,15 +45,15 @@ def load_data(config: Any, tokenizer: Tokenizer | None, batch_size: int, vocab_s
         return _load_file(config.batches, batch_size, vocab_size)
     if tokenizer is None:
         raise InputError("the model's folder has no tokenizer, which data.path needs; only data.batches goes without")
-    if config.format not in FORMATS:
-        raise InputError(f"unknown data.format {config.format!r}; known formats: {', '.join(FORMATS)}")
+    check_format(config.format)
     for name in ("max_examples", "seed"):
         if getattr(config, name) < 0:
             raise InputError(f"data.{name} is {getattr(config, name)}, expected 0 or more")
-    rows = read_rows(config.path, config.revision)
+    rows = read_rows(config.path, config.revision, COLUMNS.get(config.format, ()))
     found = len(rows)
     # All rows are checked, also those that max_examples leaves aside.
     texts, left_out = format_rows(rows, config.format)
+    made = len(texts)
     if config.max_examples:
         texts = texts[: config.max_examples]
     if not texts:
@@ -67,13 +67,13 @@ def load_data(config: Any, tokenizer: Tokenizer | None, batch_size: int, vocab_s
     else:
         train, heldout = split(examples, config.eval_examples, config.seed)
     batches = Batches(train, batch_size, config.group_by_length, config.pad_to_multiple_of, PAD_ID, config.seed)
-    report = _report(config, found, left_out, truncated, examples, train, heldout, batches)
+    report = _report(config, found, left_out, made, truncated, examples, train, heldout, batches)
     return LoadedData(batches, heldout, report)
 
 
 def _read_heldout(config: Any, tokenizer: Tokenizer, vocab_size: int) -> list[Example]:
     """The first eval_examples (0: all) of a file of its own."""
-    texts, _ = format_rows(read_rows(config.eval_path, config.revision), config.format)
+    texts, _ = format_rows(read_rows(config.eval_path, config.revision, COLUMNS.get(config.format, ())), config.format)
     texts = texts[: config.eval_examples] if config.eval_examples else texts
     lengths = config.max_source_len, config.max_target_len, config.train_on_source
     examples, _ = tokenize_examples(texts, tokenizer, *lengths)
@@ -106,6 +106,7 @@ def _report(
     config: Any,
     found: int,
     left_out: int,
+    made: int,
     truncated: Truncated,
     examples: Sequence[Example],
     train: Sequence[Example],
@@ -116,8 +117,8 @@ def _report(
     total = sum(len(example) for example in train)
     lines = [f"data: {config.path} ({config.format}): {found:,} rows, {len(examples):,} examples"]
     if left_out:
-        lines.append(f"data: {left_out:,} rows left out: no assistant turn to learn")
-    if config.max_examples and len(examples) < found - left_out:
+        lines.append(f"data: {left_out:,} rows left out: no answer to learn")
+    if len(examples) < made:
         lines.append(f"data: only the first {len(examples):,} by data.max_examples")
     if truncated.sources or truncated.targets:
         lines.append(

@@ -1,4 +1,4 @@
-"""The texts around an instruction: Alpaca's prompt and Guanaco's conversation.
+"""The texts around an instruction: the prompts of the instruction sets and Guanaco's conversation.
 
 A model answers well only to the very text it was trained on, so training, generation and evaluation all take their
 prompts from here. Sources: the QLoRA paper's training code and its Guanaco release.
@@ -16,6 +16,7 @@ GUANACO_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 GUANACO_LABELS = {"user": "### Human:", "assistant": "### Assistant:"}
+HH_LABELS = {"user": "\n\nHuman:", "assistant": "\n\nAssistant:"}  # of HH-RLHF's own conversations
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
@@ -24,6 +25,31 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
         intro = f"{_ALPACA_INTRO}, paired with an input that provides further context. {_ALPACA_REQUEST}"
         return f"{intro}\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response: "
     return f"{_ALPACA_INTRO}. {_ALPACA_REQUEST}\n\n### Instruction:\n{instruction}\n\n### Response: "
+
+
+def self_instruct_prompt(instruction: str, input: str = "") -> str:
+    """Self-Instruct's prompt for a task, as its owners' user-oriented evaluation has it, and a space."""
+    given = f"\n\nInput: {input.strip()}" if input.strip() else ""
+    return f"{instruction.strip()}{given}\nOutput: "
+
+
+def unnatural_prompt(instruction_with_input: str, constraints: str = "") -> str:
+    """An instruction of Unnatural Instructions, its input within, and the constraints on the answer ("None." is none).
+
+    The paper's code has no prompt for this set; its texts are joined by line breaks and nothing is added.
+    """
+    given = "" if constraints.strip().lower().rstrip(".") in ("", "none") else f"\n{constraints.strip()}"
+    return f"{instruction_with_input.strip()}{given}\n"
+
+
+def chain_of_thought_prompt(question: str) -> str:
+    """FLAN v2's first template for chain of thought (the collection has several for every set)."""
+    return f"{question} Let's think first. Chain of thought: "
+
+
+def chain_of_thought_answer(rationale: str, answer: str) -> str:
+    """The answer that goes with `chain_of_thought_prompt`."""
+    return f"{rationale}\nTherefore, the answer is {answer}."
 
 
 def guanaco_conversation(turns: Sequence[Mapping[str, str]]) -> str:

@@ -9,10 +9,12 @@ import difflib
 import gzip
 import io
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_jax.data import hub
 from qlora_jax.data.json_text import json_rows, jsonl_rows
+from qlora_jax.data.known import KNOWN_SETS
 from qlora_jax.data.rows import Problems, Row
 from qlora_jax.errors import InputError
 
@@ -20,12 +22,14 @@ TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *(suffix + ".gz" for suffix in TEXT_SUFFIXES))
 
 
-def read_rows(path: str, revision: str = "main") -> list[Row]:
+def read_rows(path: str, revision: str = "main", columns: Sequence[str] = ()) -> list[Row]:
     """All rows of a data set, in file order, each with its place.
 
     Args:
-      path: a local file, or a hub data set as `owner/name` (its train split) or `owner/name:file` (that file).
+      path: a local file, a hub data set as `owner/name` (its train split) or `owner/name:file` (that file), or a name
+        of KNOWN_SETS.
       revision: branch, tag or commit of a hub data set; without meaning for a local file.
+      columns: names of the columns of .tsv files that have neither header nor quoting; () where they have a header.
 
     Raises:
       InputError: the file is missing, empty, of an unknown kind, cut off, not UTF-8, or has a bad line.
@@ -34,16 +38,19 @@ def read_rows(path: str, revision: str = "main") -> list[Row]:
         raise InputError("no data set given: set data.path to a file or a hub data set's name (owner/name)")
     local = Path(path).expanduser()
     if local.is_file():
-        return _file_rows(local, str(path))
+        return _file_rows(local, str(path), columns)
     if local.is_dir():
         raise InputError(f"{path} is a folder, expected a file{_listing(local)}")
+    if path in KNOWN_SETS:
+        return [row for name in KNOWN_SETS[path].names(path) for row in read_rows(name, revision, columns)]
     if hub.looks_like_dataset(path) and not (path.lower().endswith(SUFFIXES) and ":" not in path):
         files = hub.dataset_files(path, revision, SUFFIXES)
-        return [row for label, file in files for row in _file_rows(file, label)]
-    raise InputError(f"{path}: no such file{_near_names(local)}")
+        return [row for label, file in files for row in _file_rows(file, label, columns)]
+    known = f"; data sets known by name: {', '.join(KNOWN_SETS)}" if "/" not in path and "." not in path else ""
+    raise InputError(f"{path}: no such file{_near_names(local)}{known}")
 
 
-def _file_rows(path: Path, label: str) -> list[Row]:
+def _file_rows(path: Path, label: str, columns: Sequence[str] = ()) -> list[Row]:
     """Rows of one file; `label` is its name in errors (a hub file's path in the cache would say nothing)."""
     name = label.lower().removesuffix(".gz")
     suffix = next((s for s in SUFFIXES if name.endswith(s)), "")
@@ -55,7 +62,9 @@ def _file_rows(path: Path, label: str) -> list[Row]:
         rows = _parquet_rows(path, label)
     else:
         text = _decode(_file_bytes(path, label), label)
-        if suffix in (".csv", ".tsv"):
+        if suffix == ".tsv" and columns:
+            rows = _plain_tsv_rows(label, text, columns)
+        elif suffix in (".csv", ".tsv"):
             rows = _csv_rows(label, text, "," if suffix == ".csv" else "\t")
         elif text.strip():
             rows = (json_rows if suffix == ".json" else jsonl_rows)(label, text)
@@ -106,6 +115,21 @@ def _csv_rows(label: str, text: str, delimiter: str) -> list[Row]:
             begins = reader.line_num + 1
     except csv.Error as error:
         problems.add(f"{label}, line {begins}: {error}")
+    problems.raise_if_any()
+    return rows
+
+
+def _plain_tsv_rows(label: str, text: str, columns: Sequence[str]) -> list[Row]:
+    """Rows without header or quoting: a quotation mark is a letter. Lines that are blank are passed over."""
+    rows: list[Row] = []
+    problems = Problems()
+    for number, line in enumerate(text.split("\n"), 1):
+        values = line.removesuffix("\r").split("\t")
+        if len(values) == len(columns):
+            rows.append(Row(label, number, dict(zip(columns, values, strict=True))))
+        elif line.strip():
+            names = ", ".join(columns)
+            problems.add(f"{label}, line {number}: {len(values)} fields between tabs, expected {len(columns)}: {names}")
     problems.raise_if_any()
     return rows
 

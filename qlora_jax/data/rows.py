@@ -37,10 +37,11 @@ class Problems:
         self.first = self.first or message
         self.count += 1
 
-    def raise_if_any(self) -> None:
-        """Raises InputError with the first message and the number of others."""
+    def raise_if_any(self, hint: str = "") -> None:
+        """Raises InputError with the first message, `hint` and the number of others."""
         if self.count > 1:
             more = self.count - 1
-            raise InputError(f"{self.first} (and {more} more bad {'row' if more == 1 else 'rows'} in this data set)")
+            rows = "row" if more == 1 else "rows"
+            raise InputError(f"{self.first}{hint} (and {more} more bad {rows} in this data set)")
         if self.count:
-            raise InputError(self.first)
+            raise InputError(self.first + hint)

@@ -1,12 +1,15 @@
 """Hub data sets, against a server on this machine that speaks the few requests huggingface_hub makes."""
 
 import gzip
+import importlib
 import json
 
 import pytest
 from huggingface_hub import constants
 
+from qlora_jax.data.formats import FORMATS
 from qlora_jax.data.hub import choose_train_files, looks_like_dataset
+from qlora_jax.data.known import KNOWN_SETS, KnownSet
 from qlora_jax.data.read import SUFFIXES, read_rows
 from qlora_jax.errors import InputError
 from tests.hub_server import SHA, TOKEN, HubHandler, serving
@@ -85,6 +88,23 @@ def test_a_named_file(hub):
     assert outputs("owner/several:harmless/train.jsonl") == ["x"]
 
 
+def test_sets_known_by_name(hub, monkeypatch, tmp_path):
+    monkeypatch.setitem(KNOWN_SETS, "both", KnownSet(("owner/several:helpful/train.jsonl", "owner/clear"), "x", 1, 2))
+    assert outputs("both") == ["h", "a"]
+    with pytest.raises(InputError, match=r"flan-v2 is not on the hub in its owners' form: give the \.tsv files"):
+        outputs("flan-v2")
+    with pytest.raises(InputError, match="alpacca: no such file.*; data sets known by name: oasst1, hh-rlhf, alpaca"):
+        outputs("alpacca")
+    (tmp_path / "both").write_text("")
+    with pytest.raises(InputError, match="both: unknown kind of file"):  # a local file goes first
+        outputs("both")
+
+
+def test_known_sets_can_be_read():
+    assert {known.format for known in KNOWN_SETS.values()} <= set(FORMATS)
+    assert all(looks_like_dataset(path) for known in KNOWN_SETS.values() for path in known.paths)
+
+
 def test_fetched_data_is_read_again_without_the_hub(hub, monkeypatch):
     assert outputs("owner/clear") == ["a"]
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
@@ -143,3 +163,23 @@ def test_choice_of_files():
 def test_names():
     assert looks_like_dataset("tatsu-lab/alpaca") and looks_like_dataset("a/b:dir/f.json")
     assert not any(map(looks_like_dataset, ["./a/b", "/a/b", "a", "a/b/c", "~/a", "../a", "a/b:"]))
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("alpaca", "alpaca"),
+        ("guanaco", "oasst1"),
+        ("hh_rlhf", "hh-rlhf"),
+        ("self_instruct", "self-instruct"),
+        ("unnatural", "unnatural-instructions"),
+        ("flan_v2", "flan-v2"),
+        ("chip2", "chip2"),
+        ("longform", "longform"),
+    ],
+)
+def test_the_configs_of_the_known_sets(file, name):
+    data = importlib.import_module(f"configs.{file}").get_config().data
+    known = KNOWN_SETS[name]
+    found = data.format, data.max_source_len, data.max_target_len
+    assert found == (known.format, known.max_source_len, known.max_target_len)

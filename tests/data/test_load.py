@@ -78,6 +78,24 @@ def test_report(path, byte_tokenizer):
     assert {int(e.where.rpartition(" ")[2]) for e in [*data.heldout, *trained_on(data)]} == set(range(1, 11))
 
 
+def test_rows_of_several_examples(tmp_path, byte_tokenizer):
+    file = tmp_path / "tasks.jsonl"
+    task = {"instruction": "I", "instances": [{"input": n, "output": "O"} for n in "abc"]}
+    file.write_text(json.dumps(task) + "\n" + json.dumps(task | {"instances": []}))
+    report = load_data(
+        config(path=str(file), format="self-instruct", max_source_len=99, max_examples=2, eval_examples=0),
+        byte_tokenizer, 2, 259,
+    ).report  # fmt: skip
+    assert report[:3] == [
+        f"data: {file} (self-instruct): 2 rows, 2 examples",
+        "data: 1 rows left out: no answer to learn",
+        "data: only the first 2 by data.max_examples",
+    ]
+    whole = config(path=str(file), format="self-instruct", max_source_len=99, eval_examples=0)
+    data = load_data(whole, byte_tokenizer, 2, 259)
+    assert "2 rows, 3 examples" in data.report[0] and "only the first" not in "".join(data.report)
+
+
 def test_a_bad_line_anywhere_stops_before_anything_runs(path, byte_tokenizer):
     with open(path, "a", encoding="utf-8") as file:
         file.write('\n{"input": "x"}\n{"input": "y"}')

@@ -1,0 +1,17 @@
+"""Unnatural Instructions, the core data, with Alpaca's lengths. Steps and batch are base.py's.
+
+python -m experiments.train --config=configs/unnatural.py --config.model.path=DIR
+--config.data.path=unnatural-instructions --workdir=RUN
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    c = base.get_config()
+    c.data.format = "unnatural-instructions"  # instruction, instances; with reformulations, those too
+    c.data.max_source_len = 384  # tokens
+    c.data.max_target_len = 128  # tokens
+    return c.lock()

@@ -1,0 +1,212 @@
+"""Rows of conversations. As the paper trains OASST1 and HH-RLHF, the whole conversation is the target, the turns of
+the human included, up to the last answer; a row without an answer gives no example. A system turn is the source.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from qlora_jax.data.fields import Pair, bad, kind, objects, text
+from qlora_jax.data.prompts import GUANACO_LABELS, HH_LABELS, guanaco_conversation
+from qlora_jax.data.rows import Problems, Row
+from qlora_jax.errors import InputError
+
+_OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
+_OPENAI_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+}
+_GUANACO_TURN = re.compile("(" + "|".join(re.escape(label) for label in GUANACO_LABELS.values()) + ")")
+_HH_TURN = re.compile("(" + "|".join(re.escape(label) for label in HH_LABELS.values()) + ")")
+
+Turn = dict[str, str]  # {"role": "system" | "user" | "assistant", "content"}
+
+
+def oasst1(row: Row) -> list[Pair]:
+    """A conversation tree {prompt: {text, role, rank?, replies}}, its root alone {text, role, rank?, replies}, or its
+    flattened form {text: "### Human: ..."}. Single messages become trees by `gather_messages` first.
+
+    Of a tree the best-ranked path is taken: at every level the reply of the lowest rank, or the first of the file
+    where none has a rank.
+    """
+    if "prompt" in row.fields:
+        return _guanaco(_best_path(row, row.fields["prompt"]))
+    if "replies" in row.fields:
+        return _guanaco(_best_path(row, row.fields))
+    if "text" in row.fields:
+        return _guanaco(_flattened_turns(row))
+    bad(row, "prompt", 'no field "prompt" (a tree) or "text" (a flattened conversation)')
+
+
+def hh_rlhf(row: Row) -> list[Pair]:
+    """{chosen, rejected}, each "\\n\\nHuman: ...\\n\\nAssistant: ...": the chosen conversation, letter by letter to the
+    end of its last answer that is not blank."""
+    chosen = text(row, "chosen")
+    before, *parts = _HH_TURN.split(chosen)
+    if not parts or before.strip():
+        bad(row, "chosen", f'expected text that begins with "\\n\\nHuman:", found {chosen.strip()[:40]!r}')
+    while parts and (parts[-2] != HH_LABELS["assistant"] or not parts[-1].strip()):
+        del parts[-2:]
+    return [Pair("", before + "".join(parts))] if parts else []
+
+
+def messages(row: Row) -> list[Pair]:
+    """OpenAI's form: {messages: [{role, content}]}, in Guanaco's conversation form. Content is text, or a list of text
+    parts {type: "text", text}.
+
+    Raises:
+      InputError: a role other than system, developer, user and assistant, or content that is not text.
+    """
+    turns = []
+    for message in objects(row, "messages"):
+        turns.append({"role": _role(message, "role", _OPENAI_ROLES), "content": _content(message)})
+    return _guanaco(_one_system(row, "messages", turns))
+
+
+def sharegpt(row: Row) -> list[Pair]:
+    """ShareGPT's form: {conversations: [{from, value}]}, in Guanaco's conversation form.
+
+    Raises:
+      InputError: a speaker other than system, human (user) and gpt (chatgpt, assistant).
+    """
+    turns = []
+    for message in objects(row, "conversations"):
+        role = _role(message, "from", _SHAREGPT_ROLES)
+        turns.append({"role": role, "content": text(message, "value", blank=True)})
+    return _guanaco(_one_system(row, "conversations", turns))
+
+
+def gather_messages(rows: Sequence[Row]) -> list[Row]:
+    """Trees of single messages {message_id, parent_id, text, role, rank?}, each at the place of its first message.
+
+    A data set without single messages is left as it is. A message's id stands in message_id or user_message_id, its
+    parent's in parent_id or parent_message_id (null for the first of a tree).
+
+    Raises:
+      InputError: an id that is missing, not text or there twice, a parent that is not in the data set, or messages that
+        answer each other in a circle.
+    """
+    if not rows or not any(_is_single(row) for row in rows):
+        return list(rows)
+    problems = Problems()
+    nodes: dict[str, dict[str, Any]] = {}
+    parents: list[tuple[Row, str, Any]] = []
+    for row in rows:
+        try:
+            name = "message_id" if "message_id" in row.fields else "user_message_id"
+            identity = text(row, name)
+            _role(row, "role", _OASST_ROLES)
+            text(row, "text", blank=True)
+            if identity in nodes:
+                bad(row, name, f"a second message with the {name} {identity!r}")
+            nodes[identity] = {**row.fields, "replies": []}
+            parent = row.fields.get("parent_id", row.fields.get("parent_message_id"))
+            parents.append((row, identity, parent))
+        except InputError as error:
+            problems.add(str(error))
+    problems.raise_if_any()
+    trees: list[Row] = []
+    for row, identity, parent in parents:
+        if parent is None:
+            trees.append(dataclasses.replace(row, fields=nodes[identity]))
+        elif parent in nodes:
+            nodes[parent]["replies"].append(nodes[identity])
+        else:
+            problems.add(f"{row.where}: its parent {parent!r} is not in this data set")
+    problems.raise_if_any()
+    reached: set[str] = set()
+    below = [tree.fields for tree in trees]
+    while below:
+        node = below.pop()
+        reached.add(node.get("message_id") or node["user_message_id"])
+        below.extend(node["replies"])
+    for row, identity, _ in parents:
+        if identity not in reached:
+            raise InputError(f"{row.where}: the message {identity!r} answers itself, by way of its parents")
+    return trees
+
+
+def _is_single(row: Row) -> bool:
+    return "replies" not in row.fields and not {"parent_id", "parent_message_id"}.isdisjoint(row.fields)
+
+
+def _guanaco(turns: list[Turn]) -> list[Pair]:
+    """The conversation up to its last answer that is not blank; a system turn at its head is the source."""
+    source = ""
+    if turns and turns[0]["role"] == "system":
+        source, turns = f"{turns[0]['content'].strip()}\n", turns[1:]
+    while turns and (turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip()):
+        turns = turns[:-1]
+    return [Pair(source, guanaco_conversation(turns))] if turns else []
+
+
+def _one_system(row: Row, field: str, turns: list[Turn]) -> list[Turn]:
+    if any(turn["role"] == "system" for turn in turns[1:]):
+        bad(row, field, f"a system turn that is not the first in {field}: there is no form for it")
+    return turns
+
+
+def _role(message: Row, field: str, roles: dict[str, str]) -> str:
+    found = text(message, field)
+    if found not in roles:
+        known = list(roles)
+        expected = f"{', '.join(known[:-1])} or {known[-1]}"
+        bad(message, field, f"expected {expected} in the field {field}, found {found!r}")
+    return roles[found]
+
+
+def _content(message: Row) -> str:
+    value = message.fields.get("content")
+    if not isinstance(value, list):
+        return text(message, "content", blank=True)
+    parts = objects(message, "content")
+    for part in parts:
+        if part.fields.get("type") != "text":
+            bad(part, "type", f'expected content parts of type "text", found {part.fields.get("type")!r}')
+    return "".join(text(part, "text", blank=True) for part in parts)
+
+
+def _best_path(row: Row, node: Any) -> list[Turn]:
+    turns = []
+    while node is not None:
+        if not isinstance(node, dict):
+            bad(row, "prompt", f"expected messages as objects in the tree, found {kind(node)}")
+        message = dataclasses.replace(row, fields=node)
+        role = _role(message, "role", _OASST_ROLES)
+        turns.append({"role": role, "content": text(message, "text", blank=True)})
+        node = _best_reply(message)
+    return turns
+
+
+def _best_reply(message: Row) -> Any:
+    replies = message.fields.get("replies") or []
+    if not isinstance(replies, list):
+        bad(message, "replies", f"expected a list in the field replies, found {kind(replies)}")
+    kept = [reply for reply in replies if not (isinstance(reply, dict) and reply.get("deleted"))]
+
+    def rank(reply: Any) -> float:
+        value = reply.get("rank") if isinstance(reply, dict) else None
+        if value is None:
+            return float("inf")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            bad(message, "rank", f"expected a number in the field rank, found {kind(value)}")
+        return float(value)
+
+    return min(kept, key=rank, default=None)  # min keeps the first of equals
+
+
+def _flattened_turns(row: Row) -> list[Turn]:
+    before, *parts = _GUANACO_TURN.split(text(row, "text"))
+    if not parts or before.strip():
+        bad(row, "text", f'expected text that begins with "### Human:", found {before.strip()[:40]!r}')
+    roles = {label: role for role, label in GUANACO_LABELS.items()}
+    return [
+        {"role": roles[label], "content": content.strip()}
+        for label, content in zip(parts[::2], parts[1::2], strict=True)
+    ]
