@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -242,7 +243,16 @@ def test_only_check_args_stops_before_main(results: dict) -> None:
 def start(folder: Path, *arguments: str) -> subprocess.Popen:
     command = [sys.executable, str(folder / "command.py"), f"--config={folder / 'good.py'}", *arguments]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    # started in the background, the tests themselves may ignore the signal, and so would their children
+    take_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=take_interrupts,
+    )
 
 
 def test_interrupted(folder: Path) -> None:
