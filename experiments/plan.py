@@ -41,9 +41,11 @@ LABELS = {
 
 
 def main() -> None:
+    import jax
+
     here = GPU.value == ["here"]
-    if not here:
-        os.environ["JAX_PLATFORMS"] = "cpu"  # what is compiled for is not what is here
+    if not here:  # what is compiled for is not what is here, and a GPU's memory is left to who trains on it
+        jax.config.update("jax_platforms", "cpu")
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # XLA's scheduler calls a program over four fifths of a card an error
     from qlora_jax.errors import InputError
     from qlora_jax.plan.gpus import planned_gpu

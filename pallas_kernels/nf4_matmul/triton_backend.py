@@ -49,11 +49,6 @@ def unsupported(shape: tuple[int, int], block_size: int, dtype: jnp.dtype) -> st
     return None
 
 
-def supports(shape: tuple[int, int], block_size: int, dtype: jnp.dtype) -> bool:
-    """Whether the kernels take a weight [O, I] with activations of dtype."""
-    return unsupported(shape, block_size, dtype) is None
-
-
 def current_gpu(backend: str = "triton") -> Gpu:
     """The GPU that programs are traced for: the abstract mesh's, or this process's first.
 

@@ -16,6 +16,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from qlora_jax.io.peaks import load_device_peak_bytes, load_host_peak_bytes
@@ -134,7 +135,9 @@ def plan_memory(
     resident = pages.resident(decide(paging, pages, usable_bytes(gpu), programs).resident_bytes)
     stays = sum(size for size, is_kept in zip(pages.bytes, resident, strict=True) if is_kept)
     update = _temporaries(compile_update(gpu, pages))
-    loading = load_device_peak_bytes(spec.model.sizes, spec.model.quant, spec.form) - sum(base.values())
+    itemsize = jnp.dtype(spec.model.kept_dtype).itemsize
+    loading = load_device_peak_bytes(spec.model.sizes, spec.model.quant, spec.form, itemsize, itemsize)
+    loading -= sum(base.values())
     phases = (
         Phase("loading", base | {"temporaries": loading}),
         Phase("gradient", in_gradient | {"optimizer": stays}),
@@ -152,7 +155,7 @@ def plan_memory(
         resident,
         sum(pages.bytes),
         pinned,
-        load_host_peak_bytes(spec.model.sizes, spec.form) + pinned,
+        load_host_peak_bytes(spec.model.sizes, spec.form, itemsize) + pinned,
     )
 
 

@@ -57,6 +57,15 @@ def test_the_plan_is_what_a_run_takes(quickstart, tmp_path):
     assert plan.memory.peak.bytes["adapters"] == 4 * summary["trainable_params"]
 
 
+def test_a_float32_folder_takes_what_it_takes(quickstart, golden):
+    quickstart.model.path = str(golden / "llama" / "llama1")
+    phases = make_plan(quickstart, CPU).memory.phases
+    assert all(size > 0 for phase in phases for size in phase.bytes.values())
+    quickstart.model.compute_dtype = "bfloat16"
+    halved = make_plan(quickstart, CPU).memory.phases
+    assert 2 * halved[0].bytes["embeddings_and_head"] == phases[0].bytes["embeddings_and_head"]
+
+
 def test_paging_moves_state_off_the_device(quickstart):
     plans = {}
     for paging in ("never", "always"):
