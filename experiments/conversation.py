@@ -55,8 +55,11 @@ class Conversation:
         if self._interactive:
             _edit_lines()
             self._note(f"chat (template {self._template}); /help lists the commands, Ctrl-D ends it")
-        while (line := self._read()) is not None:
+        while True:
             try:
+                line = self._read()
+                if line is None:
+                    return 0
                 if line.startswith("/"):
                     name, _, argument = line.strip().partition(" ")
                     self._commands.get(name, lambda argument, name=name: self._unknown(name))(argument.strip())
@@ -66,19 +69,24 @@ class Conversation:
                 if not self._interactive:
                     raise
                 self._note(f"error: {error}")
-        return 0
 
     def _read(self) -> str | None:
         """The next line, None at the end of stdin. Ctrl-C at a terminal empties the line."""
-        if not self._interactive:
-            return sys.stdin.readline() or None
+        from qlora_jax.errors import InputError
+
         while True:
             try:
+                if not self._interactive:
+                    return sys.stdin.readline() or None
                 if sys.stdout.isatty():
                     return input("> ")
                 print("> ", end="", file=sys.stderr, flush=True)
                 return sys.stdin.readline() or None
+            except UnicodeDecodeError as error:
+                raise InputError(f"a line of stdin is not UTF-8 ({error.reason}); convert it") from error
             except KeyboardInterrupt:
+                if not self._interactive:
+                    raise
                 self._note("\n(Ctrl-D ends the chat)")
             except EOFError:
                 self._note("")

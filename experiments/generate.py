@@ -122,6 +122,7 @@ def answer_one(setup: Setup, template: str, request: Any) -> int:
 
 def answer_file(tokenizer: "Tokenizer", sampling: "Sampling", requests: list) -> int:
     """Answers a file's prompts that --out does not answer yet; each batch is written as it ends."""
+    from qlora_jax.errors import InputError
     from qlora_jax.generate.answer_file import AnswerFile
     from qlora_jax.generate.answers import check_answered, prepare
 
@@ -136,6 +137,8 @@ def answer_file(tokenizer: "Tokenizer", sampling: "Sampling", requests: list) ->
     prepared = prepare(requests, tokenizer, settings, sampling.seed, TEMPLATE.value, SYSTEM.value)
     if OUT.value is None:
         return write_answers(load(tokenizer, sampling), prepared, None)
+    if Path(OUT.value).expanduser().absolute() == Path(str(PROMPTS.value)).expanduser().absolute():
+        raise InputError(f"--out={OUT.value} is the file of prompts itself; choose another --out")
     file = AnswerFile(Path(OUT.value).expanduser(), settings, OVERWRITE.value, note)
     try:
         check_answered(prepared, file.rows, OUT.value)

@@ -7,7 +7,8 @@ answers stand beside the file, in FILE.settings.json: answers of two settings ne
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,15 @@ from qlora_jax.io.export import take_lock, write_json
 from qlora_jax.settings import differing_keys
 
 MEND = "choose another --out, or begin anew with --overwrite"
+
+
+@contextmanager
+def _mistakes(path: Path) -> Iterator[None]:
+    """What the disk refuses, in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 class AnswerFile:
@@ -37,22 +47,12 @@ class AnswerFile:
         self.path = path
         if path.exists() and not path.is_file():
             raise InputError(f"--out={path} is no plain file; expected a file to write JSONL to")
-        try:
+        with _mistakes(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
         try:
-            if not take_lock(self._handle, path):
-                raise InputError(f"{path} is being written by another process: wait for it, or choose another --out")
-            if overwrite:
-                os.ftruncate(self._handle, 0)
-            content = path.read_bytes()
-            if content:
-                self._check_settings(settings)
-            self.rows = self._whole_rows(content, say)
-            if not content:
-                write_json(self._settings_file, settings)
+            with _mistakes(path):
+                self._begin(settings, overwrite, say)
         except BaseException:
             self.close()
             raise
@@ -72,8 +72,23 @@ class AnswerFile:
         self.rows += rows
 
     def close(self) -> None:
-        """Lets the file and its lock go."""
+        """Lets the file and its lock go; a file that is empty is taken away."""
+        if os.fstat(self._handle).st_size == 0 and take_lock(self._handle, self.path):
+            self._settings_file.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
         os.close(self._handle)
+
+    def _begin(self, settings: dict[str, Any], overwrite: bool, say: Callable[[str], None]) -> None:
+        if not take_lock(self._handle, self.path):
+            raise InputError(f"{self.path} is being written by another process: wait for it, or choose another --out")
+        if overwrite:
+            os.ftruncate(self._handle, 0)
+        content = self.path.read_bytes()
+        if content:
+            self._check_settings(settings)
+        self.rows = self._whole_rows(content, say)
+        if not content:
+            write_json(self._settings_file, settings)
 
     @property
     def _settings_file(self) -> Path:

@@ -80,9 +80,11 @@ def prompt_ids(
       template: one of TEMPLATES.
       before: earlier turns {"role", "content"}; plain and alpaca leave them out.
     Raises:
-      InputError: an unknown template, or the tokenizer has none of its own for "chat".
+      InputError: an unknown template, the tokenizer has none of its own for "chat", or a text is not valid Unicode.
     """
     turns = [*before, {"role": "user", "content": request.message}]
+    for turn in turns:
+        check_unicode(turn["content"])
     if template == "plain":
         return tokenizer.encode(request.message, bos=True)
     if template == "alpaca":
@@ -92,6 +94,15 @@ def prompt_ids(
     if template == "chat":
         return tokenizer.encode_chat(turns)
     raise InputError(f"unknown template {template!r}; known: {', '.join(TEMPLATES)}")
+
+
+def check_unicode(text: str) -> None:
+    """Raises InputError for what a terminal or a flag gave as bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        place = text[max(error.start - 10, 0) : error.start]
+        raise InputError(f"a text is not UTF-8 after {place!r}; convert it") from error
 
 
 class Answer:
@@ -157,6 +168,8 @@ def answer_text(
 
 def check_stops(stops: Sequence[str]) -> None:
     """Raises InputError for a stop that would end every answer at once."""
+    for stop in stops:
+        check_unicode(stop)
     if "" in stops:
         raise InputError("a stop is empty; expected text (in bash, --stop=$'\\n' is a line's end)")
 

@@ -11,6 +11,7 @@
 The first of these that a row has counts. `seed` (a number) is the row's own; the fields of KEPT go with the answer.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def request_of(row: Row) -> Request:
     """The prompt of a row. Raises InputError for a row in none of the forms."""
     fields = row.fields
     rest: dict[str, Any] = {
-        "kept": {name: fields[name] for name in KEPT if fields.get(name) is not None},
+        "kept": _kept(row),
         "seed": _seed(row),
         "where": row.where,
     }
@@ -113,6 +114,16 @@ def _question(row: Row, rest: dict[str, Any]) -> Request:
         for label, content in zip(parts[:-2:2], parts[1:-2:2], strict=True)
     ]
     return _conversation(row, "text", turns, rest)
+
+
+def _kept(row: Row) -> dict[str, Any]:
+    kept = {name: row.fields[name] for name in KEPT if row.fields.get(name) is not None}
+    for name, value in kept.items():
+        try:
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError):
+            bad(row, name, f"the field {name} holds what JSON has no form for: {value!r}")
+    return kept
 
 
 def _seed(row: Row) -> int | None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -92,6 +93,7 @@ def results(folder, run_commands, golden) -> dict:
         "conversation for alpaca": [f"--prompts={folder}/questions.jsonl", "--template=alpaca"],
         "no prompts": [f"--prompts={folder}/empty.jsonl"],
         "out is a folder": [f"--prompts={folder}/lines.txt", f"--out={folder}"],
+        "out is the prompts": [f"--prompts={folder}/lines.txt", f"--out={folder}/lines.txt", "--overwrite"],
         "min_p": ["--prompt=Once", "--min_p=2"],
         "help": ["--help"],
         "no model": ["--prompt=Once", "--model=/nowhere/model"],
@@ -196,6 +198,7 @@ def test_help_says_what_is_printed(results) -> None:
         ("conversation for alpaca", ["line 2: the template alpaca has no place for a conversation"]),
         ("no prompts", ["empty.jsonl is empty (0 bytes)"]),
         ("out is a folder", ["is no plain file"]),
+        ("out is the prompts", ["lines.txt is the file of prompts itself"]),
         ("min_p", ["min_p is 2"]),
         ("temperature", ["temperature is -1"]),
         ("top_p", ["top_p is 0"]),
@@ -230,23 +233,34 @@ def test_a_piped_chat(folder) -> None:
     assert "(conversation forgotten)" in done.stderr
 
 
-def test_a_chat_at_a_terminal(folder) -> None:
+def test_a_chat_at_a_terminal(tmp_path) -> None:
     """A person's way: a long answer is interrupted, the chat goes on, and Ctrl-D ends it with status 0."""
-    command = [sys.executable, "-m", "experiments.generate", f"--model={folder}", "--max_new_tokens=4000"]
-    process, terminal = pty.fork()
-    if process == 0:
-        os.chdir(REPOSITORY)
-        os.execv(sys.executable, [*command, "--template=guanaco", "--stop=never seen"])
+    model = write_tiny_checkpoint(tmp_path / "model", context=2**17)  # an answer of minutes
+    command = [sys.executable, "-m", "experiments.generate", f"--model={model}", "--max_new_tokens=100000"]
+    at_terminal = (
+        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    terminal, its_end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", at_terminal, *command, "--template=guanaco"],
+        stdin=its_end,
+        stdout=its_end,
+        stderr=its_end,
+        start_new_session=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    os.close(its_end)
     seen = ""
 
-    def wait_for(text: str) -> None:
+    def wait_for(pattern: str) -> None:
         nonlocal seen
         end = time.monotonic() + 120
-        while text not in seen:
-            assert time.monotonic() < end, f"{text!r} did not come: {seen!r}"
+        while not (found := re.search(pattern, re.sub(r"\x1b\[[0-9;?]*[a-z]", "", seen))):
+            assert time.monotonic() < end, f"{pattern!r} did not come: {seen!r}"
             if select.select([terminal], [], [], 1)[0]:
                 seen += os.read(terminal, 4096).decode(errors="replace")
-        seen = seen[seen.index(text) + len(text) :]
+        seen = found.string[found.end() :]
 
     def type_in(text: str) -> None:
         os.write(terminal, text.encode())
@@ -254,18 +268,25 @@ def test_a_chat_at_a_terminal(folder) -> None:
     try:
         wait_for("> ")
         type_in("\x03")
-        wait_for("(Ctrl-D ends the chat)")
+        wait_for("Ctrl-D ends the chat")
         wait_for("> ")
         type_in("Hello there\n")
-        wait_for("Hello there\r\n")
+        wait_for(r"Hello there\r+\n.{20}")  # twenty letters of the answer
+        type_in("\x03")
+        wait_for("> ")
+        type_in("/save said.jsonl\n")
+        wait_for("saved: said.jsonl, 2 messages")
         wait_for("> ")
         type_in("/nonsense\n")
         wait_for("unknown command /nonsense")
         wait_for("> ")
         type_in("\x04")
-        _, status = os.waitpid(process, 0)
-        assert os.waitstatus_to_exitcode(status) == 0
+        assert process.wait(60) == 0
+        (message, answer) = json.loads((tmp_path / "said.jsonl").read_text())["messages"]
+        assert message["content"] == "Hello there" and answer["content"]
     finally:
+        process.kill()
+        process.wait()
         os.close(terminal)
 
 

@@ -103,3 +103,8 @@ def test_stops_come_beside_the_templates_own(tokenizer) -> None:
     assert answer_text(tokenizer, "plain", prompt, ids, ["nothing", "END"]) == " a \n"
     with pytest.raises(InputError, match="a stop is empty"):
         check_stops(["a", ""])
+    for bad in ("a\udcff", "\ud800"):
+        with pytest.raises(InputError, match="a text is not UTF-8"):
+            check_stops([bad])
+        with pytest.raises(InputError, match="a text is not UTF-8"):
+            prompt_ids(tokenizer, "guanaco", Request("Hi"), [{"role": "system", "content": bad}])

@@ -60,6 +60,8 @@ def test_files_of_prompts(tmp_path) -> None:
             "a system turn that is not the first",
         ),
         ("a.jsonl", b'{"prompt": "a", "seed": 1.5}\n', "expected a whole number in the field seed"),
+        ("a.jsonl", b'{"prompt": "a", "id": NaN}\n', "the field id holds what JSON has no form for: nan"),
+        ("a.jsonl", b'{"prompt": "a", "lang": "\\ud800"}\n', "the field lang holds what JSON has no form for"),
         ("a.jsonl", b'{"prompt": "a", "seed": -1}\n', "line 1: the field seed is -1; expected 0 to 4294967295"),
         ("a.jsonl", None, "no such file"),
         ("a.txt", None, "cannot be read"),
