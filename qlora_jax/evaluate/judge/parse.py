@@ -21,7 +21,7 @@ _LABEL = r"(?:(?:my |the )?(?:final )?(?:answer|choice|verdict|decision|output|s
 _CLASS = re.compile(rf"{_LABEL}([123])\.?", _FLAGS)
 _PAIR = re.compile(rf"{_LABEL}{_NUMBER}\s*[,; ]\s*{_NUMBER}\.?", _FLAGS)
 _TUPLE = re.compile(rf"(?:{_LABEL}|\w+\s*=\s*)[(\[]\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,?\s*[)\]]\.?", _FLAGS)
-_OF_ONE = re.compile(rf"Assistant ([12])\W{{1,4}}{_NUMBER}(?:\s*/\s*10)?\.?\s*(?:\(.*\))?", _FLAGS)
+_OF_ONE = re.compile(rf"Assistant ([12])[:*=\s]{{1,5}}{_NUMBER}(?:\s*/\s*10)?\.?\s*(?:\(.*\))?", _FLAGS)
 _MARKS = "*_`\"' \t\r"  # Markdown and quotation marks around a line
 
 
