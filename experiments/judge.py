@@ -15,6 +15,8 @@ Before it starts, requests, tokens and, with prices, the cost are printed; --dry
 """
 
 import asyncio
+import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -90,6 +92,9 @@ def main() -> int:
         raise InputError("a cost needs both prices, --price_input and --price_output (USD per million tokens)")
     if not TIMEOUT.value > 0:
         raise InputError(f"--timeout={TIMEOUT.value}: expected a positive number of seconds")
+    for flag in (TIMEOUT, BACKOFF, MAX_WAIT, TEMPERATURE, PRICE_INPUT, PRICE_OUTPUT, MAX_COST):
+        if flag.value is not None and not math.isfinite(flag.value):
+            raise InputError(f"--{flag.name}={flag.value}: expected a finite number")
     if not BENCHMARK.value or not JUDGE_MODEL.value:
         raise InputError("--benchmark and --judge_model need a name")
     url = completions_url(BASE_URL.value)
@@ -207,15 +212,16 @@ def ask(judging: "Judging", left: "Sequence[Comparison]", file: "VerdictFile", u
     patience = Patience(TIMEOUT.value, RETRIES.value, BACKOFF.value, MAX_WAIT.value)
     with tqdm(total=len(left), desc="judging", unit="verdict") as bar:
 
+        def say(text: str) -> None:
+            bar.write(text, file=sys.stderr)
+
         def progress(outcome: "Outcome") -> None:
             counts = {"unparsed": outcome.unparsed, "failed": len(outcome.failures), "repeated": outcome.repeated}
             bar.set_postfix(counts, refresh=False)
             bar.update(len(outcome.rows) + len(outcome.failures) - bar.n)
 
         return asyncio.run(
-            judge_all(
-                judging, left, file, url, key, patience, CONCURRENCY.value, MAX_FAILURES.value, progress, bar.write
-            )
+            judge_all(judging, left, file, url, key, patience, CONCURRENCY.value, MAX_FAILURES.value, progress, say)
         )
 
 
@@ -225,17 +231,18 @@ def errors_file(out: Path) -> Path:
 
 def write_errors(out: Path, outcome: "Outcome") -> None:
     """What failed in this run; no file where nothing did."""
-    import json
-
     path = errors_file(out)
     lines = [
         {"item_id": failed.question.item, "first": failed.first, "second": failed.second, "error": reason}
         for failed, reason in outcome.failures
     ]
-    if lines:
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    else:
-        path.unlink(missing_ok=True)
+    try:
+        if lines:
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:  # verdicts are safe, and what ended the run is still to be said
+        note(f"{path} cannot be written: {error.strerror}")
 
 
 def summarise(rows: list[dict], outcome: "Outcome", out: Path) -> None:

@@ -207,7 +207,17 @@ def test_only_verdicts_of_the_same_judge_prompt_and_answers_are_gone_on_from(tmp
 
 
 @pytest.mark.parametrize(
-    "url", ["localhost:80", "ftp://host/v1", "", "http://", "http://me:secret@host/v1", "https://h/v1?key=secret"]
+    "url",
+    [
+        "localhost:80",
+        "ftp://host/v1",
+        "",
+        "http://",
+        "http://h:x/v1",
+        "http://[::1/v1",
+        "http://me:secret@host/v1",
+        "https://h/v1?key=secret",
+    ],
 )
 def test_addresses(url) -> None:
     with pytest.raises(InputError, match="base_url") as error:

@@ -12,10 +12,10 @@ import dataclasses
 import email.utils
 import ipaddress
 import json
+import math
 import random
 import time
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx2
 
@@ -58,16 +58,20 @@ class Patience:
 
 def completions_url(base_url: str) -> str:
     """The address that requests go to. Raises InputError for what is no http(s) address, or has a password in it."""
-    parts = urlsplit(base_url.strip())
-    if parts.username or parts.password or parts.query:
+    if "@" in base_url or "?" in base_url:
         raise InputError("--base_url holds a user, a password or a query; expected http(s)://HOST[:PORT]/v1 alone")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    url = base_url.strip().rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+    try:
+        parts = httpx2.URL(url)
+    except httpx2.InvalidURL as error:
+        raise InputError(f"--base_url={base_url}: {error}") from error
+    if parts.scheme not in ("http", "https") or not parts.host:
         raise InputError(f"--base_url={base_url}: expected an address such as https://api.openai.com/v1")
-    return base_url.strip().rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+    return url
 
 
 def is_local(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
+    host = httpx2.URL(url).host
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -81,7 +85,10 @@ class Endpoint:
         self._url, self._key, self._patience = url, key, patience
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
-        self._client = httpx2.AsyncClient(headers=headers, limits=limits, timeout=patience.timeout)
+        try:
+            self._client = httpx2.AsyncClient(headers=headers, limits=limits, timeout=patience.timeout)
+        except (ValueError, ImportError) as error:  # a proxy in the environment that cannot be used
+            raise InputError(f"no connection to {url}: {error}; see HTTP_PROXY, HTTPS_PROXY and ALL_PROXY") from error
         self._not_before = 0.0  # time.monotonic()
         self._stopping = asyncio.Event()
         self.repeated = 0  # requests sent again
@@ -203,4 +210,4 @@ def _retry_after(value: str | None) -> float:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
         except (TypeError, ValueError, OverflowError):
             return 0.0
-    return max(seconds, 0.0) if seconds < 1e9 else 1e9
+    return max(seconds, 0.0) if math.isfinite(seconds) else 0.0

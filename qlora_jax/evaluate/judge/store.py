@@ -4,6 +4,7 @@ A row is a judge file's row (evaluate/verdicts) and says how it came about: prot
 words), temperature, max_tokens, request (hash of all that was sent), finish_reason and the tokens that were paid for.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -26,8 +27,8 @@ class VerdictFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.repaired = 0  # bytes of a half-written last line that were cut off
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
             raise InputError(f"{path}: cannot be written: {error.strerror}") from error
@@ -70,7 +71,8 @@ class VerdictFile:
                 written += os.write(self._file, data[written:])
             os.fsync(self._file)
         except OSError as error:
-            os.ftruncate(self._file, size)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, size)
             raise InputError(f"{self.path}: cannot be written: {error.strerror}; run again to go on") from error
 
 
