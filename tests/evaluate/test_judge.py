@@ -253,6 +253,18 @@ def test_a_half_written_last_line_is_cut_off_and_no_other_file_is_touched(tmp_pa
         assert path.read_bytes() == other
 
 
+def test_every_row_is_on_the_disk_before_the_next_and_an_empty_file_does_not_stay(tmp_path, monkeypatch) -> None:
+    path, synced = tmp_path / "v.jsonl", []
+    monkeypatch.setattr(os, "fsync", lambda _: synced.append(path.read_bytes().count(b"\n")))
+    with VerdictFile(path):
+        pass
+    assert not path.exists()
+    with VerdictFile(path) as file:
+        file.append(ROW)
+        file.append(ROW)
+    assert synced == [1, 2]
+
+
 def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch) -> None:
     path = tmp_path / "v.jsonl"
     write = os.write

@@ -38,7 +38,7 @@ def run(path, behaviour: Behaviour, n=2, concurrency=2, max_failures=20, patienc
         outcome: Outcome = asyncio.run(
             judge_all(judged_by(protocol=protocol), asked, file, url, KEY, patience, concurrency, max_failures)
         )
-    return outcome, server, [json.loads(line) for line in path.read_text().splitlines()]
+    return outcome, server, [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def once(reaction: Reaction) -> Behaviour:
@@ -152,6 +152,14 @@ def test_a_server_that_is_gone_ends_the_run(tmp_path) -> None:
         tmp_path / "v.jsonl", lambda *_: Reaction(reset=True), n=50, max_failures=5, patience=patience
     )
     assert "5 requests in a row have failed" in str(outcome.fatal) and len(server.requests) <= 14
+
+
+def test_failures_with_successes_between_do_not_end_the_run(tmp_path) -> None:
+    def every_other(number: int, request: dict) -> Reaction:
+        return Reaction(status=400) if number % 2 else Reaction(by_words(request))
+
+    outcome, _, rows = run(tmp_path / "v.jsonl", every_other, n=5, concurrency=1, max_failures=2)
+    assert outcome.fatal is None and (len(rows), len(outcome.failures)) == (5, 5)
 
 
 def test_concurrency_is_bounded_and_the_key_is_only_in_its_header(tmp_path) -> None:

@@ -21,6 +21,7 @@ BEGINNING = b'{"benchmark": '  # of every row
 class VerdictFile:
     """`with VerdictFile(path) as file: file.append(row)`; `rows` are those that were there.
 
+    An empty file does not stay.
     Raises InputError where the file is no file of verdicts of ours, a row is broken, or another process writes to it.
     """
 
@@ -49,6 +50,8 @@ class VerdictFile:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if os.fstat(self._file).st_size == 0:
+            self.path.unlink(missing_ok=True)
         os.close(self._file)
 
     def append(self, row: dict[str, Any]) -> None:
