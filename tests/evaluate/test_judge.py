@@ -11,6 +11,7 @@ from qlora_jax.evaluate.judge.pairs import Answers, Question, compare, read_answ
 from qlora_jax.evaluate.judge.parse import relative_score, threeclass_score
 from qlora_jax.evaluate.judge.prompts import PROMPTS, REVIEWERS, read_prompts
 from qlora_jax.evaluate.judge.store import SETTINGS, VerdictFile
+from qlora_jax.evaluate.judge.summary import order_table, steadiness
 
 NONE = [-1.0, -1.0]
 ROW = dict.fromkeys(SETTINGS, "x") | {"first": "a", "second": "b", "item_id": 1, "score": 1, "request": "0"}
@@ -281,3 +282,20 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch) -> None:
         with pytest.raises(InputError, match="No space left on device"):
             file.append(ROW)
         assert path.read_bytes() == whole
+
+
+def test_a_judge_that_likes_the_first_answer_shows_in_the_summary() -> None:
+    scores = {("a", "b"): [[9, 5], [8, 8], [-1, -1]], ("b", "a"): [[7, 6], [8, 8], [2, 3]]}
+    rows = [
+        ROW | {"first": first, "second": second, "item_id": item, "score": score}
+        for (first, second), judged in scores.items()
+        for item, score in enumerate(judged)
+    ]
+    header, cells = order_table(rows)
+    assert header[2:6] == ["first wins", "second wins", "ties", "unparsed"]
+    assert cells == [["a", "b", "1", "0", "1", "1", "8.50", "6.50"], ["b", "a", "1", "1", "1", "0", "5.67", "5.67"]]
+    bias, steady, unparsed = steadiness(rows)
+    assert bias.startswith("first answer preferred: 66.7% (") and bias.endswith(
+        "of 3 decided verdicts (50% without bias)"
+    )
+    assert steady.startswith("same verdict in both orders: 50.0%") and unparsed.startswith("unparsed: 1 of 6")
