@@ -1,8 +1,10 @@
-"""An OpenAI-compatible judge on this machine, for tests and for trying `judge` out: it prefers the answer with more
-different words, and misbehaves as it is told.
+"""An OpenAI-compatible judge on this machine, for tests and for trying `judge` out; it misbehaves as a test tells it.
 
-    python tests/judge_server.py --port=8765
-    python -m experiments.judge --base_url=http://localhost:8765/v1 --judge_model=words ...
+    python tests/judge_server.py --port=8765 --questions=questions.jsonl
+    python -m experiments.judge --base_url=http://localhost:8765/v1 --judge_model=overlap ...
+
+It prefers the answer with more different words; with a file of questions that have an "output" (as oa_questions.jsonl),
+the answer that shares more words with that (F1).
 """
 
 import argparse
@@ -44,18 +46,34 @@ class Reaction:
         return json.dumps({"choices": choices, "usage": {"prompt_tokens": 100, "completion_tokens": 10}}).encode()
 
 
-def by_words(request: dict) -> str:
-    """The verdict on a request's two answers, in the form that its prompt asks for."""
+def words(text: str) -> set[str]:
+    return set(text.lower().split())
+
+
+def verdict(request: dict, outputs: dict[str, str]) -> str:
+    """The verdict on a request's two answers, in the form that its prompt asks for.
+
+    Args:
+      outputs: by question, what a good answer says; where one is not there the number of different words counts.
+    """
     prompt = request["messages"][-1]["content"]
     found = next(match for form in ANSWERS if (match := form.search(prompt)))
-    one, two = (len(set(answer.lower().split())) for answer in found.groups())
+    output = words(next((outputs[text] for text in outputs if f"\n{text}\n" in prompt[: found.start()]), ""))
+    one, two = map(words, found.groups())
+    if output:
+        points = [1 + 9 * 2 * len(answer & output) / (len(answer) + len(output)) for answer in (one, two)]
+    else:
+        points = [1 + len(answer) / 10 for answer in (one, two)]
+    reason = f"By words: {points[0]:.2f} and {points[1]:.2f}."
     asked = prompt[found.end() :]
     if "equivalent" in asked or "3 if" in asked:
-        return f"Different words: {one} and {two}.\n{3 if one == two else 1 if one > two else 2}"
-    points = [max(1, min(10, 1 + words // 10)) for words in (one, two)]
-    if "tuple" in asked:
-        return f"Different words: {one} and {two}.\n({points[0]}, {points[1]})"
-    return f"{points[0]} {points[1]}\nDifferent words: {one} and {two}."
+        return f"{reason}\n{3 if points[0] == points[1] else 1 if points[0] > points[1] else 2}"
+    whole = [min(10, int(each)) for each in points]
+    return f"{reason}\n({whole[0]}, {whole[1]})" if "tuple" in asked else f"{whole[0]} {whole[1]}\n{reason}"
+
+
+def by_words(request: dict) -> str:
+    return verdict(request, {})
 
 
 Behaviour = Callable[[int, dict], Reaction]  # number of the request, counted from 0, and its body
@@ -141,8 +159,17 @@ def judging(behaviour: Behaviour = well_behaved) -> Iterator[JudgeServer]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8765)
-    with JudgeServer(port=parser.parse_args().port) as server, contextlib.suppress(KeyboardInterrupt):
+    parser.add_argument("--questions", help="JSONL {text, output}")
+    arguments = parser.parse_args()
+    outputs: dict[str, str] = {}
+    if arguments.questions:
+        with open(arguments.questions, encoding="utf-8") as file:
+            outputs = {row["text"]: row["output"] for row in map(json.loads, file)}
+    with (
+        JudgeServer(lambda _, request: Reaction(verdict(request, outputs)), arguments.port) as server,
+        contextlib.suppress(KeyboardInterrupt),
+    ):
         print(f"judging at {server.base_url} (Ctrl-C ends it)", flush=True)
         server.serve_forever()

@@ -13,7 +13,7 @@ from qlora_jax.evaluate.judge.pairs import Answers, Question, compare
 from qlora_jax.evaluate.judge.prompts import PROMPTS, REVIEWERS, read_prompts
 from qlora_jax.evaluate.judge.run import Judging, Outcome, finished, judge_all
 from qlora_jax.evaluate.judge.store import VerdictFile
-from tests.judge_server import Behaviour, JudgeServer, Reaction, by_words, judging, well_behaved
+from tests.judge_server import Behaviour, Reaction, by_words, judging, verdict, well_behaved
 
 KEY = "sk-aVerySecretWord"
 PATIENCE = Patience(timeout=0.4, retries=3, backoff=0.01, longest=2.0)
@@ -241,8 +241,9 @@ def test_addresses_are_completed_and_local_ones_known() -> None:
     ]
 
 
-def test_the_servers_own_rule_reads_both_kinds_of_prompts() -> None:
-    server = JudgeServer()
-    server.server_close()
-    request = judged_by().body(comparisons(1)[0])
-    assert by_words(request).endswith("\n1")
+def test_the_servers_own_rule() -> None:
+    asked = comparisons(1)[0]  # "one two three" before "one two"
+    request = judged_by().body(asked)
+    assert by_words(request).endswith("\n1") and verdict(request, {"What is 0?": "two one"}).endswith("\n2")
+    assert verdict(request, {"What is 1?": "two one"}).endswith("\n1")
+    assert verdict(judged_by(protocol="relative").body(asked), {"What is 0?": "two one"}).startswith("8 10\n")
