@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qlora_jax.data.prompts import GUANACO_LABELS, alpaca_prompt, guanaco_prompt
+from qlora_jax.data.prompts import GUANACO_LABELS, alpaca_prompt, guanaco_prompt, user_message
 from qlora_jax.data.read import read_rows
 from qlora_jax.data.rows import Row
 from qlora_jax.data.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ class Request:
     @property
     def message(self) -> str:
         """Text and input as one message."""
-        return f"{self.text}\n\n{self.input}" if self.input.strip() else self.text
+        return user_message(self.text, self.input)
 
 
 def read_requests(path: str) -> list[Request]:

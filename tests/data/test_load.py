@@ -19,6 +19,8 @@ def config(**changes):
             "path": "",
             "revision": "main",
             "format": "input-output",
+            "template": "auto",
+            "template_date": "2024-07-26",
             "batches": "",
             "max_source_len": 16,
             "max_target_len": 16,
