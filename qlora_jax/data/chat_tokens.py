@@ -118,14 +118,13 @@ class _Tokens:
         following = next((n for n in range(first, len(self.ids)) if self.ids[n] in self._controls), len(self.ids))
         stop = self.begins[following] if following < len(self.ids) else len(self.chat.text)
         left = self._encode(self.chat.text[start:place])
-        right = self._encode(self.chat.text[place:stop])
-        joined = self.ids[section:following]
-        if self._tokenizer.decode(left.ids + right.ids) != self._tokenizer.decode(joined):
+        right = self._encode_alone(left.ids, self.chat.text[place:stop], self.ids[section:following])
+        if right is None:
             around = self.chat.text[max(place - 12, 0) : place], self.chat.text[place : place + 12]
             raise InputError(
                 f"the tokenizer joins what stands before the assistant's turn with its text ({around[0]!r} and "
-                f"{around[1]!r}), and apart they are not the same text: the turn cannot be masked exactly; take blanks "
-                "off the answer's begin, or use data.template=paper"
+                f"{around[1]!r}), and apart they are not the same text: the turn cannot be masked exactly; let the "
+                "template write a control token or a line break there, or use data.template=paper"
             )
         self.ids[section:following] = left.ids + right.ids
         self.begins[section:following] = [start + n for n in left.begins] + [place + n for n in right.begins]
@@ -144,3 +143,14 @@ class _Tokens:
 
     def _encode(self, text: str) -> Encoding:
         return self._tokenizer.encode_unguarded([(text, self.chat.numbered)])[0]
+
+    def _encode_alone(self, before: list[int], text: str, joined: list[int]) -> Encoding | None:
+        """Text encoded by itself, to follow the tokens `before`; None when both are not the text of `joined`."""
+        wanted = self._tokenizer.decode(joined)
+        for lead in ("", "\n"):  # SentencePiece begins a text with a space: not so after a line break
+            encoding = self._encode(lead + text)
+            skip, width = bisect.bisect_left(encoding.begins, len(lead)), len(lead)
+            parts = (encoding.ids[skip:], *([n - width for n in places[skip:]] for places in encoding[1:]))
+            if encoding.ends[skip - 1 : skip] <= [width] and self._tokenizer.decode(before + parts[0]) == wanted:
+                return Encoding(*parts)
+        return None

@@ -16,7 +16,8 @@ from qlora_jax.data.split import split
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import InputError
 
-# Padding comes after everything that attends to it and is no target, so any id that every vocabulary has will do.
+# Padding comes after everything that attends to it and is no target, so any id that every vocabulary has will do; the
+# next that ends nothing is taken where this one is an end token.
 PAD_ID = 0
 
 
@@ -67,9 +68,10 @@ def load_data(config: Any, tokenizer: Tokenizer | None, batch_size: int, vocab_s
         train, heldout = examples, _read_heldout(config, tokenizer, vocab_size)
     else:
         train, heldout = split(examples, config.eval_examples, config.seed)
-    batches = Batches(train, batch_size, config.group_by_length, config.pad_to_multiple_of, PAD_ID, config.seed)
+    pad_id = next(number for number in range(PAD_ID, vocab_size) if number not in tokenizer.eos_ids)
+    batches = Batches(train, batch_size, config.group_by_length, config.pad_to_multiple_of, pad_id, config.seed)
     report = _report(config, found, left_out, made, len(texts), truncated, examples, train, heldout, batches)
-    return LoadedData(batches, heldout, report)
+    return LoadedData(batches, heldout, report, pad_id)
 
 
 def _read_heldout(config: Any, tokenizer: Tokenizer, vocab_size: int) -> list[Example]:

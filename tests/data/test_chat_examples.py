@@ -7,8 +7,10 @@ import shutil
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers
 
 from qlora_jax.data.chat_examples import tokenize_chats
 from qlora_jax.data.fields import Chat
@@ -175,13 +177,31 @@ def test_the_real_llama_2(shared_data, tmp_path, kind):
     assert example.tokens[: len(prompt)].tolist() == prompt
 
 
-def test_where_the_tokenizer_cannot_keep_prompt_and_answer_apart(golden, tmp_path):
-    # begun anew the answer gets a space that the text has not
-    template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
-    tokenizer = with_template(tmp_path / "a", golden / "tokenizer", template)
-    messages = [{"role": "user", "content": "the sto"}, {"role": "assistant", "content": "ry."}]
+BARE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+TORN = [{"role": "user", "content": "the sto"}, {"role": "assistant", "content": "ry."}]
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model"])
+def test_an_answer_apart_from_its_prompt_gets_no_space(golden, tmp_path, kind):
+    (tmp_path / "source").mkdir()
+    shutil.copyfile(golden / "tokenizer" / kind, tmp_path / "source" / kind)
+    tokenizer = with_template(tmp_path / "a", tmp_path / "source", BARE)
+    example = one(tokenizer, TORN)
+    assert len(tokenizer.encode("the story.")) == 3  # "story" is one token
+    assert tokenizer.decode(example.tokens) == "the story." and learned_texts(tokenizer, example) == ["ry.</s>"]
+    prompt = tokenizer.encode_chat(TORN[:1])
+    assert example.tokens[: len(prompt)].tolist() == prompt
+
+
+def test_where_the_tokenizer_cannot_keep_prompt_and_answer_apart(tmp_path):
+    words = tokenizers.Tokenizer(models.WordLevel({"the": 0, "sto": 1, "ry": 2, "story": 3, ".": 4, "?": 5}, "?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()  # what is apart has a space between when it is decoded
+    words.add_special_tokens(["</s>"])
+    (tmp_path / "source").mkdir()
+    words.save(str(tmp_path / "source" / "tokenizer.json"))
+    tokenizer = with_template(tmp_path / "a", tmp_path / "source", BARE, bos_token=None)
     with pytest.raises(InputError, match="f, line 1: the tokenizer joins .*'the sto' and 'ry.*masked exactly"):
-        one(tokenizer, messages)
+        one(tokenizer, TORN)
 
 
 def test_tools(golden, tmp_path):
