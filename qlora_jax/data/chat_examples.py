@@ -35,6 +35,14 @@ class ChatCuts:
     dropped: int = 0
     unknown_ends: tuple[str, ...] = ()
 
+    def __add__(self, other: "ChatCuts") -> "ChatCuts":
+        return ChatCuts(
+            self.shortened + other.shortened,
+            self.cut + other.cut,
+            self.dropped + other.dropped,
+            tuple(sorted({*self.unknown_ends, *other.unknown_ends})),
+        )
+
     def report(self, config: Any) -> list[str]:
         """Lines on it for a run's report, each only where there is something to say."""
         lines = []
@@ -80,7 +88,7 @@ def tokenize_chats(
       now: the day for templates that write it; None is today.
 
     Raises:
-      InputError: a chat cannot be masked exactly, with the number of others; every chat is dropped.
+      InputError: a chat cannot be masked exactly, with the number of others.
     """
     if max_len < 3:
         raise InputError(
@@ -105,11 +113,6 @@ def tokenize_chats(
                 shortened += len(example) in tokens.ends
                 cut += len(example) not in tokens.ends
     problems.raise_if_any()
-    if dropped and not examples:
-        raise InputError(
-            f"none of the {dropped} chats has room for an answer in data.max_source_len + data.max_target_len = "
-            f"{max_len} tokens; make them larger"
-        )
     unknown = sorted(tokenizer.controls[end] for end in ends - set(tokenizer.eos_ids))
     return examples, ChatCuts(shortened, cut, dropped, tuple(unknown))
 

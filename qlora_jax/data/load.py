@@ -94,7 +94,13 @@ def _tokenize(texts: Any, tokenizer: Tokenizer, config: Any) -> tuple[list[Examp
     except ValueError as error:
         raise InputError(f"data.template_date is {config.template_date!r}; expected a day as YYYY-MM-DD") from error
     room = config.max_source_len + config.max_target_len
-    return tokenize_chats(texts, tokenizer, room, config.train_on_source, day)
+    examples, cuts = tokenize_chats(texts, tokenizer, room, config.train_on_source, day)
+    if not examples and cuts.dropped:
+        raise InputError(
+            f"none of the {cuts.dropped:,} chats has room for an answer in data.max_source_len + data.max_target_len = "
+            f"{room} tokens; make them larger"
+        )
+    return examples, cuts
 
 
 def _load_file(path: str, batch_size: int, vocab_size: int) -> LoadedData:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
-from qlora_jax.data.chat_examples import tokenize_chats
+from qlora_jax.data.chat_examples import ChatCuts, tokenize_chats
 from qlora_jax.data.fields import Chat
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import InputError
@@ -246,8 +246,9 @@ def test_too_long_chats_keep_an_end(families):
         example, counts = cut(max_len)
         assert len(example) == max_len and example.tokens[-1] == end and example.loss_mask[-1]
         assert example.tokens[:-1].tolist() == whole.tokens[: max_len - 1].tolist() and counts == (0, 2, 0)
-    with pytest.raises(InputError, match="none of the 2 chats has room for an answer"):
-        cut(learned[0] + 1)
+    examples, cuts = tokenize_chats([chat], tokenizer, learned[0] + 1)
+    assert examples == [] and cuts.dropped == 1
+    assert cuts + ChatCuts(1, 2, 3, ("a", "<|im_end|>")) == ChatCuts(1, 2, 4, ("<|im_end|>", "a"))
     short = [{"role": "user", "content": ""}, {"role": "assistant", "content": "a"}]
     room = len(one(tokenizer, short))
     kept, cuts = tokenize_chats([chat, Chat(short, None, "here")], tokenizer, room)

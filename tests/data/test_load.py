@@ -218,6 +218,12 @@ def test_chats_in_the_models_template(tmp_path, golden):
     assert len(heldout) == 3
 
 
+def test_no_room_for_any_answer(tmp_path, golden):
+    section = chat_config(tmp_path, [TWO_TURNS[:2]], max_source_len=2, max_target_len=2)
+    with pytest.raises(InputError, match="none of the 1 chats has room for an answer .* = 4 tokens"):
+        load_data(section, chat_tokenizer(tmp_path, golden), 1, 500)
+
+
 def test_which_template(tmp_path, golden, path):
     tokenizer, row = chat_tokenizer(tmp_path, golden), TWO_TURNS[:2]
 
