@@ -31,15 +31,18 @@ class Padding:
 
 def show_example(example: Example, tokenizer: Tokenizer, color: bool) -> str:
     """The example as text, decoded from its tokens: what is given dim, what is learned green; without color what is
-    learned stands between ⟦ and ⟧. BOS and EOS are shown by these names where the tokens have them,
-    control characters as U+FFFD."""
+    learned stands between ⟦ and ⟧. BOS and EOS are shown by these names where the tokens have them, other control
+    tokens by their texts, control characters as U+FFFD."""
     marks = (f"{_GIVEN}%s{_PLAIN}", f"{_LEARNED}%s{_PLAIN}") if color else ("%s", "⟦%s⟧")
     stream = tokenizer.stream()
     shown = ""
     edges = np.flatnonzero(np.diff(example.loss_mask)) + 1
     runs = np.split(np.arange(len(example)), edges)
     for number, run in enumerate(runs):
-        text = "".join(_name(tokenizer, int(example.tokens[at])) or stream.push(int(example.tokens[at])) for at in run)
+        text = ""
+        for token in example.tokens[run].tolist():
+            name = _name(tokenizer, token)
+            text += stream.flush() + name if name else stream.push(token)
         if number == len(runs) - 1:
             text += stream.flush()
         shown += marks[int(example.loss_mask[run[0]])] % _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
@@ -74,4 +77,4 @@ def padding(batches: Batches, multiple: int) -> Padding:
 def _name(tokenizer: Tokenizer, token: int) -> str:
     if token == tokenizer.bos_id:
         return "<BOS>"
-    return "<EOS>" if token == tokenizer.eos_id else ""
+    return "<EOS>" if token == tokenizer.eos_id else tokenizer.controls.get(token, "")

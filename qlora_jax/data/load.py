@@ -1,20 +1,23 @@
 """The data of a run, read, checked and counted before its first step."""
 
 import dataclasses
+import datetime
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from qlora_jax.data.batches import Batches, FileBatches
+from qlora_jax.data.chat_examples import ChatCuts, tokenize_chats, uses_chat_template
 from qlora_jax.data.examples import Example, Truncated, tokenize_examples
-from qlora_jax.data.formats import COLUMNS, check_format, format_rows
+from qlora_jax.data.formats import COLUMNS, check_format, format_chats, format_rows
 from qlora_jax.data.read import read_rows
 from qlora_jax.data.split import split
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import InputError
 
-# Padding comes after everything that attends to it and is no target, so any id that every vocabulary has will do.
+# Padding comes after everything that attends to it and is no target, so any id that every vocabulary has will do; the
+# next that ends nothing is taken where this one is an end token.
 PAD_ID = 0
 
 
@@ -51,34 +54,53 @@ def load_data(config: Any, tokenizer: Tokenizer | None, batch_size: int, vocab_s
             raise InputError(f"data.{name} is {getattr(config, name)}, expected 0 or more")
     rows = read_rows(config.path, config.revision, COLUMNS.get(config.format, ()))
     found = len(rows)
+    chat = uses_chat_template(config.template, config.format, tokenizer)
     # All rows are checked, also those that max_examples leaves aside.
-    texts, left_out = format_rows(rows, config.format)
+    texts, left_out = (format_chats if chat else format_rows)(rows, config.format)
     made = len(texts)
     if config.max_examples:
         texts = texts[: config.max_examples]
     if not texts:
         raise InputError(f"{config.path}: none of its {found} rows has anything to learn")
-    examples, truncated = tokenize_examples(
-        texts, tokenizer, config.max_source_len, config.max_target_len, config.train_on_source
-    )
+    examples, truncated = _tokenize(texts, tokenizer, config)
     _check_ids(examples, vocab_size)
     if config.eval_path:
         train, heldout = examples, _read_heldout(config, tokenizer, vocab_size)
     else:
         train, heldout = split(examples, config.eval_examples, config.seed)
-    batches = Batches(train, batch_size, config.group_by_length, config.pad_to_multiple_of, PAD_ID, config.seed)
-    report = _report(config, found, left_out, made, truncated, examples, train, heldout, batches)
-    return LoadedData(batches, heldout, report)
+    pad_id = next(number for number in range(PAD_ID, vocab_size) if number not in tokenizer.eos_ids)
+    batches = Batches(train, batch_size, config.group_by_length, config.pad_to_multiple_of, pad_id, config.seed)
+    report = _report(config, found, left_out, made, len(texts), truncated, examples, train, heldout, batches)
+    return LoadedData(batches, heldout, report, pad_id)
 
 
 def _read_heldout(config: Any, tokenizer: Tokenizer, vocab_size: int) -> list[Example]:
     """The first eval_examples (0: all) of a file of its own."""
-    texts, _ = format_rows(read_rows(config.eval_path, config.revision, COLUMNS.get(config.format, ())), config.format)
-    texts = texts[: config.eval_examples] if config.eval_examples else texts
-    lengths = config.max_source_len, config.max_target_len, config.train_on_source
-    examples, _ = tokenize_examples(texts, tokenizer, *lengths)
+    chat = uses_chat_template(config.template, config.format, tokenizer)
+    rows = read_rows(config.eval_path, config.revision, COLUMNS.get(config.format, ()))
+    texts, _ = (format_chats if chat else format_rows)(rows, config.format)
+    examples, _ = _tokenize(texts[: config.eval_examples] if config.eval_examples else texts, tokenizer, config)
     _check_ids(examples, vocab_size)
     return examples
+
+
+def _tokenize(texts: Any, tokenizer: Tokenizer, config: Any) -> tuple[list[Example], Truncated | ChatCuts]:
+    """Examples of what format_chats or format_rows gave."""
+    if not uses_chat_template(config.template, config.format, tokenizer):
+        lengths = config.max_source_len, config.max_target_len
+        return tokenize_examples(texts, tokenizer, *lengths, config.train_on_source)
+    try:
+        day = datetime.date.fromisoformat(config.template_date)
+    except ValueError as error:
+        raise InputError(f"data.template_date is {config.template_date!r}; expected a day as YYYY-MM-DD") from error
+    room = config.max_source_len + config.max_target_len
+    examples, cuts = tokenize_chats(texts, tokenizer, room, config.train_on_source, day)
+    if not examples and cuts.dropped:
+        raise InputError(
+            f"none of the {cuts.dropped:,} chats has room for an answer in data.max_source_len + data.max_target_len = "
+            f"{room} tokens; make them larger"
+        )
+    return examples, cuts
 
 
 def _load_file(path: str, batch_size: int, vocab_size: int) -> LoadedData:
@@ -107,7 +129,8 @@ def _report(
     found: int,
     left_out: int,
     made: int,
-    truncated: Truncated,
+    taken: int,
+    truncated: Truncated | ChatCuts,
     examples: Sequence[Example],
     train: Sequence[Example],
     heldout: Sequence[Example],
@@ -116,15 +139,13 @@ def _report(
     targets = sum(int(np.count_nonzero(example.loss_mask)) for example in train)
     total = sum(len(example) for example in train)
     lines = [f"data: {config.path} ({config.format}): {found:,} rows, {len(examples):,} examples"]
+    if isinstance(truncated, ChatCuts):
+        lines.append(f"data: in the model's chat template (data.template={config.template}), its answers alone learned")
     if left_out:
         lines.append(f"data: {left_out:,} rows left out: no answer to learn")
-    if len(examples) < made:
-        lines.append(f"data: only the first {len(examples):,} by data.max_examples")
-    if truncated.sources or truncated.targets:
-        lines.append(
-            f"data: cut to length: {truncated.sources:,} sources (max_source_len {config.max_source_len}), "
-            f"{truncated.targets:,} targets (max_target_len {config.max_target_len})"
-        )
+    if taken < made:
+        lines.append(f"data: only the first {taken:,} by data.max_examples")
+    lines += truncated.report(config)
     lines.append(
         f"data: train on {len(train):,} examples, {total:,} tokens, {targets:,} of them targets; "
         f"{len(heldout):,} held out; {batches.steps_per_epoch:,} steps an epoch"

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.data.prompts import GUANACO_LABELS, alpaca_prompt, guanaco_prompt
+from qlora_jax.data.prompts import GUANACO_LABELS, alpaca_prompt, guanaco_prompt, user_message
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import InputError
 
@@ -50,7 +50,7 @@ class Request:
     @property
     def message(self) -> str:
         """Text and input as one message."""
-        return f"{self.text}\n\n{self.input}" if self.input.strip() else self.text
+        return user_message(self.text, self.input)
 
 
 def read_text(file: Path) -> str:

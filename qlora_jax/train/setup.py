@@ -12,6 +12,7 @@ import jax
 from pallas_kernels import nf4_matmul
 from qlora_jax import lora
 from qlora_jax.data.batches import FileBatches
+from qlora_jax.data.chat_examples import TEMPLATES
 from qlora_jax.data.load import LoadedData, load_data
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import InputError
@@ -31,6 +32,7 @@ _CHOICES = {
     ("model", "attention"): attention.IMPLEMENTATIONS,
     ("model", "kernel"): nf4_matmul.BACKENDS,
     ("model", "compute"): nf4_matmul.COMPUTE,
+    ("data", "template"): TEMPLATES,
     ("optimizer", "paging"): PAGING,
 }
 _AT_LEAST_ONE = (

@@ -1,10 +1,14 @@
 """The data command, run as a user does."""
 
 import json
+import shutil
 
 import pytest
 
 from qlora_jax.data.known import KNOWN_SETS
+from tests.chat_templates import CHATML
+from tests.conftest import REPOSITORY
+from tests.data.test_chat_examples import with_template
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +28,11 @@ def results(run_commands, folder):
         "--config.data.eval_examples=0",
     ]
     chat = [*base, f"--config.data.path={folder / 'chats.jsonl'}"]
+    model = folder / "model"
+    with_template(model, REPOSITORY / "tests" / "golden" / "chat", CHATML)
+    shutil.copyfile(REPOSITORY / "assets" / "tiny_llama" / "config.json", model / "config.json")
     commands = {
+        "template": [*chat, f"--config.model.path={model}", "--config.data.format=messages", "--show=1"],
         "chats": [*chat, "--config.data.format=messages", "--show=1", f"--out={folder / 'out' / 'figures.json'}"],
         "color": [*chat, "--config.data.format=messages", "--show=1", "--color=always"],
         "wrong format": chat,
@@ -51,6 +59,13 @@ def test_examples_and_figures(results, folder):
     assert figures["examples"] == 2 and figures["heldout"] == 0
     assert figures["tokens"] == figures["targets"] + 2
     assert "\x1b[32m" in results["color"]["out"] and "⟦" not in results["color"]["out"]
+
+
+def test_chats_in_the_models_template(results):
+    result = results["template"]
+    assert result["status"] == 0, result["err"]
+    assert "<|im_start|>user\nQa<|im_end|>\n<|im_start|>assistant\n⟦A<|im_end|>⟧\n" in result["out"]
+    assert "in the model's chat template (data.template=auto)" in result["out"]
 
 
 def test_errors(results, assert_one_line_error):
