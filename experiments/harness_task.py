@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +18,8 @@ flags.disclaim_key_flags()
 
 # of the harness's results, what is written; the rest describes the machine
 KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better")
+
+BOOTSTRAP = 1000  # resamples, for the standard errors of metrics without a formula
 
 
 class HarnessFlags(NamedTuple):
@@ -65,6 +68,7 @@ def measure(
     adapted = HarnessModel(loaded.model, tokenizer, name_of(folder), context, batch_size, own.seed.value)
     started = time.perf_counter()
     seed = own.seed.value
+    os.environ["DISABLE_MULTIPROC"] = "1"  # the harness would fork for its bootstrap, which JAX's threads do not survive
     found = simple_evaluate(
         adapted,
         tasks=tasks,
@@ -73,6 +77,7 @@ def measure(
         gen_kwargs=own.gen_kwargs.value,
         apply_chat_template=own.apply_chat_template.value,
         log_samples=False,
+        bootstrap_iters=BOOTSTRAP,
         random_seed=seed,
         numpy_random_seed=seed,
         fewshot_random_seed=seed,

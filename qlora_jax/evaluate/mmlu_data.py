@@ -143,6 +143,8 @@ def _csv_questions(file: Path, subject: str) -> list[Question]:
     try:
         for fields in rows:
             where, begins = f"{file}, line {begins}", rows.line_num + 1
+            if not fields:
+                continue
             if len(fields) != 6:
                 raise InputError(f"{where}: {len(fields)} fields; expected 6: question, A, B, C, D, answer")
             questions.append(_made(where, subject, fields[0], fields[1:5], fields[5]))
