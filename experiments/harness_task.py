@@ -53,12 +53,13 @@ def measure(
 
     if not own.tasks.value:
         raise InputError("--task=lm-eval takes --tasks=NAME,NAME")
+    check_extra()
     import lm_eval
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.utils import handle_non_serializable, make_table
 
     from qlora_jax.data.tokenizer import Tokenizer
-    from qlora_jax.evaluate.harness import HarnessModel  # says which extra is missing
+    from qlora_jax.evaluate.harness import HarnessModel
     from qlora_jax.io.remote import name_of
 
     tasks = load_tasks(own.tasks.value, own.include_path.value)
@@ -68,7 +69,7 @@ def measure(
     adapted = HarnessModel(loaded.model, tokenizer, name_of(folder), context, batch_size, own.seed.value)
     started = time.perf_counter()
     seed = own.seed.value
-    os.environ["DISABLE_MULTIPROC"] = "1"  # the harness would fork for its bootstrap, which JAX's threads do not survive
+    os.environ["DISABLE_MULTIPROC"] = "1"  # a fork for the harness's bootstrap may hang: JAX has threads
     found = simple_evaluate(
         adapted,
         tasks=tasks,
@@ -98,6 +99,16 @@ def measure(
     }
     tables = [make_table(found)] + ([make_table(found, "groups")] if found.get("groups") else [])
     return result, "\n".join(tables).strip()
+
+
+def check_extra() -> None:
+    """Raises InputError where the harness is not installed."""
+    from qlora_jax.errors import InputError
+
+    try:
+        import lm_eval.api.model  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"--task=lm-eval needs EleutherAI's harness ({error}): pip install -e '.[eval]'") from error
 
 
 def load_tasks(names: list[str], include_path: str | None) -> list[Any]:

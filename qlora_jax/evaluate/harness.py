@@ -11,6 +11,9 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from qlora_jax.data.tokenizer import Tokenizer
@@ -19,13 +22,6 @@ from qlora_jax.evaluate.scoring import ScoredTokens, token_scores
 from qlora_jax.generate.decode import complete
 from qlora_jax.generate.sampling import Sampling
 from qlora_jax.models.llama import Llama
-
-try:
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-except ImportError as error:
-    raise InputError(f"--task=lm-eval needs lm_eval ({error}): pip install -e '.[eval]'") from error
 
 MAX_NEW_TOKENS = 256  # where a task does not say
 GENERATED_TOGETHER = 16  # prompts, where no batch size is given

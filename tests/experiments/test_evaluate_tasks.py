@@ -11,11 +11,11 @@ import jinja2
 import pytest
 import yaml
 
-from experiments.harness_task import load_tasks
+from experiments.harness_task import check_extra, load_tasks
 from qlora_jax.data.prompts import alpaca_prompt
 from qlora_jax.errors import InputError
 from tests.conftest import REPOSITORY
-from tests.evaluate.mmlu_files import COUNTS, SUBJECTS, write_checkpoint, write_owners_folder, write_prompts
+from tests.evaluate.mmlu_files import COUNTS, SUBJECTS, write_checkpoint, write_owners_folder
 
 lm_eval = pytest.importorskip("lm_eval")
 importlib.import_module("lm_eval.tasks")
@@ -64,7 +64,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     write_checkpoint(folder / "model", context=256)
     write_owners_folder(folder / "mmlu")
-    write_prompts(folder / "prompts.json")
     (folder / "text.txt").write_text(TEXT)
     (folder / "yaml").mkdir()
     for name, text in TASKS.items():
@@ -87,7 +86,6 @@ def results(folder, run_commands, tmp_path_factory):
         "mmlu": [*mmlu, "--shots=1", f"{out}/mmlu.json"],
         "again": [*mmlu, "--shots=1", f"{out}/mmlu.json"],
         "other shots": [*mmlu, "--shots=0", f"{out}/mmlu.json"],
-        "finished prompts": ["--task=mmlu", f"--mmlu_data={folder}/prompts.json", "--shots=0", f"{out}/prompts.json"],
         "harness": [*harness, "--tasks=choice,rolling,answering", f"{out}/harness.json"],
         "perplexity": ["--task=perplexity", f"--text={folder}/text.txt", f"{out}/perplexity.json"],
         "no data": ["--task=mmlu"],
@@ -120,11 +118,6 @@ def test_mmlu(results, folder):
 def test_answers_that_are_there_are_not_asked_again(results, folder):
     assert "12 answers are already in" in results["again"]["err"]
     assert results["again"]["out"] == results["mmlu"]["out"]
-
-
-def test_finished_prompts(results, folder):
-    written = json.loads((folder / "out" / "prompts.json").read_text())
-    assert (written["questions"], written["shots"]) == (3 * COUNTS["val"], 0)
 
 
 def test_harness(results, folder):
@@ -175,9 +168,8 @@ def test_the_quickstarts_task_asks_what_the_adapter_learned():
 
 
 def test_without_the_extra(monkeypatch):
-    monkeypatch.delitem(sys.modules, "qlora_jax.evaluate.harness", raising=False)
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(InputError, match=r"needs lm_eval .*: pip install -e '.\[eval\]'"):
-        import qlora_jax.evaluate.harness  # noqa: F401
+    with pytest.raises(InputError, match=r"needs EleutherAI's harness .*: pip install -e '.\[eval\]'"):
+        check_extra()
