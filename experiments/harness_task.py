@@ -48,7 +48,7 @@ def harness_flags() -> HarnessFlags:
 def measure(
     own: HarnessFlags, model: ModelFlags, context: int | None, batch_size: int | None
 ) -> tuple[dict[str, Any], str]:
-    """The result, as it is written, and the harness's table of it."""
+    """The result, as it is written, and a table of it."""
     from qlora_jax.errors import InputError
 
     if not own.tasks.value:
@@ -56,7 +56,7 @@ def measure(
     check_extra()
     import lm_eval
     from lm_eval.evaluator import simple_evaluate
-    from lm_eval.utils import handle_non_serializable, make_table
+    from lm_eval.utils import handle_non_serializable
 
     from qlora_jax.data.tokenizer import Tokenizer
     from qlora_jax.evaluate.harness import HarnessModel
@@ -97,8 +97,23 @@ def measure(
         "model": model.model.value,
         "adapter": model.adapter.value,
     }
-    tables = [make_table(found)] + ([make_table(found, "groups")] if found.get("groups") else [])
-    return result, "\n".join(tables).strip()
+    return result, table(result)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Every metric of every task and group. (The harness's own table is written by forks, which JAX may hang in.)"""
+    from qlora_jax.evaluate.tables import as_text
+
+    rows = []
+    for name, found in {**result["results"], **result.get("groups", {})}.items():
+        for key, value in found.items():
+            metric, comma, filter = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            error = found.get(f"{metric}_stderr,{filter}")
+            shown = [f"{x:.4f}" if isinstance(x, int | float) else "" for x in (value, error)]
+            rows.append([name, metric, filter, *shown])
+    return as_text(("task", "metric", "filter", "value", "standard error"), rows)
 
 
 def check_extra() -> None:
