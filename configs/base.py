@@ -98,5 +98,13 @@ def get_config() -> ConfigDict:
     c.eval.every = 0  # steps between evaluations of the held-out split; 0 evaluates at the end only,
     # others also before the first step
     c.eval.batch_size = 16  # sequences
+    c.eval.mmlu_data = ""  # MMLU: the owners' folder, a hub data set (cais/mmlu) or a file of questions; "" asks none
+    c.eval.mmlu_split = "val"  # val | test | dev
+    c.eval.mmlu_shots = 5  # example questions before each
+    c.eval.mmlu_questions = 0  # questions asked, drawn by data.seed; 0 asks all
+    c.eval.mmlu_every = 0  # steps between evaluations; 0 evaluates at the end only, others also before the first step
+    c.eval.mmlu_batch_size = (
+        1  # prompts asked together; 5-shot ones have some 700 tokens, and up to the model's context
+    )
 
     return c.lock()

@@ -68,6 +68,10 @@ class Tokenizer:
         """Ids of many plain texts, nothing added, on all cores."""
         return self._backend.encode_plain(texts) if texts else []
 
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of a text in which the control tokens' texts stand for the control tokens, as transformers reads it."""
+        return self._backend.encode_marked(text)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; control tokens leave nothing, bytes that are no UTF-8 become U+FFFD."""
         return self._backend.decode([int(i) for i in ids])

@@ -29,6 +29,7 @@ from qlora_jax.settings import config_hash
 from qlora_jax.train.backward import compiler_options
 from qlora_jax.train.checkpoints import Checkpoints
 from qlora_jax.train.memory import Program, memory_limit, peak_device_bytes, peak_host_bytes
+from qlora_jax.train.mmlu import MMLU
 from qlora_jax.train.residency import decide
 from qlora_jax.train.setup import Prepared, prepare
 from qlora_jax.train.step import make_evaluation, make_gradient
@@ -84,6 +85,7 @@ class Run:
             compiler_options(config.model.remat),
         )
         self.evaluation = Program(make_evaluation(prepared.graph, config.train.loss_chunk))
+        self.mmlu = None if prepared.mmlu is None else MMLU(prepared.graph, prepared.mmlu)
         self.optimizer = self._make_optimizer()
         self.states = self.optimizer.init(self.adapter)
         self.checkpoints = Checkpoints(workdir.checkpoints, config.train.keep_checkpoints)
@@ -97,6 +99,8 @@ class Run:
         with _on_sigterm(self.stop):
             if self.config.eval.every and start == 0:
                 self._log_evaluation(0)
+            if self.config.eval.mmlu_every and start == 0:
+                self._log_mmlu(0)
             bar = tqdm(total=steps, initial=start, unit="step", desc="training", disable=start == steps)
             for step in range(start, steps):
                 row = self._step(step)
@@ -106,6 +110,9 @@ class Run:
                 bar.update()
                 if self.config.eval.every and (step + 1) % self.config.eval.every == 0 and step + 1 < steps:
                     self._log_evaluation(step + 1)
+                every = self.config.eval.mmlu_every
+                if every and (step + 1) % every == 0 and step + 1 < steps:
+                    self._log_mmlu(step + 1)
                 if (step + 1) % self.config.train.checkpoint_every == 0 or step + 1 == steps:
                     self.checkpoints.save(step + 1, self.adapter, self.states)
                 if self.stop.is_set() and step + 1 < steps:
@@ -125,7 +132,7 @@ class Run:
         if paging(section) == "auto" and limit is not None:
             self._compile_largest()
         pages = Pages(prepared.tx, self.adapter, section.page_bytes)
-        programs = max(self.gradient.peak_bytes, self.evaluation.peak_bytes)
+        programs = self._program_bytes()
         residency = decide(paging(section), pages, limit, programs)
         self.say(residency.reason)
         return PagedOptimizer(pages, self.adapter, residency.resident_bytes)
@@ -140,6 +147,8 @@ class Run:
         self.gradient.compile(self.adapter, prepared.base, tokens, mask, key)
         for batch in itertools.islice(self._eval_batches(prepared.data.heldout), 1):  # the longest first
             self.evaluation.compile(self.adapter, prepared.base, batch["tokens"], batch["loss_mask"])
+        if self.mmlu is not None:
+            self.mmlu.compile_largest(self.adapter, prepared.base)
 
     def _eval_batches(self, examples: list[Example]) -> Iterator[dict[str, np.ndarray]]:
         config, data = self.config, self.prepared.data
@@ -160,6 +169,12 @@ class Run:
         if loss is not None:
             self.workdir.log({"step": step, "eval_loss": loss})
             tqdm.write(f"step {step}: held-out loss {loss:.4f}")
+
+    def _log_mmlu(self, step: int) -> None:
+        if self.mmlu is not None:
+            found = self.mmlu(self.adapter, self.prepared.base)
+            self.workdir.log({"step": step, **found})
+            tqdm.write(f"step {step}: {self.mmlu.describe(found)}")
 
     def _resume(self) -> int:
         start = self.checkpoints.latest
@@ -222,8 +237,12 @@ class Run:
         return statistics.median(n / s for n, s in zip(self.tokens, self.seconds, strict=True))
 
     def _device_bytes(self) -> tuple[int, str]:
-        programs = max(self.gradient.peak_bytes, self.evaluation.peak_bytes)
-        return peak_device_bytes(programs + self.optimizer.resident_bytes)
+        return peak_device_bytes(self._program_bytes() + self.optimizer.resident_bytes)
+
+    def _program_bytes(self) -> int:
+        """Of the largest program that was compiled so far."""
+        programs = [self.gradient, self.evaluation, *([self.mmlu.program] if self.mmlu else [])]
+        return max(program.peak_bytes for program in programs)
 
     def _finish_files(self) -> dict[str, Any]:
         """Adapter, held-out loss and summary: made from the last checkpoint's state, however often this is run."""
@@ -247,6 +266,10 @@ class Run:
             "trainable_params": prepared.trainable_params,
             "total_params": prepared.total_params,
         }
+        if self.mmlu is not None:
+            found = self.mmlu(self.adapter, prepared.base)
+            self.say(f"run: {self.mmlu.describe(found)}")
+            summary |= {f"final_{name}": value for name, value in found.items()}
         workdir.write_summary(summary)
         return summary
 

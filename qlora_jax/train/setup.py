@@ -25,6 +25,8 @@ from qlora_jax.models import attention
 from qlora_jax.models.llama import LINEARS, REMAT, Llama
 from qlora_jax.optim.paged import PAGING
 from qlora_jax.optim.schedules import make_optimizer, make_schedule, paging
+from qlora_jax.train import mmlu
+from qlora_jax.train.mmlu import Asked
 
 _CHOICES = {
     ("model", "compute_dtype"): ("bfloat16", "float32"),
@@ -38,7 +40,8 @@ _CHOICES = {
 _AT_LEAST_ONE = (
     ("train", "steps"), ("train", "batch_size"), ("train", "grad_accum"), ("train", "loss_chunk"),
     ("train", "checkpoint_every"), ("train", "keep_checkpoints"), ("train", "log_every"),
-    ("optimizer", "page_bytes"), ("eval", "batch_size"), ("mesh", "devices"),
+    ("optimizer", "page_bytes"), ("eval", "batch_size"), ("eval", "mmlu_batch_size"),
+    ("mesh", "devices"),
 )  # fmt: skip
 
 
@@ -61,6 +64,7 @@ class Prepared:
     base_bits_per_param: float  # of the linear layers, scales included
     trainable_params: int
     total_params: int
+    mmlu: Asked | None = None  # questions of MMLU that are asked on the way
 
 
 def check_config(config: Any) -> None:
@@ -88,6 +92,7 @@ def check_values(config: Any, backend: str | None = None) -> None:
             f"train.batch_size {config.train.batch_size} cannot be cut into train.grad_accum {config.train.grad_accum} "
             "equal micro-batches; make it a multiple"
         )
+    mmlu.check(config.eval)
     paging(config.optimizer)
     if config.optimizer.learning_rate <= 0 or config.optimizer.max_grad_norm < 0:
         raise InputError("optimizer.learning_rate must be positive and optimizer.max_grad_norm 0 (no clipping) or more")
@@ -158,6 +163,7 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
     data = load_data(config.data, tokenizer, config.train.batch_size, model_config.V)
     for line in data.report:
         say(line)
+    asked = mmlu.read(config, tokenizer or folder, model_config, say) if config.eval.mmlu_data else None
     if data.batches.max_length > model_config.context:
         say(
             f"warning: sequences of up to {data.batches.max_length} tokens, but the model was made for "
@@ -198,7 +204,7 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
     schedule = make_schedule(o.schedule, o.learning_rate, steps, o.warmup_steps)
     return Prepared(
         folder, tokenizer, data, graph, adapter, base, lora_config, tx, schedule, steps, grad_accum,
-        base_bytes, bits, trainable, base_params + trainable,
+        base_bytes, bits, trainable, base_params + trainable, asked,
     )  # fmt: skip
 
 
