@@ -47,7 +47,6 @@ class Setup:
 
 
 def main() -> int:
-    from qlora_jax.data.tokenizer import Tokenizer
     from qlora_jax.errors import InputError
     from qlora_jax.generate.prompting import Request, prompt_ids, read_requests
     from qlora_jax.generate.sampling import Sampling
@@ -63,7 +62,7 @@ def main() -> int:
     # what is cheap to read is checked before the model is loaded
     sampling = Sampling(MAX_NEW_TOKENS.value, TEMPERATURE.value, TOP_P.value, SEED.value)
     requests = read_requests(PROMPTS.value) if PROMPTS.value is not None else []
-    tokenizer = Tokenizer.from_folder(MODEL.folder())
+    tokenizer = MODEL.tokenizer()
     if TEMPLATE.value == "chat":
         prompt_ids(tokenizer, "chat", Request("?"))
     loaded = MODEL.load()
