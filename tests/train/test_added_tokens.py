@@ -38,7 +38,7 @@ def config(checkpoint, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     c = base.get_config()
     c.model.path, c.model.compute_dtype = str(checkpoint), "float32"
-    c.lora.rank, c.lora.dropout, c.lora.targets = 2, 0.0, ("q_proj",)
+    c.quant.format, c.lora.rank, c.lora.dropout, c.lora.targets = "none", 2, 0.0, ("q_proj",)
     c.data.path, c.data.format = str(tmp_path / "rows.jsonl"), "input-output"
     c.data.added_tokens, c.data.added_special_tokens = (TOKEN,), (CONTROL,)
     c.data.eval_examples, c.data.pad_to_multiple_of, c.data.group_by_length = 0, 32, False
@@ -95,10 +95,10 @@ def test_a_new_token_is_learned_and_exported(config, checkpoint, tmp_path, monke
     assert tokenizer.id_of("<pad>") == 402 != tokenizer.eos_id
 
     # adapter on base and merged checkpoint: one model
-    merge_folder(checkpoint, folder, tmp_path / "merged", QuantSpec(), dtype="float32")
+    merge_folder(checkpoint, folder, tmp_path / "merged", QuantSpec("none"), dtype="float32")
     assert load_config(tmp_path / "merged").V == 403
     assert Tokenizer.from_folder(tmp_path / "merged").id_of(TOKEN) == 400
-    model = load_model(checkpoint, QuantSpec(), jnp.float32)
+    model = load_model(checkpoint, QuantSpec("none"), jnp.float32)
     load_adapter(model, folder)
     merged = load_model(tmp_path / "merged", compute_dtype=jnp.float32)
     tokens = jnp.asarray([tokenizer.encode(f"a {TOKEN} one", bos=True)])
@@ -129,7 +129,7 @@ def test_a_tied_model_that_grew_and_does_not_train_is_exported_whole(config, tmp
     config.model.path, config.lora.modules_to_save = str(folder), ()
     prepared = prepare(config, lambda line: None, lambda done, total: None)
     write_adapter(tmp_path / "adapter", prepared.adapter, prepared.lora_config, str(folder), prepared.grown_matrices())
-    model = load_model(folder, QuantSpec(), jnp.float32)
+    model = load_model(folder, QuantSpec("none"), jnp.float32)
     load_adapter(model, tmp_path / "adapter")
     grown = nnx.merge(prepared.graph, prepared.adapter, prepared.base)
     assert model.config.V == 403 and model.head is None

@@ -21,8 +21,8 @@ G, B, T = 2, 2, 11
 def parts(golden, checkpoint, modules, remat="block", dtype=jnp.float32):
     """graph, adapter, base of an adapter whose B is not zero."""
     model = load_model(golden / "llama" / checkpoint, QuantSpec("none"), dtype, remat)
-    lora.attach(model, LoRAConfig(rank=2, dropout=0.0, modules_to_save=modules), jax.random.key(0))
-    for place, name in enumerate(lora.LINEARS):
+    config = LoRAConfig(rank=2, dropout=0.0, targets=("v_proj",), modules_to_save=modules)
+    for place, name in enumerate(lora.attach(model, config, jax.random.key(0))):
         layer = lora.linear(model, name)
         layer.lora_b.set_value(0.1 * jax.random.normal(jax.random.key(place), layer.lora_b.get_value().shape))
     return lora.split(model)
