@@ -41,6 +41,10 @@ def get_config() -> ConfigDict:
     c.lora.dropout = 0.1  # probability; 0.05 for 33B and larger
     c.lora.targets = ("all-linear",)  # "all-linear", names ("q_proj", ...), or regular expressions over full names
     c.lora.use_rslora = False  # scale by alpha / sqrt(rank) instead
+    # what trains whole beside the adapters, in float32 (PEFT's modules_to_save): embed_tokens, lm_head; auto: both if
+    # tokens are added, else none; (): none, new tokens' rows then stay at the mean. V * D parameters each (once where
+    # they are tied), 16 bytes a parameter with Adam: weight, gradient, two moments
+    c.lora.modules_to_save = ("auto",)
     c.lora.init_from = ""  # PEFT folder to start from; "" starts at zero effect (B = 0)
 
     c.data = ConfigDict()
@@ -55,6 +59,11 @@ def get_config() -> ConfigDict:
     c.data.template_date = "2024-07-26"  # YYYY-MM-DD, the day that chat templates write as today's, so that a run that
     # goes on another day has the same tokens
     c.data.batches = ""  # int32 .npy file [n, B, T] instead of a data set; labels are the inputs shifted
+    # texts that become tokens wherever they stand in the data, as "<think>"; rows for them start at the mean of the
+    # others. The tokenizer with them, and with a pad token that is not EOS, is saved beside the adapter
+    c.data.added_tokens = ()
+    c.data.added_special_tokens = ()  # the same for control tokens, as "<|im_start|>": chat templates write them, their
+    # letters in a text stay letters
     c.data.max_source_len = 384  # tokens of the prompt, BOS included
     c.data.max_target_len = 128  # tokens of the answer, EOS included. A chat template's whole chat has room for both
     # together: a longer one ends after the last answer that fits; if none does, the first is cut and keeps its end

@@ -24,6 +24,7 @@ OUT = flags.DEFINE_string("out", None, "JSON file for the figures")
 
 
 def main() -> int:
+    from qlora_jax.data.added_tokens import extended_tokenizer
     from qlora_jax.data.batches import Batches
     from qlora_jax.data.describe import histogram, padding, show_example
     from qlora_jax.data.load import load_data
@@ -32,6 +33,7 @@ def main() -> int:
     from qlora_jax.io.export import write_json
     from qlora_jax.io.folder import resolve
     from qlora_jax.io.load import load_config
+    from qlora_jax.train.setup import added_tokens
 
     c = CONFIG.value
     if OUT.value is not None and Path(OUT.value).is_dir():
@@ -39,8 +41,9 @@ def main() -> int:
     if c.data.batches:
         raise InputError("data.batches is a file of ready batches, without texts to show; give data.path")
     folder = resolve(c.model.path, c.model.revision)
-    tokenizer = Tokenizer.from_folder(folder)
-    data = load_data(c.data, tokenizer, c.train.batch_size, load_config(folder).V)
+    V, added = load_config(folder).V, added_tokens(c.data, folder)
+    tokenizer = Tokenizer.from_folder(folder) if added is None else extended_tokenizer(added)
+    data = load_data(c.data, tokenizer, c.train.batch_size, V if added is None else added.rows(V))
     assert isinstance(data.batches, Batches)
     examples = data.batches.examples
     color = COLOR.value == "always" or (
@@ -50,7 +53,7 @@ def main() -> int:
         targets = int(example.loss_mask.sum())
         print(f"--- {example.where}: {len(example)} tokens, {targets} of them learned")
         print(f"{show_example(example, tokenizer, color)}\n")
-    for line in data.report:
+    for line in [*(added.report(V) if added is not None else []), *data.report]:
         print(line)
     lengths = [len(example) for example in examples]
     print("lengths of the examples trained on:")

@@ -76,7 +76,6 @@ def measure_perplexity() -> dict[str, Any]:
     """The result, as it is written."""
     from tqdm import tqdm
 
-    from qlora_jax.data.tokenizer import Tokenizer
     from qlora_jax.errors import InputError
     from qlora_jax.evaluate.perplexity import perplexity
     from qlora_jax.io.load import load_config
@@ -87,9 +86,9 @@ def measure_perplexity() -> dict[str, Any]:
     config = load_config(folder)
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     # token ids can be scored without a tokenizer; config.json knows BOS
-    tokenizer = Tokenizer.from_folder(folder) if has_tokenizer or TEXT.value is not None else None
+    tokenizer = MODEL.tokenizer() if has_tokenizer or TEXT.value is not None else None
     bos_id = config.bos_id if tokenizer is None else tokenizer.bos_id
-    texts = read_texts(tokenizer, config.V)
+    texts = read_texts(tokenizer, MODEL.vocabulary())
     loaded = MODEL.load()
     if bos_id is None:
         print("this model has no BOS: windows begin with text, and their first token is not scored", file=sys.stderr)

@@ -59,7 +59,6 @@ class Setup:
 
 
 def main() -> int:
-    from qlora_jax.data.tokenizer import Tokenizer
     from qlora_jax.errors import InputError
     from qlora_jax.generate.prompting import Request, check_stops, prompt_ids
     from qlora_jax.generate.requests import read_requests
@@ -77,7 +76,7 @@ def main() -> int:
     )
     check_stops(STOP.value)
     requests = read_requests(PROMPTS.value) if PROMPTS.value is not None else []
-    tokenizer = Tokenizer.from_folder(MODEL.folder())
+    tokenizer = MODEL.tokenizer()
     if TEMPLATE.value == "chat":
         prompt_ids(tokenizer, "chat", Request("?"))
     if PROMPTS.value is not None:

@@ -58,13 +58,12 @@ def measure(
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.utils import handle_non_serializable
 
-    from qlora_jax.data.tokenizer import Tokenizer
     from qlora_jax.evaluate.harness import HarnessModel
     from qlora_jax.io.remote import name_of
 
     tasks = load_tasks(own.tasks.value, own.include_path.value)
     folder = model.folder()
-    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer = model.tokenizer()
     loaded = model.load()
     adapted = HarnessModel(loaded.model, tokenizer, name_of(folder), context, batch_size, own.seed.value)
     started = time.perf_counter()

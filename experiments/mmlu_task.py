@@ -43,7 +43,6 @@ def measure(
     """The result, as it is written."""
     from tqdm import tqdm
 
-    from qlora_jax.data.tokenizer import Tokenizer
     from qlora_jax.errors import InputError
     from qlora_jax.evaluate import mmlu
     from qlora_jax.evaluate.answer_record import AnswerRecord
@@ -58,7 +57,7 @@ def measure(
     folder = model.folder()
     config = load_config(folder)
     limit = config.context if context is None else context
-    prompts = make_prompts(questions, own.shots.value, Tokenizer.from_folder(folder), limit, config.V)
+    prompts = make_prompts(questions, own.shots.value, model.tokenizer(), limit, model.vocabulary())
     print(f"mmlu: {len(questions.asked):,} questions, {own.shots.value} shots; {fitting(prompts)}", file=sys.stderr)
     settings = {
         "shots": own.shots.value,

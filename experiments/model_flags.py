@@ -9,6 +9,7 @@ from absl import flags
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from qlora_jax.data.tokenizer import Tokenizer
     from qlora_jax.io.load import QuantSpec
     from qlora_jax.models.llama import Llama
 
@@ -43,6 +44,27 @@ class ModelFlags:
         from qlora_jax.io.folder import resolve
 
         return resolve(self.model.value, self.revision.value)
+
+    def tokenizer(self) -> "Tokenizer":
+        """The adapter's tokenizer where it has one, as one with added tokens has; else the checkpoint's."""
+        from qlora_jax.data.tokenizer import Tokenizer
+        from qlora_jax.io.folder import resolve
+        from qlora_jax.io.peft import has_tokenizer
+
+        folder = self.folder()
+        adapter = resolve(self.adapter.value) if self.adapter.value else None
+        if adapter is not None and has_tokenizer(adapter):
+            return Tokenizer.from_folder(adapter, folder)
+        return Tokenizer.from_folder(folder)
+
+    def vocabulary(self) -> int:
+        """Rows of the embedding, with those that the adapter adds."""
+        from qlora_jax.io.folder import resolve
+        from qlora_jax.io.load import load_config
+        from qlora_jax.io.peft import matrix_shapes
+
+        shapes = matrix_shapes(resolve(self.adapter.value)) if self.adapter.value else {}
+        return next((shape[0] for shape in shapes.values()), load_config(self.folder()).V)
 
     def load(self) -> Loaded:
         """Loads the model; says on stderr what it is, with a progress bar if it takes long.

@@ -40,8 +40,11 @@ class Tokenizer:
         self._guard = Guard(list(backend.specials))
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> "Tokenizer":
+    def from_folder(cls, folder: str | Path, model: str | Path | None = None) -> "Tokenizer":
         """Reads tokenizer.json, or tokenizer.model where there is none, and the settings beside it.
+
+        `model`: the folder whose config.json and generation_config.json say what the tokenizer's files leave open, if
+        that is another (an adapter's folder has a tokenizer and no model).
 
         Raises:
           InputError: neither file is there, one is damaged, or no end token is known.
@@ -49,7 +52,7 @@ class Tokenizer:
         folder = Path(folder).expanduser()
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; expected one with tokenizer.json or tokenizer.model")
-        files = tokenizer_files.read(folder)
+        files = tokenizer_files.read(folder, None if model is None else Path(model).expanduser())
         backend: Backend
         if (folder / "tokenizer.json").is_file():
             backend = JsonBackend(folder / "tokenizer.json", files.control_tokens())
@@ -58,6 +61,14 @@ class Tokenizer:
         else:
             raise InputError(f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model there")
         return cls(backend, files.settings(backend))
+
+    def id_of(self, text: str) -> int | None:
+        """Id of the token with exactly this text; None where the vocabulary has none."""
+        return self._backend.id_of(text)
+
+    def is_control(self, text: str) -> bool:
+        """Whether it is a control token's text, which plain text never turns into."""
+        return text in self._backend.specials
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of a plain text; `bos` and `eos` put those tokens around it (no BOS for a model without one)."""
@@ -70,7 +81,7 @@ class Tokenizer:
 
     def encode_marked(self, text: str) -> list[int]:
         """Ids of a text in which the control tokens' texts stand for the control tokens, as transformers reads it."""
-        return self._backend.encode_marked(text)
+        return self._backend.encode_marked([text])[0].ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; control tokens leave nothing, bytes that are no UTF-8 become U+FFFD."""

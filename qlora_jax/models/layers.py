@@ -18,6 +18,10 @@ class Frozen(nnx.Variable):
     """A weight that never trains: a QuantizedTensor, or an array for what stays in 16 or 32 bits."""
 
 
+class Trained(nnx.LoRAParam):
+    """A whole matrix that trains beside the adapters, in float32: it goes wherever they go."""
+
+
 class Dropout:
     """LoRA dropout of one layer in one step: hands each linear layer its own mask.
 

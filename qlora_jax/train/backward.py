@@ -5,6 +5,8 @@
 
 Each layer's gradient is added to its place in the accumulators as soon as it is there. Differentiating the whole scan
 would make a fresh gradient of the whole adapter beside the accumulators, for every micro-batch: 3.2 GB of a 65B model.
+Where embedding or head train (lora.modules_to_save), the head's gradient is added with each chunk of the loss, d x_0 to
+the rows of the embedding that the tokens took.
 
 Where model.remat is "block+offload", x_0 .. x_{L-1} go to pinned host memory as they come and return one by one.
 """
@@ -69,7 +71,9 @@ def add_gradient(
 
     x, inputs = jax.lax.scan(forward, model.embed(tokens), (adapter, frozen, numbers))
 
-    loss, dx = loss_and_gradient(model.norm, x, model.head_weight(), tokens, loss_mask, loss_chunk)
+    head = "embedding" if model.head is None else "head"
+    head_sum = jax.tree.leaves(total[head])[0] if head in total else None
+    loss, dx, head_sum = loss_and_gradient(model.norm, x, model.head_weight(), tokens, loss_mask, loss_chunk, head_sum)
 
     def backward(carry, layer):
         (dx, total), (x, mine, others, number) = carry, layer
@@ -80,6 +84,10 @@ def add_gradient(
         return (dx, total), None
 
     blocks = (inputs, adapter, frozen, numbers)
-    (_, sums), _ = jax.lax.scan(backward, (dx, total["blocks"]), blocks, reverse=True)
+    (dx, sums), _ = jax.lax.scan(backward, (dx, total["blocks"]), blocks, reverse=True)
     total["blocks"] = sums
+    if head_sum is not None:
+        total[head] = jax.tree.map(lambda _: head_sum, total[head])
+    if "embedding" in total:
+        total["embedding"] = jax.tree.map(lambda sums: sums.at[tokens].add(dx.astype(sums.dtype)), total["embedding"])
     return loss, total

@@ -11,6 +11,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from qlora_jax.data.added_tokens import write_tokenizer
 from qlora_jax.data.batches import eval_batches
 from qlora_jax.data.examples import Example
 from qlora_jax.errors import InputError
@@ -247,7 +249,10 @@ class Run:
     def _finish_files(self) -> dict[str, Any]:
         """Adapter, held-out loss and summary: made from the last checkpoint's state, however often this is run."""
         prepared, workdir = self.prepared, self.workdir
-        write_adapter(workdir.adapter, self.adapter, prepared.lora_config, self.config.model.path)
+        added = prepared.added
+        tokenizer = partial(write_tokenizer, added) if added is not None and added.new else None
+        base, grown = self.config.model.path, prepared.grown_matrices()
+        write_adapter(workdir.adapter, self.adapter, prepared.lora_config, base, grown, tokenizer)
         eval_loss = self.evaluate(prepared.data.heldout)
         rows = [row for row in workdir.metrics() if "loss" in row]
         device_bytes, source = self._device_bytes()

@@ -18,7 +18,6 @@ from qlora_jax.evaluate import mmlu
 from qlora_jax.evaluate.mmlu_data import SPLITS, Question, load_questions
 from qlora_jax.evaluate.mmlu_prompts import Prompts, fitting, make_prompts
 from qlora_jax.evaluate.scoring import length_batches, make_option_logits
-from qlora_jax.models.config import ModelConfig
 from qlora_jax.train.memory import Program
 
 
@@ -40,14 +39,17 @@ def check(section: Any) -> None:
         raise InputError("eval.mmlu_every is set, but eval.mmlu_data is empty; give MMLU's folder, file or hub name")
 
 
-def read(config: Any, tokenizer: Tokenizer | Path, model: ModelConfig, say: Callable[[str], None]) -> Asked:
-    """The questions that the config asks for. `tokenizer`: the model's, or the folder it is in."""
+def read(config: Any, tokenizer: Tokenizer | Path, context: int, V: int, say: Callable[[str], None]) -> Asked:
+    """The questions that the config asks for.
+
+    `tokenizer`: the model's, or the folder it is in. `context`: the model's, tokens. `V`: rows of its embedding.
+    """
     section = config.eval
     questions = load_questions(section.mmlu_data, section.mmlu_split, section.mmlu_shots)
     questions = mmlu.sample(questions, section.mmlu_questions, config.data.seed)
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.from_folder(tokenizer)
-    prompts = make_prompts(questions, section.mmlu_shots, tokenizer, model.context, model.V)
+    prompts = make_prompts(questions, section.mmlu_shots, tokenizer, context, V)
     subjects = len({question.subject for question in questions.asked})
     say(
         f"mmlu: {len(questions.asked):,} questions of {subjects} subjects, {section.mmlu_shots} shots; "

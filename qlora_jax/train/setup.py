@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 
 from pallas_kernels import nf4_matmul
 from qlora_jax import lora
+from qlora_jax.data.added_tokens import AddedTokens, extended_tokenizer, find_added
 from qlora_jax.data.batches import FileBatches
 from qlora_jax.data.chat_examples import TEMPLATES
 from qlora_jax.data.load import LoadedData, load_data
@@ -22,8 +25,11 @@ from qlora_jax.io.load import QuantSpec, load_config, load_model
 from qlora_jax.io.remote import name_of
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models import attention
+from qlora_jax.models.layers import Frozen
 from qlora_jax.models.llama import LINEARS, REMAT, Llama
+from qlora_jax.models.vocabulary import grow
 from qlora_jax.optim.paged import PAGING
+from qlora_jax.optim.pages import state_bytes
 from qlora_jax.optim.schedules import make_optimizer, make_schedule, paging
 from qlora_jax.train import mmlu
 from qlora_jax.train.mmlu import Asked
@@ -64,7 +70,19 @@ class Prepared:
     base_bits_per_param: float  # of the linear layers, scales included
     trainable_params: int
     total_params: int
-    mmlu: Asked | None = None  # questions of MMLU that are asked on the way
+    mmlu: Asked | None  # questions of MMLU that are asked on the way
+    added: AddedTokens | None  # to the tokenizer; None where the config adds none
+
+    def grown_matrices(self) -> dict[str, Any]:
+        """Embedding and head that do not train, where they have rows for new tokens: the adapter needs them too.
+
+        Of a tied model that one array twice, as write_adapter has it.
+        """
+        if self.added is None or not self.added.new:
+            return {}
+        model = nnx.merge(self.graph, self.adapter, self.base)
+        matrices = {"embed_tokens": model.embedding, "lm_head": model.embedding if model.head is None else model.head}
+        return {name: matrix.get_value() for name, matrix in matrices.items() if isinstance(matrix, Frozen)}
 
 
 def check_config(config: Any) -> None:
@@ -94,6 +112,7 @@ def check_values(config: Any, backend: str | None = None) -> None:
         )
     mmlu.check(config.eval)
     paging(config.optimizer)
+    lora.select_modules(config.lora.modules_to_save, adds_tokens=False, tied=False)
     if config.optimizer.learning_rate <= 0 or config.optimizer.max_grad_norm < 0:
         raise InputError("optimizer.learning_rate must be positive and optimizer.max_grad_norm 0 (no clipping) or more")
     compute = config.model.compute
@@ -152,18 +171,22 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
       InputError: any mistake in config, data or model, in one line.
     """
     check_config(config)
-    lora_config = LoRAConfig(
-        config.lora.rank, config.lora.alpha, config.lora.dropout, tuple(config.lora.targets), config.lora.use_rslora
-    )
     quant = QuantSpec(config.quant.format, config.quant.block_size, config.quant.double_quant)
     folder = resolve(config.model.path, config.model.revision)
     model_config = load_config(folder)
+    added = added_tokens(config.data, folder)
+    lora_config = read_lora_config(config.lora, bool(added and added.new), model_config.tied)
     lora.select_targets(lora_config.targets, model_config.L)
-    tokenizer = None if config.data.batches else Tokenizer.from_folder(folder)
-    data = load_data(config.data, tokenizer, config.train.batch_size, model_config.V)
+    tokenizer, V = None, model_config.V
+    if added is not None:
+        tokenizer, V = extended_tokenizer(added), added.rows(V)
+        _say_tokens(added, model_config.V, lora_config, say)
+    elif not config.data.batches:
+        tokenizer = Tokenizer.from_folder(folder)
+    data = load_data(config.data, tokenizer, config.train.batch_size, V)
     for line in data.report:
         say(line)
-    asked = mmlu.read(config, tokenizer or folder, model_config, say) if config.eval.mmlu_data else None
+    asked = mmlu.read(config, tokenizer or folder, model_config.context, V, say) if config.eval.mmlu_data else None
     if data.batches.max_length > model_config.context:
         say(
             f"warning: sequences of up to {data.batches.max_length} tokens, but the model was made for "
@@ -189,8 +212,10 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
         m.sequence_chunk,
     )  # fmt: skip
     lora.attach(model, lora_config, jax.random.key(config.train.seed))
+    if added is not None:
+        grow(model, V, added.rows_to_fill(model_config.V), added.real_rows(model_config.V))
     if config.lora.init_from:
-        _start_from(model, Path(config.lora.init_from), lora_config)
+        _start_from(model, Path(config.lora.init_from), lora_config, added)
     graph, adapter, base = lora.split(model)
     base_bytes = _bytes(base)
     bits, base_params = _base_size(model)
@@ -200,12 +225,41 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
         f"{bits:.3f} bits a weight; adapter: rank {lora_config.rank}, {trainable:,} parameters "
         f"({100 * trainable / base_params:.2f}%)"
     )
+    if whole := lora.whole_matrices(adapter):
+        size, state = _bytes(whole), state_bytes(tx, whole)
+        say(
+            f"model: {' and '.join(lora_config.modules_to_save)} train whole (lora.modules_to_save), "
+            f"{size // 4:,} of these parameters: {size / 2**20:,.1f} MiB in float32, as much for gradients, and "
+            f"{state / 2**20:,.1f} MiB of optimizer state"
+        )
     o = config.optimizer
     schedule = make_schedule(o.schedule, o.learning_rate, steps, o.warmup_steps)
     return Prepared(
         folder, tokenizer, data, graph, adapter, base, lora_config, tx, schedule, steps, grad_accum,
-        base_bytes, bits, trainable, base_params + trainable, asked,
+        base_bytes, bits, trainable, base_params + trainable, asked, added,
     )  # fmt: skip
+
+
+def added_tokens(data: Any, folder: Path) -> AddedTokens | None:
+    """What the config's `data` section adds to the tokenizer of a checkpoint folder; None where it names nothing."""
+    if not data.added_tokens and not data.added_special_tokens:
+        return None
+    return find_added(folder, data.added_tokens, data.added_special_tokens)
+
+
+def read_lora_config(section: Any, adds_tokens: bool, tied: bool) -> LoRAConfig:
+    """The config's `lora` section."""
+    modules = lora.select_modules(section.modules_to_save, adds_tokens, tied)
+    return LoRAConfig(section.rank, section.alpha, section.dropout, tuple(section.targets), section.use_rslora, modules)
+
+
+def _say_tokens(added: AddedTokens, V: int, config: LoRAConfig, say: Callable[[str], None]) -> None:
+    for line in added.report(V):
+        say(line)
+    frozen = [name for name in lora.MODULES if name not in config.modules_to_save]
+    if added.new and frozen:
+        names = " and ".join(frozen)
+        say(f"tokens: warning: lora.modules_to_save leaves out {names}: new rows there do not train and stay the mean")
 
 
 def _say_attention(model: Any, longest: int, say: Callable[[str], None]) -> None:
@@ -220,9 +274,13 @@ def _say_attention(model: Any, longest: int, say: Callable[[str], None]) -> None
         )
 
 
-def _start_from(model: Llama, folder: Path, wanted: LoRAConfig) -> None:
-    """Replaces the fresh adapter by a PEFT folder's. Its rank, scale and layers must be the config's."""
+def _start_from(model: Llama, folder: Path, wanted: LoRAConfig, added: AddedTokens | None) -> None:
+    """Replaces the fresh adapter by a PEFT folder's. Its rank, scale, layers and tokens must be the config's.
+
+    A matrix that trains whole and that the folder does not have starts from the base's.
+    """
     found, arrays = peft.read_adapter(model, folder)
+    matrices = peft.read_matrices(model, folder)
     names = lora.select_targets(wanted.targets, model.config.L)
     differing = [
         f"{key} {there!r} there, {here!r} in the config"
@@ -234,10 +292,36 @@ def _start_from(model: Llama, folder: Path, wanted: LoRAConfig) -> None:
         )
         if there != here
     ]
+    differing += [
+        f"{name} trains whole there and not in the config (lora.modules_to_save)"
+        for name in matrices
+        if name not in wanted.modules_to_save
+    ]
+    differing += [
+        f"{name} has {len(matrix)} rows there, {model.config.V} here (data.added_tokens, data.added_special_tokens)"
+        for name, matrix in matrices.items()
+        if len(matrix) != model.config.V
+    ]
+    if added is not None and matrices:
+        differing += _other_ids(added, folder)
     if differing:
         raise InputError(f"lora.init_from: {folder} does not match the lora section: {'; '.join(differing)}")
     for name, (a, b) in arrays.items():
         lora.set_adapter(model, name, a, b, wanted.scale)
+    for name, matrix in matrices.items():
+        lora.train_whole(model, name, jnp.asarray(matrix))
+
+
+def _other_ids(added: AddedTokens, folder: Path) -> list[str]:
+    """New tokens whose ids are others in the tokenizer beside an adapter, if there is one."""
+    if not peft.has_tokenizer(folder):
+        return []
+    theirs = Tokenizer.from_folder(folder, added.folder)
+    return [
+        f"token {text!r} has id {theirs.id_of(text)} there, {number} here"
+        for text, number in added.new.items()
+        if theirs.id_of(text) != number
+    ]
 
 
 def _bytes(tree: Any) -> int:
@@ -252,6 +336,6 @@ def _base_size(model: Llama) -> tuple[float, int]:
         O, I = lora.shape(model, name)
         bits += 8 * w.nbytes
         weights += model.config.L * O * I
-    others = [model.embedding, model.norm.weight, model.blocks.input_layernorm.weight]
-    others += [model.blocks.post_attention_layernorm.weight, *([model.head] if model.head is not None else [])]
+    others = [model.norm.weight, model.blocks.input_layernorm.weight, model.blocks.post_attention_layernorm.weight]
+    others += [matrix for matrix in (model.embedding, model.head) if isinstance(matrix, Frozen)]
     return bits / weights, weights + sum(variable.get_value().size for variable in others)
