@@ -6,7 +6,7 @@ nothing to learn.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from qlora_jax.data import conversations, instructions
 from qlora_jax.data.fields import Pair
@@ -50,29 +50,37 @@ def check_format(format: str) -> None:
         raise InputError(f"unknown data.format {format!r}; known formats: {', '.join(FORMATS)}")
 
 
-def format_rows(rows: Sequence[Row], format: str) -> tuple[list[Text], int]:
+def format_rows(rows: Iterable[Row], format: str) -> tuple[list[Text], int]:
     """Every example of every row as text, and the number of rows left out because they have nothing to learn.
+
+    Raises InputError as `stream_texts` does.
+    """
+    texts = list(stream_texts(rows, format))
+    return [text for of_row in texts for text in of_row], sum(not of_row for of_row in texts)
+
+
+def stream_texts(rows: Iterable[Row], format: str) -> Iterator[list[Text]]:
+    """The examples of each row, none for a row that has nothing to learn; nothing more comes after a bad row.
+
+    No more than a row is held, but for formats that gather the rows of one conversation (oasst1).
 
     Raises:
       InputError: an unknown format, or the first bad row (file, line, reason) with the count of the others, and the
-        formats that can read that row.
+        formats that can read that row, when all rows were read.
     """
     check_format(format)
-    texts: list[Text] = []
-    left_out = 0
     problems = Problems()
     first_bad: Row | None = None
-    for row in _GATHER.get(format, list)(rows):
+    for row in _GATHER[format](list(rows)) if format in _GATHER else rows:
         try:
             pairs = FORMATS[format](row)
         except InputError as error:
             problems.add(str(error))
             first_bad = first_bad or row
             continue
-        left_out += not pairs
-        texts.extend(Text(pair.source, pair.target, row.where) for pair in pairs)
+        if first_bad is None:
+            yield [Text(pair.source, pair.target, row.where) for pair in pairs]
     problems.raise_if_any(_fitting(first_bad) if first_bad else "")
-    return texts, left_out
 
 
 def _fitting(row: Row) -> str:

@@ -4,6 +4,7 @@ Encoding adds nothing by itself and plain text never turns into control tokens; 
 caller asks for them. A chat template's own control tokens are recognised, those inside a message are not.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -72,6 +73,12 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many plain texts, nothing added, on all cores."""
         return self._backend.encode_plain(texts) if texts else []
+
+    def content(self) -> bytes:
+        """All that decides what a text becomes: equal for equal tokenizers, wherever their files are."""
+        s = self._settings
+        settings = [s.bos_id, list(s.eos_ids), sorted(s.special_tokens.items()), s.chat_template]
+        return self._backend.content() + json.dumps(settings).encode()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; control tokens leave nothing, bytes that are no UTF-8 become U+FFFD."""

@@ -194,7 +194,8 @@ class Llama(nnx.Module):
         """
         T = tokens.shape[1]
         if cache is None:
-            tokens, positions, segments = (None if x is None else self.pad(x) for x in (tokens, positions, segments))
+            tokens = self.pad(tokens)
+            positions, segments = (None if x is None else self.pad(x) for x in (positions, segments))
         context = self.context(tokens, positions, segments)
         block, *state = self.layers(nnx.LoRAParam, ...)
         apply_layer = partial(self.apply_layer, block, context, dropout_key)

@@ -31,8 +31,9 @@ def make_gradient(graph: Any, loss_chunk: int, max_grad_norm: float) -> Callable
       max_grad_norm: global norm above which gradients are scaled down to it; 0 does not clip.
     Returns:
       gradient(adapter, base, tokens int32 [G, B, T], loss_mask bool [G, B, T], key or None, segments int32 [G, B, T] or
-      None) -> (sums, StepMetrics), G being micro-batches, segments as Llama takes them. The gradient is metrics.factor * sums: the mean over all target tokens of the G * B
-      sequences, so it does not depend on how they are cut.
+      None) -> (sums, StepMetrics), G being micro-batches, segments as Llama takes them. The gradient is
+      metrics.factor * sums: the mean over all target tokens of the G * B sequences, so it does not depend on how they
+      are cut.
     """
 
     def micro_loss(adapter, base, tokens, loss_mask, key, segments):
@@ -68,8 +69,8 @@ def make_gradient(graph: Any, loss_chunk: int, max_grad_norm: float) -> Callable
 
 
 def make_evaluation(graph: Any, loss_chunk: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """evaluate(adapter, base, tokens int32 [B, T], loss_mask bool [B, T], segments int32 [B, T] or None) -> (summed nats,
-    target tokens), without dropout."""
+    """evaluate(adapter, base, tokens int32 [B, T], loss_mask bool [B, T], segments int32 [B, T] or None) -> (summed
+    nats, target tokens), without dropout."""
 
     def evaluate(adapter, base, tokens, loss_mask, segments=None):
         model = nnx.merge(graph, adapter, base)

@@ -25,6 +25,8 @@ def config(**changes):
             "train_on_source": False,
             "group_by_length": True,
             "pad_to_multiple_of": 8,
+            "packing": False,
+            "pack_length": 0,
             "max_examples": 0,
             "eval_path": "",
             "eval_examples": 4,
