@@ -147,11 +147,10 @@ class Run:
         shape = (G, batches.batch_size // G, batches.max_length)
         tokens, mask = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.int32, np.bool_))
         key = jax.random.key(0) if config.lora.dropout else None
-        segments = tokens if prepared.data.is_packed else None
-        self.gradient.compile(self.adapter, prepared.base, tokens, mask, key, segments)
-        for batch in itertools.islice(
-            prepared.data.eval_batches(prepared.data.heldout, config.eval.batch_size), 1
-        ):  # the longest first
+        segments = [tokens] if prepared.data.is_packed else []
+        self.gradient.compile(self.adapter, prepared.base, tokens, mask, key, *segments)
+        heldout = prepared.data.eval_batches(prepared.data.heldout, config.eval.batch_size)
+        for batch in itertools.islice(heldout, 1):  # the longest first
             self.evaluation.compile(self.adapter, prepared.base, *_arrays(batch))
 
     def evaluate(self, examples: Sequence[Example]) -> float | None:
@@ -191,8 +190,8 @@ class Run:
         key = None
         if config.lora.dropout:
             key = jax.random.fold_in(jax.random.key(config.train.seed + 1), step)
-        tokens, loss_mask, segments = jax.tree.map(micro, _arrays(batch))
-        grads, metrics = self.gradient(self.adapter, prepared.base, tokens, loss_mask, key, segments)
+        tokens, loss_mask, *segments = map(micro, _arrays(batch))
+        grads, metrics = self.gradient(self.adapter, prepared.base, tokens, loss_mask, key, *segments)
         loss, norm = float(metrics.loss), float(metrics.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._not_finite(step, loss, norm)
@@ -259,9 +258,9 @@ class Run:
         return summary
 
 
-def _arrays(batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """tokens, loss_mask, and the segments of packed rows."""
-    return batch["tokens"], batch["loss_mask"], batch.get("segments")
+def _arrays(batch: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """tokens and loss_mask, and the segments of packed rows."""
+    return [batch[name] for name in ("tokens", "loss_mask", "segments") if name in batch]
 
 
 class _on_sigterm:
