@@ -2,9 +2,11 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -126,38 +128,43 @@ def test_an_interrupted_build_leaves_nothing(own_cache):
     assert cached("key", build).is_new
 
 
-def die_while_building(path):
+KILLED = """
+import os, signal
+from qlora_jax.data.cache import cached
+
+def build(path):
     path.write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 
+cached("key", build)
+"""
+
 
 def test_a_killed_build_is_cleared_by_the_next(own_cache):
-    child = multiprocessing.get_context("fork").Process(target=cached, args=("key", die_while_building))
-    child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL and (own_cache / "key.partial" / "examples.arrow").exists()
+    root = Path(__file__).resolve().parents[2]
+    child = subprocess.run([sys.executable, "-c", KILLED], cwd=root, timeout=60)
+    assert child.returncode == -signal.SIGKILL and (own_cache / "key.partial" / "examples.arrow").exists()
     assert len(cached("key", build).store) == 50
     assert sorted(path.name for path in own_cache.iterdir()) == ["key", "key.lock"]
 
 
 def test_of_two_that_want_an_entry_one_builds(own_cache):
     own_cache.mkdir()
+    built, found = [], []
+
+    def count(path):
+        built.append(path)
+        return build(path)
+
+    threads = [threading.Thread(target=lambda: found.append(cached("key", count))) for _ in range(2)]
     with cache._lock(own_cache / "key.lock"):
-        context = multiprocessing.get_context("fork")
-        built = context.Value("i", 0)
-
-        def count(path):
-            built.value += 1
-            return build(path)
-
-        children = [context.Process(target=cached, args=("key", count)) for _ in range(2)]
-        for child in children:
-            child.start()
-        children[0].join(0.2)
-        assert built.value == 0 and all(child.is_alive() for child in children)
-    for child in children:
-        child.join()
-    assert built.value == 1 and [child.exitcode for child in children] == [0, 0]
+        for thread in threads:
+            thread.start()
+        threads[0].join(0.1)
+        assert not built and all(thread.is_alive() for thread in threads)
+    for thread in threads:
+        thread.join(60)
+    assert len(built) == 1 and sorted(entry.is_new for entry in found) == [False, True]
 
 
 def test_a_full_disk_is_one_line(own_cache, monkeypatch):
