@@ -21,7 +21,7 @@ from qlora_jax.data.store import lengths_of
 from qlora_jax.errors import InputError
 
 _STRETCH = 50  # batches sorted together
-_CACHED_EPOCHS = 4
+_CACHED_EPOCHS = 2
 
 
 @dataclasses.dataclass(frozen=True)
