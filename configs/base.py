@@ -70,6 +70,9 @@ def get_config() -> ConfigDict:
     c.data.train_on_source = False  # also learn the prompt (chat template: all tokens but the first)
     c.data.group_by_length = True  # batches of similar lengths: less padding
     c.data.pad_to_multiple_of = 64  # tokens; bounds the number of compiled shapes
+    c.data.packing = False  # several examples in each row (first-fit), which do not see each other: one compiled shape,
+    # hardly any padding; train.batch_size then counts rows, group_by_length does nothing. Not with attention = cudnn
+    c.data.pack_length = 0  # tokens of a packed row; 0 is max_source_len + max_target_len, rounded up as above
     c.data.max_examples = 0  # 0 takes all
     c.data.eval_path = ""  # file of held-out examples; "" holds out a seeded split of the data
     c.data.eval_examples = 100  # examples held out; 0 holds out none of a split, and takes all of eval_path

@@ -1,32 +1,17 @@
-"""What a run will see of its data: examples as the loss sees them, lengths, padding."""
+"""What a run will see of its data: examples as the loss sees them, and their lengths."""
 
-import dataclasses
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from qlora_jax.data.batches import Batches, round_up
+from qlora_jax.data.batches import round_up
 from qlora_jax.data.examples import Example
 from qlora_jax.data.tokenizer import Tokenizer
 
 _GIVEN, _LEARNED, _PLAIN = "\x1b[2m", "\x1b[32m", "\x1b[0m"  # dim, green
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal may obey; tabs and line breaks stay
 _BAR = 40  # characters of the longest
-
-
-@dataclasses.dataclass(frozen=True)
-class Padding:
-    """Of the first epoch's batches: tokens that are examples, tokens with padding, and the steps of every length T."""
-
-    tokens: int
-    padded: int
-    steps_by_length: dict[int, int]
-
-    @property
-    def waste(self) -> float:
-        """The part of all positions that is padding, 0 to 1."""
-        return 1 - self.tokens / self.padded
 
 
 def show_example(example: Example, tokenizer: Tokenizer, color: bool) -> str:
@@ -59,19 +44,6 @@ def histogram(lengths: Sequence[int], multiple: int) -> list[str]:
         bar = "#" * -(-int(count) * _BAR // int(counts.max()))
         lines.append(f"{number * width + 1:7,} to {(number + 1) * width:7,} tokens {count:9,} {bar}".rstrip())
     return lines
-
-
-def padding(batches: Batches, multiple: int) -> Padding:
-    """Counts the first epoch without making its batches. `multiple`: data.pad_to_multiple_of."""
-    tokens = padded = 0
-    steps: dict[int, int] = {}
-    for step in range(batches.steps_per_epoch):
-        lengths = batches.lengths(step)
-        length = round_up(int(lengths.max()), multiple)
-        tokens += int(lengths.sum())
-        padded += length * len(lengths)
-        steps[length] = steps.get(length, 0) + 1
-    return Padding(tokens, padded, dict(sorted(steps.items())))
 
 
 def _name(tokenizer: Tokenizer, token: int) -> str:

@@ -37,6 +37,9 @@ class Truncated:
     sources: int = 0
     targets: int = 0
 
+    def __add__(self, other: "Truncated") -> "Truncated":
+        return Truncated(self.sources + other.sources, self.targets + other.targets)
+
     def report(self, config: Any) -> list[str]:
         """A line on it for a run's report, where there is something to say."""
         if not self.sources and not self.targets:

@@ -6,7 +6,7 @@ nothing to learn.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from qlora_jax.data import chats, conversations, instructions
@@ -59,43 +59,48 @@ def check_format(format: str) -> None:
         raise InputError(f"unknown data.format {format!r}; known formats: {', '.join(FORMATS)}")
 
 
-def format_rows(rows: Sequence[Row], format: str) -> tuple[list[Text], int]:
+def format_rows(rows: Iterable[Row], format: str) -> tuple[list[Text], int]:
     """Every example of every row as text, and the number of rows left out because they have nothing to learn.
+
+    Raises InputError as `stream_texts` does.
+    """
+    texts = list(stream_texts(rows, format))
+    return [text for of_row in texts for text in of_row], sum(not of_row for of_row in texts)
+
+
+def stream_texts(rows: Iterable[Row], format: str) -> Iterator[list[Text]]:
+    """The examples of each row, none for a row that has nothing to learn; nothing more comes after a bad row.
+
+    No more than a row is held, but for formats that gather the rows of one conversation (oasst1).
 
     Raises:
       InputError: an unknown format, or the first bad row (file, line, reason) with the count of the others, and the
-        formats that can read that row.
+        formats that can read that row, when all rows were read.
     """
-    found, left_out = _read_all(rows, format, FORMATS)
-    return [Text(pair.source, pair.target, row.where) for row, pairs in found for pair in pairs], left_out
+    for row, pairs in _read_all(rows, format, FORMATS):
+        yield [Text(pair.source, pair.target, row.where) for pair in pairs]
 
 
-def format_chats(rows: Sequence[Row], format: str) -> tuple[list[Chat], int]:
-    """Every conversation of every row, for a chat template; see `format_rows`."""
+def stream_chats(rows: Iterable[Row], format: str) -> Iterator[list[Chat]]:
+    """The conversations of each row, for a chat template; see `stream_texts`."""
     readers = {name: _CHATS.get(name) or chats.from_pairs(read) for name, read in FORMATS.items()}
-    found, left_out = _read_all(rows, format, readers)
-    return [chat for _, made in found for chat in made], left_out
+    return (made for _, made in _read_all(rows, format, readers))
 
 
-def _read_all(
-    rows: Sequence[Row], format: str, readers: dict[str, Callable[[Row], Any]]
-) -> tuple[list[tuple[Row, Any]], int]:
+def _read_all(rows: Iterable[Row], format: str, readers: dict[str, Callable[[Row], Any]]) -> Iterator[tuple[Row, Any]]:
     check_format(format)
-    found = []
-    left_out = 0
     problems = Problems()
     first_bad: Row | None = None
-    for row in _GATHER.get(format, list)(rows):
+    for row in _GATHER[format](list(rows)) if format in _GATHER else rows:
         try:
             made = readers[format](row)
         except InputError as error:
             problems.add(str(error))
             first_bad = first_bad or row
             continue
-        left_out += not made
-        found.append((row, made))
+        if first_bad is None:
+            yield row, made
     problems.raise_if_any(_fitting(first_bad, readers) if first_bad else "")
-    return found, left_out
 
 
 def _fitting(row: Row, readers: dict[str, Callable[[Row], Any]]) -> str:

@@ -5,6 +5,7 @@ caller asks for them. A chat template's own control tokens are recognised, those
 """
 
 import datetime
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,12 @@ class Tokenizer:
     def encode_marked(self, text: str) -> list[int]:
         """Ids of a text in which the control tokens' texts stand for the control tokens, as transformers reads it."""
         return self._backend.encode_marked([text])[0].ids
+
+    def content(self) -> bytes:
+        """All that decides what a text becomes: equal for equal tokenizers, wherever their files are."""
+        s = self._settings
+        settings = [s.bos_id, list(s.eos_ids), sorted(s.special_tokens.items()), s.chat_template]
+        return self._backend.content() + json.dumps(settings).encode()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; control tokens leave nothing, bytes that are no UTF-8 become U+FFFD."""

@@ -54,6 +54,10 @@ class Backend(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
+    def content(self) -> bytes:
+        """All that decides the ids: equal for equal tokenizers."""
+        ...
+
 
 class JsonBackend:
     """tokenizer.json, read by the `tokenizers` library."""
@@ -126,6 +130,9 @@ class JsonBackend:
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def content(self) -> bytes:
+        return self._tokenizer.to_str().encode()
+
 
 class SentencePieceBackend:
     """tokenizer.model, read by the `sentencepiece` library."""
@@ -193,3 +200,6 @@ class SentencePieceBackend:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(i) for i in ids if i < self._count and i not in self._skipped])
+
+    def content(self) -> bytes:
+        return self._model.serialized_model_proto() + json.dumps(sorted(self.specials.items())).encode()

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qlora_jax.models.attention import attend_chunk, causal_attention
+from qlora_jax.models.attention import attend_chunk, causal_attention, segment_starts
 from qlora_jax.models.chunks import chunk_size, layer_in_chunks
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.layers import (
@@ -58,6 +58,7 @@ class Context(NamedTuple):
     positions: jax.Array  # int32 [B, T]
     inverse_frequencies: jax.Array  # float32 [H / 2]
     implementation: str  # of attention: one of attention.IMPLEMENTATIONS
+    starts: jax.Array | None = None  # int32 [B, T], the first place each token sees; None: all see the row's first
 
 
 class Attention(nnx.Module):
@@ -75,7 +76,7 @@ class Attention(nnx.Module):
         x, q = in_order(x, q)
         k, v = self.keys_values(x, context, dropout)
         if cache is None:
-            out = causal_attention(q, k, v, context.implementation)
+            out = causal_attention(q, k, v, context.implementation, context.starts)
         else:
             place = (layer, jnp.arange(B)[:, None], context.positions)
             cache = Cache(cache.k.at[place].set(k), cache.v.at[place].set(v))
@@ -134,7 +135,7 @@ class Block(nnx.Module):
         """Everything else of a chunk x [B, C, D] whose first token stands at `first`, given all keys and values."""
         attention = self.self_attn
         q = attention.queries(self.input_layernorm(x), context, dropout)
-        out = attend_chunk(q, *kv, first)
+        out = attend_chunk(q, *kv, first, context.starts)
         x = x + attention.o_proj(out.reshape(*x.shape[:2], -1), dropout)
         return x + self.mlp(self.post_attention_layernorm(x), dropout)
 
@@ -177,6 +178,7 @@ class Llama(nnx.Module):
         positions: jax.Array | None = None,
         cache: Cache | None = None,
         dropout_key: jax.Array | None = None,
+        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states.
 
@@ -185,13 +187,16 @@ class Llama(nnx.Module):
           positions: int32 [B, T]; 0..T-1 by default. With a cache, also the places that are written.
           cache: keys and values of earlier calls; None attends to these T tokens alone.
           dropout_key: of LoRA dropout; None is no dropout.
+          segments: int32 [B, T] ids of the examples packed into each row, equal ones side by side; a token sees its own
+            segment alone, whose positions begin at 0. None: a row is one example. Not with a cache.
         Returns:
           hidden [B, T, D] after the final norm, and the cache with these tokens added (None without one).
         """
         T = tokens.shape[1]
         if cache is None:
-            tokens, positions = self.pad(tokens), None if positions is None else self.pad(positions)
-        context = self.context(tokens, positions)
+            tokens = self.pad(tokens)
+            positions, segments = (None if x is None else self.pad(x) for x in (positions, segments))
+        context = self.context(tokens, positions, segments)
         block, *state = self.layers(nnx.LoRAParam, ...)
         apply_layer = partial(self.apply_layer, block, context, dropout_key)
 
@@ -214,13 +219,17 @@ class Llama(nnx.Module):
     def _is_chunked(self, T: int) -> bool:
         return 0 < self.sequence_chunk < T
 
-    def context(self, tokens: jax.Array, positions: jax.Array | None = None) -> Context:
-        """What every layer shares, for tokens [B, T] at positions int32 [B, T] (0..T-1 by default)."""
+    def context(
+        self, tokens: jax.Array, positions: jax.Array | None = None, segments: jax.Array | None = None
+    ) -> Context:
+        """What every layer shares, for tokens [B, T] at positions int32 [B, T] (0..T-1 of each segment by default)."""
+        starts = None if segments is None else segment_starts(segments)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+            positions = positions if starts is None else positions - starts
         config = self.config
         frequencies = rope_inverse_frequencies(config.H, config.rope_theta, dict(config.rope_scaling))
-        return Context(positions, frequencies, self.attention)
+        return Context(positions, frequencies, self.attention, starts)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """[B, T] -> [B, T, D] in the compute dtype."""
@@ -249,7 +258,7 @@ class Llama(nnx.Module):
         if cache is None and self._is_chunked(x.shape[1]):
             adapter, frozen = state
             pieces = _ChunkedBlock(block, self.dropout_rate, chunk_size(x.shape[1], self.sequence_chunk))
-            arrays = (frozen, context.positions, context.inverse_frequencies, key)
+            arrays = (frozen, context.positions, context.starts, context.inverse_frequencies, key)
             return layer_in_chunks(pieces.keys_values, pieces.rest, pieces.size, arrays, adapter, x), None
         return nnx.merge(block, *state)(x, context, cache, layer, Dropout(self.dropout_rate, key))
 
@@ -286,11 +295,13 @@ class _ChunkedBlock(NamedTuple):
         return block.rest(x, kv, first, context, dropout)
 
     def _open(self, arrays: Any, adapter: Any, first: jax.Array, place: int) -> tuple[Block, Context, Dropout]:
-        frozen, positions, frequencies, key = arrays
+        frozen, positions, starts, frequencies, key = arrays
         if key is not None:
             key = jax.random.fold_in(jax.random.fold_in(key, first // self.size), place)
         positions = jax.lax.dynamic_slice_in_dim(positions, first, self.size, axis=1)
-        context = Context(positions, frequencies, "chunked")
+        if starts is not None:
+            starts = jax.lax.dynamic_slice_in_dim(starts, first, self.size, axis=1)
+        context = Context(positions, frequencies, "chunked", starts)
         return nnx.merge(self.graph, adapter, frozen), context, Dropout(self.dropout_rate, key)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.data.batches import FileBatches, round_up
+from qlora_jax.data.packing import pack_length
 from qlora_jax.errors import InputError
 from qlora_jax.io.folder import fetch_config
 from qlora_jax.io.load import QuantSpec, load_config
@@ -56,8 +57,9 @@ def read_spec(config: Any, length: int | None = None) -> RunSpec:
         rows, length = batches.batch_size, batches.max_length
     G = math.gcd(config.train.grad_accum, rows)
     has_evaluation = bool(config.data.eval_examples or config.data.eval_path) and not config.data.batches
-    evaluation = BatchShape(1, config.eval.batch_size, length) if has_evaluation else None
-    return RunSpec(model, BatchShape(G, rows // G, length), evaluation, form)
+    packed = config.data.packing
+    evaluation = BatchShape(1, config.eval.batch_size, length, packed) if has_evaluation else None
+    return RunSpec(model, BatchShape(G, rows // G, length, packed), evaluation, form)
 
 
 def _rows(config: Any, V: int) -> tuple[int, bool]:
@@ -78,6 +80,8 @@ def _rows(config: Any, V: int) -> tuple[int, bool]:
 
 
 def _longest(data: Any) -> int:
+    if data.packing:
+        return pack_length(data)
     return round_up(data.max_source_len + data.max_target_len, data.pad_to_multiple_of)
 
 

@@ -45,7 +45,13 @@ def block_input_bytes(sizes: ModelConfig, B: int, T: int, itemsize: int) -> int:
 
 
 def add_gradient(
-    model: Llama, total: Any, tokens: jax.Array, loss_mask: jax.Array, key: jax.Array | None, loss_chunk: int
+    model: Llama,
+    total: Any,
+    tokens: jax.Array,
+    loss_mask: jax.Array,
+    key: jax.Array | None,
+    loss_chunk: int,
+    segments: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
     """Adds one micro-batch's gradient of the summed loss to `total`.
 
@@ -55,12 +61,14 @@ def add_gradient(
       tokens: int32 [B, T]. loss_mask: bool [B, T].
       key: of dropout; None is no dropout.
       loss_chunk: see summed_loss.
+      segments: int32 [B, T], see Llama; None: a row is one example.
     Returns:
       float32 [] summed nats of the target tokens, and the new total.
     """
     tokens, loss_mask = model.pad(tokens), model.pad(loss_mask)
+    segments = None if segments is None else model.pad(segments)
     block, adapter, frozen = model.layers(nnx.LoRAParam, ...)
-    apply_layer = partial(model.apply_layer, block, model.context(tokens), key)
+    apply_layer = partial(model.apply_layer, block, model.context(tokens, segments=segments), key)
     numbers = jnp.arange(model.config.L)
     offload = model.remat == "block+offload"
 

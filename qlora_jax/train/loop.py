@@ -1,7 +1,8 @@
 """The run: steps, metrics, checkpoints, evaluation, and an end that is the same however often it was interrupted.
 
 Batches and dropout are pure functions of (seed, step), so a run resumed from the checkpoint of step s goes on bit for
-bit as the uninterrupted one (on CPU; on a GPU as far as its kernels are deterministic).
+bit as the uninterrupted one (on CPU; on a GPU as far as its kernels are deterministic). Batches are made ahead, in a
+thread: their state is the number of the next step, which the checkpoint's name is.
 """
 
 import itertools
@@ -10,7 +11,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from qlora_jax.data.added_tokens import write_tokenizer
-from qlora_jax.data.batches import eval_batches
 from qlora_jax.data.examples import Example
+from qlora_jax.data.pipeline import prefetched, step_dataset
 from qlora_jax.errors import InputError
 from qlora_jax.io.peft import write_adapter
 from qlora_jax.optim.paged import PagedOptimizer
@@ -71,6 +72,7 @@ def finetune(config: Any, plain: dict[str, Any], path: Path, say: Callable[[str]
         try:
             return run.finish()
         finally:
+            run.close()
             run.checkpoints.settle()  # what is being written is worth having, whatever ended the run
     finally:
         workdir.close()
@@ -94,10 +96,13 @@ class Run:
         self.seconds: list[float] = []
         self.tokens: list[int] = []
         self.stop = threading.Event()
+        self.feed: Any = None  # the batches to come; `finish` knows where they begin
 
     def finish(self) -> dict[str, Any]:
         start = self._resume()
         steps = self.prepared.steps
+        # one run trains on one device (setup.check_values), so it takes whole batches
+        self.feed = prefetched(step_dataset(self.prepared.data.batches, steps, shard_index=0, shard_count=1), start)
         with _on_sigterm(self.stop):
             if self.config.eval.every and start == 0:
                 self._log_evaluation(0)
@@ -127,6 +132,11 @@ class Run:
         self.checkpoints.close()
         return self._finish_files()
 
+    def close(self) -> None:
+        """Ends what reads ahead."""
+        if self.feed is not None:
+            self.feed.close()
+
     def _make_optimizer(self) -> PagedOptimizer:
         """With as much of its state on the device as optimizer.paging says."""
         section, prepared = self.config.optimizer, self.prepared
@@ -146,23 +156,21 @@ class Run:
         shape = (G, batches.batch_size // G, batches.max_length)
         tokens, mask = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.int32, np.bool_))
         key = jax.random.key(0) if config.lora.dropout else None
-        self.gradient.compile(self.adapter, prepared.base, tokens, mask, key)
-        for batch in itertools.islice(self._eval_batches(prepared.data.heldout), 1):  # the longest first
-            self.evaluation.compile(self.adapter, prepared.base, batch["tokens"], batch["loss_mask"])
+        segments = [tokens] if prepared.data.is_packed else []
+        self.gradient.compile(self.adapter, prepared.base, tokens, mask, key, *segments)
+        heldout = prepared.data.eval_batches(prepared.data.heldout, config.eval.batch_size)
+        for batch in itertools.islice(heldout, 1):  # the longest first
+            self.evaluation.compile(self.adapter, prepared.base, *_arrays(batch))
         if self.mmlu is not None:
             self.mmlu.compile_largest(self.adapter, prepared.base)
 
-    def _eval_batches(self, examples: list[Example]) -> Iterator[dict[str, np.ndarray]]:
-        config, data = self.config, self.prepared.data
-        return eval_batches(examples, config.eval.batch_size, config.data.pad_to_multiple_of, data.pad_id)
-
-    def evaluate(self, examples: list[Example]) -> float | None:
+    def evaluate(self, examples: Sequence[Example]) -> float | None:
         """Mean loss over the target tokens of held-out examples, nats; None without any."""
         if not examples:
             return None
         total, count = 0.0, 0.0
-        for batch in self._eval_batches(examples):
-            nats, targets = self.evaluation(self.adapter, self.prepared.base, batch["tokens"], batch["loss_mask"])
+        for batch in self.prepared.data.eval_batches(examples, self.config.eval.batch_size):
+            nats, targets = self.evaluation(self.adapter, self.prepared.base, *_arrays(batch))
             total, count = total + float(nats), count + float(targets)
         return total / max(count, 1)
 
@@ -194,14 +202,13 @@ class Run:
         """One optimizer step; its line of metrics.jsonl."""
         config, prepared = self.config, self.prepared
         begun = time.perf_counter()
-        batch = prepared.data.batches.batch(step)
+        batch = next(self.feed)
         micro = lambda x: x.reshape(prepared.grad_accum, -1, x.shape[-1])  # noqa: E731
         key = None
         if config.lora.dropout:
             key = jax.random.fold_in(jax.random.key(config.train.seed + 1), step)
-        grads, metrics = self.gradient(
-            self.adapter, prepared.base, micro(batch["tokens"]), micro(batch["loss_mask"]), key
-        )
+        tokens, loss_mask, *segments = map(micro, _arrays(batch))
+        grads, metrics = self.gradient(self.adapter, prepared.base, tokens, loss_mask, key, *segments)
         loss, norm = float(metrics.loss), float(metrics.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._not_finite(step, loss, norm)
@@ -277,6 +284,11 @@ class Run:
             summary |= {f"final_{name}": value for name, value in found.items()}
         workdir.write_summary(summary)
         return summary
+
+
+def _arrays(batch: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """tokens and loss_mask, and the segments of packed rows."""
+    return [batch[name] for name in ("tokens", "loss_mask", "segments") if name in batch]
 
 
 class _on_sigterm:

@@ -133,6 +133,8 @@ def check_values(config: Any, backend: str | None = None) -> None:
             f"model.attention is {config.model.attention!r}, which needs the whole sequence's queries, but "
             f"model.sequence_chunk is {config.model.sequence_chunk}: set model.attention=chunked, or sequence_chunk=0"
         )
+    if config.data.packing:
+        _check_packing(config)
     if config.model.fuse_lora:
         _check_fuse_lora(config)
     needs_gpu = [key for key in ("kernel", "attention") if config.model[key] not in ("xla", "auto", "chunked")]
@@ -144,6 +146,16 @@ def check_values(config: Any, backend: str | None = None) -> None:
         )
     if config.mesh.devices != 1:
         raise InputError(f"mesh.devices is {config.mesh.devices}; one run trains on one device")
+
+
+def _check_packing(config: Any) -> None:
+    if config.model.attention == "cudnn":
+        raise InputError(
+            'data.packing needs attention that stays within an example, and model.attention is "cudnn", whose form in '
+            "JAX has none: set model.attention=auto, or data.packing=False"
+        )
+    if config.data.batches:
+        raise InputError("data.packing is True, but data.batches is a file of ready rows: set data.packing=False")
 
 
 def _check_fuse_lora(config: Any) -> None:
@@ -187,11 +199,9 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
     for line in data.report:
         say(line)
     asked = mmlu.read(config, tokenizer or folder, model_config.context, V, say) if config.eval.mmlu_data else None
-    if data.batches.max_length > model_config.context:
-        say(
-            f"warning: sequences of up to {data.batches.max_length} tokens, but the model was made for "
-            f"{model_config.context}"
-        )
+    longest = data.batches.longest_example if data.is_packed else data.batches.max_length
+    if longest > model_config.context:
+        say(f"warning: sequences of up to {longest} tokens, but the model was made for {model_config.context}")
     steps = config.train.steps
     if isinstance(data.batches, FileBatches) and len(data.batches) < steps:
         steps = len(data.batches)

@@ -4,11 +4,17 @@ import json
 
 import pytest
 
-from qlora_jax.data.formats import FORMATS, format_chats
+from qlora_jax.data.formats import FORMATS, stream_chats
 from qlora_jax.data.read import read_rows
 from qlora_jax.data.rows import Row
 from qlora_jax.errors import InputError
 from qlora_jax.generate.prompting import Request
+
+
+def format_chats(rows, format):
+    """All conversations, and the number of rows without one."""
+    of_rows = list(stream_chats(rows, format))
+    return [chat for found in of_rows for chat in found], sum(not found for found in of_rows)
 
 
 def chats(format, *rows):
@@ -45,7 +51,7 @@ def test_instructions_are_a_question_and_an_answer(format, row, question):
 
 
 def test_a_question_is_what_generate_asks():
-    asked = Request("Sort.", "b a", instruction=True).message
+    asked = Request("Sort.", "b a", form="instruction").message
     assert chats("alpaca", {"instruction": "Sort.", "input": "b a", "output": "A"})[0][0][0]["content"] == asked
 
 

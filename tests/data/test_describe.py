@@ -4,9 +4,10 @@ import numpy as np
 
 from qlora_jax.data.batches import Batches
 from qlora_jax.data.chat_examples import tokenize_chats
-from qlora_jax.data.describe import histogram, padding, show_example
+from qlora_jax.data.describe import histogram, show_example
 from qlora_jax.data.examples import Example, tokenize_example
 from qlora_jax.data.fields import Chat
+from qlora_jax.data.padding import padding
 from tests.chat_templates import LLAMA3, TWO_TURNS
 from tests.data.test_chat_examples import with_template
 
@@ -47,7 +48,7 @@ def test_padding_is_that_of_the_batches():
     lengths = np.random.default_rng(0).integers(2, 90, 53)
     examples = [Example(np.ones(n, np.int32), np.ones(n, np.bool_)) for n in lengths]
     batches = Batches(examples, 4, True, 16, 0, 0)
-    found = padding(batches, 16)
+    found = padding(batches)
     made = [batches.batch(step) for step in range(batches.steps_per_epoch)]
     assert found.padded == sum(batch["tokens"].size for batch in made)
     assert found.tokens == sum(int(batch["tokens"].sum()) for batch in made)  # every token is 1, padding is 0

@@ -29,6 +29,8 @@ def config(**changes):
             "train_on_source": False,
             "group_by_length": True,
             "pad_to_multiple_of": 8,
+            "packing": False,
+            "pack_length": 0,
             "max_examples": 0,
             "eval_path": "",
             "eval_examples": 4,
@@ -220,7 +222,7 @@ def test_chats_in_the_models_template(tmp_path, golden):
 
 def test_no_room_for_any_answer(tmp_path, golden):
     section = chat_config(tmp_path, [TWO_TURNS[:2]], max_source_len=2, max_target_len=2)
-    with pytest.raises(InputError, match="none of the 1 chats has room for an answer .* = 4 tokens"):
+    with pytest.raises(InputError, match="none of its 1 chats has room for an answer .* = 4 tokens"):
         load_data(section, chat_tokenizer(tmp_path, golden), 1, 500)
 
 
