@@ -63,6 +63,13 @@ def _required(plain: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
+class Rates(NamedTuple):
+    """Learning rates of a run's updates."""
+
+    used: np.ndarray  # float32 [steps], as the optimizer of a single run computes them: one by one, inside a program
+    logged: tuple[float, ...]  # as its metrics have them
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class PlannedMember:
     """One member, checked and counted."""
@@ -81,13 +88,6 @@ class PlannedMember:
     def trainable_params(self, model: Llama) -> int:
         shapes = [lora.shape(model, name) for name in self.targets]
         return sum(self.lora.rank * (O + I) for O, I in shapes) * model.config.L
-
-
-class Rates(NamedTuple):
-    """Learning rates of a run's updates."""
-
-    used: np.ndarray  # float32 [steps], as the optimizer of a single run computes them: one by one, inside a program
-    logged: tuple[float, ...]  # as its metrics have them
 
 
 @cache
