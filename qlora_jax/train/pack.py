@@ -5,9 +5,10 @@
     export_member(results[0], Path("adapter"))
 
 A pack's members share what `pack_key` says. On CPUs they take their steps one after the other inside one program: then
-each has the bits of a run of its own, in float32, where its rank and layers are the pack's largest and its batches are
-as long as the longest of the step; else sums have more zeros in them and may round otherwise. Elsewhere all members'
-rows go through each product at once: the base is read and dequantized once for all, and sums round as the device does.
+each has the bits of a run of its own, in float32, where its rank and layers are the pack's largest, its batches are as
+long as the longest of the step, and all or none drop out; else sums are over more zeros and may round otherwise.
+Elsewhere all members' rows go through each product at once: the base is read and dequantized once for all, and sums
+round as the device does.
 """
 
 from collections.abc import Callable, Sequence
