@@ -42,8 +42,8 @@ def train_pack(
 
     Args:
       configs: as configs/base.py, equal in what `pack_key` hashes but for row lengths and having dropout at all.
-      workdir: the pack's folder: config.json, metrics.jsonl (rows name their member's hash) and checkpoints/. None
-        keeps everything in memory.
+      workdir: the pack's folder: config.json, members.json (the configs), metrics.jsonl (rows name their member's hash)
+        and checkpoints/. None keeps everything in memory.
       say: takes lines for the user.
       on_row: takes (member, row) as training goes; rows are those of a run's metrics.jsonl. `seconds` is a member's
         share of its step.

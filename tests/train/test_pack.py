@@ -178,8 +178,11 @@ def test_a_pack_goes_on_where_it_was_killed(runners, members, tmp_path, monkeypa
         assert_same_adapter(
             load_file(folder / "adapter" / "adapter_model.safetensors"), exported(result, tmp_path / "a")
         )
-    with pytest.raises(InputError, match="run of another config"):
+    assert json.loads((tmp_path / "cut" / "members.json").read_text()) == list(map(resolved, configs))
+    with pytest.raises(InputError, match="run of another config .members: 4 there, 2 here"):
         train_pack(configs[:2], tmp_path / "cut", quiet, runner=runners["map"])
+    with pytest.raises(InputError, match="members 0 and 2 of the pack are one config"):
+        train_pack([*configs[:2], configs[0]], tmp_path / "twice", quiet, runner=runners["map"])
 
 
 def test_the_base_keeps_its_bits_and_is_loaded_once(runners, members):
