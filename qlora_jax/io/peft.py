@@ -62,12 +62,25 @@ def write_adapter(
       matrices: embed_tokens and lm_head that do not train but differ from the base's, [V, D] each.
       write_beside: writes more files into the folder (a tokenizer's).
     """
-    arrays = lora.adapter_arrays(adapter)
+    arrays, trained = lora.adapter_arrays(adapter), lora.whole_matrices(adapter)
+    write_arrays(out, arrays, config, base, matrices, trained, write_beside)
+
+
+def write_arrays(
+    out: Path,
+    arrays: dict[str, tuple[Any, Any]],
+    config: LoRAConfig,
+    base: str,
+    matrices: Mapping[str, Any] | None = None,
+    trained: Mapping[str, Any] | None = None,
+    write_beside: Callable[[Path], Any] | None = None,
+) -> None:
+    """As write_adapter, of {"self_attn.q_proj": (A [L, R, I], B [L, O, R])} and the matrices that trained whole."""
     tensors: dict[str, np.ndarray] = {}
     for name, (a, b) in arrays.items():
         for letter, stacked in (("A", np.asarray(a)), ("B", np.asarray(b))):
             tensors |= {_KEY.format(index, name, letter): np.ascontiguousarray(x) for index, x in enumerate(stacked)}
-    trained = lora.whole_matrices(adapter)
+    trained = dict(trained or {})
     is_tied = bool(trained) and "lm_head" in config.modules_to_save and "lm_head" not in trained
     if is_tied:
         trained["lm_head"] = trained["embed_tokens"]
