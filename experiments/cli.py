@@ -27,11 +27,11 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from experiments.config_file import REPOSITORY, known_files, load_config, override
+from experiments.config_file import REPOSITORY, call, known_files, load_config, override
 from qlora_jax.errors import InputError
 from qlora_jax.settings import SECTIONS
 
-__all__ = ["config_flag", "load_config", "override", "run"]
+__all__ = ["call", "config_flag", "config_path", "load_config", "override", "run"]
 
 FLAGS = flags.FLAGS
 FLAG = "config"

@@ -12,10 +12,17 @@ from qlora_jax.errors import InputError
 from qlora_jax.sweep.engine import Event, Failed, Finished, MakeRunner, Progress, Worker, describe, kind_of
 from qlora_jax.sweep.packs import Pack
 
-_POLL_SECONDS = 2.0  # between two questions to a worker how far it is
+_POLL_SECONDS = 1.0  # between two questions to a worker how far it is
 _STORE_BYTES = 128 * 2**20  # of Ray's object store: configs and rows pass through it, no arrays
 # a worker on a CPU has one of them; read by XLA's thread pool and by numpy's libraries when they start
 _ONE_THREAD = {"NPROC": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+_RAY_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else a warning, on machines without GPUs
+    # Ray prints the last log lines of whatever dies, whatever log_to_driver says; the ledger has the errors
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
+}
 
 
 def connect(address: str | None, workers: int) -> None:
@@ -23,8 +30,8 @@ def connect(address: str | None, workers: int) -> None:
 
     Raises InputError where Ray is not installed or the cluster cannot be reached.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name, value in _RAY_SETTINGS.items():  # read when ray is imported
+        os.environ.setdefault(name, value)
     try:
         import ray
     except ImportError as error:
@@ -200,32 +207,34 @@ class RayExecutor:
         actor.run = actor.poll = None
         try:
             outcome, first, second = self._ray.get(run)
-        except self._ray.exceptions.RayError as error:  # the actor is no more
-            self._actors.remove(actor)
-            emit(Failed(worker, "lost" if self._has_died(actor.node_id, error) else "memory", describe(error)))
+        except self._ray.exceptions.RayError as error:  # the actor is no more, or nothing that answers
+            self._end(actor)
+            emit(Failed(worker, "lost" if self._is_lost(actor.node_id, error) else "memory", _first_line(error)))
             return
         if outcome == "done":
             emit(Finished(worker, first, second))
             return
         if first == "memory":  # what the allocator holds goes with the process
-            self._ray.kill(actor.handle)
-            self._actors.remove(actor)
+            self._end(actor)
         emit(Failed(worker, first, second))
 
-    def _has_died(self, node_id: str, error: Exception) -> bool:
-        """Whether the node is gone, rather than a worker on it."""
-        if isinstance(error, self._ray.exceptions.OutOfMemoryError):
-            return False
-        if isinstance(error, self._ray.exceptions.NodeDiedError) or "node" in str(error).lower():
-            return not self._is_alive(node_id) or "node died" in str(error).lower()
-        return not self._is_alive(node_id)
+    def _end(self, actor: _Actor) -> None:
+        self._actors.remove(actor)
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            self._ray.kill(actor.handle)
 
-    def _is_alive(self, node_id: str) -> bool:
-        return any(node["NodeID"] == node_id and node["Alive"] for node in self._ray.nodes())
+    def _is_lost(self, node_id: str, error: Exception) -> bool:
+        """Whether the node is gone, or out of reach, rather than a worker on it."""
+        gone = (self._ray.exceptions.NodeDiedError, self._ray.exceptions.ActorUnavailableError)
+        alive = any(node["NodeID"] == node_id and node["Alive"] for node in self._ray.nodes())
+        return isinstance(error, gone) or not alive
 
     def close(self) -> None:
-        for actor in self._actors:
-            with contextlib.suppress(Exception):
-                self._ray.kill(actor.handle)
-        self._actors.clear()
+        for actor in list(self._actors):
+            self._end(actor)
         self._ray.shutdown()
+
+
+def _first_line(error: Exception) -> str:
+    """Of Ray's explanations, which go over many lines: "ActorDiedError: The actor died unexpectedly ..."."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"

@@ -6,8 +6,8 @@
     shared     two dequantized weights
 
 A step's time is the roofline's (plan/roofline.py) of the pack's rows together, its bytes of the base once. Compilation,
-loading, data and evaluation are not in it. Held against XLA's own buffers for single runs (`plan`) of Llama 7B, Llama 33B
-and Llama 3 8B on an RTX A6000, 1 x 512 to 8 x 512 and 1 x 1536 tokens, the temporaries here (activations but block
+loading, data and evaluation are not in it. Held against XLA's own buffers for single runs (`plan`) of Llama 7B, Llama
+33B and Llama 3 8B on an RTX A6000, 1 x 512 to 8 x 512 and 1 x 1536 tokens, the temporaries here (activations but block
 inputs, logits, shared) are 1.1 to 1.6 times XLA's; everything else is counted alike. No pack has run on a GPU yet.
 """
 
@@ -32,9 +32,11 @@ from qlora_jax.plan.program import BatchShape
 from qlora_jax.plan.roofline import roofline
 from qlora_jax.plan.spec import RunSpec, read_spec
 from qlora_jax.sweep.grid import Point
+from qlora_jax.train.memory import host_memory_bytes
 
 # bytes of optimizer state a parameter; 8-bit moments with their scales
 _STATE = {"adamw": 8.0, "lion": 4.0, "adamw8bit": 2.1, "lion8bit": 1.1, "sgd": 4.0}
+_HOST_SHARE, _PROCESS_BYTES = 0.8, 10**9  # of the host's memory; interpreter, JAX and data of a worker
 _SECTIONS = ("model", "quant", "lora", "data", "train", "eval")
 # keys that change no size: members that differ in these alone share what is computed here
 _SIZELESS = {
@@ -132,3 +134,8 @@ def pack_seconds(points: Sequence[Point], gpu: PlannedGpu) -> float:
     time = roofline(rows, gpu, shape.packed_bytes, shape.weights, params, 0)
     others = 24 * params * (len(points) - 1) / gpu.bytes_per_second  # their optimizers
     return steps * (time.seconds + others)
+
+
+def host_limit(workers: int) -> int:
+    """Bytes that a pack may take of this machine's memory, where `workers` processes share it."""
+    return max(int(_HOST_SHARE * host_memory_bytes() / workers) - _PROCESS_BYTES, 0)

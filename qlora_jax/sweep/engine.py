@@ -166,7 +166,7 @@ class _Driver:
         finally:
             left = [digest for running in state.running.values() for digest in running.task.pack.hashes]
             if left:
-                self.ledger.give_up(left, "the driver ended")
+                self.ledger.give_up(left, "lost", "the driver ended")
             state.running.clear()
         self.show(state)
         return state
@@ -247,14 +247,22 @@ class _Driver:
         task.avoid |= {node}
         task.lost += event.kind == "lost"
         task.errors += event.kind in ("error", "memory")
-        again = task.lost <= LOST_LIMIT if event.kind == "lost" else event.kind != "input" and task.errors <= RETRIES
         alone = len(pack.points) == 1
-        if event.kind != "lost" and not alone and (event.kind in ("memory", "input") or not again):
-            self.ledger.give_up(pack.hashes, line)
-            self.state.waiting[:0] = [Task(half) for half in pack.halves()]
-        elif again:
-            self.ledger.give_up(pack.hashes, line)
+        match event.kind:
+            case "lost":
+                again = task.lost <= LOST_LIMIT
+            case "memory":
+                again = alone and task.errors <= RETRIES
+            case "error":
+                again = task.errors <= RETRIES
+            case "input":
+                again = False
+        if again:
+            self.ledger.give_up(pack.hashes, event.kind, line)
             self.state.waiting.insert(0, task)
+        elif not alone:
+            self.ledger.give_up(pack.hashes, event.kind, line)
+            self.state.waiting[:0] = [Task(half) for half in pack.halves()]
         else:
             self.ledger.finish([Outcome(digest, None, line) for digest in pack.hashes])
             self.state.failed += len(pack.points)

@@ -125,11 +125,10 @@ class Points:
             counts = ", ".join(f"{key} ({len(values)})" for key, values in axes.items()) or "one config"
             lines.append(f"{name}: {count:,} points; {counts}")
         merged = self.choices - len(self.points)
-        return [
-            *lines,
-            f"in all {len(self.points):,} points"
-            + (f" ({merged:,} of {self.choices:,} serve several groups)" if merged else ""),
-        ]
+        total = f"in all {len(self.points):,} points"
+        if merged:
+            total += f" ({merged:,} of {self.choices:,} choices come to the same config as another)"
+        return [*lines, total]
 
 
 def expand(config: ConfigDict, grid: Grid) -> Points:

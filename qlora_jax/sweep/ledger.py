@@ -13,6 +13,7 @@ the driver writes; SQLite's WAL needs a disk of the driver's own machine, not a 
 
 import fcntl
 import json
+import math
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -89,7 +90,7 @@ class Ledger:
         """What was running when the last driver ended is pending again, as if it had never begun."""
         hashes = [row[0] for row in self._db.execute("SELECT hash FROM points WHERE status = 'running'")]
         if hashes:
-            self.give_up(hashes, "the driver ended")
+            self.give_up(hashes, "lost", "the driver ended")
         return len(hashes)
 
     @property
@@ -126,6 +127,11 @@ class Ledger:
         found = dict(self._db.execute("SELECT status, count(*) FROM points WHERE in_grid GROUP BY status"))
         return {status: found.get(status, 0) for status in STATUSES}
 
+    def failures(self, most: int) -> list[tuple[str, str]]:
+        """(hash, error) of the first failed points of the grid."""
+        found = "SELECT hash, error FROM points WHERE status = 'failed' AND in_grid ORDER BY position LIMIT ?"
+        return self._db.execute(found, (most,)).fetchall()
+
     def retry_failed(self) -> int:
         """Failed points of the grid become pending; how many."""
         with self._transaction() as db:
@@ -148,7 +154,7 @@ class Ledger:
             )
 
     def log(self, rows: Iterable[Row]) -> None:
-        """Metrics of running packs. A value that is not finite is stored as NULL."""
+        """Metrics of running packs. A value that is not finite becomes NULL."""
         rows = list(rows)
         if rows:
             with self._transaction() as db:
@@ -161,20 +167,23 @@ class Ledger:
             _insert_rows(db, list(rows))
             for outcome in outcomes:
                 status = "done" if outcome.error is None else "failed"
-                result = None if outcome.result is None else _json(outcome.result)
+                result = None if outcome.result is None else _json(_finite(outcome.result))
                 db.execute(
                     "UPDATE points SET status = ?, result = ?, error = ?, updated = ? WHERE hash = ?",
                     (status, result, outcome.error, now, outcome.hash),
                 )
                 _end_attempt(db, outcome.hash, status, outcome.error, now)
 
-    def give_up(self, hashes: Sequence[str], error: str) -> None:
-        """An attempt that came to nothing: its error is kept, its metrics go, its points are pending again."""
+    def give_up(self, hashes: Sequence[str], status: str, error: str) -> None:
+        """An attempt that came to nothing: its error is kept, its metrics go, its points are pending again.
+
+        `status`, of the attempt: lost | memory | error | input (engine.Kind).
+        """
         now = time.time()
         with self._transaction() as db:
             self._forget(db, hashes)
             for digest in hashes:
-                _end_attempt(db, digest, "lost", error, now)
+                _end_attempt(db, digest, status, error, now)
 
     def _forget(self, db: sqlite3.Connection, hashes: Sequence[str]) -> None:
         now = time.time()
@@ -252,7 +261,17 @@ def _end_attempt(db: sqlite3.Connection, digest: str, status: str, error: str | 
 
 
 def _insert_rows(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
-    db.executemany("INSERT OR REPLACE INTO metrics(hash, step, name, value) VALUES (?, ?, ?, ?)", rows)
+    finite = (row if row.value is not None and math.isfinite(row.value) else row._replace(value=None) for row in rows)
+    db.executemany("INSERT OR REPLACE INTO metrics(hash, step, name, value) VALUES (?, ?, ?, ?)", finite)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: None instead."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _json(value: Any) -> str:
