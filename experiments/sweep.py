@@ -36,6 +36,7 @@ RAY_ADDRESS = flags.DEFINE_string(
 )
 WORKERS = flags.DEFINE_integer("workers", 0, "Packs at a time at most; 0 is one a GPU, or one a CPU without GPUs.")
 GPU = flags.DEFINE_string("gpu", None, "The cards the sweep runs on, as plan names them: what packs must fit.")
+KEEP_ADAPTERS = flags.DEFINE_bool("keep_adapters", False, "Keep every point's folder: workdir/packs/NAME/members/HASH.")
 RETRY_FAILED = flags.DEFINE_bool("retry_failed", False, "Run failed points again.")
 EXPORT = flags.DEFINE_string("export", None, "Also write points, metrics and attempts to this folder, Parquet and CSV.")
 COMPARE = flags.DEFINE_integer(
@@ -165,9 +166,13 @@ def _workers() -> int:
 
 
 def _executor() -> "tuple[Executor, PlannedGpu | None]":
+    from functools import partial
+
     from qlora_jax.errors import InputError
     from qlora_jax.plan.gpus import planned_gpu
-    from qlora_jax.sweep.runner import make_runner
+    from qlora_jax.sweep import runner
+
+    make_runner = partial(runner.make_runner, KEEP_ADAPTERS.value)
 
     if EXECUTOR.value == "local":
         from qlora_jax.sweep.local import LocalExecutor

@@ -74,7 +74,7 @@ class _Trainer:
         return context.get_node_id(), f"{os.uname().nodename}:{context.get_node_id()[:6]}"
 
     def train(self, configs: list[dict[str, Any]], folder: str) -> tuple[str, Any, Any]:
-        """("done", results, all rows) or ("failed", kind, error): exceptions of a runner may not travel."""
+        """("done", results, all rows) or (kind, error, all rows): exceptions of a runner may not travel."""
         with self._lock:
             self._rows, self._told = [], 0
         try:
@@ -82,7 +82,7 @@ class _Trainer:
                 self._run = self._make_runner()
             trained = self._run(configs, Path(folder), self._on_row)
         except Exception as error:
-            return "failed", kind_of(error), describe(error)
+            return kind_of(error), describe(error), self._rows
         return "done", trained, self._rows
 
     def _on_row(self, member: int, row: dict[str, Any]) -> None:
@@ -206,17 +206,17 @@ class RayExecutor:
         assert worker is not None
         actor.run = actor.poll = None
         try:
-            outcome, first, second = self._ray.get(run)
+            outcome, what, rows = self._ray.get(run)
         except self._ray.exceptions.RayError as error:  # the actor is no more, or nothing that answers
             self._end(actor)
             emit(Failed(worker, "lost" if self._is_lost(actor.node_id, error) else "memory", _first_line(error)))
             return
         if outcome == "done":
-            emit(Finished(worker, first, second))
+            emit(Finished(worker, what, rows))
             return
-        if first == "memory":  # what the allocator holds goes with the process
+        if outcome == "memory":  # what the allocator holds goes with the process
             self._end(actor)
-        emit(Failed(worker, first, second))
+        emit(Failed(worker, outcome, what, rows))
 
     def _end(self, actor: _Actor) -> None:
         self._actors.remove(actor)

@@ -46,21 +46,25 @@ class Worker:
     last_key: str = ""  # of the pack it ran last: its base and programs are warm
 
 
+Rows = Sequence[tuple[int, dict[str, Any]]]  # (member, row)
+
+
 class Progress(NamedTuple):
     worker: Worker
-    rows: list[tuple[int, dict[str, Any]]]  # (member, row)
+    rows: Rows
 
 
 class Finished(NamedTuple):
     worker: Worker
     trained: list[Trained]
-    rows: list[tuple[int, dict[str, Any]]]  # all of the run
+    rows: Rows  # all of the run
 
 
 class Failed(NamedTuple):
     worker: Worker
     kind: Kind
     error: str
+    rows: Rows = ()  # all of the run, where they are known
 
 
 Event = Progress | Finished | Failed
@@ -161,7 +165,7 @@ class _Driver:
         try:
             while state.waiting or state.running:
                 self._give()
-                self.executor.wait(0.5, self._handle)
+                self.executor.wait(0.25, self._handle)
                 self._tick()
         finally:
             left = [digest for running in state.running.values() for digest in running.task.pack.hashes]
@@ -219,7 +223,7 @@ class _Driver:
                 self._failed(running.task, event)
         self._tick()
 
-    def _progress(self, running: Running, rows: list[tuple[int, dict[str, Any]]]) -> None:
+    def _progress(self, running: Running, rows: Rows) -> None:
         self.ledger.log(_metrics(running.task.pack, rows))
         for member, row in rows:
             running.steps[member] = max(row.get("step", 0), running.steps.get(member, 0))
@@ -264,11 +268,11 @@ class _Driver:
             self.ledger.give_up(pack.hashes, event.kind, line)
             self.state.waiting[:0] = [Task(half) for half in pack.halves()]
         else:
-            self.ledger.finish([Outcome(digest, None, line) for digest in pack.hashes])
+            self.ledger.finish([Outcome(digest, None, line) for digest in pack.hashes], _metrics(pack, event.rows))
             self.state.failed += len(pack.points)
 
 
-def _metrics(pack: Pack, rows: list[tuple[int, dict[str, Any]]]) -> list[Row]:
+def _metrics(pack: Pack, rows: Rows) -> list[Row]:
     hashes = pack.hashes
     return [
         Row(hashes[member], row["step"], name, float(value))

@@ -26,9 +26,9 @@ from qlora_jax.sweep.grid import Point
 
 FILE = "ledger.sqlite"
 STATUSES = ("pending", "running", "done", "failed")
-# what is measured of a run, not computed by it: differs between two runs of the same config
+# what is measured of a run, or of the pack it was in, and not computed by it: differs between runs of the same config
 MEASURED = frozenset(
-    {"seconds", "tokens_per_second", "peak_device_bytes", "peak_device_bytes_source", "peak_host_bytes"}
+    {"seconds", "tokens_per_second", "peak_device_bytes", "peak_device_bytes_source", "peak_host_bytes", "members"}
 )
 
 _SCHEMA = """
@@ -161,9 +161,10 @@ class Ledger:
                 _insert_rows(db, rows)
 
     def finish(self, outcomes: Sequence[Outcome], rows: Iterable[Row] = ()) -> None:
-        """A pack's end: the points with an error are failed, the others done, and their last metrics are kept."""
+        """A pack's end: the points with an error are failed, the others done; `rows` are all their metrics."""
         now = time.time()
         with self._transaction() as db:
+            db.executemany("DELETE FROM metrics WHERE hash = ?", ((outcome.hash,) for outcome in outcomes))
             _insert_rows(db, list(rows))
             for outcome in outcomes:
                 status = "done" if outcome.error is None else "failed"

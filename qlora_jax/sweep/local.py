@@ -38,7 +38,7 @@ class LocalExecutor:
         try:
             trained = self._run(pack.configs, folder, on_row)
         except Exception as error:
-            emit(Failed(self._worker, kind_of(error), describe(error)))
+            emit(Failed(self._worker, kind_of(error), describe(error), rows))
         else:
             emit(Finished(self._worker, trained, rows))
 

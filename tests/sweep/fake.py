@@ -21,7 +21,8 @@ def runner(seconds: float = 0.0, trouble: dict[str, str] | None = None) -> Calla
     """Makes runners whose steps take `seconds`.
 
     `trouble`: what happens to a pack with a member of this train.seed (as text): "memory", "error", "input", "nan"
-    (to that member alone), "exit" (the process ends), or "once FILE" (an error unless FILE exists, which it makes).
+    (to that member alone), "once FILE" and "exit FILE" (an error, the process's end; unless FILE is there, which it
+    makes).
     Nested, so that Ray sends it by value: workers cannot import tests.
     """
 
@@ -41,11 +42,12 @@ def runner(seconds: float = 0.0, trouble: dict[str, str] | None = None) -> Calla
                     loss = config["optimizer"]["learning_rate"] / (1 + step + seeds[member])
                     on_row(member, {"step": step + 1, "loss": loss, "tokens": 100, "seconds": time.monotonic()})
             for what in happens:
-                if what.startswith("once ") and not os.path.exists(what[5:]):
-                    open(what[5:], "w").close()
+                kind, _, file = what.partition(" ")
+                if file and not os.path.exists(file):
+                    open(file, "w").close()
+                    if kind == "exit":
+                        os._exit(1)
                     raise RuntimeError("a passing trouble")
-            if "exit" in happens:
-                os._exit(1)
             if "memory" in happens and len(configs) > 1:
                 raise RuntimeError("RESOURCE_EXHAUSTED: out of memory while trying to allocate")
             if "error" in happens:
