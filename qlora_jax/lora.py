@@ -94,16 +94,25 @@ def linear(model: Llama, name: str) -> Linear:
 
 def attach(model: Llama, config: LoRAConfig, key: jax.Array) -> list[str]:
     """Puts a fresh adapter on the model in place and returns the names of the layers that carry one."""
+    arrays = fresh_adapter(model, config, key)
+    for name, (a, b) in arrays.items():
+        set_adapter(model, name, a, b, config.scale)
+    model.dropout_rate = config.dropout
+    return list(arrays)
+
+
+def fresh_adapter(model: Llama, config: LoRAConfig, key: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """{"self_attn.q_proj": (A [L, R, I] drawn, B [L, O, R] zero)} of the targeted layers; the model is only read."""
     names = select_targets(config.targets, model.config.L)
+    arrays = {}
     for place, name in enumerate(LINEARS):
         if name in names:
             O, I = shape(model, name)
             bound = 1 / math.sqrt(I)
             a_shape, b_shape = (model.config.L, config.rank, I), (model.config.L, O, config.rank)
             a = jax.random.uniform(jax.random.fold_in(key, place), a_shape, jnp.float32, -bound, bound)
-            set_adapter(model, name, a, jnp.zeros(b_shape, jnp.float32), config.scale)
-    model.dropout_rate = config.dropout
-    return names
+            arrays[name] = a, jnp.zeros(b_shape, jnp.float32)
+    return arrays
 
 
 def set_adapter(model: Llama, name: str, a: jax.Array, b: jax.Array, scale: float) -> None:

@@ -45,7 +45,11 @@ def write_adapter(out: Path, adapter: Any, config: LoRAConfig, base: str) -> Non
       config: rank, alpha, dropout, rslora.
       base: path or hub name of the base model, for adapter_config.json.
     """
-    arrays = lora.adapter_arrays(adapter)
+    write_arrays(out, lora.adapter_arrays(adapter), config, base)
+
+
+def write_arrays(out: Path, arrays: dict[str, tuple[Any, Any]], config: LoRAConfig, base: str) -> None:
+    """As write_adapter, of {"self_attn.q_proj": (A [L, R, I], B [L, O, R])}."""
     tensors: dict[str, np.ndarray] = {}
     for name, (a, b) in arrays.items():
         for letter, stacked in (("A", np.asarray(a)), ("B", np.asarray(b))):

@@ -4,10 +4,11 @@ A block's arrays are stacked: inside `lax.scan` each layer sees its own slice, s
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from pallas_kernels.nf4_matmul import dense_matmul, low_rank_term
@@ -18,23 +19,44 @@ class Frozen(nnx.Variable):
     """A weight that never trains: a QuantizedTensor, or an array for what stays in 16 or 32 bits."""
 
 
+class DropoutRate(NamedTuple):
+    """A dropout rate as arithmetic uses it: numbers, or arrays [] where it is an input of the program (packs)."""
+
+    threshold: Any  # of 65,536 equally likely numbers those below it drop a value
+    kept_scale: Any  # of the values that are kept: 1 / (1 - rate), rounded to float32
+
+    @classmethod
+    def of(cls, rate: float) -> "DropoutRate":
+        return cls(min(round(rate * 65536), 65535), float(np.float32(1 / (1 - rate))))
+
+
 class Dropout:
     """LoRA dropout of one layer in one step: hands each linear layer its own mask.
 
-    The mask depends on the key and the layer's place alone, so a recomputed forward pass (remat) draws the same one.
+    The mask depends on the key, the linear layer's place and each value's own place in x [B, T, I] alone: a recomputed
+    forward pass (remat) draws the same one, as does a batch with more padding, or an adapter on fewer linear layers.
     """
 
-    def __init__(self, rate: float, key: jax.Array | None):
-        self.rate, self.key, self.calls = rate, key, 0
+    def __init__(self, rate: float | DropoutRate, key: jax.Array | None):
+        self.rate = rate if isinstance(rate, DropoutRate) else DropoutRate.of(rate)
+        self.key, self.place = key, 0
+        self.is_off = key is None or (isinstance(self.rate.threshold, int) and self.rate.threshold == 0)
+
+    def skip(self) -> None:
+        """Passes by a linear layer without an adapter."""
+        self.place += 1
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x with a share `rate` of its values zeroed and the others scaled by 1 / (1 - rate)."""
-        if self.key is None or self.rate == 0:
+        """x [B, T, I] with a share `rate` of its values zeroed and the others scaled by 1 / (1 - rate)."""
+        if self.is_off or self.key is None:
             return x
-        self.calls += 1
-        bits = jax.random.bits(jax.random.fold_in(self.key, self.calls), x.shape, jnp.uint16)  # 16 bits: half the cost
-        keep = bits >= round(self.rate * 65536)
-        return jnp.where(keep, x / jnp.asarray(1 - self.rate, x.dtype), jnp.zeros((), x.dtype))
+        self.place += 1
+        rows = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(self.key, self.place), jnp.arange(len(x)))
+        bits = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint16))(rows)  # 16 bits: half the cost
+        keep = bits >= jnp.asarray(self.rate.threshold, jnp.uint16)
+        # behind a barrier a constant is no other factor than an input of the program: XLA would merge it with its like
+        scale = jax.lax.optimization_barrier(jnp.asarray(self.rate.kept_scale, jnp.float32)).astype(x.dtype)
+        return jnp.where(keep, x * scale, jnp.zeros((), x.dtype))
 
 
 class Linear(nnx.Module):
@@ -47,7 +69,7 @@ class Linear(nnx.Module):
         self.weight = Frozen(weight)
         self.lora_a: Any = nnx.data(None)
         self.lora_b: Any = nnx.data(None)
-        self.lora_scale = 1.0
+        self.lora_scale: Any = 1.0  # a number, or an array [] of the program's input
 
     def __call__(self, x: jax.Array, dropout: Dropout) -> jax.Array:
         w = self.weight.get_value()
@@ -57,6 +79,7 @@ class Linear(nnx.Module):
         # x's gradient is summed in the order of these products: another order rounds otherwise
         y = matmul(x, w) if isinstance(w, QuantizedTensor) else dense_matmul(x, w.astype(x.dtype), contract=1)
         if self.lora_a is None:
+            dropout.skip()
             return y
         a, b = self.lora_a.get_value(), self.lora_b.get_value()
         return y + low_rank_term(dropout(x), a, b, self.lora_scale)

@@ -165,7 +165,8 @@ class Llama(nnx.Module):
     ):
         self.config = config
         self.compute_dtype = jnp.dtype(compute_dtype)
-        self.remat, self.attention, self.sequence_chunk, self.dropout_rate = remat, attention, sequence_chunk, 0.0
+        self.remat, self.attention, self.sequence_chunk = remat, attention, sequence_chunk
+        self.dropout_rate: Any = 0.0  # a number, or a DropoutRate of the program's inputs
         self.embedding = Frozen(weights["embedding"])
         self.blocks = Block(config, weights["layers"])
         self.norm = RMSNorm(weights["norm"], config.norm_eps)
@@ -248,8 +249,10 @@ class Llama(nnx.Module):
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
         if cache is None and self._is_chunked(x.shape[1]):
             adapter, frozen = state
-            pieces = _ChunkedBlock(block, self.dropout_rate, chunk_size(x.shape[1], self.sequence_chunk))
-            arrays = (frozen, context.positions, context.inverse_frequencies, key)
+            pieces = _ChunkedBlock(block, chunk_size(x.shape[1], self.sequence_chunk))
+            dropout = Dropout(self.dropout_rate, key)
+            drawn = None if dropout.is_off else (dropout.key, dropout.rate)
+            arrays = (frozen, context.positions, context.inverse_frequencies, drawn)
             return layer_in_chunks(pieces.keys_values, pieces.rest, pieces.size, arrays, adapter, x), None
         return nnx.merge(block, *state)(x, context, cache, layer, Dropout(self.dropout_rate, key))
 
@@ -274,7 +277,6 @@ class _ChunkedBlock(NamedTuple):
     """
 
     graph: Any
-    dropout_rate: float
     size: int  # tokens of a chunk
 
     def keys_values(self, arrays: Any, adapter: Any, x: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -286,12 +288,13 @@ class _ChunkedBlock(NamedTuple):
         return block.rest(x, kv, first, context, dropout)
 
     def _open(self, arrays: Any, adapter: Any, first: jax.Array, place: int) -> tuple[Block, Context, Dropout]:
-        frozen, positions, frequencies, key = arrays
+        frozen, positions, frequencies, dropout = arrays
+        key, rate = (None, 0.0) if dropout is None else dropout
         if key is not None:
             key = jax.random.fold_in(jax.random.fold_in(key, first // self.size), place)
         positions = jax.lax.dynamic_slice_in_dim(positions, first, self.size, axis=1)
         context = Context(positions, frequencies, "chunked")
-        return nnx.merge(self.graph, adapter, frozen), context, Dropout(self.dropout_rate, key)
+        return nnx.merge(self.graph, adapter, frozen), context, Dropout(rate, key)
 
 
 def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:

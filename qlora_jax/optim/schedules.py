@@ -39,20 +39,25 @@ def make_schedule(name: str, learning_rate: float, steps: int, warmup_steps: int
 
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
     """The `optimizer` section of a config -> optax. Clipping is in train/step.py: it needs the whole gradient."""
+    schedule = make_schedule(config.schedule, config.learning_rate, steps, config.warmup_steps)
+    return make_transformation(config, schedule, config.weight_decay)
+
+
+def make_transformation(config: Any, learning_rate: Any, weight_decay: Any) -> optax.GradientTransformation:
+    """optax of the section's name, betas and eps; the rate may be a schedule, and each of the two an array []."""
     if config.name not in OPTIMIZERS:
         raise InputError(f"optimizer.name is {config.name!r}; known: {', '.join(OPTIMIZERS)}")
-    schedule = make_schedule(config.schedule, config.learning_rate, steps, config.warmup_steps)
-    betas, decay = (config.beta1, config.beta2), config.weight_decay
+    betas = (config.beta1, config.beta2)
     match config.name.removeprefix(_PAGED):
         case "adamw":
-            return optax.adamw(schedule, *betas, config.eps, weight_decay=decay)
+            return optax.adamw(learning_rate, *betas, config.eps, weight_decay=weight_decay)
         case "adamw8bit":
-            return adamw8bit(schedule, *betas, config.eps, decay)
+            return adamw8bit(learning_rate, *betas, config.eps, weight_decay)
         case "lion":
-            return optax.lion(schedule, *betas, weight_decay=decay)
+            return optax.lion(learning_rate, *betas, weight_decay=weight_decay)
         case "lion8bit":
-            return lion8bit(schedule, *betas, decay)
-    return optax.chain(optax.add_decayed_weights(decay), optax.sgd(schedule, config.beta1 or None))
+            return lion8bit(learning_rate, *betas, weight_decay)
+    return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, config.beta1 or None))
 
 
 def paging(config: Any) -> str:

@@ -27,6 +27,34 @@ def summed_loss(
     Returns:
       float32 [] nats, float32 [] count.
     """
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def add_chunk(total, inputs):
+        rows, labels, counted = inputs
+        return total + jnp.sum(token_nll(head_logits(rows, head), labels) * counted), None
+
+    total, _ = jax.lax.scan(add_chunk, jnp.float32(0), _chunks(hidden, tokens, loss_mask, chunk))
+    return total, jnp.sum(loss_mask[:, 1:]).astype(jnp.float32)
+
+
+def summed_loss_and_hits(
+    hidden: jax.Array, head: jax.Array, tokens: jax.Array, loss_mask: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As summed_loss, with the number of target tokens that are the likeliest between the two: float32 [] each."""
+
+    def add_chunk(totals, inputs):
+        rows, labels, counted = inputs
+        logits = head_logits(rows, head)
+        hits = jnp.sum((jnp.argmax(logits, axis=-1) == labels) & counted).astype(jnp.float32)
+        return (totals[0] + jnp.sum(token_nll(logits, labels) * counted), totals[1] + hits), None
+
+    start = (jnp.float32(0), jnp.float32(0))
+    (nats, hits), _ = jax.lax.scan(add_chunk, start, _chunks(hidden, tokens, loss_mask, chunk))
+    return nats, hits, jnp.sum(loss_mask[:, 1:]).astype(jnp.float32)
+
+
+def _chunks(hidden: jax.Array, tokens: jax.Array, loss_mask: jax.Array, chunk: int) -> tuple[jax.Array, ...]:
+    """Hidden states [n, chunk, D], the labels of the tokens after them and whether they count [n, chunk]."""
     labels = tokens[:, 1:].reshape(-1)
     counted = loss_mask[:, 1:].reshape(-1)
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
@@ -34,14 +62,7 @@ def summed_loss(
     padding = -rows.shape[0] % chunk
     rows = jnp.pad(rows, ((0, padding), (0, 0))).reshape(-1, chunk, rows.shape[-1])
     labels = jnp.pad(labels, (0, padding)).reshape(-1, chunk)
-    counted = jnp.pad(counted, (0, padding)).reshape(-1, chunk)
-
-    @partial(jax.checkpoint, prevent_cse=False)
-    def add_chunk(total, inputs):
-        return total + jnp.sum(token_nll(head_logits(inputs[0], head), inputs[1]) * inputs[2]), None
-
-    total, _ = jax.lax.scan(add_chunk, jnp.float32(0), (rows, labels, counted))
-    return total, jnp.sum(loss_mask[:, 1:]).astype(jnp.float32)
+    return rows, labels, jnp.pad(counted, (0, padding)).reshape(-1, chunk)
 
 
 def loss_and_gradient(

@@ -13,8 +13,10 @@ MEMORY_FRACTION = 0.95  # of a GPU, for JAX's allocator; XLA_CLIENT_MEM_FRACTION
 class Program:
     """A jitted function compiled once a shape, so that each program's own memory figures are at hand."""
 
-    def __init__(self, function: Any, compiler_options: dict[str, str] | None = None):
-        self._jitted = jax.jit(function, compiler_options=compiler_options)
+    def __init__(
+        self, function: Any, compiler_options: dict[str, str] | None = None, donate_argnums: tuple[int, ...] = ()
+    ):
+        self._jitted = jax.jit(function, compiler_options=compiler_options, donate_argnums=donate_argnums)
         self._compiled: dict[Any, Any] = {}
         self.peak_bytes = 0  # largest program so far: arguments, results and temporaries
 

@@ -145,10 +145,7 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
       InputError: any mistake in config, data or model, in one line.
     """
     check_config(config)
-    lora_config = LoRAConfig(
-        config.lora.rank, config.lora.alpha, config.lora.dropout, tuple(config.lora.targets), config.lora.use_rslora
-    )
-    quant = QuantSpec(config.quant.format, config.quant.block_size, config.quant.double_quant)
+    lora_config, quant = adapter_config(config), quantization(config)
     folder = resolve(config.model.path, config.model.revision)
     model_config = load_config(folder)
     lora.select_targets(lora_config.targets, model_config.L)
@@ -161,11 +158,9 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
             f"warning: sequences of up to {data.batches.max_length} tokens, but the model was made for "
             f"{model_config.context}"
         )
-    steps = config.train.steps
-    if isinstance(data.batches, FileBatches) and len(data.batches) < steps:
-        steps = len(data.batches)
+    steps, grad_accum = step_counts(config, data)
+    if steps != config.train.steps:
         say(f"data: one pass over data.batches: {steps} steps, fewer than train.steps = {config.train.steps}")
-    grad_accum = math.gcd(config.train.grad_accum, data.batches.batch_size)
     if grad_accum != config.train.grad_accum:
         say(f"data: {grad_accum} micro-batches a step, not {config.train.grad_accum}: the file's batches are smaller")
     tx = make_optimizer(config.optimizer, steps)
@@ -176,16 +171,14 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
             "the speed"
         )
     _say_attention(m, data.batches.max_length, say)
-    model = load_model(
-        folder, quant, m.compute_dtype, m.remat, m.attention, m.kernel, progress, m.compute, m.fuse_lora,
-        m.sequence_chunk,
-    )  # fmt: skip
+    model = load_base(config, folder, progress)
     lora.attach(model, lora_config, jax.random.key(config.train.seed))
     if config.lora.init_from:
-        _start_from(model, Path(config.lora.init_from), lora_config)
+        for name, (a, b) in read_start(model, Path(config.lora.init_from), lora_config).items():
+            lora.set_adapter(model, name, a, b, lora_config.scale)
     graph, adapter, base = lora.split(model)
     base_bytes = _bytes(base)
-    bits, base_params = _base_size(model)
+    bits, base_params = base_size(model)
     trainable = sum(leaf.size for leaf in jax.tree.leaves(adapter))
     say(
         f"model: {name_of(folder)}: {base_params:,} parameters, {quant}: {base_bytes / 2**20:,.1f} MiB, linear layers "
@@ -200,6 +193,34 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
     )  # fmt: skip
 
 
+def adapter_config(config: Any) -> LoRAConfig:
+    """The `lora` section."""
+    section = config.lora
+    return LoRAConfig(section.rank, section.alpha, section.dropout, tuple(section.targets), section.use_rslora)
+
+
+def step_counts(config: Any, data: LoadedData) -> tuple[int, int]:
+    """Optimizer steps of the run, at most a file of ready batches once, and micro-batches of each."""
+    steps = config.train.steps
+    if isinstance(data.batches, FileBatches):
+        steps = min(steps, len(data.batches))
+    return steps, math.gcd(config.train.grad_accum, data.batches.batch_size)
+
+
+def load_base(config: Any, folder: Path, progress: Callable[[int, int], None]) -> Llama:
+    """The frozen model that the config's `model` and `quant` sections describe, from its folder."""
+    m = config.model
+    return load_model(
+        folder, quantization(config), m.compute_dtype, m.remat, m.attention, m.kernel, progress, m.compute,
+        m.fuse_lora, m.sequence_chunk,
+    )  # fmt: skip
+
+
+def quantization(config: Any) -> QuantSpec:
+    """The `quant` section."""
+    return QuantSpec(config.quant.format, config.quant.block_size, config.quant.double_quant)
+
+
 def _say_attention(model: Any, longest: int, say: Callable[[str], None]) -> None:
     """What attention does is said where the config leaves it open, or where a chunk decides it."""
     if 0 < model.sequence_chunk < longest:
@@ -212,8 +233,8 @@ def _say_attention(model: Any, longest: int, say: Callable[[str], None]) -> None
         )
 
 
-def _start_from(model: Llama, folder: Path, wanted: LoRAConfig) -> None:
-    """Replaces the fresh adapter by a PEFT folder's. Its rank, scale and layers must be the config's."""
+def read_start(model: Llama, folder: Path, wanted: LoRAConfig) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """A PEFT folder's adapter, to start from. Its rank, scale and layers must be the config's."""
     found, arrays = peft.read_adapter(model, folder)
     names = lora.select_targets(wanted.targets, model.config.L)
     differing = [
@@ -228,15 +249,14 @@ def _start_from(model: Llama, folder: Path, wanted: LoRAConfig) -> None:
     ]
     if differing:
         raise InputError(f"lora.init_from: {folder} does not match the lora section: {'; '.join(differing)}")
-    for name, (a, b) in arrays.items():
-        lora.set_adapter(model, name, a, b, wanted.scale)
+    return arrays
 
 
 def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _base_size(model: Llama) -> tuple[float, int]:
+def base_size(model: Llama) -> tuple[float, int]:
     """Bits a weight of the linear layers, and the parameters of the frozen model."""
     bits, weights = 0, 0
     for name in LINEARS:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from qlora_jax.models.llama import Llama
 from qlora_jax.train.backward import add_gradient
 from qlora_jax.train.loss import summed_loss
 
@@ -22,13 +23,16 @@ class StepMetrics(NamedTuple):
     factor: jax.Array  # float32 [], what makes the summed gradient the mean over target tokens, clipped
 
 
-def make_gradient(graph: Any, loss_chunk: int, max_grad_norm: float) -> Callable[..., tuple[Any, StepMetrics]]:
+def make_gradient(
+    graph: Any, loss_chunk: int, max_grad_norm: float | jax.Array, merge: Callable[..., Llama] = nnx.merge
+) -> Callable[..., tuple[Any, StepMetrics]]:
     """The function to jit: gradients of the adapter alone.
 
     Args:
       graph: of `lora.split`.
       loss_chunk: see summed_loss.
       max_grad_norm: global norm above which gradients are scaled down to it; 0 does not clip.
+      merge: makes the model of (graph, adapter, base).
     Returns:
       gradient(adapter, base, tokens int32 [G, B, T], loss_mask bool [G, B, T], key or None) -> (sums, StepMetrics), G
       being micro-batches. The gradient is metrics.factor * sums: the mean over all target tokens of the G * B
@@ -36,7 +40,7 @@ def make_gradient(graph: Any, loss_chunk: int, max_grad_norm: float) -> Callable
     """
 
     def micro_loss(adapter, base, tokens, loss_mask, key):
-        model = nnx.merge(graph, adapter, base)
+        model = merge(graph, adapter, base)
         hidden, _ = model(tokens, dropout_key=key)
         total, _ = summed_loss(hidden, model.head_weight(), tokens, loss_mask, loss_chunk)
         return total
@@ -45,7 +49,7 @@ def make_gradient(graph: Any, loss_chunk: int, max_grad_norm: float) -> Callable
         def add(total, inputs):
             micro_tokens, micro_mask, index = inputs
             micro_key = None if key is None else jax.random.fold_in(key, index)
-            model = nnx.merge(graph, adapter, base)
+            model = merge(graph, adapter, base)
             if model.remat == "none":
                 loss, grads = jax.value_and_grad(micro_loss)(adapter, base, micro_tokens, micro_mask, micro_key)
                 return jax.tree.map(jnp.add, total, (loss, grads)), None
@@ -57,7 +61,7 @@ def make_gradient(graph: Any, loss_chunk: int, max_grad_norm: float) -> Callable
         count = jnp.sum(loss_mask[:, :, 1:]).astype(jnp.float32)
         scale = 1 / jnp.maximum(count, 1)
         norm = optax.tree.norm(grads) * scale
-        clip = jnp.where(norm > max_grad_norm, max_grad_norm / norm, 1.0) if max_grad_norm > 0 else 1.0
+        clip = jnp.where((max_grad_norm > 0) & (norm > max_grad_norm), max_grad_norm / norm, 1.0)
         return grads, StepMetrics(loss * scale, norm, count, scale * clip)
 
     return gradient

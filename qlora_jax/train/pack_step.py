@@ -1,0 +1,165 @@
+"""Steps of a pack: A adapters train in one program over one frozen base.
+
+    for each member a:  for each of the steps s:  adapter_a, optimizer_a <- step(adapter_a, optimizer_a, batch_{a,s})
+
+What differs between members (learning rate, scale, dropout, clipping, weight decay, seed, steps) is an input of the
+program, so one compilation serves every pack of the same shapes. A smaller rank is a larger one whose last rows of A
+and columns of B are zero: each one's gradient has the other as a factor, so they stay zero, as does an adapter on a
+layer that is not targeted.
+
+A member takes no step after its last, nor after one whose loss or gradient is not finite: its bits stay.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from qlora_jax import lora
+from qlora_jax.models.layers import DropoutRate
+from qlora_jax.models.llama import LINEARS, Llama
+from qlora_jax.optim.schedules import make_transformation
+from qlora_jax.train.loss import summed_loss_and_hits
+from qlora_jax.train.step import make_gradient
+
+OVER_MEMBERS = ("map", "vmap")  # one after the other, or all at once
+
+
+class Member(NamedTuple):
+    """What a program is told of a member; in a pack each array has a leading A."""
+
+    scale: Any  # float32 [], of the adapter's output
+    dropout: DropoutRate  # arrays []
+    dropout_key: Any  # key []
+    max_grad_norm: Any  # float32 []; 0 does not clip
+    weight_decay: Any  # float32 []
+    steps: Any  # int32 []
+
+
+class MemberState(NamedTuple):
+    adapter: Any  # of lora.split
+    optimizer: Any  # optax's
+    alive: jax.Array  # bool []: every loss and gradient so far was finite
+
+
+class Steps(NamedTuple):
+    """Of at most K steps in a row; in a pack the first three have a leading A."""
+
+    learning_rate: Any  # float32 [K]
+    tokens: Any  # int32 [K, G, B, T]
+    loss_mask: Any  # bool [K, G, B, T]
+    first: Any  # int32 [], number of the first step, from 0
+    count: Any  # int32 [], how many of the K are to be taken
+
+
+class Taken(NamedTuple):
+    """Of the steps that were taken, float32 [K]; zero elsewhere. In a pack [A, K]."""
+
+    loss: jax.Array  # nats a target token
+    grad_norm: jax.Array  # before clipping
+    target_tokens: jax.Array
+
+
+def make_steps(graph: Any, optimizer: Any, loss_chunk: int, has_dropout: bool, over: str) -> Callable[..., Any]:
+    """The function to jit.
+
+    Args:
+      graph: of lora.split, with adapters on every layer that any member targets.
+      optimizer: the config's section; its learning rate, schedule and weight decay are not read.
+      loss_chunk: see summed_loss.
+      has_dropout: whether any member drops out.
+      over: one of OVER_MEMBERS.
+    Returns:
+      steps(state MemberState [A], base, member Member [A], Steps) -> (MemberState, Taken).
+    """
+
+    def one(state: MemberState, base: Any, member: Member, rates: Any, tokens: Any, masks: Any, first: Any, count: Any):
+        gradient = make_gradient(graph, loss_chunk, member.max_grad_norm, _merge_for(member))
+
+        def step(k: jax.Array, carry: tuple[MemberState, Taken]) -> tuple[MemberState, Taken]:
+            state, taken = carry
+
+            def advance(state: MemberState) -> tuple[MemberState, tuple[jax.Array, ...]]:
+                key = jax.random.fold_in(member.dropout_key, first + k) if has_dropout else None
+                sums, metrics = gradient(state.adapter, base, tokens[k], masks[k], key)
+                sums, metrics = jax.lax.optimization_barrier((sums, metrics))  # rounds as a program of its own
+                finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
+                update = lambda state: _update(optimizer, state, member, rates[k], sums, metrics.factor)  # noqa: E731
+                new = jax.lax.cond(finite, update, lambda state: state, state)
+                return new._replace(alive=finite), (metrics.loss, metrics.grad_norm, metrics.target_tokens)
+
+            def stay(state: MemberState) -> tuple[MemberState, tuple[jax.Array, ...]]:
+                return state, (jnp.float32(0),) * 3
+
+            state, row = jax.lax.cond(state.alive & (first + k < member.steps), advance, stay, state)
+            return state, Taken(*(column.at[k].set(value) for column, value in zip(taken, row, strict=True)))
+
+        start = Taken(*[jnp.zeros(len(rates), jnp.float32)] * 3)
+        return jax.lax.fori_loop(0, count, step, (state, start))
+
+    def steps(state: MemberState, base: Any, member: Member, of: Steps) -> tuple[MemberState, Taken]:
+        def each(arrays: Any) -> Any:
+            state, member, rates, tokens, masks = arrays
+            return one(state, base, member, rates, tokens, masks, of.first, of.count)
+
+        return _over(over, each, (state, member, of.learning_rate, of.tokens, of.loss_mask))
+
+    return steps
+
+
+def make_pack_evaluation(graph: Any, loss_chunk: int, over: str) -> Callable[..., Any]:
+    """evaluate(adapter [A], base, scale [A], wanted bool [A], tokens int32 [B, T], loss_mask bool [B, T]).
+
+    Returns summed nats, targets that are the likeliest token, and targets, float32 [A] each; zeros where not wanted.
+    """
+
+    def one(adapter: Any, base: Any, scale: jax.Array, wanted: jax.Array, tokens: Any, mask: Any) -> Any:
+        def evaluate():
+            model = _scaled(nnx.merge(graph, adapter, base), scale)
+            hidden, _ = model(tokens)
+            return summed_loss_and_hits(hidden, model.head_weight(), tokens, mask, loss_chunk)
+
+        return jax.lax.cond(wanted, evaluate, lambda: (jnp.float32(0),) * 3)
+
+    def evaluation(adapter, base, scale, wanted, tokens, mask):
+        each = lambda arrays: one(arrays[0], base, arrays[1], arrays[2], tokens, mask)  # noqa: E731
+        return _over(over, each, (adapter, scale, wanted))
+
+    return evaluation
+
+
+def initial_optimizer(optimizer: Any, adapter: Any) -> Any:
+    """optax's state of adapters [A, ...], each its own."""
+    return jax.vmap(make_transformation(optimizer, 0.0, 0.0).init)(adapter)
+
+
+def _over(how: str, function: Callable[[Any], Any], arrays: Any) -> Any:
+    return jax.lax.map(function, arrays) if how == "map" else jax.vmap(function)(arrays)
+
+
+def _update(optimizer: Any, state: MemberState, member: Member, rate: jax.Array, sums: Any, factor: Any) -> MemberState:
+    grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), sums)
+    tx = make_transformation(optimizer, rate, member.weight_decay)
+    updates, inner = tx.update(grads, state.optimizer, state.adapter)
+    return MemberState(optax.apply_updates(state.adapter, updates), inner, state.alive)
+
+
+def _merge_for(member: Member) -> Callable[..., Llama]:
+    def merge(graph: Any, adapter: Any, base: Any) -> Llama:
+        model = _scaled(nnx.merge(graph, adapter, base), member.scale)
+        model.dropout_rate = nnx.data(member.dropout)
+        return model
+
+    return merge
+
+
+def _scaled(model: Llama, scale: jax.Array) -> Llama:
+    """The model whose adapters have this scale; a layer's slice of it is a scalar."""
+    for name in LINEARS:
+        layer = lora.linear(model, name)
+        if layer.lora_a is not None:
+            layer.lora_scale = nnx.data(jnp.broadcast_to(scale, (model.config.L,)))
+    return model
