@@ -43,6 +43,8 @@ COMPARE = flags.DEFINE_integer(
     "compare_single", 0, "Afterwards, time so many points in one process each, and in a warm loop, against the packs."
 )
 
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+
 
 def main() -> int:
     import jax
@@ -82,8 +84,7 @@ def _run(points: "Points", chosen: "list[Point]") -> int:
     from qlora_jax.sweep.packs import missing
     from qlora_jax.sweep.view import View
 
-    assert WORKDIR.value is not None
-    workdir = Path(WORKDIR.value)
+    workdir = Path(WORKDIR.value or "")
     ledger = Ledger(workdir)
     try:
         _enter(ledger, points)
@@ -110,19 +111,19 @@ def _run(points: "Points", chosen: "list[Point]") -> int:
     return status
 
 
-def _enter(ledger: "Ledger", points: "Points") -> None:
-    """The grid into the ledger, and what it is run with."""
+def _enter(ledger: "Ledger", points: "Points | None") -> None:
+    """The grid into the ledger (of a search there is none), and what it is run with."""
     import platform
 
     from experiments.versions import commit, installed
 
-    added = ledger.add(points.points)
+    added = 0 if points is None else ledger.add(points.points)
     again = ledger.retry_failed() if RETRY_FAILED.value else 0
     ledger.set_meta(
         {
             "config_file": Path(cli.config_path()).read_text(encoding="utf-8"),
             "config_path": cli.config_path(),
-            "groups": points.groups,
+            "groups": {} if points is None else points.groups,
             "versions": installed(("flax", "optax", "ray", "numpy")),
             "python": platform.python_version(),
             "commit": commit(),
@@ -144,10 +145,9 @@ def _is_missing(ledger: "Ledger", points: "list[Point]") -> bool:
 
 
 def _packs(points: "list[Point]", limit: int) -> "list[Pack]":
-    from qlora_jax.train.pack import pack_key
-
     from qlora_jax.sweep.cost import pack_bytes
     from qlora_jax.sweep.packs import make_packs
+    from qlora_jax.train.pack import pack_key
 
     return make_packs(points, pack_key, PACK_SIZE.value, pack_bytes, limit)
 
@@ -165,27 +165,39 @@ def _workers() -> int:
     return 1 if EXECUTOR.value == "local" else WORKERS.value or len(os.sched_getaffinity(0))
 
 
-def _executor() -> "tuple[Executor, PlannedGpu | None]":
+def _make_runner() -> Any:
     from functools import partial
+
+    from qlora_jax.sweep import runner
+
+    return partial(runner.make_runner, KEEP_ADAPTERS.value)
+
+
+def _compiled() -> dict[str, str]:
+    """Where this machine's workers keep compiled programs: for each other, and for a sweep that goes on."""
+    here = str(Path(WORKDIR.value or "").absolute() / "compiled")
+    return {} if RAY_ADDRESS.value else {_CACHE: os.environ.get(_CACHE, here)}
+
+
+def _executor() -> "tuple[Executor, PlannedGpu | None]":
+    import jax
 
     from qlora_jax.errors import InputError
     from qlora_jax.plan.gpus import planned_gpu
-    from qlora_jax.sweep import runner
-
-    make_runner = partial(runner.make_runner, KEEP_ADAPTERS.value)
 
     if EXECUTOR.value == "local":
         from qlora_jax.sweep.local import LocalExecutor
 
         if RAY_ADDRESS.value:
             raise InputError("--ray_address goes with --executor=ray")
-        return LocalExecutor(make_runner), None
+        jax.config.update("jax_compilation_cache_dir", _compiled()[_CACHE])
+        return LocalExecutor(_make_runner()), None
     from qlora_jax.sweep.cluster import RayExecutor, connect
 
     connect(RAY_ADDRESS.value, _workers())
-    executor = RayExecutor(make_runner, WORKERS.value)
+    executor = RayExecutor(_make_runner(), WORKERS.value, _compiled())
     kind, count = executor.devices()
-    print(f"Ray: {count} {kind}{'s' * (count != 1)} on {RAY_ADDRESS.value or 'this machine'}")
+    print(f"Ray: {count} {kind}{'s' * (count != 1)} on {RAY_ADDRESS.value or 'this machine'}", flush=True)
     if kind == "CPU":
         return executor, None
     if not GPU.value:
@@ -260,10 +272,38 @@ def _compare(points: "list[Point]", state: "State") -> None:
         print(line)
 
 
-def _search(space: Any) -> int:
-    from qlora_jax.sweep.search import run_search
+def _search(search: Any) -> int:
+    """Ray Tune's trials instead of a grid's packs."""
+    from qlora_jax.errors import InputError
+    from qlora_jax.sweep.check import check_points
+    from qlora_jax.sweep.cluster import RayExecutor
+    from qlora_jax.sweep.grid import expand, fixed
+    from qlora_jax.sweep.ledger import Ledger
+    from qlora_jax.sweep.search import check_search, run_search
 
-    raise NotImplementedError(run_search, space)
+    check_search(search, CONFIG.value)
+    base = expand(CONFIG.value, fixed({}))
+    check_points(base.points, "gpu" if GPU.value else "cpu")
+    print(f"a search of {search.trials} trials for the least {search.metric} over {', '.join(search.space)}")
+    if DRY_RUN.value:
+        return 0
+    if EXECUTOR.value == "local":
+        raise InputError("a search runs in Ray Tune: leave --executor=ray")
+    workdir = Path(WORKDIR.value or "")
+    ledger = Ledger(workdir)
+    try:
+        _enter(ledger, None)
+        executor, _ = _executor()
+        assert isinstance(executor, RayExecutor)
+        try:
+            run_search(CONFIG.value, search, ledger, _make_runner(), workdir, executor.devices(), _compiled())
+        finally:
+            executor.close()
+        for digest, axes, value in ledger.best(search.metric, 3):
+            print(f"{search.metric} {value:.4f}: {axes} ({digest[:12]})")
+        return _end(ledger, None)
+    finally:
+        ledger.close()
 
 
 def _refuse_hidden_overrides(path: str, grid: Any) -> None:

@@ -50,16 +50,20 @@ def connect(address: str | None, workers: int) -> None:
         raise InputError(f"{where}: {describe(error)}") from error
 
 
+def prepare_worker(environment: Mapping[str, str], on_gpu: bool) -> None:
+    """Sets what JAX and numpy's libraries read when they start."""
+    os.environ.update(environment)
+    if not on_gpu:
+        os.environ.update(_ONE_THREAD | {"JAX_PLATFORMS": "cpu"})
+
+
 class _Trainer:
     """The actor. One thread trains, another answers `news`."""
 
     def __init__(self, make_runner: MakeRunner, environment: Mapping[str, str]):
         import ray
 
-        on_gpu = bool(ray.get_gpu_ids())
-        os.environ.update(environment)
-        if not on_gpu:
-            os.environ.update(_ONE_THREAD | {"JAX_PLATFORMS": "cpu"})
+        prepare_worker(environment, bool(ray.get_gpu_ids()))
         self._make_runner = make_runner
         self._run: Any = None
         self._rows: list[tuple[int, dict[str, Any]]] = []

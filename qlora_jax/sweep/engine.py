@@ -274,9 +274,13 @@ class _Driver:
 
 def _metrics(pack: Pack, rows: Rows) -> list[Row]:
     hashes = pack.hashes
+    return [found for member, row in rows for found in row_metrics(hashes[member], row)]
+
+
+def row_metrics(digest: str, row: dict[str, Any]) -> list[Row]:
+    """A row of metrics.jsonl as the ledger has it: numbers that the config does not say and no clock measured."""
     return [
-        Row(hashes[member], row["step"], name, float(value))
-        for member, row in rows
+        Row(digest, row["step"], name, float(value))
         for name, value in row.items()
         if name not in _LEFT_OUT and isinstance(value, int | float)
     ]
