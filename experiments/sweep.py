@@ -36,7 +36,8 @@ RAY_ADDRESS = flags.DEFINE_string(
 )
 WORKERS = flags.DEFINE_integer("workers", 0, "Packs at a time at most; 0 is one a GPU, or one a CPU without GPUs.")
 GPU = flags.DEFINE_string("gpu", None, "The cards the sweep runs on, as plan names them: what packs must fit.")
-KEEP_ADAPTERS = flags.DEFINE_bool("keep_adapters", False, "Keep every point's folder: workdir/packs/NAME/members/HASH.")
+PACKS = flags.DEFINE_string("packs", None, "Folder of packs, which all nodes must see; default: WORKDIR/packs.")
+KEEP_ADAPTERS = flags.DEFINE_bool("keep_adapters", False, "Keep every point's folder: PACKS/NAME/members/HASH.")
 RETRY_FAILED = flags.DEFINE_bool("retry_failed", False, "Run failed points again.")
 EXPORT = flags.DEFINE_string("export", None, "Also write points, metrics and attempts to this folder, Parquet and CSV.")
 COMPARE = flags.DEFINE_integer(
@@ -84,31 +85,28 @@ def _run(points: "Points", chosen: "list[Point]") -> int:
     from qlora_jax.sweep.packs import missing
     from qlora_jax.sweep.view import View
 
-    workdir = Path(WORKDIR.value or "")
-    ledger = Ledger(workdir)
+    ledger = Ledger(Path(WORKDIR.value or ""))
     try:
         _enter(ledger, points)
         if not _is_missing(ledger, chosen):
             print("nothing is missing")
-            return _end(ledger, None)
+            return _end(ledger, None, _packs(chosen, _limit(None)))
         executor, gpu = _executor()
         try:
-            left = missing(_packs(chosen, _limit(gpu)), ledger.statuses())
+            packs = _packs(chosen, _limit(gpu))
+            left = missing(packs, ledger.statuses())
             print(f"running {sum(len(pack.points) for pack in left):,} points in {len(left):,} packs", flush=True)
             with _StopOnSigterm() as stop:
-                state = run_packs(left, ledger, executor, workdir, View(), lambda: stop.is_set)
+                state = run_packs(left, ledger, executor, _packs_folder(), View(), lambda: stop.is_set)
         except Stopped:
             counts = ledger.counts()
             print(f"stopped by SIGTERM: {counts['done']:,} points are done; the same command goes on from there")
             return 143
         finally:
             executor.close()
-        status = _end(ledger, state)
+        return _end(ledger, state, packs)
     finally:
         ledger.close()
-    if COMPARE.value:
-        _compare(chosen, state)
-    return status
 
 
 def _enter(ledger: "Ledger", points: "Points | None") -> None:
@@ -163,6 +161,10 @@ def _limit(gpu: "PlannedGpu | None") -> int:
 def _workers() -> int:
     """On this machine without GPUs."""
     return 1 if EXECUTOR.value == "local" else WORKERS.value or len(os.sched_getaffinity(0))
+
+
+def _packs_folder() -> Path:
+    return Path(PACKS.value or Path(WORKDIR.value or "") / "packs").absolute()
 
 
 def _make_runner() -> Any:
@@ -244,9 +246,10 @@ def _forecast(points: "Points", chosen: "list[Point]") -> None:
     print(as_text(header, rows))
 
 
-def _end(ledger: "Ledger", state: "State | None") -> int:
-    """The summary; the exit status."""
+def _end(ledger: "Ledger", state: "State | None", packs: "list[Pack]") -> int:
+    """The summary; the exit status. `packs` are those of the grid, `state` what has just run of them."""
     from qlora_jax.evaluate.tables import as_text
+    from qlora_jax.sweep.compare import compare
 
     counts = ledger.counts()
     rows = [[status, f"{count:,}"] for status, count in counts.items() if count]
@@ -262,14 +265,10 @@ def _end(ledger: "Ledger", state: "State | None") -> int:
         from qlora_jax.sweep.tabulate import export
 
         print(f"written: {', '.join(map(str, export(ledger.path, Path(EXPORT.value))))}")
+    if COMPARE.value and packs:
+        rate = None if state is None else state.models_per_minute
+        print("\n".join(compare(packs, COMPARE.value, rate, _workers())))
     return 3 if counts["failed"] else 0
-
-
-def _compare(points: "list[Point]", state: "State") -> None:
-    from qlora_jax.sweep.compare import compare
-
-    for line in compare(points, COMPARE.value, state.models_per_minute, _workers()):
-        print(line)
 
 
 def _search(search: Any) -> int:
@@ -289,19 +288,18 @@ def _search(search: Any) -> int:
         return 0
     if EXECUTOR.value == "local":
         raise InputError("a search runs in Ray Tune: leave --executor=ray")
-    workdir = Path(WORKDIR.value or "")
-    ledger = Ledger(workdir)
+    ledger = Ledger(Path(WORKDIR.value or ""))
     try:
         _enter(ledger, None)
         executor, _ = _executor()
         assert isinstance(executor, RayExecutor)
         try:
-            run_search(CONFIG.value, search, ledger, _make_runner(), workdir, executor.devices(), _compiled())
+            run_search(CONFIG.value, search, ledger, _make_runner(), _packs_folder(), executor.devices(), _compiled())
         finally:
             executor.close()
         for digest, axes, value in ledger.best(search.metric, 3):
             print(f"{search.metric} {value:.4f}: {axes} ({digest[:12]})")
-        return _end(ledger, None)
+        return _end(ledger, None, [])
     finally:
         ledger.close()
 

@@ -15,7 +15,7 @@ from qlora_jax.sweep.packs import Pack
 _POLL_SECONDS = 1.0  # between two questions to a worker how far it is
 _STORE_BYTES = 128 * 2**20  # of Ray's object store: configs and rows pass through it, no arrays
 # a worker on a CPU has one of them; read by XLA's thread pool and by numpy's libraries when they start
-_ONE_THREAD = {"NPROC": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+ONE_THREAD = {"NPROC": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 _RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -54,7 +54,7 @@ def prepare_worker(environment: Mapping[str, str], on_gpu: bool) -> None:
     """Sets what JAX and numpy's libraries read when they start."""
     os.environ.update(environment)
     if not on_gpu:
-        os.environ.update(_ONE_THREAD | {"JAX_PLATFORMS": "cpu"})
+        os.environ.update(ONE_THREAD | {"JAX_PLATFORMS": "cpu"})
 
 
 class _Trainer:

@@ -86,13 +86,14 @@ def run_search(
     search: Search,
     ledger: Ledger,
     make_runner: MakeRunner,
-    workdir: Path,
+    folder: Path,
     devices: tuple[str, int],
     environment: Mapping[str, str] | None = None,
 ) -> None:
     """Runs what is missing of the search's trials on the Ray that `cluster.connect` joined.
 
     Args:
+      folder: for what trials and Tune write.
       devices: of RayExecutor.devices(); a trial has one.
       environment: variables to set in the workers before they import JAX.
     """
@@ -130,7 +131,7 @@ def run_search(
         grace_period=search.grace_steps,
         reduction_factor=search.reduction,
     )
-    trainable = _trainable(config, search, make_runner, str(workdir), dict(environment or {}), kind == "GPU")
+    trainable = _trainable(config, search, make_runner, str(folder.absolute()), dict(environment or {}), kind == "GPU")
     tuner = tune.Tuner(
         tune.with_resources(trainable, {"cpu": 1, "gpu": 1 if kind == "GPU" else 0}),
         tune_config=tune.TuneConfig(
@@ -140,7 +141,7 @@ def run_search(
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
-            storage_path=str((workdir / "tune").absolute()), verbose=0, callbacks=[_keeper(config, search, ledger)]
+            storage_path=str((folder / "tune").absolute()), verbose=0, callbacks=[_keeper(config, search, ledger)]
         ),
     )
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
@@ -175,7 +176,7 @@ def _distribution(domain: Domain) -> Any:
 
 
 def _trainable(
-    config: ConfigDict, search: Search, make_runner: MakeRunner, workdir: str, environment: dict[str, str], on_gpu: bool
+    config: ConfigDict, search: Search, make_runner: MakeRunner, packs: str, environment: dict[str, str], on_gpu: bool
 ) -> Any:
     """A function for Tune; nested, so that it is sent by value and the runner stays in the process."""
     warm: dict[str, Any] = {}
@@ -201,7 +202,7 @@ def _trainable(
                 rows.clear()
 
         try:
-            trained = warm["run"]([point.config], Path(workdir) / "packs" / point.hash[:12], on_row)[0]
+            trained = warm["run"]([point.config], Path(packs) / point.hash[:12], on_row)[0]
         except Exception as error:  # the trial is failed, not the process
             trained = Trained(None, describe(error))
         last = (trained.result or {}).get(_FINAL[search.metric])

@@ -6,7 +6,7 @@ from qlora_jax.sweep.grid import axis, chain, group, product
 
 def get_config():
     c = quickstart.get_config()
-    c.data.max_examples = 24
+    c.data.max_examples, c.data.eval_path, c.data.eval_examples = 24, "", 4
     c.train.steps, c.train.batch_size, c.optimizer.warmup_steps = 3, 4, 0
     c.eval.every = 0
     return c.lock()
