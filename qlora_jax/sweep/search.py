@@ -119,7 +119,7 @@ def run_search(
         space={key: _distribution(domain) for key, domain in search.space.items()},
         metric=search.metric,
         mode="min",
-        seed=search.seed,
+        seed=search.seed + len(past),  # the same seed would propose the same points again
         points_to_evaluate=[point for point, _ in observed] or None,
         evaluated_rewards=[value for _, value in observed] or None,
     )
