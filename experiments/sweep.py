@@ -44,8 +44,6 @@ COMPARE = flags.DEFINE_integer(
     "compare_single", 0, "Afterwards, time so many points in one process each, and in a warm loop, against the packs."
 )
 
-_CACHE = "JAX_COMPILATION_CACHE_DIR"
-
 
 def main() -> int:
     import jax
@@ -175,10 +173,10 @@ def _make_runner() -> Any:
     return partial(runner.make_runner, KEEP_ADAPTERS.value)
 
 
-def _compiled() -> dict[str, str]:
+def _cache() -> str:
     """Where this machine's workers keep compiled programs: for each other, and for a sweep that goes on."""
     here = str(Path(WORKDIR.value or "").absolute() / "compiled")
-    return {} if RAY_ADDRESS.value else {_CACHE: os.environ.get(_CACHE, here)}
+    return "" if RAY_ADDRESS.value else os.environ.get("JAX_COMPILATION_CACHE_DIR", here)
 
 
 def _executor() -> "tuple[Executor, PlannedGpu | None]":
@@ -192,12 +190,12 @@ def _executor() -> "tuple[Executor, PlannedGpu | None]":
 
         if RAY_ADDRESS.value:
             raise InputError("--ray_address goes with --executor=ray")
-        jax.config.update("jax_compilation_cache_dir", _compiled()[_CACHE])
+        jax.config.update("jax_compilation_cache_dir", _cache())
         return LocalExecutor(_make_runner()), None
     from qlora_jax.sweep.cluster import RayExecutor, connect
 
     connect(RAY_ADDRESS.value, _workers())
-    executor = RayExecutor(_make_runner(), WORKERS.value, _compiled())
+    executor = RayExecutor(_make_runner(), WORKERS.value, _cache())
     kind, count = executor.devices()
     print(f"Ray: {count} {kind}{'s' * (count != 1)} on {RAY_ADDRESS.value or 'this machine'}", flush=True)
     if kind == "CPU":
@@ -294,7 +292,7 @@ def _search(search: Any) -> int:
         executor, _ = _executor()
         assert isinstance(executor, RayExecutor)
         try:
-            run_search(CONFIG.value, search, ledger, _make_runner(), _packs_folder(), executor.devices(), _compiled())
+            run_search(CONFIG.value, search, ledger, _make_runner(), _packs_folder(), executor.devices(), _cache())
         finally:
             executor.close()
         for digest, axes, value in ledger.best(search.metric, 3):

@@ -88,14 +88,14 @@ def run_search(
     make_runner: MakeRunner,
     folder: Path,
     devices: tuple[str, int],
-    environment: Mapping[str, str] | None = None,
+    cache: str = "",
 ) -> None:
     """Runs what is missing of the search's trials on the Ray that `cluster.connect` joined.
 
     Args:
       folder: for what trials and Tune write.
       devices: of RayExecutor.devices(); a trial has one.
-      environment: variables to set in the workers before they import JAX.
+      cache: of cluster.prepare_worker.
     """
     import optuna
     from ray import tune
@@ -131,7 +131,7 @@ def run_search(
         grace_period=search.grace_steps,
         reduction_factor=search.reduction,
     )
-    trainable = _trainable(config, search, make_runner, str(folder.absolute()), dict(environment or {}), kind == "GPU")
+    trainable = _trainable(config, search, make_runner, str(folder.absolute()), cache, kind == "GPU")
     tuner = tune.Tuner(
         tune.with_resources(trainable, {"cpu": 1, "gpu": 1 if kind == "GPU" else 0}),
         tune_config=tune.TuneConfig(
@@ -176,7 +176,7 @@ def _distribution(domain: Domain) -> Any:
 
 
 def _trainable(
-    config: ConfigDict, search: Search, make_runner: MakeRunner, packs: str, environment: dict[str, str], on_gpu: bool
+    config: ConfigDict, search: Search, make_runner: MakeRunner, packs: str, cache: str, on_gpu: bool
 ) -> Any:
     """A function for Tune; nested, so that it is sent by value and the runner stays in the process."""
     warm: dict[str, Any] = {}
@@ -190,7 +190,7 @@ def _trainable(
         if os.path.isdir(folder):  # Tune starts trials in folders of their own, but configs name files from here
             os.chdir(folder)
         if not warm:
-            prepare_worker(environment, on_gpu)
+            prepare_worker(cache, on_gpu)
             warm["run"] = make_runner()
         point = _point(config, search, encoded)
         rows: list[dict[str, Any]] = []
