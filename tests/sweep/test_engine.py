@@ -186,3 +186,9 @@ def test_without_ray_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
     with pytest.raises(InputError, match=r"\[sweep\].*--executor=local"):
         connect(None, 1)
+
+
+def test_a_cluster_that_is_not_there():
+    pytest.importorskip("ray")
+    with pytest.raises(InputError, match="--ray_address=127.0.0.1:1: ConnectionRefusedError"):
+        connect("127.0.0.1:1", 1)
