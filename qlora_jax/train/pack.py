@@ -5,9 +5,10 @@
     export_member(results[0], Path("adapter"))
 
 A pack's members share what `pack_key` says. On CPUs they take their steps one after the other inside one program: then
-each has the bits of a run of its own, in float32, where its rank and layers are the pack's largest and its batches are
-as long as the longest of the step; else sums have more zeros in them and may round otherwise. Elsewhere all members'
-rows go through each product at once: the base is read and dequantized once for all, and sums round as the device does.
+each has the bits of a run of its own, in float32, where its rank and layers are the pack's largest, its batches are as
+long as the longest of the step, and all or none drop out; else sums are over more zeros and may round otherwise.
+Elsewhere all members' rows go through each product at once: the base is read and dequantized once for all, and sums
+round as the device does.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,8 +42,8 @@ def train_pack(
 
     Args:
       configs: as configs/base.py, equal in what `pack_key` hashes but for row lengths and having dropout at all.
-      workdir: the pack's folder: config.json, metrics.jsonl (rows name their member's hash) and checkpoints/. None
-        keeps everything in memory.
+      workdir: the pack's folder: config.json, members.json (the configs), metrics.jsonl (rows name their member's hash)
+        and checkpoints/. None keeps everything in memory.
       say: takes lines for the user.
       on_row: takes (member, row) as training goes; rows are those of a run's metrics.jsonl. `seconds` is a member's
         share of its step.

@@ -87,14 +87,13 @@ def make_steps(graph: Any, optimizer: Any, loss_chunk: int, has_dropout: bool, o
                 sums, metrics = gradient(state.adapter, base, tokens[k], masks[k], key)
                 sums, metrics = jax.lax.optimization_barrier((sums, metrics))  # rounds as a program of its own
                 finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
-                update = lambda state: _update(optimizer, state, member, rates[k], sums, metrics.factor)  # noqa: E731
-                new = jax.lax.cond(finite, update, lambda state: state, state)
+                update = lambda: _update(optimizer, state, member, rates[k], sums, metrics.factor)  # noqa: E731
+                new = _either(over, finite, update, lambda: state)
                 return new._replace(alive=finite), (metrics.loss, metrics.grad_norm, metrics.target_tokens)
 
-            def stay(state: MemberState) -> tuple[MemberState, tuple[jax.Array, ...]]:
-                return state, (jnp.float32(0),) * 3
-
-            state, row = jax.lax.cond(state.alive & (first + k < member.steps), advance, stay, state)
+            takes = state.alive & (first + k < member.steps)
+            nothing = (jnp.float32(0),) * 3
+            state, row = _either(over, takes, lambda: advance(state), lambda: (state, nothing))
             return state, Taken(*(column.at[k].set(value) for column, value in zip(taken, row, strict=True)))
 
         start = Taken(*[jnp.zeros(len(rates), jnp.float32)] * 3)
@@ -122,7 +121,7 @@ def make_pack_evaluation(graph: Any, loss_chunk: int, over: str) -> Callable[...
             hidden, _ = model(tokens)
             return summed_loss_and_hits(hidden, model.head_weight(), tokens, mask, loss_chunk)
 
-        return jax.lax.cond(wanted, evaluate, lambda: (jnp.float32(0),) * 3)
+        return _either(over, wanted, evaluate, lambda: (jnp.float32(0),) * 3)
 
     def evaluation(adapter, base, scale, wanted, tokens, mask):
         each = lambda arrays: one(arrays[0], base, arrays[1], arrays[2], tokens, mask)  # noqa: E731
@@ -138,6 +137,13 @@ def initial_optimizer(optimizer: Any, adapter: Any) -> Any:
 
 def _over(how: str, function: Callable[[Any], Any], arrays: Any) -> Any:
     return jax.lax.map(function, arrays) if how == "map" else jax.vmap(function)(arrays)
+
+
+def _either(over: str, condition: jax.Array, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+    """One of two; where members go side by side both are computed, for lax.cond would make a base for each member."""
+    if over == "map":
+        return jax.lax.cond(condition, then, otherwise)
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), then(), otherwise())
 
 
 def _update(optimizer: Any, state: MemberState, member: Member, rate: jax.Array, sums: Any, factor: Any) -> MemberState:
