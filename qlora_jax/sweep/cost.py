@@ -6,10 +6,8 @@
     shared     two dequantized weights
 
 plan/pack.py compiles a pack's program for the GPU and knows better, at a minute or more a pack; a grid has hundreds.
-Held against it (rank 64, 1 x 576 tokens, an H100), GB here and by XLA's buffers: Llama 7B alone 7.1 and 6.9, packs of 4
-38.8 and 36.8, of 8 73.6 and 69.2; Llama 3 8B, packs of 4, 46.9 and 46.9. In packs XLA keeps old and new state, gradients
-and their sums beside each other, 48 bytes a parameter with AdamW where a run alone takes 16, and several copies of the
-logits: so members of packs count _STACKED and _STACKED_LOGITS times, which these three packs gave.
+Held against it (rank 64, 1 x 576 tokens, an H100), GB here and by XLA's buffers: Llama 7B alone 7.1 and 6.9, packs of 8
+33.4 and 32.6; Llama 3 8B, packs of 4, 22.3 and 22.1. A pack's program holds one more copy of the adapters.
 
 A step's time is the roofline's (plan/roofline.py) of the pack's rows together, its bytes of the base once. Compilation,
 loading, data and evaluation are not in it. No pack has run on a GPU yet.
@@ -40,8 +38,7 @@ from qlora_jax.train.memory import host_memory_bytes
 
 # bytes of optimizer state a parameter; 8-bit moments with their scales
 _STATE = {"adamw": 8.0, "lion": 4.0, "adamw8bit": 2.1, "lion8bit": 1.1, "sgd": 4.0}
-_STACKED = 3.1  # copies of adapter, gradient and optimizer state that a pack's program holds
-_STACKED_LOGITS = 5  # of a chunk's logits
+_STACKED = 4  # bytes a parameter that a pack's program holds beside adapters, gradients and state
 _HOST_SHARE, _PROCESS_BYTES = 0.8, 10**9  # of the host's memory; interpreter, JAX and data of a worker
 _SECTIONS = ("model", "quant", "lora", "data", "train", "eval")
 # keys that change no size: members that differ in these alone share what is computed here
@@ -63,7 +60,6 @@ class _Shape:
     weights: int  # of the linear layers
     itemsize: int  # of activations
     activation_bytes: int  # of a member
-    logits_bytes: int  # of a member
     shared_bytes: int
 
 
@@ -88,7 +84,7 @@ def _shape(text: str) -> _Shape:
     inputs = config.L * rows * config.D * itemsize if model.remat == "block" else 2 * rows * config.D * itemsize
     logits = 4 * min(plain["train"]["loss_chunk"], rows) * config.V
     largest = max(math.prod(sizes(config, letters)) for letters in LINEARS.values())
-    return _Shape(spec, base, packed, weights, itemsize, inputs + max(kept, 1) * layer, logits, 2 * largest * itemsize)
+    return _Shape(spec, base, packed, weights, itemsize, inputs + max(kept, 1) * layer + logits, 2 * largest * itemsize)
 
 
 _NEUTRAL = {
@@ -121,15 +117,14 @@ def pack_bytes(points: Sequence[Point]) -> int:
     """Device bytes of a pack at its peak; see above."""
     first = _of(points[0].config)
     rank = max(point.config["lora"]["rank"] for point in points)
-    copies, logits = (_STACKED, _STACKED_LOGITS) if len(points) > 1 else (1.0, 1)
+    stacked = _STACKED if len(points) > 1 else 0
     total = float(first.base_bytes + first.shared_bytes)
     for point in points:
         name = point.config["optimizer"]["name"].removeprefix("paged_")
         if name not in _STATE:
             raise InputError(f"optimizer.name is {name!r}; known: {', '.join(OPTIMIZERS)}")
         shape = _of(point.config)
-        total += copies * (8 + _STATE[name]) * adapter_params(point.config, rank)
-        total += shape.activation_bytes + logits * shape.logits_bytes
+        total += (8 + stacked + _STATE[name]) * adapter_params(point.config, rank) + shape.activation_bytes
     return math.ceil(total)
 
 
