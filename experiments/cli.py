@@ -27,11 +27,11 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from experiments.config_file import REPOSITORY, known_files, load_config, override
+from experiments.config_file import REPOSITORY, call, known_files, load_config, override
 from qlora_jax.errors import InputError
 from qlora_jax.settings import SECTIONS
 
-__all__ = ["config_flag", "load_config", "override", "run"]
+__all__ = ["call", "config_flag", "config_path", "load_config", "override", "run"]
 
 FLAGS = flags.FLAGS
 FLAG = "config"
@@ -45,8 +45,10 @@ class _ConfigParser(flags.ArgumentParser):
 
     def __init__(self, default: str | None) -> None:
         self.default_path = default
+        self.path = ""
 
     def parse(self, argument: str) -> ConfigDict:
+        self.path = argument
         return load_config(argument)
 
     def flag_type(self) -> str:
@@ -62,6 +64,13 @@ def config_flag(default: str | None = None) -> flags.FlagHolder:
     text = "config file; --config.SECTION.KEY=VALUE overrides a key (see configs/base.py for all keys and units)"
     # absl reads a default where the flag is defined, before errors are caught: it is read with the other flags instead
     return flags.DEFINE(_ConfigParser(default), FLAG, None, text)
+
+
+def config_path() -> str:
+    """The file that --config names."""
+    parser = FLAGS[FLAG].parser
+    assert isinstance(parser, _ConfigParser)
+    return parser.path or str(REPOSITORY / (parser.default_path or ""))
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -15,9 +15,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from qlora_jax.errors import InputError
-from qlora_jax.settings import flatten
+from qlora_jax.settings import flatten, nearest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+_MISSING = object()
 BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
@@ -27,24 +28,33 @@ def load_config(path: str) -> ConfigDict:
     Raises:
       InputError: no such file, or a mistake in it, named with file and line.
     """
+    config = call(path, "get_config", _MISSING)
+    if config is _MISSING:
+        raise InputError(f"config file {path}: no function get_config() that returns an ml_collections ConfigDict")
+    if not isinstance(config, ConfigDict):
+        found = type(config).__name__
+        raise InputError(f"config file {path}: get_config() returns {found}, expected a ConfigDict of ml_collections")
+    return config.lock()
+
+
+def call(path: str, function: str, missing: Any = None) -> Any:
+    """Runs the file `path` and returns what its `function` returns, called without arguments; `missing` without one.
+
+    Raises:
+      InputError: no such file, or a mistake in it, named with file and line.
+    """
     if not Path(path).is_file():
         raise InputError(f"config file {path}: no such file{_like(path)}")
     namespace: dict[str, Any] = {"__name__": "config_file", "__file__": path}
     try:
         exec(compile(Path(path).read_bytes(), path, "exec"), namespace)
-        get_config = namespace.get("get_config")
-        if not callable(get_config):
-            raise InputError(f"config file {path}: no function get_config() that returns an ml_collections ConfigDict")
-        config = get_config()
+        found = namespace.get(function)
+        return found() if callable(found) else missing
     except InputError:
         raise
     except Exception as error:
         reason = error.msg if isinstance(error, SyntaxError) else (str(error).splitlines() or ["no reason given"])[0]
         raise InputError(f"config file {_place(error, path)}: {type(error).__name__}: {reason}") from error
-    if not isinstance(config, ConfigDict):
-        found = type(config).__name__
-        raise InputError(f"config file {path}: get_config() returns {found}, expected a ConfigDict of ml_collections")
-    return config.lock()
 
 
 def known_files(*folders: Path) -> list[Path]:
@@ -104,24 +114,6 @@ def override(config: ConfigDict, overrides: Sequence[tuple[str, str]], prefix: s
 
 def _keys_of(keys: Any, section: str) -> list[str]:
     return [key.removeprefix(f"{section}.") for key in keys if key.startswith(f"{section}.")]
-
-
-def nearest(key: str, known: Sequence[str]) -> list[str]:
-    """At most three of the paths `known` that `key` may have meant, same last part first, in any section."""
-    section, _, last = key.rpartition(".")
-    names = {path: path.rpartition(".")[2] for path in known}
-    found = [path for path, name in names.items() if last in (name, _initials(name))]
-    if not found:
-        close = difflib.get_close_matches(last, set(names.values()), n=1, cutoff=0.7)
-        found = [path for path, name in names.items() if name in close]
-    same_section = [path for path in found if path.rpartition(".")[0] == section]
-    return (same_section or found or difflib.get_close_matches(key, known, n=1, cutoff=0.7))[:3]
-
-
-def _initials(name: str) -> str:
-    """Of "learning_rate", "lr"; of a single word, nothing."""
-    words = name.split("_")
-    return "".join(word[:1] for word in words) if len(words) > 1 else ""
 
 
 def _hint(key: str, known: list[str], prefix: str) -> str:

@@ -1,7 +1,9 @@
 """A config as plain values: for JSON, for its hash, and for naming what differs between two."""
 
+import difflib
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -62,3 +64,21 @@ def flatten(config: Any, path: str = "") -> dict[str, Any]:
         else:
             flat[f"{path}{name}"] = value
     return flat
+
+
+def nearest(key: str, known: Sequence[str]) -> list[str]:
+    """At most three of the paths `known` that `key` may have meant, same last part first, in any section."""
+    section, _, last = key.rpartition(".")
+    names = {path: path.rpartition(".")[2] for path in known}
+    found = [path for path, name in names.items() if last in (name, _initials(name))]
+    if not found:
+        close = difflib.get_close_matches(last, set(names.values()), n=1, cutoff=0.7)
+        found = [path for path, name in names.items() if name in close]
+    same_section = [path for path in found if path.rpartition(".")[0] == section]
+    return (same_section or found or difflib.get_close_matches(key, known, n=1, cutoff=0.7))[:3]
+
+
+def _initials(name: str) -> str:
+    """Of "learning_rate", "lr"; of a single word, nothing."""
+    words = name.split("_")
+    return "".join(word[:1] for word in words) if len(words) > 1 else ""

@@ -113,10 +113,11 @@ def _compile_steps(config: Any, spec: RunSpec, model: AbstractModel, gpu: Planne
 def _compile_evaluation(config: Any, spec: RunSpec, model: AbstractModel, gpu: PlannedGpu, A: int, over: str) -> Any:
     assert spec.evaluation is not None
     shape = (spec.evaluation.B, spec.evaluation.T)
+    tokens = _shape(shape, jnp.int32)
     function = make_pack_evaluation(model.graph, config.train.loss_chunk, over)
     arguments = (
         _stacked(model.adapter, A), model.base, _shape((A,), jnp.float32), _shape((A,), jnp.bool_),
-        _shape(shape, jnp.int32), _shape(shape, jnp.bool_), _shape(shape, jnp.int32) if spec.evaluation.packed else None,
+        tokens, _shape(shape, jnp.bool_), tokens if spec.evaluation.packed else None,
     )  # fmt: skip
     return compile_for(gpu, function, *on_gpu(gpu, arguments))
 

@@ -1,0 +1,1 @@
+"""Sweeps: a grid of configs, packs of its points, what runs them, and the ledger of what came out."""

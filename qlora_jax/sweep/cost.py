@@ -1,0 +1,146 @@
+"""What a pack takes on a GPU: bytes and the least time, from its configs alone; nothing is read, loaded or compiled.
+
+    base       packed codes and scales, embeddings, head, norms: once, whatever the pack's size
+    a member   float32 adapter, gradient and optimizer state, at the pack's largest rank, all on the device; block
+               inputs (remat) and one layer's activations of its micro-batch; a chunk of logits
+    shared     two dequantized weights
+
+plan/pack.py compiles a pack's program for the GPU and knows better, at a minute or more a pack; a grid has hundreds.
+Held against it (rank 64, 1 x 576 tokens, an H100), GB here and by XLA's buffers: Llama 7B alone 7.1 and 6.9, packs of 8
+33.4 and 32.6; Llama 3 8B, packs of 4, 22.3 and 22.1. A pack's program holds one more copy of the adapters.
+
+A step's time is the roofline's (plan/roofline.py) of the pack's rows together, its bytes of the base once. Compilation,
+loading, data and evaluation are not in it. No pack has run on a GPU yet.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from qlora_jax.errors import InputError
+from qlora_jax.io.peaks import model_bytes
+from qlora_jax.lora import select_targets
+from qlora_jax.models.attention import chosen
+from qlora_jax.models.llama import LINEARS, sizes
+from qlora_jax.models.sizes import linear_bytes, linear_weights
+from qlora_jax.optim.schedules import OPTIMIZERS
+from qlora_jax.plan.gpus import PlannedGpu
+from qlora_jax.plan.program import BatchShape
+from qlora_jax.plan.roofline import roofline
+from qlora_jax.plan.spec import RunSpec, read_spec
+from qlora_jax.sweep.grid import Point
+from qlora_jax.train.memory import host_memory_bytes
+
+# bytes of optimizer state a parameter; 8-bit moments with their scales
+_STATE = {"adamw": 8.0, "lion": 4.0, "adamw8bit": 2.1, "lion8bit": 1.1, "sgd": 4.0}
+_STACKED = 4  # bytes a parameter that a pack's program holds beside adapters, gradients and state
+_HOST_SHARE, _PROCESS_BYTES = 0.8, 10**9  # of the host's memory; interpreter, JAX and data of a worker
+_SECTIONS = ("model", "quant", "lora", "data", "train", "eval")
+# keys that change no size: members that differ in these alone share what is computed here
+_SIZELESS = {
+    "lora": ("alpha", "dropout", "use_rslora", "init_from", "rank", "targets"),
+    "train": ("seed", "steps", "checkpoint_every", "keep_checkpoints", "log_every"),
+    "data": ("seed", "path", "revision", "format", "train_on_source", "group_by_length", "max_examples"),
+    "eval": ("every",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """Of a config, without its adapter."""
+
+    spec: RunSpec
+    base_bytes: int
+    packed_bytes: int  # codes and scales of the linear layers
+    weights: int  # of the linear layers
+    itemsize: int  # of activations
+    activation_bytes: int  # of a member
+    shared_bytes: int
+
+
+@functools.cache
+def _shape(text: str) -> _Shape:
+    """`text`: JSON of the sections that decide sizes."""
+    plain = json.loads(text)
+    for section, keys in _SIZELESS.items():
+        if section in plain:
+            plain[section] |= {key: _NEUTRAL[key] for key in keys if key in _NEUTRAL}
+    spec = read_spec(ConfigDict(plain))
+    model, batch = spec.model, spec.batch
+    config, itemsize = model.sizes, 2 if model.is_16bit else 4
+    base = model_bytes(config, model.quant, itemsize)
+    packed, _ = linear_bytes(config, model.quant.format, model.quant.block_size, model.quant.double_quant)
+    weights = linear_weights(config)
+    rows = batch.B * batch.T
+    layer = (16 * config.D + 10 * config.F) * rows * itemsize
+    if chosen(model.attention, batch.T) == "xla":
+        layer += 4 * batch.B * config.N * batch.T**2
+    kept = config.L if model.remat == "none" else 0
+    inputs = config.L * rows * config.D * itemsize if model.remat == "block" else 2 * rows * config.D * itemsize
+    logits = 4 * min(plain["train"]["loss_chunk"], rows) * config.V
+    largest = max(math.prod(sizes(config, letters)) for letters in LINEARS.values())
+    return _Shape(spec, base, packed, weights, itemsize, inputs + max(kept, 1) * layer + logits, 2 * largest * itemsize)
+
+
+_NEUTRAL = {
+    "alpha": 1.0, "dropout": 0.0, "use_rslora": False, "init_from": "", "rank": 1, "targets": ["all-linear"],
+    "seed": 0, "steps": 1, "path": "", "revision": "main",
+}  # fmt: skip
+
+
+def _of(plain: dict[str, Any]) -> _Shape:
+    kept = {
+        section: {key: value for key, value in plain[section].items() if key not in _SIZELESS.get(section, ())}
+        for section in _SECTIONS
+    }
+    return _shape(json.dumps(kept, sort_keys=True))
+
+
+@functools.cache
+def _adapter_width(shape: _Shape, targets: tuple[str, ...]) -> int:
+    """Parameters of an adapter of rank 1."""
+    config = shape.spec.model.sizes
+    return config.L * sum(sum(sizes(config, LINEARS[name])) for name in select_targets(targets, config.L))
+
+
+def adapter_params(plain: dict[str, Any], rank: int | None = None) -> int:
+    lora = plain["lora"]
+    return (rank or lora["rank"]) * _adapter_width(_of(plain), tuple(lora["targets"]))
+
+
+def pack_bytes(points: Sequence[Point]) -> int:
+    """Device bytes of a pack at its peak; see above."""
+    first = _of(points[0].config)
+    rank = max(point.config["lora"]["rank"] for point in points)
+    stacked = _STACKED if len(points) > 1 else 0
+    total = float(first.base_bytes + first.shared_bytes)
+    for point in points:
+        name = point.config["optimizer"]["name"].removeprefix("paged_")
+        if name not in _STATE:
+            raise InputError(f"optimizer.name is {name!r}; known: {', '.join(OPTIMIZERS)}")
+        shape = _of(point.config)
+        total += (8 + stacked + _STATE[name]) * adapter_params(point.config, rank) + shape.activation_bytes
+    return math.ceil(total)
+
+
+def pack_seconds(points: Sequence[Point], gpu: PlannedGpu) -> float:
+    """Least seconds of a pack's steps on `gpu`: of its longest member, at its largest rank, all members throughout."""
+    shape = _of(points[0].config)
+    rank = max(point.config["lora"]["rank"] for point in points)
+    params = max(adapter_params(point.config, rank) for point in points)
+    steps = max(point.config["train"]["steps"] for point in points)
+    batch = shape.spec.batch
+    rows = dataclasses.replace(shape.spec, batch=BatchShape(batch.G, batch.B * len(points), batch.T))
+    time = roofline(rows, gpu, shape.packed_bytes, shape.weights, params, 0)
+    others = 24 * params * (len(points) - 1) / gpu.bytes_per_second  # their optimizers
+    return steps * (time.seconds + others)
+
+
+def host_limit(workers: int) -> int:
+    """Bytes that a pack may take of this machine's memory, where `workers` processes share it."""
+    return max(int(_HOST_SHARE * host_memory_bytes() / workers) - _PROCESS_BYTES, 0)
