@@ -59,8 +59,7 @@ def test_every_import_is_a_dependency() -> None:
     extras = parser["options.extras_require"]
     optional = ("sentencepiece", "triton", "eval", "sweep", "tensorboard")
     text = parser["options"]["install_requires"] + "".join(extras[name] for name in optional)
-    distributions = {canonical(re.split(r"[\[<>=]", line)[0]) for line in text.split("
-") if line.strip()}
+    distributions = {canonical(re.split(r"[\[<>=]", line)[0]) for line in text.split("\n") if line.strip()}
     of_module = {"absl": "absl-py", "orbax": "orbax-checkpoint", "jaxlib": "jax"}
     own = {"qlora_jax", "pallas_kernels", "experiments", "configs"}
     imported: set[str] = set()
