@@ -49,7 +49,6 @@ class ModelFlags:
 
         Raises InputError for a folder, an adapter or a quantization that does not fit.
         """
-        import jax
         from tqdm import tqdm
 
         from qlora_jax.io.folder import resolve
@@ -63,7 +62,7 @@ class ModelFlags:
         adapter = resolve(self.adapter.value) if self.adapter.value else None
         if adapter is not None:
             read_config(adapter)  # a mistake here shows before minutes of loading
-        dtype = self.compute_dtype.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        dtype = self._dtype()
         with tqdm(desc="loading", unit="tensor", leave=False, delay=2) as bar:
 
             def progress(done: int, total: int) -> None:
@@ -78,6 +77,29 @@ class ModelFlags:
         stored_as = "not quantized" if spec.format == "none" else str(spec)
         print(f"model: {name_of(folder)}, {stored_as}, computing in {dtype}{tuned}", file=sys.stderr)
         return Loaded(folder, model, quant_name(spec))
+
+    def identity(self) -> dict[str, str | int | None]:
+        """What the flags stand for, as far as results depend on it, without loading it.
+
+        Raises InputError for a folder, an adapter or a quantization that is not there.
+        """
+        from qlora_jax.io.fingerprint import fingerprint
+        from qlora_jax.io.folder import resolve
+
+        folder = self.folder()
+        spec = self._spec(folder)
+        return {
+            "model_files": fingerprint(folder),
+            "adapter_files": fingerprint(resolve(self.adapter.value)) if self.adapter.value else None,
+            "quant": quant_name(spec),
+            "block_size": None if spec.format == "none" else spec.block_size,
+            "compute_dtype": self._dtype(),
+        }
+
+    def _dtype(self) -> str:
+        import jax
+
+        return self.compute_dtype.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
     def _check_kernel(self) -> None:
         import jax
