@@ -36,7 +36,8 @@ RAY_ADDRESS = flags.DEFINE_string(
 )
 WORKERS = flags.DEFINE_integer("workers", 0, "Packs at a time at most; 0 is one a GPU, or one a CPU without GPUs.")
 GPU = flags.DEFINE_string("gpu", None, "The cards the sweep runs on, as plan names them: what packs must fit.")
-KEEP_ADAPTERS = flags.DEFINE_bool("keep_adapters", False, "Keep every point's folder: workdir/packs/NAME/members/HASH.")
+PACKS = flags.DEFINE_string("packs", None, "Folder of packs, which all nodes must see; default: WORKDIR/packs.")
+KEEP_ADAPTERS = flags.DEFINE_bool("keep_adapters", False, "Keep every point's folder: PACKS/NAME/members/HASH.")
 RETRY_FAILED = flags.DEFINE_bool("retry_failed", False, "Run failed points again.")
 EXPORT = flags.DEFINE_string("export", None, "Also write points, metrics and attempts to this folder, Parquet and CSV.")
 COMPARE = flags.DEFINE_integer(
@@ -82,47 +83,43 @@ def _run(points: "Points", chosen: "list[Point]") -> int:
     from qlora_jax.sweep.packs import missing
     from qlora_jax.sweep.view import View
 
-    assert WORKDIR.value is not None
-    workdir = Path(WORKDIR.value)
-    ledger = Ledger(workdir)
+    ledger = Ledger(Path(WORKDIR.value or ""))
     try:
         _enter(ledger, points)
         if not _is_missing(ledger, chosen):
             print("nothing is missing")
-            return _end(ledger, None)
+            return _end(ledger, None, _packs(chosen, _limit(None)))
         executor, gpu = _executor()
         try:
-            left = missing(_packs(chosen, _limit(gpu)), ledger.statuses())
+            packs = _packs(chosen, _limit(gpu))
+            left = missing(packs, ledger.statuses())
             print(f"running {sum(len(pack.points) for pack in left):,} points in {len(left):,} packs", flush=True)
             with _StopOnSigterm() as stop:
-                state = run_packs(left, ledger, executor, workdir, View(), lambda: stop.is_set)
+                state = run_packs(left, ledger, executor, _packs_folder(), View(), lambda: stop.is_set)
         except Stopped:
             counts = ledger.counts()
             print(f"stopped by SIGTERM: {counts['done']:,} points are done; the same command goes on from there")
             return 143
         finally:
             executor.close()
-        status = _end(ledger, state)
+        return _end(ledger, state, packs)
     finally:
         ledger.close()
-    if COMPARE.value:
-        _compare(chosen, state)
-    return status
 
 
-def _enter(ledger: "Ledger", points: "Points") -> None:
-    """The grid into the ledger, and what it is run with."""
+def _enter(ledger: "Ledger", points: "Points | None") -> None:
+    """The grid into the ledger (of a search there is none), and what it is run with."""
     import platform
 
     from experiments.versions import commit, installed
 
-    added = ledger.add(points.points)
+    added = 0 if points is None else ledger.add(points.points)
     again = ledger.retry_failed() if RETRY_FAILED.value else 0
     ledger.set_meta(
         {
             "config_file": Path(cli.config_path()).read_text(encoding="utf-8"),
             "config_path": cli.config_path(),
-            "groups": points.groups,
+            "groups": {} if points is None else points.groups,
             "versions": installed(("flax", "optax", "ray", "numpy")),
             "python": platform.python_version(),
             "commit": commit(),
@@ -144,10 +141,9 @@ def _is_missing(ledger: "Ledger", points: "list[Point]") -> bool:
 
 
 def _packs(points: "list[Point]", limit: int) -> "list[Pack]":
-    from qlora_jax.train.pack import pack_key
-
     from qlora_jax.sweep.cost import pack_bytes
     from qlora_jax.sweep.packs import make_packs
+    from qlora_jax.train.pack import pack_key
 
     return make_packs(points, pack_key, PACK_SIZE.value, pack_bytes, limit)
 
@@ -165,27 +161,43 @@ def _workers() -> int:
     return 1 if EXECUTOR.value == "local" else WORKERS.value or len(os.sched_getaffinity(0))
 
 
-def _executor() -> "tuple[Executor, PlannedGpu | None]":
+def _packs_folder() -> Path:
+    return Path(PACKS.value or Path(WORKDIR.value or "") / "packs").absolute()
+
+
+def _make_runner() -> Any:
     from functools import partial
+
+    from qlora_jax.sweep import runner
+
+    return partial(runner.make_runner, KEEP_ADAPTERS.value)
+
+
+def _cache() -> str:
+    """Where this machine's workers keep compiled programs: for each other, and for a sweep that goes on."""
+    here = str(Path(WORKDIR.value or "").absolute() / "compiled")
+    return "" if RAY_ADDRESS.value else os.environ.get("JAX_COMPILATION_CACHE_DIR", here)
+
+
+def _executor() -> "tuple[Executor, PlannedGpu | None]":
+    import jax
 
     from qlora_jax.errors import InputError
     from qlora_jax.plan.gpus import planned_gpu
-    from qlora_jax.sweep import runner
-
-    make_runner = partial(runner.make_runner, KEEP_ADAPTERS.value)
 
     if EXECUTOR.value == "local":
         from qlora_jax.sweep.local import LocalExecutor
 
         if RAY_ADDRESS.value:
             raise InputError("--ray_address goes with --executor=ray")
-        return LocalExecutor(make_runner), None
+        jax.config.update("jax_compilation_cache_dir", _cache())
+        return LocalExecutor(_make_runner()), None
     from qlora_jax.sweep.cluster import RayExecutor, connect
 
     connect(RAY_ADDRESS.value, _workers())
-    executor = RayExecutor(make_runner, WORKERS.value)
+    executor = RayExecutor(_make_runner(), WORKERS.value, _cache())
     kind, count = executor.devices()
-    print(f"Ray: {count} {kind}{'s' * (count != 1)} on {RAY_ADDRESS.value or 'this machine'}")
+    print(f"Ray: {count} {kind}{'s' * (count != 1)} on {RAY_ADDRESS.value or 'this machine'}", flush=True)
     if kind == "CPU":
         return executor, None
     if not GPU.value:
@@ -232,9 +244,10 @@ def _forecast(points: "Points", chosen: "list[Point]") -> None:
     print(as_text(header, rows))
 
 
-def _end(ledger: "Ledger", state: "State | None") -> int:
-    """The summary; the exit status."""
+def _end(ledger: "Ledger", state: "State | None", packs: "list[Pack]") -> int:
+    """The summary; the exit status. `packs` are those of the grid, `state` what has just run of them."""
     from qlora_jax.evaluate.tables import as_text
+    from qlora_jax.sweep.compare import compare
 
     counts = ledger.counts()
     rows = [[status, f"{count:,}"] for status, count in counts.items() if count]
@@ -250,20 +263,43 @@ def _end(ledger: "Ledger", state: "State | None") -> int:
         from qlora_jax.sweep.tabulate import export
 
         print(f"written: {', '.join(map(str, export(ledger.path, Path(EXPORT.value))))}")
+    if COMPARE.value and packs:
+        rate = None if state is None else state.models_per_minute
+        print("\n".join(compare(packs, COMPARE.value, rate, _workers())))
     return 3 if counts["failed"] else 0
 
 
-def _compare(points: "list[Point]", state: "State") -> None:
-    from qlora_jax.sweep.compare import compare
+def _search(search: Any) -> int:
+    """Ray Tune's trials instead of a grid's packs."""
+    from qlora_jax.errors import InputError
+    from qlora_jax.sweep.check import check_points
+    from qlora_jax.sweep.cluster import RayExecutor
+    from qlora_jax.sweep.grid import expand, fixed
+    from qlora_jax.sweep.ledger import Ledger
+    from qlora_jax.sweep.search import check_search, run_search
 
-    for line in compare(points, COMPARE.value, state.models_per_minute, _workers()):
-        print(line)
-
-
-def _search(space: Any) -> int:
-    from qlora_jax.sweep.search import run_search
-
-    raise NotImplementedError(run_search, space)
+    check_search(search, CONFIG.value)
+    base = expand(CONFIG.value, fixed({}))
+    check_points(base.points, "gpu" if GPU.value else "cpu")
+    print(f"a search of {search.trials} trials for the least {search.metric} over {', '.join(search.space)}")
+    if DRY_RUN.value:
+        return 0
+    if EXECUTOR.value == "local":
+        raise InputError("a search runs in Ray Tune: leave --executor=ray")
+    ledger = Ledger(Path(WORKDIR.value or ""))
+    try:
+        _enter(ledger, None)
+        executor, _ = _executor()
+        assert isinstance(executor, RayExecutor)
+        try:
+            run_search(CONFIG.value, search, ledger, _make_runner(), _packs_folder(), executor.devices(), _cache())
+        finally:
+            executor.close()
+        for digest, axes, value in ledger.best(search.metric, 3):
+            print(f"{search.metric} {value:.4f}: {axes} ({digest[:12]})")
+        return _end(ledger, None, [])
+    finally:
+        ledger.close()
 
 
 def _refuse_hidden_overrides(path: str, grid: Any) -> None:

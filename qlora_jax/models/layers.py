@@ -26,7 +26,9 @@ class DropoutRate(NamedTuple):
     kept_scale: Any  # of the values that are kept: 1 / (1 - rate), rounded to float32
 
     @classmethod
-    def of(cls, rate: float) -> "DropoutRate":
+    def of(cls, rate: "float | DropoutRate") -> "DropoutRate":
+        if isinstance(rate, DropoutRate):
+            return rate
         return cls(min(round(rate * 65536), 65535), float(np.float32(1 / (1 - rate))))
 
 
@@ -38,7 +40,7 @@ class Dropout:
     """
 
     def __init__(self, rate: float | DropoutRate, key: jax.Array | None):
-        self.rate = rate if isinstance(rate, DropoutRate) else DropoutRate.of(rate)
+        self.rate = DropoutRate.of(rate)
         self.key, self.place = key, 0
         self.is_off = key is None or (isinstance(self.rate.threshold, int) and self.rate.threshold == 0)
 

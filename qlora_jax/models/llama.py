@@ -12,6 +12,7 @@ from qlora_jax.models.chunks import chunk_size, layer_in_chunks
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.layers import (
     Dropout,
+    DropoutRate,
     Frozen,
     Linear,
     RMSNorm,
@@ -250,8 +251,7 @@ class Llama(nnx.Module):
         if cache is None and self._is_chunked(x.shape[1]):
             adapter, frozen = state
             pieces = _ChunkedBlock(block, chunk_size(x.shape[1], self.sequence_chunk))
-            dropout = Dropout(self.dropout_rate, key)
-            drawn = None if dropout.is_off else (dropout.key, dropout.rate)
+            drawn = None if key is None else (key, DropoutRate.of(self.dropout_rate))
             arrays = (frozen, context.positions, context.inverse_frequencies, drawn)
             return layer_in_chunks(pieces.keys_values, pieces.rest, pieces.size, arrays, adapter, x), None
         return nnx.merge(block, *state)(x, context, cache, layer, Dropout(self.dropout_rate, key))

@@ -4,7 +4,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from qlora_jax.sweep.packs import Pack
 _POLL_SECONDS = 1.0  # between two questions to a worker how far it is
 _STORE_BYTES = 128 * 2**20  # of Ray's object store: configs and rows pass through it, no arrays
 # a worker on a CPU has one of them; read by XLA's thread pool and by numpy's libraries when they start
-_ONE_THREAD = {"NPROC": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+ONE_THREAD = {"NPROC": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 _RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -50,16 +50,33 @@ def connect(address: str | None, workers: int) -> None:
         raise InputError(f"{where}: {describe(error)}") from error
 
 
+def prepare_worker(cache: str, on_gpu: bool) -> None:
+    """Sets what JAX and numpy's libraries read when they start; JAX itself is imported by then, but has not started.
+
+    Args:
+      cache: folder of compiled programs; "" is none but JAX_COMPILATION_CACHE_DIR's.
+    """
+    import jax
+
+    from qlora_jax.train.memory import MEMORY_FRACTION
+
+    if on_gpu:
+        if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+            os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
+    else:
+        os.environ.update(ONE_THREAD)
+        jax.config.update("jax_platforms", "cpu")
+    if cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
+
+
 class _Trainer:
     """The actor. One thread trains, another answers `news`."""
 
-    def __init__(self, make_runner: MakeRunner, environment: Mapping[str, str]):
+    def __init__(self, make_runner: MakeRunner, cache: str):
         import ray
 
-        on_gpu = bool(ray.get_gpu_ids())
-        os.environ.update(environment)
-        if not on_gpu:
-            os.environ.update(_ONE_THREAD | {"JAX_PLATFORMS": "cpu"})
+        prepare_worker(cache, bool(ray.get_gpu_ids()))
         self._make_runner = make_runner
         self._run: Any = None
         self._rows: list[tuple[int, dict[str, Any]]] = []
@@ -115,15 +132,15 @@ class RayExecutor:
     Args:
       make_runner: is sent to the workers, as cloudpickle sends it.
       workers: actors at most; 0 is one a device.
-      environment: variables to set in the workers before they import JAX.
+      cache: of prepare_worker.
     """
 
-    def __init__(self, make_runner: MakeRunner, workers: int = 0, environment: Mapping[str, str] | None = None):
+    def __init__(self, make_runner: MakeRunner, workers: int = 0, cache: str = ""):
         import ray
 
         self._ray = ray
         self._make_runner, self._workers = make_runner, workers
-        self._environment = dict(environment or {})
+        self._cache = cache
         self._actors: list[_Actor] = []
         self._born = 0
 
@@ -153,7 +170,7 @@ class RayExecutor:
         remote: Any = self._ray.remote(_Trainer)
         gpus = 1 if kind == "GPU" else 0
         placed = remote.options(num_cpus=1, num_gpus=gpus, max_concurrency=2, max_restarts=0)
-        return _Actor(placed.remote(self._make_runner, self._environment))
+        return _Actor(placed.remote(self._make_runner, self._cache))
 
     def _meet(self) -> None:
         """Actors that have found their place."""

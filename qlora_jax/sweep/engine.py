@@ -136,27 +136,27 @@ def run_packs(
     packs: Sequence[Pack],
     ledger: Ledger,
     executor: Executor,
-    workdir: Path,
+    folder: Path,
     show: Callable[[State], None] = lambda state: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> State:
     """Runs `packs` to their ends; what came out is in the ledger as soon as a pack ends.
 
     Args:
-      workdir: every pack gets the folder workdir/packs/NAME.
+      folder: every pack gets one in it, by its name; workers of other machines must see it where it is to outlive them.
       show: is called about twice a second.
       stopping: whether to end now; then, as after any exception, running points are pending again.
     Raises:
       Stopped: `stopping` said so.
     """
-    return _Driver(packs, ledger, executor, workdir, show, stopping).run()
+    return _Driver(packs, ledger, executor, folder, show, stopping).run()
 
 
 class _Driver:
-    def __init__(self, packs, ledger, executor, workdir, show, stopping) -> None:
+    def __init__(self, packs, ledger, executor, folder, show, stopping) -> None:
         self.ledger: Ledger = ledger
         self.executor: Executor = executor
-        self.workdir, self.show, self.stopping = workdir, show, stopping
+        self.folder, self.show, self.stopping = folder, show, stopping
         self.state = State(sum(len(pack.points) for pack in packs), [Task(pack) for pack in packs])
         self.shown = 0.0
 
@@ -189,12 +189,11 @@ class _Driver:
                 continue
             self.state.waiting.remove(task)
             pack = task.pack
-            folder = self.workdir / "packs" / pack.name
             self.ledger.start(pack.name, pack.hashes, worker.node)
             now = time.monotonic()
             self.state.running[worker.name] = Running(task, now, heard=now)
             worker.last_key = pack.key
-            self.executor.start(worker, pack, folder)
+            self.executor.start(worker, pack, self.folder / pack.name)
 
     def _next_for(self, worker: Worker) -> Task | None:
         """One whose base and programs this worker has warm; else one that no other worker is at; else the first."""
@@ -274,9 +273,13 @@ class _Driver:
 
 def _metrics(pack: Pack, rows: Rows) -> list[Row]:
     hashes = pack.hashes
+    return [found for member, row in rows for found in row_metrics(hashes[member], row)]
+
+
+def row_metrics(digest: str, row: dict[str, Any]) -> list[Row]:
+    """A row of metrics.jsonl as the ledger has it: numbers that the config does not say and no clock measured."""
     return [
-        Row(hashes[member], row["step"], name, float(value))
-        for member, row in rows
+        Row(digest, row["step"], name, float(value))
         for name, value in row.items()
         if name not in _LEFT_OUT and isinstance(value, int | float)
     ]

@@ -103,20 +103,27 @@ class Ledger:
 
         Returns the number of new ones.
         """
-        now = time.time()
         with self._transaction() as db:
             before = db.execute("SELECT count(*) FROM points").fetchone()[0]
             db.execute("UPDATE points SET in_grid = 0, position = NULL")
-            db.executemany(
-                'INSERT INTO points(hash, status, config, axes, "groups", position, in_grid, created, updated) '
-                "VALUES (?, 'pending', ?, ?, ?, ?, 1, ?, ?) ON CONFLICT(hash) DO UPDATE SET "
-                'axes = excluded.axes, "groups" = excluded."groups", position = excluded.position, in_grid = 1',
-                (
-                    (p.hash, _json(p.config), _json(p.axes), _json(p.groups), number, now, now)
-                    for number, p in enumerate(points)
-                ),
-            )
+            _insert_points(db, points, 0)
             return db.execute("SELECT count(*) FROM points").fetchone()[0] - before
+
+    def extend(self, points: Sequence[Point]) -> None:
+        """Adds `points` to the grid, which keeps what it has."""
+        with self._transaction() as db:
+            _insert_points(db, points, db.execute("SELECT count(*) FROM points WHERE in_grid").fetchone()[0])
+
+    def outcomes(self, group: str) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+        """(status, axes, result) of the points of a group that are done or failed, as they were made."""
+        found = self._db.execute(
+            "SELECT status, axes, result, \"groups\" FROM points WHERE status IN ('done', 'failed') ORDER BY created"
+        )
+        return [
+            (status, json.loads(axes), json.loads(result or "{}"))
+            for status, axes, result, groups in found
+            if group in json.loads(groups)
+        ]
 
     def statuses(self) -> dict[str, str]:
         """hash -> status, of all points."""
@@ -131,6 +138,12 @@ class Ledger:
         """(hash, error) of the first failed points of the grid."""
         found = "SELECT hash, error FROM points WHERE status = 'failed' AND in_grid ORDER BY position LIMIT ?"
         return self._db.execute(found, (most,)).fetchall()
+
+    def best(self, metric: str, most: int) -> list[tuple[str, dict[str, Any], float]]:
+        """(hash, axes, value) of the done points of the grid whose result has the least `metric`."""
+        found = self._db.execute("SELECT hash, axes, result FROM points WHERE status = 'done' AND in_grid")
+        values = [(digest, json.loads(axes), json.loads(result).get(metric)) for digest, axes, result in found]
+        return sorted((row for row in values if row[2] is not None), key=lambda row: row[2])[:most]
 
     def retry_failed(self) -> int:
         """Failed points of the grid become pending; how many."""
@@ -162,18 +175,15 @@ class Ledger:
 
     def finish(self, outcomes: Sequence[Outcome], rows: Iterable[Row] = ()) -> None:
         """A pack's end: the points with an error are failed, the others done; `rows` are all their metrics."""
-        now = time.time()
         with self._transaction() as db:
             db.executemany("DELETE FROM metrics WHERE hash = ?", ((outcome.hash,) for outcome in outcomes))
             _insert_rows(db, list(rows))
-            for outcome in outcomes:
-                status = "done" if outcome.error is None else "failed"
-                result = None if outcome.result is None else _json(_finite(outcome.result))
-                db.execute(
-                    "UPDATE points SET status = ?, result = ?, error = ?, updated = ? WHERE hash = ?",
-                    (status, result, outcome.error, now, outcome.hash),
-                )
-                _end_attempt(db, outcome.hash, status, outcome.error, now)
+            _end(db, outcomes)
+
+    def end(self, outcomes: Sequence[Outcome]) -> None:
+        """As `finish`, of points whose metrics are all logged."""
+        with self._transaction() as db:
+            _end(db, outcomes)
 
     def give_up(self, hashes: Sequence[str], status: str, error: str) -> None:
         """An attempt that came to nothing: its error is kept, its metrics go, its points are pending again.
@@ -254,10 +264,35 @@ def _lock(workdir: Path) -> TextIO:
     return lock
 
 
+def _end(db: sqlite3.Connection, outcomes: Sequence[Outcome]) -> None:
+    now = time.time()
+    for outcome in outcomes:
+        status = "done" if outcome.error is None else "failed"
+        result = None if outcome.result is None else _json(_finite(outcome.result))
+        db.execute(
+            "UPDATE points SET status = ?, result = ?, error = ?, updated = ? WHERE hash = ?",
+            (status, result, outcome.error, now, outcome.hash),
+        )
+        _end_attempt(db, outcome.hash, status, outcome.error, now)
+
+
 def _end_attempt(db: sqlite3.Connection, digest: str, status: str, error: str | None, now: float) -> None:
     db.execute(
         "UPDATE attempts SET ended = ?, status = ?, error = ? WHERE hash = ? AND ended IS NULL",
         (now, status, error, digest),
+    )
+
+
+def _insert_points(db: sqlite3.Connection, points: Sequence[Point], first: int) -> None:
+    now = time.time()
+    db.executemany(
+        'INSERT INTO points(hash, status, config, axes, "groups", position, in_grid, created, updated) '
+        "VALUES (?, 'pending', ?, ?, ?, ?, 1, ?, ?) ON CONFLICT(hash) DO UPDATE SET "
+        'axes = excluded.axes, "groups" = excluded."groups", position = excluded.position, in_grid = 1',
+        (
+            (p.hash, _json(p.config), _json(p.axes), _json(p.groups), number, now, now)
+            for number, p in enumerate(points, first)
+        ),
     )
 
 

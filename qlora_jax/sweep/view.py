@@ -21,6 +21,7 @@ class View:
         self._drawn = 0  # lines that the next table replaces
         self._logged = time.monotonic()
         self._failures = 0
+        self._ended = False
 
     def __call__(self, state: State) -> None:
         finished = not state.running and not state.waiting
@@ -34,8 +35,9 @@ class View:
         for failure in state.failures[self._failures :]:
             print(failure, file=self._out, flush=True)
         self._failures = len(state.failures)
-        if finished or time.monotonic() - self._logged > _LOG_SECONDS:
+        if (finished and not self._ended) or time.monotonic() - self._logged > _LOG_SECONDS:
             self._logged = time.monotonic()
+            self._ended = finished
             print(summary(state), file=self._out, flush=True)
 
 

@@ -42,7 +42,7 @@ class Member(NamedTuple):
 class MemberState(NamedTuple):
     adapter: Any  # of lora.split
     optimizer: Any  # optax's
-    alive: jax.Array  # bool []: every loss and gradient so far was finite
+    alive: Any  # bool []: every loss and gradient so far was finite
 
 
 class Steps(NamedTuple):

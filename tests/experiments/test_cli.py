@@ -51,7 +51,7 @@ if __name__ == "__main__":
     cli.run(main)
 '''
 
-CONFIG = '''from ml_collections import ConfigDict
+CONFIG = """from ml_collections import ConfigDict
 
 
 def get_config():
@@ -63,7 +63,7 @@ def get_config():
     c.optimizer = ConfigDict({"learning_rate": 2e-4})
     c.quant = ConfigDict({"double_quant": True})
     return c
-'''
+"""
 
 BROKEN = {
     "syntax.py": "import os\ndef get_config(:\n",
@@ -155,9 +155,7 @@ def results(folder, run_commands) -> dict:
     """All the commands of this file that need no process of their own, run together."""
     command, good = [str(folder / "command.py")], [f"--config={folder / 'good.py'}", "--workdir=x"]
     commands = {f"mistake {name}": [*command, *good, *arguments] for name, (arguments, _) in MISTAKES.items()}
-    commands |= {
-        f"config {name}": [*command, f"--config={folder / name}", "--workdir=x"] for name in CONFIG_MISTAKES
-    }
+    commands |= {f"config {name}": [*command, f"--config={folder / name}", "--workdir=x"] for name in CONFIG_MISTAKES}
     commands |= {f"override {i}": [*command, *good, *arguments] for i, (arguments, _, _) in enumerate(OVERRIDES)}
     commands |= {
         "plain": [*command, *good],

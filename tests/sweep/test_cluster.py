@@ -4,11 +4,13 @@ import os
 
 import pytest
 
+from configs import quickstart
 from qlora_jax.sweep import cluster
 from qlora_jax.sweep.engine import run_packs
 from qlora_jax.sweep.grid import axis
 from qlora_jax.sweep.ledger import Ledger, reading
 from qlora_jax.sweep.packs import make_packs
+from qlora_jax.sweep.search import Search, check_search, choice, loguniform, run_search
 from tests.sweep import fake
 
 os.environ.update(cluster._RAY_SETTINGS)  # read when ray is imported
@@ -24,6 +26,33 @@ def nodes():
     nodes.doomed = nodes.add_node(num_cpus=1, **STORE)
     yield nodes
     nodes.shutdown()
+
+
+def test_a_search_goes_on_where_it_was(nodes, tmp_path):
+    """Optuna proposes, ASHA stops, the ledger keeps; with the trials of an earlier search as observed."""
+    config = quickstart.get_config()
+    config.train.steps = 6
+    space = {"optimizer.learning_rate": loguniform(1e-4, 1e-1), "lora.targets": choice([("q_proj",), ("all-linear",)])}
+    ledger = Ledger(tmp_path)
+    cluster.connect(nodes.address, 1)
+    try:
+        for trials in (6, 8):
+            search = Search(space, "loss", trials, grace_steps=2, reduction=2)
+            check_search(search, config)
+            run_search(config, search, ledger, fake.runner(), tmp_path, ("CPU", 1))
+    finally:
+        ray.shutdown()
+    assert ledger.counts() == {"pending": 0, "running": 0, "done": 8, "failed": 0}
+    outcomes = [(axes, result) for _, axes, result in ledger.outcomes("search")]
+    assert {type(axes["lora.targets"]) for axes, _ in outcomes} == {list}
+    stopped = [result for _, result in outcomes if result.get("stopped_early")]
+    whole = [result for _, result in outcomes if "final_train_loss" in result]
+    assert len(stopped) + len(whole) == 8 and stopped and whole
+    assert all(2 <= result["step"] < 6 for result in stopped)
+    # of the fake the least learning rate is the best: what is stopped is never the best
+    best = ledger.best("loss", 1)[0][1]["optimizer.learning_rate"]
+    assert best == min(axes["optimizer.learning_rate"] for axes, _ in outcomes)
+    ledger.close()
 
 
 def test_a_node_is_killed_while_it_trains(nodes, tmp_path, capfd, monkeypatch):
