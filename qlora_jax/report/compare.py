@@ -1,9 +1,9 @@
 """Like with like: a full block of a group's results; means, paired differences and shares of variance in it.
 
 A group is a table of results: an axis for every factor, and one for the seeds. Runs may be missing (not yet done,
-failed). What is compared is a full block of that table: while results are missing, the level, of whatever axis, that
-misses the largest share is left out. So every level is measured at the same settings of all others, with the same
-seeds.
+failed). What is compared is a full block of that table, so that every level is measured at the same settings of all
+others, with the same seeds. Left out for it are, one by one, levels and seeds with most of their results missing; then
+the seeds with any missing, where these are at most half of them; else the level that misses the largest share.
 
     mean        over the other factors for each seed, then over the S seeds
     interval    Student's t over the S seeds: mean +- t(0.975, S - 1) * s / sqrt(S)
@@ -115,21 +115,33 @@ def block(design: Design, runs: Sequence[Run], metric: str) -> Block | None:
 
 
 def _full(present: np.ndarray) -> list[list[int]]:
-    """Places along each axis of a block that is all present: see the module's text. Of equal ones a seed goes first."""
+    """Places along each axis (the last is that of the seeds) of a block that is all present: see the module's text."""
     kept = [list(range(size)) for size in present.shape]
+
+    def drop(axis: int, places: np.ndarray) -> None:
+        nonlocal present
+        kept[axis] = [place for at, place in enumerate(kept[axis]) if at not in set(places.tolist())]
+        present = np.delete(present, places, axis)
+
     while present.size and not present.all():
-        missing = ~present
-        worst: tuple[float, int, int] = (-1.0, 0, 0)
-        for axis in reversed(range(present.ndim)):
-            shares = missing.mean(axis=tuple(other for other in range(present.ndim) if other != axis))
-            # the last of equal ones: what a sweep has not come to yet
-            place = present.shape[axis] - 1 - int(np.argmax(shares[::-1]))
-            if shares[place] > worst[0] + 1e-12:
-                worst = (float(shares[place]), axis, place)
-        _, axis, place = worst
-        kept[axis].pop(place)
-        present = np.delete(present, place, axis)
+        lacking = np.nonzero(~present.all(axis=tuple(range(present.ndim - 1))))[0]  # seeds
+        worst = [
+            (share, axis, place) for axis in range(present.ndim) for place, share in enumerate(_missing(present, axis))
+        ]
+        share, axis, place = max(worst)  # of equal ones the last: what a sweep has not come to yet
+        if share <= 0.5 and 2 * len(lacking) <= present.shape[-1]:
+            drop(present.ndim - 1, lacking)
+            continue
+        if share <= 0.5 and present.ndim > 1:
+            share, axis, place = max(level for level in worst if level[1] < present.ndim - 1)
+        drop(axis, np.array([place]))
     return kept
+
+
+def _missing(present: np.ndarray, axis: int) -> list[float]:
+    """Share of what is missing at each place of the axis."""
+    others = tuple(other for other in range(present.ndim) if other != axis)
+    return (1 - present.mean(axis=others)).tolist()
 
 
 def over_seeds(values: np.ndarray) -> Mean:
