@@ -14,6 +14,7 @@ from qlora_jax.report.sections import sections
 from qlora_jax.report.source import Source, number, read
 
 PAGE = "report.html"
+_SILENT_SECONDS = 600.0
 
 
 class Report:
@@ -68,6 +69,9 @@ def _check_metric(source: Source, metric: str) -> None:
 def _head(source: Source) -> list[str]:
     stamp = lambda seconds: time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))  # noqa: E731
     lines = [f"Newest entry {stamp(source.written)}; page written {stamp(time.time())}."]
+    silent = time.time() - source.written
+    if source.counts()["running"] and silent > _SILENT_SECONDS:
+        lines[0] += f" Nothing was written for {silent / 60:,.0f} minutes: what is called running may have been killed."
     facts = [source.meta.get("config_path", "")]
     facts += [
         f"code {commit[:12]}{'+changes' if '+' in commit else ''}"

@@ -119,7 +119,7 @@ def _factor(keys: tuple[str, ...], runs: Sequence[Run], all_shown: bool = False)
     # one key that tells all levels apart, the better known first (r before alpha), or else all of them
     alone = [key for place, key in enumerate(keys) if len({level[place] for level in found}) == len(found)]
     alone.sort(key=lambda key: NAMED.index(key) if key in NAMED else len(NAMED))
-    shown = keys if all_shown else tuple(alone[:1]) or keys
+    shown = keys if all_shown or set(keys) == _DATA_TYPE else tuple(alone[:1]) or keys
     levels = list({tuple(freeze(run.config.get(key)) for key in shown): None for run in runs})
     levels = _ordered(shown, levels)
     labels = [level_name(shown, level) for level in levels]

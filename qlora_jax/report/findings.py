@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from qlora_jax.report.compare import Block, Mean, Pair, means, pairs
+from qlora_jax.report.compare import Block, Pair, means, pairs
 from qlora_jax.report.factors import Factor
-from qlora_jax.report.names import figure_number
+from qlora_jax.report.names import figure_number, with_decimals
 
 _TYPES = {"nf4", "fp4", "int4"}
 
@@ -29,19 +29,14 @@ def measured(block: Block, factor: int, higher: bool) -> list[str]:
 
 def _against(of: Factor, labels: Sequence[str], pair: Pair) -> str:
     a, b, gap = labels[pair.a], labels[pair.b], pair.difference
+    ends = (gap.low, gap.high) if gap.mean >= 0 else (-gap.high, -gap.low)
+    middle, low, high = with_decimals([abs(gap.mean), *ends], gap.half)
     if gap.half is None:
-        return f"{a} is ahead of {b} by {figure_number(abs(gap.mean), 3)} with one seed: no interval, no conclusion."
-    size = (
-        f"{figure_number(abs(gap.mean), 3)} (95% interval {_interval(gap)}; ahead in {pair.a_better} of {gap.n} seeds)"
-    )
+        return f"{a} is ahead of {b} by {middle} with one seed: no interval, no conclusion."
+    size = f"{middle} (95% interval {low} to {high}; ahead in {pair.a_better} of {gap.n} seeds)"
     if gap.is_clear:
         return f"{a} is better than {b} by {size}."
     return f"{a} and {b} are not told apart: the difference is {size}."
-
-
-def _interval(gap: Mean) -> str:
-    ends = (gap.low, gap.high) if gap.mean >= 0 else (-gap.high, -gap.low)
-    return f"{figure_number(ends[0], 3)} to {figure_number(ends[1], 3)}"
 
 
 def paper(factor: Factor) -> list[str]:

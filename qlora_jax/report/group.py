@@ -6,7 +6,7 @@ from functools import partial
 from qlora_jax.report import draw, findings
 from qlora_jax.report.compare import Block, means, pairs
 from qlora_jax.report.factors import Design, Factor, is_comparable
-from qlora_jax.report.names import figure_number, key_name
+from qlora_jax.report.names import key_name
 from qlora_jax.report.parts import Canvas, Figure, Metric, Section, Table, Text, interval, slug
 from qlora_jax.report.source import Curve, Run, number
 
@@ -115,10 +115,7 @@ def _two(results: Block) -> list[tuple[int, int]]:
 
 def _tables(prefix: str, runs: list[Run], results: Block, place: int, factor: Factor, metric: Metric) -> list[Table]:
     name, labels = f"{prefix}_{slug(factor.name)}", results.labels(place)
-    rows = [
-        [label, figure_number(mean.mean), *interval(mean), str(mean.n)]
-        for label, mean in zip(labels, means(results, place), strict=True)
-    ]
+    rows = [[label, *interval(mean), str(mean.n)] for label, mean in zip(labels, means(results, place), strict=True)]
     header = [factor.name, metric.short, "2.5%", "97.5%", "seeds"]
     found = [
         Table(
@@ -128,7 +125,7 @@ def _tables(prefix: str, runs: list[Run], results: Block, place: int, factor: Fa
     if len(labels) < 2 or results.seeds < 2 or not is_comparable(factor, runs, metric.name):
         return found
     rows = [
-        [f"{labels[pair.a]} − {labels[pair.b]}", figure_number(pair.difference.mean), *interval(pair.difference)]
+        [f"{labels[pair.a]} − {labels[pair.b]}", *interval(pair.difference)]
         + [f"{pair.a_better} of {pair.difference.n}"]
         for pair in pairs(results, place, metric.higher)
     ]

@@ -1,6 +1,7 @@
 """Config keys, their values and metrics in words."""
 
 import json
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -74,6 +75,14 @@ def level_name(keys: Sequence[str], values: Sequence[Any]) -> str:
         name = value_name("quant.format", of["quant.format"])
         return f"{name} + DQ" if of["quant.double_quant"] and of["quant.format"] != "none" else name
     return ", ".join(value_name(key, value) for key, value in zip(keys, values, strict=True))
+
+
+def with_decimals(values: Sequence[float], precision: float | None) -> list[str]:
+    """Numbers with as many decimals as show two digits of `precision` (four of the first number without one)."""
+    size = precision or abs(values[0]) / 100
+    decimals = min(max(1 - math.floor(math.log10(size)), 0), 12) if size else 4
+    texts = [f"{value:,.{decimals}f}" for value in values]
+    return ["0" if not float(text.replace(",", "")) else text.replace("-", "−") for text in texts]
 
 
 def figure_number(value: float | None, digits: int = 4) -> str:

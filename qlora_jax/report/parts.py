@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from qlora_jax.report.compare import Mean
-from qlora_jax.report.names import figure_number, metric_name
+from qlora_jax.report.names import figure_number, metric_name, with_decimals
 
 Text = str | tuple[str, list[str]]  # a paragraph, or a list with a line above
 
@@ -80,5 +80,7 @@ def slug(text: str) -> str:
 
 
 def interval(mean: Mean) -> list[str]:
-    """Two cells."""
-    return ["–", "–"] if mean.half is None else [figure_number(mean.low), figure_number(mean.high)]
+    """Three cells: the mean and the ends of its interval."""
+    if mean.half is None:
+        return [figure_number(mean.mean), "–", "–"]
+    return with_decimals([mean.mean, mean.low, mean.high], mean.half)

@@ -6,7 +6,7 @@ from typing import Any
 
 from qlora_jax.report.factors import design, is_seed, varying
 from qlora_jax.report.names import NAMED, freeze, key_name, value_name
-from qlora_jax.report.source import Curve, Run, Source, number
+from qlora_jax.report.source import CURVES, Curve, Run, Source, number
 
 _MOST_CHOICES = 40  # values that a filter offers to choose from
 _MOST_AXES = 24  # columns
@@ -95,7 +95,7 @@ def _details(run: Run, base: dict, groups: dict[str, int], steps: dict[tuple, in
     if run.attempts > 1:
         found["attempts"] = run.attempts
     if limit and run.curves:
-        found["curves"] = {name: _curve(curve, steps, limit) for name, curve in run.curves.items()}
+        found["curves"] = {name: _curve(run.curves[name], steps, limit) for name in CURVES if name in run.curves}
     return found
 
 

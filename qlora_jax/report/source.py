@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import sqlite3
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,10 +96,11 @@ def _read_ledger(workdir: Path) -> Source:
         curves = _curves(db)
     runs = []
     for digest, status, config, result, error, groups in points:
+        measured = json.loads(result or "{}")
         runs.append(
             Run(
-                digest, status, flatten(json.loads(config)), tuple(json.loads(groups)), json.loads(result or "{}"),
-                error, seconds.get(digest), tries.get(digest, 0), curves.get(digest, {}),
+                digest, status, flatten(json.loads(config)), tuple(json.loads(groups)), measured, error,
+                seconds.get(digest), tries.get(digest, 0), _ended(curves.get(digest, {}), measured),
             )
         )  # fmt: skip
     names = tuple(dict.fromkeys(name for run in runs for name in run.groups))
@@ -156,6 +156,15 @@ def _short(steps: Iterable[float], values: Iterable[float]) -> Curve:
     return Curve(x, y)
 
 
+def _ended(curves: dict[str, Curve], result: dict[str, Any]) -> dict[str, Curve]:
+    """With the evaluation at the end, which only the result has, where there were others before."""
+    steps, value, before = number(result.get("steps")), number(result.get("final_eval_loss")), curves.get("eval_loss")
+    if before is None or steps is None or value is None or before.steps[-1] >= steps:
+        return curves
+    end = Curve(np.append(before.steps, np.float32(steps)), np.append(before.values, np.float32(value)))
+    return curves | {"eval_loss": end}
+
+
 def _read_run(workdir: Path) -> Source:
     config = read_json(workdir / "config.json")
     files = [workdir / name for name in ("config.json", "metrics.jsonl", "summary.json")]
@@ -169,7 +178,7 @@ def _read_run(workdir: Path) -> Source:
             curves[name] = _short(*zip(*of_metric, strict=True))
     seconds = sum(row["seconds"] for row in rows if _is_number(row.get("seconds"))) or None
     status = "done" if result else "running"
-    run = Run(config_hash(config), status, flatten(config), (), result, None, seconds, 1, curves)
+    run = Run(config_hash(config), status, flatten(config), (), result, None, seconds, 1, _ended(curves, result))
     return Source(workdir, [run], written, is_grid=False)
 
 
@@ -191,7 +200,3 @@ def _is_number(value: Any) -> bool:
 def number(value: Any) -> float | None:
     """A finite number, or None."""
     return float(value) if _is_number(value) else None
-
-
-def now() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S")

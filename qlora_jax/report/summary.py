@@ -67,7 +67,7 @@ def best_section(runs: list[Run], metric: Metric) -> Section:
 def _setting(row: Setting, keys: Sequence[str]) -> list[str]:
     run = row.runs[0]
     values = [describe(run.config, [key]).partition(" = ")[2] for key in keys]
-    return [*values, figure_number(row.score.mean), *interval(row.score), str(row.score.n), run.hash[:12]]
+    return [*values, *interval(row.score), str(row.score.n), run.hash[:12]]
 
 
 def failures_section(source: Source) -> Section:

@@ -28,6 +28,7 @@ from qlora_jax.optim.schedules import paging
 from qlora_jax.settings import config_hash
 from qlora_jax.train.backward import compiler_options
 from qlora_jax.train.checkpoints import Checkpoints
+from qlora_jax.train.loggers import Loggers
 from qlora_jax.train.memory import Program, memory_limit, peak_device_bytes, peak_host_bytes
 from qlora_jax.train.residency import decide
 from qlora_jax.train.setup import Prepared, prepare
@@ -93,6 +94,18 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         start = self._resume()
+        self.loggers = Loggers(self.config.train.loggers, self.workdir.path, self.plain, start, self.say)
+        summary = None
+        try:
+            self._train(start)
+            self.checkpoints.close()
+            summary = self._finish_files()
+            self.loggers.finish(summary)
+            return summary
+        finally:
+            self.loggers.close(done=summary is not None)
+
+    def _train(self, start: int) -> None:
         steps = self.prepared.steps
         with _on_sigterm(self.stop):
             if self.config.eval.every and start == 0:
@@ -101,7 +114,7 @@ class Run:
             for step in range(start, steps):
                 row = self._step(step)
                 if (step + 1) % self.config.train.log_every == 0 or step + 1 == steps:
-                    self.workdir.log(row)
+                    self._log(row)
                 bar.set_postfix_str(self._status(row), refresh=False)
                 bar.update()
                 if self.config.eval.every and (step + 1) % self.config.eval.every == 0 and step + 1 < steps:
@@ -115,8 +128,10 @@ class Run:
                         f"stopped by SIGTERM after step {step + 1}; saved: the same command goes on from there"
                     )
             bar.close()
-        self.checkpoints.close()
-        return self._finish_files()
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self.workdir.log(row)
+        self.loggers.log(row)
 
     def _make_optimizer(self) -> PagedOptimizer:
         """With as much of its state on the device as optimizer.paging says."""
@@ -158,7 +173,7 @@ class Run:
     def _log_evaluation(self, step: int) -> None:
         loss = self.evaluate(self.prepared.data.heldout)
         if loss is not None:
-            self.workdir.log({"step": step, "eval_loss": loss})
+            self._log({"step": step, "eval_loss": loss})
             tqdm.write(f"step {step}: held-out loss {loss:.4f}")
 
     def _resume(self) -> int:

@@ -24,6 +24,7 @@ from qlora_jax.models import attention
 from qlora_jax.models.llama import LINEARS, REMAT, Llama
 from qlora_jax.optim.paged import PAGING
 from qlora_jax.optim.schedules import make_optimizer, make_schedule, paging
+from qlora_jax.train.loggers import check_loggers
 
 _CHOICES = {
     ("model", "compute_dtype"): ("bfloat16", "float32"),
@@ -67,6 +68,7 @@ def check_config(config: Any) -> None:
         raise InputError("model.path is empty; give a checkpoint folder or a hub name: --config.model.path=...")
     if not config.data.path and not config.data.batches:
         raise InputError("data.path is empty; give a data file or a hub data set: --config.data.path=...")
+    check_loggers(config.train.loggers)
     check_values(config)
 
 

@@ -146,7 +146,10 @@ def test_a_run(tmp_path):
 
 
 def test_watching_ends_with_the_sweep(tmp_path):
-    synthetic.write(tmp_path, synthetic.grid(1), done=8, pack=8)
+    ledger = Ledger(tmp_path)
+    ledger.add(synthetic.grid(1).points[:8])
+    ledger.start("p", [point.hash for point in synthetic.grid(1).points[:3]], "here")
+    ledger.close()
     command = [
         sys.executable,
         "-m",
@@ -157,7 +160,7 @@ def test_watching_ends_with_the_sweep(tmp_path):
     ]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     first = process.stdout.readline()
-    assert "8 running" in first
+    assert "3 running" in first
     assert 'data-reload="1"' in (tmp_path / "out" / "report.html").read_text()
     db = sqlite3.connect(tmp_path / FILE)
     db.execute("UPDATE points SET status = 'done' WHERE status IN ('pending', 'running')")
