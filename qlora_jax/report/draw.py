@@ -32,11 +32,14 @@ _STYLE = {
 
 
 @contextmanager
-def _figure(folder: Path, name: str, panels: int, width: float, height: float) -> Iterator[tuple[Any, Any]]:
+def _figure(
+    folder: Path, name: str, panels: int, width: float, height: float, rows: int = 1
+) -> Iterator[tuple[Any, Any]]:
+    """The figure and its panels, row by row."""
     plt = pyplot()
     with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, panels, figsize=(width, height), squeeze=False)
-        yield figure, axes[0]
+        figure, axes = plt.subplots(rows, panels // rows, figsize=(width, height), squeeze=False)
+        yield figure, axes.ravel()
         save(figure, folder, name)
 
 
@@ -68,14 +71,16 @@ def draw_two(folder: Path, name: str, block: Block, along: int, series: int, lab
     lines = values.shape[1]
     with _figure(folder, name, 1, max(6.2, 1.0 * len(labels) + 2.6), 3.6) as (figure, panels):
         axes = panels[0]
+        style = "o-" if block.factors[along].is_numeric else "o"  # no lines between names
         for place in range(lines):
             found = [over_seeds(values[level, place]) for level in range(len(labels))]
-            shift = 0.03 * (place - (lines - 1) / 2)  # so that intervals do not lie on each other
+            step = 0.04 if block.factors[along].is_numeric else 0.6 / max(lines, 4)
+            shift = step * (place - (lines - 1) / 2)  # so that intervals do not lie on each other
             axes.errorbar(
-                x + shift, [mean.mean for mean in found], yerr=[mean.half or 0.0 for mean in found], fmt="o-", ms=4,
+                x + shift, [mean.mean for mean in found], yerr=[mean.half or 0.0 for mean in found], fmt=style, ms=4,
                 lw=1.3, capsize=2.5, color=COLORS[place % len(COLORS)], label=_cut(block.labels(series)[place]),
             )  # fmt: skip
-        crowded = len(labels) > 5 and max(map(len, labels)) > 8
+        crowded = len(labels) * max(map(len, labels)) > 13 * (len(labels) + 1)
         axes.set_xticks(x, labels, rotation=30 if crowded else 0, ha="right" if crowded else "center")
         axes.set_xlabel(block.factors[along].name)
         axes.set_ylabel(label)
@@ -83,25 +88,28 @@ def draw_two(folder: Path, name: str, block: Block, along: int, series: int, lab
         axes.grid(axis="x", visible=False)
 
 
-def draw_curves(
-    folder: Path, name: str, series: dict[str, dict[str, list[Curve]]], title: str, log: bool = False
-) -> None:
-    """Mean over runs, and the band of their middle 80%, by step. series: metric -> label -> curves of its runs."""
-    with _figure(folder, name, len(series), 4.6 * len(series) + 1.6, 3.5) as (_, panels):
-        for axes, (metric, by_label) in zip(panels, series.items(), strict=True):
-            for place, (label, curves) in enumerate(by_label.items()):
+def draw_curves(folder: Path, name: str, metrics: dict[str, dict[str, dict[str, list[Curve]]]]) -> None:
+    """Mean over runs, and the band of their middle 80%, by step.
+
+    metrics: metric -> axis -> its level -> curves of the runs; a row of panels for each metric, a column for each axis.
+    """
+    columns = max(map(len, metrics.values()))
+    width, height = max(5.5, 3.9 * columns), 0.3 + 2.9 * len(metrics)
+    with _figure(folder, name, columns * len(metrics), width, height, len(metrics)) as (_, panels):
+        cells = [(metric, axis, levels) for metric, axes in metrics.items() for axis, levels in axes.items()]
+        for axes, (metric, axis, levels) in zip(panels, cells, strict=True):
+            for place, (label, curves) in enumerate(levels.items()):
                 color = COLORS[place % len(COLORS)]
                 steps, middle, low, high = band(curves)
                 axes.plot(steps, middle, lw=1.5, color=color, label=_cut(label))
                 if len(curves) > 1:
-                    axes.fill_between(steps, low, high, color=color, alpha=0.15, lw=0)
+                    axes.fill_between(steps, low, high, color=color, alpha=0.13, lw=0)
+            axes.set_title(axis)
             axes.set_xlabel("optimizer steps")
             axes.set_ylabel(metric)
             axes.margins(x=0.01)
-            if log:
-                axes.set_yscale("log")
-        if len(panels[-1].lines) > 1:
-            panels[-1].legend(title=title, loc="center left", bbox_to_anchor=(1.01, 0.5), alignment="left")
+            if len(levels) > 1:
+                axes.legend(loc="upper right", fontsize=8)
 
 
 def band(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-from qlora_jax.report.names import NAMED, freeze, key_name, level_name
+from qlora_jax.report.names import NAMED, freeze, is_number, key_name, level_name
 from qlora_jax.report.source import Run
 
 _DATA_TYPE = {"quant.format", "quant.double_quant"}
@@ -36,6 +36,10 @@ class Factor:
     def followers(self) -> tuple[str, ...]:
         """Keys that change with it and are not shown."""
         return tuple(key for key in self.keys if key not in self.shown)
+
+    @property
+    def is_numeric(self) -> bool:
+        return all(is_number(value) for level in self.levels for value in level)
 
     def level(self, run: Run) -> int:
         return self._places[tuple(freeze(run.config.get(key)) for key in self.shown)]
@@ -130,7 +134,7 @@ def _factor(keys: tuple[str, ...], runs: Sequence[Run], all_shown: bool = False)
 
 def _ordered(shown: Sequence[str], levels: list[tuple]) -> list[tuple]:
     """Numbers by size (0 examples are all of them), anything else as the grid has it."""
-    if not all(isinstance(value, int | float) for level in levels for value in level):
+    if not all(is_number(value) for level in levels for value in level):
         return levels
     is_amount = tuple(shown) == ("data.max_examples",)
     return sorted(levels, key=lambda level: (is_amount and level[0] == 0, *level))

@@ -7,8 +7,8 @@ from qlora_jax.report import draw, findings
 from qlora_jax.report.compare import Block, means, pairs
 from qlora_jax.report.factors import Design, Factor, is_comparable
 from qlora_jax.report.names import key_name
-from qlora_jax.report.parts import Canvas, Figure, Metric, Section, Table, Text, interval, slug
-from qlora_jax.report.source import Curve, Run, number
+from qlora_jax.report.parts import Canvas, Figure, Metric, Section, Table, Text, curve_data, curves_of, interval, slug
+from qlora_jax.report.source import Run, number
 
 
 def group_section(
@@ -141,37 +141,25 @@ def _tables(prefix: str, runs: list[Run], results: Block, place: int, factor: Fa
 
 
 def _curves(prefix: str, results: Block, canvas: Canvas) -> list[Figure | Table]:
-    """Of the runs that are compared, by the first axis with few levels."""
-    by: dict[str, list[Run]] = {"all runs": results.runs}
-    title = ""
+    """Of the runs that are compared, by every axis with few levels."""
+    by: dict[str, dict[str, list[Run]]] = {}
     for place, factor in enumerate(results.factors):
         if 1 < len(results.kept[place]) <= draw.MOST_SERIES:
-            by, title = {label: [] for label in results.labels(place)}, factor.name
+            by[factor.name] = {label: [] for label in results.labels(place)}
             for run in results.runs:
-                by[factor.labels[factor.level(run)]].append(run)
-            break
-    series: dict[str, dict[str, list[Curve]]] = {}
-    for name, label in (
-        ("loss", "training loss (nats a target token)"),
-        ("eval_loss", "held-out loss (nats a target token)"),
-    ):
-        curves = {level: [run.curves[name] for run in runs if name in run.curves] for level, runs in by.items()}
-        curves = {level: found for level, found in curves.items() if found}
-        if any(len(curve.steps) > 1 for found in curves.values() for curve in found):
-            series[label] = curves
-    if not series:
+                by[factor.name][factor.labels[factor.level(run)]].append(run)
+    by = by or {"": {"all runs": results.runs}}
+    found = curves_of(by)
+    if not found:
         return []
     name = f"{prefix}_curves"
-    shown: list[object] = [list(series), title, *(label for curves in series.values() for label in curves)]
-    shown += [x.tobytes() for curves in series.values() for found in curves.values() for curve in found for x in curve]
-    canvas.draw(name, shown, lambda: draw.draw_curves(canvas.folder, name, series, title))
-    counts = sorted({len(found) for curves in series.values() for found in curves.values()})
-    each = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    what = f"a line for each level of {title}" if title else "one line"
-    caption = (
-        f"{what.capitalize()}: the mean over its runs ({each}) at each logged step; bands hold the middle 80% of them."
+    canvas.draw(name, curve_data(found), partial(draw.draw_curves, canvas.folder, name, found))
+    each = " and ".join(
+        f"{len(next(iter(levels.values())))} runs for each level of {axis}" if axis else f"{len(results.runs)} runs"
+        for axis, levels in by.items()
     )
-    return [Figure(name, f"Loss curves{f' by {title}' if title else ''}", caption)]
+    caption = f"Means over runs at each logged step ({each}); bands hold the middle 80% of the runs."
+    return [Figure(name, f"Loss curves{f' by {_and(list(by))}' if '' not in by else ''}", caption)]
 
 
 def _searched(prefix: str, done: list[Run], of: Design, metric: Metric, canvas: Canvas) -> list[Figure | Table]:

@@ -52,6 +52,11 @@ def freeze(value: Any) -> Hashable:
     return tuple(map(freeze, value)) if isinstance(value, list | tuple) else value
 
 
+def is_number(value: Any) -> bool:
+    """Of a config: a switch is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def value_name(key: str, value: Any) -> str:
     if key == "quant.format":
         return _FORMATS.get(value, str(value))
@@ -64,6 +69,8 @@ def value_name(key: str, value: Any) -> str:
     if isinstance(value, int | float):
         return f"{value:g}" if abs(value) < 1e6 else f"{value:,}"
     if isinstance(value, str):
+        if key.endswith(".path"):  # "huggyllama/llama-7b", "SirNeural/flan_v2:cot.jsonl"
+            value = value.partition(":")[0].rstrip("/").rpartition("/")[2] if "://" not in value else value
         return value or "(none)"
     return json.dumps(value)
 

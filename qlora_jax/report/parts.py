@@ -3,11 +3,14 @@
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from qlora_jax.report.compare import Mean
 from qlora_jax.report.names import figure_number, metric_name, with_decimals
+from qlora_jax.report.source import Curve, Run
+
+_CURVES = {"loss": "training loss (nats a target token)", "eval_loss": "held-out loss (nats a target token)"}
 
 Text = str | tuple[str, list[str]]  # a paragraph, or a list with a line above
 
@@ -84,3 +87,29 @@ def interval(mean: Mean) -> list[str]:
     if mean.half is None:
         return [figure_number(mean.mean), "–", "–"]
     return with_decimals([mean.mean, mean.low, mean.high], mean.half)
+
+
+Curves = dict[str, dict[str, dict[str, list[Curve]]]]  # metric -> axis -> level -> of its runs
+
+
+def curves_of(by: dict[str, dict[str, list[Run]]]) -> Curves:
+    """Curves of runs by axis and level, of the metrics that have one."""
+    found: Curves = {}
+    for name, label in _CURVES.items():
+        axes = {
+            axis: {level: [run.curves[name] for run in runs if name in run.curves] for level, runs in levels.items()}
+            for axis, levels in by.items()
+        }
+        axes = {axis: {level: curves for level, curves in levels.items() if curves} for axis, levels in axes.items()}
+        if any(len(curve.steps) > 1 for levels in axes.values() for curves in levels.values() for curve in curves):
+            found[label] = axes
+    return found
+
+
+def curve_data(found: Curves) -> Iterator[object]:
+    """All that a figure of these shows."""
+    for metric, axes in found.items():
+        for axis, levels in axes.items():
+            for level, curves in levels.items():
+                yield metric, axis, level
+                yield from (array.tobytes() for curve in curves for array in curve)

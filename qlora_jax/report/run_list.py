@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qlora_jax.report.factors import design, is_seed, varying
-from qlora_jax.report.names import NAMED, freeze, key_name, value_name
+from qlora_jax.report.names import NAMED, freeze, is_number, key_name, value_name
 from qlora_jax.report.source import CURVES, Curve, Run, Source, number
 
 _MOST_CHOICES = 40  # values that a filter offers to choose from
@@ -64,7 +64,7 @@ def _axes(runs: Sequence[Run]) -> list[str]:
 def _choices(column: dict[str, Any], values: list[Any]) -> list[Any]:
     """Places in column["values"], which are sorted; or the values themselves, where there are many of them."""
     distinct = {freeze(value): value for value in values}
-    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in distinct.values())
+    numeric = all(map(is_number, distinct.values()))
     if len(distinct) > _MOST_CHOICES:
         column["kind"] = "number" if numeric else "text"
         del column["values"]

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Sequence
+from functools import partial
 
 from qlora_jax.report import draw
 from qlora_jax.report.compare import Setting, Share, best
 from qlora_jax.report.factors import describe, is_seed, varying
 from qlora_jax.report.names import NAMED, figure_number, key_name
-from qlora_jax.report.parts import Canvas, Figure, Metric, Section, Table, interval
+from qlora_jax.report.parts import Canvas, Figure, Metric, Section, Table, curve_data, curves_of, interval
 from qlora_jax.report.source import Run, Source, number
 
 _MOST_BEST = 10  # settings a table
@@ -140,15 +141,12 @@ def _union(spans: list[tuple[float, float]]) -> float:
 def run_section(source: Source, canvas: Canvas) -> Section:
     run = source.runs[0]
     parts: list[Figure | Table] = []
-    labels = {"loss": "training loss (nats a target token)", "eval_loss": "held-out loss (nats a target token)"}
-    series = {labels[name]: {"this run": [curve]} for name, curve in run.curves.items()}
-    if series:
-        shown = [series.keys(), *(x.tobytes() for curve in run.curves.values() for x in curve)]
-        canvas.draw("curves", shown, lambda: draw.draw_curves(canvas.folder, "curves", series, ""))
-        counts = ", ".join(
-            f"{len(curve.steps)} of {labels[name].partition(' (')[0]}" for name, curve in run.curves.items()
+    found = curves_of({"": {"this run": [run]}})
+    if found:
+        canvas.draw("curves", curve_data(found), partial(draw.draw_curves, canvas.folder, "curves", found))
+        parts.append(
+            Figure("curves", "Loss curves", "One run, as logged; long curves as means over stretches of steps.")
         )
-        parts.append(Figure("curves", "Loss curves", f"One run, points as logged (long curves as means): {counts}."))
     if run.result:
         rows = [
             [key, figure_number(number(value)) if isinstance(value, float) else str(value)]

@@ -38,6 +38,7 @@ def test_keys_that_change_together_are_one_factor():
     assert set(by_name) == {"r", "layers"} and by_name["r"].followers == ("lora.alpha",)
     assert by_name["r"].labels == ("2", "8", "16", "32")
     amounts = design(runs_of("Amount of data")).factors[0]
+    assert amounts.is_numeric and not design(runs_of("Source or target")).factors[0].is_numeric
     assert amounts.labels == ("100", "200", "400", "800", "all")
 
 
