@@ -41,6 +41,10 @@ def get_config() -> ConfigDict:
     c.lora.dropout = 0.1  # probability; 0.05 for 33B and larger
     c.lora.targets = ("all-linear",)  # "all-linear", names ("q_proj", ...), or regular expressions over full names
     c.lora.use_rslora = False  # scale by alpha / sqrt(rank) instead
+    # what trains whole beside the adapters, in float32 (PEFT's modules_to_save): embed_tokens, lm_head; auto: both if
+    # tokens are added, else none; (): none, new tokens' rows then stay at the mean. V * D parameters each (once where
+    # they are tied), 16 bytes a parameter with Adam: weight, gradient, two moments
+    c.lora.modules_to_save = ("auto",)
     c.lora.init_from = ""  # PEFT folder to start from; "" starts at zero effect (B = 0)
 
     c.data = ConfigDict()
@@ -49,12 +53,26 @@ def get_config() -> ConfigDict:
     c.data.revision = "main"
     c.data.format = "alpaca"  # alpaca | input-output | oasst1 | hh-rlhf | self-instruct | unnatural-instructions |
     # flan-v2 | chip2 | longform | dolly | messages (OpenAI's chats) | sharegpt
+    c.data.template = "auto"  # the text around what a row says: paper (the prompt of its format: Alpaca's, Guanaco's
+    # conversation, ...) | chat (the model's own chat template, for every format; the assistant's turns are learned,
+    # each with the token that ends it) | auto: chat for messages and sharegpt if the model has a template, else paper
+    c.data.template_date = "2024-07-26"  # YYYY-MM-DD, the day that chat templates write as today's, so that a run that
+    # goes on another day has the same tokens
     c.data.batches = ""  # int32 .npy file [n, B, T] instead of a data set; labels are the inputs shifted
+    # texts that become tokens wherever they stand in the data, as "<think>"; rows for them start at the mean of the
+    # others. The tokenizer with them, and with a pad token that is not EOS, is saved beside the adapter
+    c.data.added_tokens = ()
+    c.data.added_special_tokens = ()  # the same for control tokens, as "<|im_start|>": chat templates write them, their
+    # letters in a text stay letters
     c.data.max_source_len = 384  # tokens of the prompt, BOS included
-    c.data.max_target_len = 128  # tokens of the answer, EOS included
-    c.data.train_on_source = False  # also learn the prompt
+    c.data.max_target_len = 128  # tokens of the answer, EOS included. A chat template's whole chat has room for both
+    # together: a longer one ends after the last answer that fits; if none does, the first is cut and keeps its end
+    c.data.train_on_source = False  # also learn the prompt (chat template: all tokens but the first)
     c.data.group_by_length = True  # batches of similar lengths: less padding
     c.data.pad_to_multiple_of = 64  # tokens; bounds the number of compiled shapes
+    c.data.packing = False  # several examples in each row (first-fit), which do not see each other: one compiled shape,
+    # hardly any padding; train.batch_size then counts rows, group_by_length does nothing. Not with attention = cudnn
+    c.data.pack_length = 0  # tokens of a packed row; 0 is max_source_len + max_target_len, rounded up as above
     c.data.max_examples = 0  # 0 takes all
     c.data.eval_path = ""  # file of held-out examples; "" holds out a seeded split of the data
     c.data.eval_examples = 100  # examples held out; 0 holds out none of a split, and takes all of eval_path
@@ -93,5 +111,13 @@ def get_config() -> ConfigDict:
     c.eval.every = 0  # steps between evaluations of the held-out split; 0 evaluates at the end only,
     # others also before the first step
     c.eval.batch_size = 16  # sequences
+    c.eval.mmlu_data = ""  # MMLU: the owners' folder, a hub data set (cais/mmlu) or a file of questions; "" asks none
+    c.eval.mmlu_split = "val"  # val | test | dev
+    c.eval.mmlu_shots = 5  # example questions before each
+    c.eval.mmlu_questions = 0  # questions asked, drawn by data.seed; 0 asks all
+    c.eval.mmlu_every = 0  # steps between evaluations; 0 evaluates at the end only, others also before the first step
+    c.eval.mmlu_batch_size = (
+        1  # prompts asked together; 5-shot ones have some 700 tokens, and up to the model's context
+    )
 
     return c.lock()

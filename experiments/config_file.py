@@ -18,6 +18,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.settings import flatten, nearest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+_MISSING = object()
 BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
@@ -27,8 +28,8 @@ def load_config(path: str) -> ConfigDict:
     Raises:
       InputError: no such file, or a mistake in it, named with file and line.
     """
-    config = call(path, "get_config")
-    if config is None:
+    config = call(path, "get_config", _MISSING)
+    if config is _MISSING:
         raise InputError(f"config file {path}: no function get_config() that returns an ml_collections ConfigDict")
     if not isinstance(config, ConfigDict):
         found = type(config).__name__
@@ -36,8 +37,8 @@ def load_config(path: str) -> ConfigDict:
     return config.lock()
 
 
-def call(path: str, function: str) -> Any:
-    """Runs the file `path` and returns what its `function` returns, called without arguments; None where it has none.
+def call(path: str, function: str, missing: Any = None) -> Any:
+    """Runs the file `path` and returns what its `function` returns, called without arguments; `missing` without one.
 
     Raises:
       InputError: no such file, or a mistake in it, named with file and line.
@@ -48,7 +49,7 @@ def call(path: str, function: str) -> Any:
     try:
         exec(compile(Path(path).read_bytes(), path, "exec"), namespace)
         found = namespace.get(function)
-        return found() if callable(found) else None
+        return found() if callable(found) else missing
     except InputError:
         raise
     except Exception as error:

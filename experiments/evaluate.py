@@ -1,8 +1,16 @@
 """Measures a model: python -m experiments.evaluate --task=perplexity --model=DIR --text=FILE --out=FILE.json
 
+    --task=perplexity --text=FILE                             (or --tokens=FILE.npy)
+    --task=mmlu --mmlu_data=DIR_OR_FILE_OR_HUB_NAME           --shots=5 --split=test
+    --task=lm-eval --tasks=NAME,NAME                          --include_path=DIR --limit=N --num_fewshot=N
+
 perplexity: mean negative log-likelihood a token, in nats, over windows of the model's context that do not overlap and
 are each begun with BOS. Every token but BOS is scored. --tokens=FILE.npy takes ids instead of a text: integers
 [tokens], or [texts, tokens]. --out gets {"task", "quant", "tokens", "nll_per_token", "perplexity", ...}.
+
+mmlu: accuracy by subject, by category, over subjects and over questions. --out gets {"task", "quant", ...,
+"accuracy_subjects", "accuracy_questions", ...}. lm-eval: the tasks of EleutherAI's harness and those of
+--include_path; --out gets its results.
 """
 
 import sys
@@ -12,20 +20,22 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from experiments import cli
+from experiments import cli, harness_task, mmlu_task
 from experiments.model_flags import Loaded, model_flags
 
 if TYPE_CHECKING:
     from qlora_jax.data.tokenizer import Tokenizer
 
-TASKS = ("perplexity",)
+TASKS = ("perplexity", "mmlu", "lm-eval")
 
 MODEL = model_flags()
 TASK = flags.DEFINE_string("task", None, f"what to measure: {', '.join(TASKS)}", required=True)
 TEXT = flags.DEFINE_string("text", None, "text file (UTF-8)")
 TOKENS = flags.DEFINE_string("tokens", None, ".npy file of token ids, in place of --text")
-CONTEXT = flags.DEFINE_integer("context", None, "tokens of a window, BOS included; the model's own context by default")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "windows scored together; what makes 8,192 tokens by default")
+MMLU = mmlu_task.mmlu_flags()
+HARNESS = harness_task.harness_flags()
+CONTEXT = flags.DEFINE_integer("context", None, "tokens seen at once, BOS included; the model's own context by default")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "sequences scored together; what makes 8,192 tokens by default")
 OUT = flags.DEFINE_string("out", None, "JSON file for the result")
 
 
@@ -35,37 +45,50 @@ def main() -> int:
 
     if TASK.value not in TASKS:
         raise InputError(f"unknown task {TASK.value!r}; known: {', '.join(TASKS)}")
-    if (TEXT.value is None) == (TOKENS.value is None):
-        raise InputError("--task=perplexity takes one of --text=FILE and --tokens=FILE.npy")
     if OUT.value is not None and Path(OUT.value).is_dir():
         raise InputError(f"--out={OUT.value} is a folder; expected a file to write JSON to")
-    result = measure_perplexity()
-    header = f"{'quant':8} {'bits/weight':>11} {'tokens':>12} {'nats/token':>11} {'perplexity':>11}"
-    figures = f"{result['tokens']:12,} {result['nll_per_token']:11.4f} {result['perplexity']:11.4f}"
-    print(f"{header}\n{result['quant']:8} {result['bits_per_param']:11.3f} {figures}")
-    if OUT.value is not None:
-        out = Path(OUT.value).expanduser()
+    out = None if OUT.value is None else Path(OUT.value).expanduser()
+    if CONTEXT.value is not None and CONTEXT.value < 2:
+        raise InputError(f"context is {CONTEXT.value}; expected at least 2 tokens")
+    if TASK.value == "perplexity":
+        result = measure_perplexity()
+        table = perplexity_table(result)
+    elif TASK.value == "mmlu":
+        result = mmlu_task.measure(MMLU, MODEL, CONTEXT.value, BATCH_SIZE.value, out)
+        table = mmlu_task.table(result)
+    else:
+        result, table = harness_task.measure(HARNESS, MODEL, CONTEXT.value, BATCH_SIZE.value)
+    print(table)
+    if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, result)
         print(f"written: {out}")
     return 0
 
 
+def perplexity_table(result: dict[str, Any]) -> str:
+    header = f"{'quant':8} {'bits/weight':>11} {'tokens':>12} {'nats/token':>11} {'perplexity':>11}"
+    figures = f"{result['tokens']:12,} {result['nll_per_token']:11.4f} {result['perplexity']:11.4f}"
+    return f"{header}\n{result['quant']:8} {result['bits_per_param']:11.3f} {figures}"
+
+
 def measure_perplexity() -> dict[str, Any]:
     """The result, as it is written."""
     from tqdm import tqdm
 
-    from qlora_jax.data.tokenizer import Tokenizer
+    from qlora_jax.errors import InputError
     from qlora_jax.evaluate.perplexity import perplexity
     from qlora_jax.io.load import load_config
 
+    if (TEXT.value is None) == (TOKENS.value is None):
+        raise InputError("--task=perplexity takes one of --text=FILE and --tokens=FILE.npy")
     folder = MODEL.folder()
     config = load_config(folder)
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     # token ids can be scored without a tokenizer; config.json knows BOS
-    tokenizer = Tokenizer.from_folder(folder) if has_tokenizer or TEXT.value is not None else None
+    tokenizer = MODEL.tokenizer() if has_tokenizer or TEXT.value is not None else None
     bos_id = config.bos_id if tokenizer is None else tokenizer.bos_id
-    texts = read_texts(tokenizer, config.V)
+    texts = read_texts(tokenizer, MODEL.vocabulary())
     loaded = MODEL.load()
     if bos_id is None:
         print("this model has no BOS: windows begin with text, and their first token is not scored", file=sys.stderr)

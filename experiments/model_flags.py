@@ -9,6 +9,7 @@ from absl import flags
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from qlora_jax.data.tokenizer import Tokenizer
     from qlora_jax.io.load import QuantSpec
     from qlora_jax.models.llama import Llama
 
@@ -44,12 +45,32 @@ class ModelFlags:
 
         return resolve(self.model.value, self.revision.value)
 
+    def tokenizer(self) -> "Tokenizer":
+        """The adapter's tokenizer where it has one, as one with added tokens has; else the checkpoint's."""
+        from qlora_jax.data.tokenizer import Tokenizer
+        from qlora_jax.io.folder import resolve
+        from qlora_jax.io.peft import has_tokenizer
+
+        folder = self.folder()
+        adapter = resolve(self.adapter.value) if self.adapter.value else None
+        if adapter is not None and has_tokenizer(adapter):
+            return Tokenizer.from_folder(adapter, folder)
+        return Tokenizer.from_folder(folder)
+
+    def vocabulary(self) -> int:
+        """Rows of the embedding, with those that the adapter adds."""
+        from qlora_jax.io.folder import resolve
+        from qlora_jax.io.load import load_config
+        from qlora_jax.io.peft import matrix_shapes
+
+        shapes = matrix_shapes(resolve(self.adapter.value)) if self.adapter.value else {}
+        return next((shape[0] for shape in shapes.values()), load_config(self.folder()).V)
+
     def load(self) -> Loaded:
         """Loads the model; says on stderr what it is, with a progress bar if it takes long.
 
         Raises InputError for a folder, an adapter or a quantization that does not fit.
         """
-        import jax
         from tqdm import tqdm
 
         from qlora_jax.io.folder import resolve
@@ -63,7 +84,7 @@ class ModelFlags:
         adapter = resolve(self.adapter.value) if self.adapter.value else None
         if adapter is not None:
             read_config(adapter)  # a mistake here shows before minutes of loading
-        dtype = self.compute_dtype.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        dtype = self._dtype()
         with tqdm(desc="loading", unit="tensor", leave=False, delay=2) as bar:
 
             def progress(done: int, total: int) -> None:
@@ -78,6 +99,29 @@ class ModelFlags:
         stored_as = "not quantized" if spec.format == "none" else str(spec)
         print(f"model: {name_of(folder)}, {stored_as}, computing in {dtype}{tuned}", file=sys.stderr)
         return Loaded(folder, model, quant_name(spec))
+
+    def identity(self) -> dict[str, str | int | None]:
+        """What the flags stand for, as far as results depend on it, without loading it.
+
+        Raises InputError for a folder, an adapter or a quantization that is not there.
+        """
+        from qlora_jax.io.fingerprint import fingerprint
+        from qlora_jax.io.folder import resolve
+
+        folder = self.folder()
+        spec = self._spec(folder)
+        return {
+            "model_files": fingerprint(folder),
+            "adapter_files": fingerprint(resolve(self.adapter.value)) if self.adapter.value else None,
+            "quant": quant_name(spec),
+            "block_size": None if spec.format == "none" else spec.block_size,
+            "compute_dtype": self._dtype(),
+        }
+
+    def _dtype(self) -> str:
+        import jax
+
+        return self.compute_dtype.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
     def _check_kernel(self) -> None:
         import jax

@@ -33,6 +33,7 @@ LABELS = {
     "embeddings_and_head": "base: embeddings and head",
     "norms": "base: norms",
     "adapters": "adapters",
+    "modules_to_save": "embedding and head that train",
     "gradients": "gradients",
     "optimizer": "optimizer state on the device",
     "block_inputs": "block inputs (remat)",

@@ -220,7 +220,7 @@ def _forecast(points: "Points", chosen: "list[Point]") -> None:
     of = f"{len(packs):,} packs of {min(sizes)} to {max(sizes)}"
     print(f"\n{len(chosen):,} points in {of}, at most {limit / 1e9:,.1f} GB each")
     takes = [pack_bytes(pack.points) for pack in packs]
-    print(f"predicted memory of a pack (an upper bound): {min(takes) / 1e9:,.2f} to {max(takes) / 1e9:,.2f} GB")
+    print(f"predicted memory of a pack: {min(takes) / 1e9:,.2f} to {max(takes) / 1e9:,.2f} GB")
     over = [pack for pack, size in zip(packs, takes, strict=True) if size > limit]
     if over:
         models = sorted({pack.points[0].config["model"]["path"] for pack in over})

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.errors import InputError
-from qlora_jax.models.layers import Linear
+from qlora_jax.models.layers import Linear, Trained
 from qlora_jax.models.llama import LINEARS, Llama
+
+MODULES = {"embed_tokens": "embedding", "lm_head": "head"}  # what may train whole: PEFT's name -> Llama's attribute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,7 @@ class LoRAConfig:
     dropout: float = 0.1  # probability, on the adapter's input
     targets: tuple[str, ...] = ("all-linear",)
     use_rslora: bool = False  # scale by alpha / sqrt(rank)
+    modules_to_save: tuple[str, ...] = ()  # of MODULES, in that order; these matrices train whole
 
     def __post_init__(self):
         if self.rank < 1:
@@ -35,6 +38,8 @@ class LoRAConfig:
             raise InputError(f"lora.dropout is {self.dropout}; expected a probability from 0 to below 1")
         if not math.isfinite(self.alpha) or self.alpha <= 0:
             raise InputError(f"lora.alpha is {self.alpha}; expected a positive number")
+        if unknown := [name for name in self.modules_to_save if name not in MODULES]:
+            raise InputError(f"lora.modules_to_save has {unknown[0]!r}; expected {' or '.join(MODULES)}")
 
     @property
     def scale(self) -> float:
@@ -61,6 +66,20 @@ def select_targets(targets: Sequence[str], layers: int) -> list[str]:
     if not chosen:
         raise InputError('lora.targets is empty; expected "all-linear", names or regular expressions')
     return [name for name in LINEARS if name in chosen]
+
+
+def select_modules(names: Sequence[str], adds_tokens: bool, tied: bool) -> tuple[str, ...]:
+    """The matrices that train whole, for `lora.modules_to_save` of a config.
+
+    Args:
+      names: of MODULES; or "auto": all of them where rows for new tokens must be learned, else none.
+      adds_tokens: whether there are such rows.
+      tied: embedding and head are one array, so that both names stand for both.
+    """
+    wanted = {*names} - {"auto"} | ({*MODULES} if "auto" in names and adds_tokens else set())
+    if unknown := sorted(wanted - {*MODULES}):
+        raise InputError(f"lora.modules_to_save has {unknown[0]!r}; expected auto, or {', '.join(MODULES)}")
+    return tuple(name for name in MODULES if name in wanted or (tied and wanted))
 
 
 def _matched(pattern: str, layers: int) -> set[str]:
@@ -97,6 +116,8 @@ def attach(model: Llama, config: LoRAConfig, key: jax.Array) -> list[str]:
     arrays = fresh_adapter(model, config, key)
     for name, (a, b) in arrays.items():
         set_adapter(model, name, a, b, config.scale)
+    for name in config.modules_to_save:
+        train_whole(model, name)
     model.dropout_rate = config.dropout
     return list(arrays)
 
@@ -122,6 +143,13 @@ def set_adapter(model: Llama, name: str, a: jax.Array, b: jax.Array, scale: floa
     layer.lora_scale = scale
 
 
+def train_whole(model: Llama, name: str, value: jax.Array | None = None) -> None:
+    """Makes one of MODULES train, in float32, from its own values or from `value` [V, D]."""
+    attribute = MODULES[name] if model.head is not None else "embedding"
+    value = getattr(model, attribute).get_value() if value is None else value
+    setattr(model, attribute, Trained(value.astype(jnp.float32)))
+
+
 def shape(model: Llama, name: str) -> tuple[int, int]:
     """(O, I) of a linear layer."""
     w = linear(model, name).weight.get_value()
@@ -142,3 +170,9 @@ def adapter_arrays(adapter: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
         for group, projections in pure.items()
         for projection, arrays in projections.items()
     }
+
+
+def whole_matrices(adapter: Any) -> dict[str, jax.Array]:
+    """The adapter's state -> {"embed_tokens": [V, D], "lm_head": [V, D]}, those that train; not a tied head."""
+    pure = nnx.to_pure_dict(adapter)
+    return {name: pure[attribute] for name, attribute in MODULES.items() if attribute in pure}

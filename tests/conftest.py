@@ -1,9 +1,12 @@
 """Settings and fixtures of all tests. The tests run on the CPU unless JAX_PLATFORMS says otherwise."""
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +20,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# tokenized data of this run of the tests alone, shared by its workers and commands
+if "QLORA_JAX_CACHE" not in os.environ:
+    os.environ["QLORA_JAX_CACHE"] = tempfile.mkdtemp(prefix="qlora_jax_tests_")
+    atexit.register(shutil.rmtree, os.environ["QLORA_JAX_CACHE"], ignore_errors=True)
 
 try:
     from hypothesis import settings

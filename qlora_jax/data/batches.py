@@ -9,16 +9,42 @@ batches, and the resulting batches shuffled. The places that belong to batches s
 left as shuffled. The first batch of all holds the longest example: what does not fit fails at once.
 """
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from qlora_jax.data.examples import Example
+from qlora_jax.data.store import lengths_of
 from qlora_jax.errors import InputError
 
 _STRETCH = 50  # batches sorted together
-_CACHED_EPOCHS = 4
+_CACHED_EPOCHS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A host's part of every batch: the shards of all hosts together are the batch."""
+
+    index: int = 0
+    count: int = 1
+
+    def rows(self, batch_size: int) -> slice:
+        """Its rows of a batch. Raises InputError where they cannot be equally many for all."""
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"shard {self.index} of {self.count}")
+        if batch_size % self.count:
+            raise InputError(
+                f"batches of {batch_size} sequences cannot be divided among {self.count} hosts: make "
+                "train.batch_size a multiple"
+            )
+        size = batch_size // self.count
+        return slice(self.index * size, (self.index + 1) * size)
+
+
+WHOLE = Shard()
 
 
 class Batches:
@@ -43,8 +69,8 @@ class Batches:
         self._multiple = pad_to_multiple_of
         self._pad_id = pad_id
         self._seed = seed
-        self._lengths = np.array([len(example) for example in examples])
-        self._orders: dict[int, np.ndarray] = {}
+        self._lengths = lengths_of(examples)
+        self._orders = Orders(self._make_order)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -56,36 +82,36 @@ class Batches:
         """The largest T of any batch, padding included."""
         return round_up(int(self._lengths.max()), self._multiple)
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        """tokens int32 [B, T] and loss_mask bool [B, T] of a step, counted from 0."""
-        rows = [self.examples[i] for i in self._indices(step)]
-        return pad(rows, self.batch_size, self._multiple, self._pad_id)
+    @property
+    def longest_example(self) -> int:
+        """Tokens of the longest example, as `max_length` without padding."""
+        return int(self._lengths.max())
 
-    def lengths(self, step: int) -> np.ndarray:
-        """Tokens of a step's examples without padding, int [B]."""
-        return self._lengths[self._indices(step)]
+    def batch(self, step: int, shard: Shard = WHOLE) -> dict[str, np.ndarray]:
+        """tokens int32 [B, T] and loss_mask bool [B, T] of a step, counted from 0; of a shard its rows alone, at the T
+        of all."""
+        indices = self._indices(step)
+        rows = shard.rows(self.batch_size)
+        length = round_up(int(self._lengths[indices].max()), self._multiple)
+        return pad([self.examples[int(i)] for i in indices[rows]], rows.stop - rows.start, length, self._pad_id)
+
+    def padded(self, steps: int) -> tuple[int, np.ndarray]:
+        """Of the first steps: their examples' tokens, and the T of each step, int [steps]."""
+        lengths = self._lengths[self._places(0, steps)].reshape(steps, self.batch_size)
+        return int(lengths.sum()), round_up(lengths.max(axis=1), self._multiple)
 
     def describe(self, step: int) -> str:
         """The files and lines of a step's examples."""
-        places: dict[str, list[str]] = {}
-        for i in self._indices(step):
-            file_and_unit, _, number = self.examples[i].where.rpartition(" ")
-            places.setdefault(file_and_unit, []).append(number)
-        return "; ".join(f"{place}{'s' * (len(at) > 1)} {', '.join(at)}" for place, at in places.items())
+        return describe(self.examples[int(i)].where for i in self._indices(step))
 
-    def _indices(self, step: int) -> list[int]:
+    def _indices(self, step: int) -> np.ndarray:
         if step < 0:
             raise ValueError(f"step {step}, expected 0 or more")
-        count = len(self.examples)
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return [int(self._order(place // count)[place % count]) for place in places]
+        return self._places(step, step + 1)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            if len(self._orders) >= _CACHED_EPOCHS:
-                del self._orders[min(self._orders)]
-            self._orders[epoch] = self._make_order(epoch)
-        return self._orders[epoch]
+    def _places(self, first: int, last: int) -> np.ndarray:
+        """Examples of the steps from `first` to before `last`: int [(last - first) * B]."""
+        return self._orders.places(first * self.batch_size, last * self.batch_size, len(self.examples))
 
     def _make_order(self, epoch: int) -> np.ndarray:
         random = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(1, epoch)))
@@ -106,6 +132,31 @@ class Batches:
             first = int(np.argmax(self._lengths[batches].max(axis=1)))
             batches[[0, first]] = batches[[first, 0]]
         return np.concatenate([order[:head], batches.reshape(-1), order[head + whole * size :]])
+
+
+class Orders:
+    """An endless line of n places, epoch after epoch, each epoch a permutation; the last few used are kept."""
+
+    def __init__(self, make: Callable[[int], np.ndarray]):
+        """`make`: the permutation of an epoch, int [n]."""
+        self._make = make
+        self._kept: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()  # batches are made in threads
+
+    def places(self, first: int, last: int, n: int) -> np.ndarray:
+        """What stands at the places from `first` to before `last` of the line."""
+        epochs = range(first // n, (last - 1) // n + 1)
+        return np.concatenate(
+            [self._epoch(epoch)[max(first - epoch * n, 0) : min(last - epoch * n, n)] for epoch in epochs]
+        )
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        with self._lock:
+            if epoch not in self._kept:
+                if len(self._kept) >= _CACHED_EPOCHS:
+                    del self._kept[min(self._kept)]
+                self._kept[epoch] = self._make(epoch)
+            return self._kept[epoch]
 
 
 class FileBatches:
@@ -148,11 +199,16 @@ class FileBatches:
         """T of every batch."""
         return self._array.shape[2]
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        """tokens int32 [B, T] and loss_mask bool [B, T] of a step, counted from 0."""
+    @property
+    def longest_example(self) -> int:
+        """T: rows of a file are whole."""
+        return self.max_length
+
+    def batch(self, step: int, shard: Shard = WHOLE) -> dict[str, np.ndarray]:
+        """tokens int32 [B, T] and loss_mask bool [B, T] of a step, counted from 0; of a shard its rows alone."""
         if step < 0:
             raise ValueError(f"step {step}, expected 0 or more")
-        tokens = np.array(self._array[step % len(self)])
+        tokens = np.array(self._array[step % len(self), shard.rows(self.batch_size)])
         loss_mask = np.ones(tokens.shape, np.bool_)
         loss_mask[:, 0] = False
         return {"tokens": tokens, "loss_mask": loss_mask}
@@ -170,14 +226,17 @@ def eval_batches(
     The last batch is filled with rows of padding that have no target.
     """
     _check_sizes(batch_size, pad_to_multiple_of)
-    by_length = sorted(examples, key=len, reverse=True)
+    lengths = lengths_of(examples)
+    by_length = np.argsort(-lengths, kind="stable")
     for start in range(0, len(by_length), batch_size):
-        yield pad(by_length[start : start + batch_size], batch_size, pad_to_multiple_of, pad_id)
+        rows = by_length[start : start + batch_size]
+        length = round_up(int(lengths[rows[0]]), pad_to_multiple_of)
+        yield pad([examples[int(i)] for i in rows], batch_size, length, pad_id)
 
 
-def pad(examples: Sequence[Example], rows: int, multiple: int, pad_id: int) -> dict[str, np.ndarray]:
-    """Examples side by side: tokens int32 [rows, T] and loss_mask bool [rows, T], padded at the end and below."""
-    length = round_up(max(map(len, examples)), multiple)
+def pad(examples: Sequence[Example], rows: int, length: int, pad_id: int) -> dict[str, np.ndarray]:
+    """Examples side by side: tokens int32 [rows, length] and loss_mask bool of that shape, padded at the end and
+    below."""
     tokens = np.full((rows, length), pad_id, np.int32)
     loss_mask = np.zeros((rows, length), np.bool_)
     for row, example in enumerate(examples):
@@ -186,7 +245,17 @@ def pad(examples: Sequence[Example], rows: int, multiple: int, pad_id: int) -> d
     return {"tokens": tokens, "loss_mask": loss_mask}
 
 
-def round_up(length: int, multiple: int) -> int:
+def describe(places: Iterable[str]) -> str:
+    """Places as one text: "f, lines 1, 2; g, line 3"."""
+    numbers: dict[str, list[str]] = {}
+    for place in places:
+        file_and_unit, _, number = place.rpartition(" ")
+        numbers.setdefault(file_and_unit, []).append(number)
+    return "; ".join(f"{place}{'s' * (len(at) > 1)} {', '.join(at)}" for place, at in numbers.items())
+
+
+def round_up(length: Any, multiple: int) -> Any:
+    """Of a number or an array of them."""
     return -(-length // multiple) * multiple
 
 

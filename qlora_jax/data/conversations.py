@@ -1,5 +1,6 @@
 """Rows of conversations. As the paper trains OASST1 and HH-RLHF, the whole conversation is the target, the turns of
 the human included, up to the last answer; a row without an answer gives no example. A system turn is the source.
+For chat templates `data/chats` takes the same turns.
 """
 
 import dataclasses
@@ -13,8 +14,8 @@ from qlora_jax.data.rows import Problems, Row
 from qlora_jax.errors import InputError
 
 _OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
-_OPENAI_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_SHAREGPT_ROLES = {
+OPENAI_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
     "user": "user",
@@ -35,25 +36,46 @@ def oasst1(row: Row) -> list[Pair]:
     Of a tree the best-ranked path is taken: at every level the reply of the lowest rank, or the first of the file
     where none has a rank.
     """
+    return _guanaco(oasst1_turns(row))
+
+
+def oasst1_turns(row: Row) -> list[Turn]:
+    """The turns that `oasst1` trains on."""
     if "prompt" in row.fields:
-        return _guanaco(_best_path(row, row.fields["prompt"]))
+        return _best_path(row, row.fields["prompt"])
     if "replies" in row.fields:
-        return _guanaco(_best_path(row, row.fields))
+        return _best_path(row, row.fields)
     if "text" in row.fields:
-        return _guanaco(_flattened_turns(row))
+        return _flattened_turns(row)
     bad(row, "prompt", 'no field "prompt" (a tree) or "text" (a flattened conversation)')
 
 
 def hh_rlhf(row: Row) -> list[Pair]:
     """{chosen, rejected}, each "\\n\\nHuman: ...\\n\\nAssistant: ...": the chosen conversation, letter by letter to the
     end of its last answer that is not blank."""
+    before, parts = _hh_parts(row)
+    while parts and (parts[-2] != HH_LABELS["assistant"] or not parts[-1].strip()):
+        del parts[-2:]
+    return [Pair("", before + "".join(parts))] if parts else []
+
+
+def hh_rlhf_turns(row: Row) -> list[Turn]:
+    """The turns of the chosen conversation, without the blanks around them."""
+    _, parts = _hh_parts(row)
+    roles = {label: role for role, label in HH_LABELS.items()}
+    return [
+        {"role": roles[label], "content": content.strip()}
+        for label, content in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def _hh_parts(row: Row) -> tuple[str, list[str]]:
+    """What stands before the first turn, then labels and texts by turns."""
     chosen = text(row, "chosen")
     before, *parts = _HH_TURN.split(chosen)
     if not parts or before.strip():
         bad(row, "chosen", f'expected text that begins with "\\n\\nHuman:", found {chosen.strip()[:40]!r}')
-    while parts and (parts[-2] != HH_LABELS["assistant"] or not parts[-1].strip()):
-        del parts[-2:]
-    return [Pair("", before + "".join(parts))] if parts else []
+    return before, parts
 
 
 def messages(row: Row) -> list[Pair]:
@@ -65,7 +87,7 @@ def messages(row: Row) -> list[Pair]:
     """
     turns = []
     for message in objects(row, "messages"):
-        turns.append({"role": _role(message, "role", _OPENAI_ROLES), "content": _content(message)})
+        turns.append({"role": role_of(message, "role", OPENAI_ROLES), "content": content_of(message)})
     return _guanaco(_one_system(row, "messages", turns))
 
 
@@ -77,7 +99,7 @@ def sharegpt(row: Row) -> list[Pair]:
     """
     turns = []
     for message in objects(row, "conversations"):
-        role = _role(message, "from", _SHAREGPT_ROLES)
+        role = role_of(message, "from", SHAREGPT_ROLES)
         turns.append({"role": role, "content": text(message, "value", blank=True)})
     return _guanaco(_one_system(row, "conversations", turns))
 
@@ -101,7 +123,7 @@ def gather_messages(rows: Sequence[Row]) -> list[Row]:
         try:
             name = "message_id" if "message_id" in row.fields else "user_message_id"
             identity = text(row, name)
-            _role(row, "role", _OASST_ROLES)
+            role_of(row, "role", _OASST_ROLES)
             text(row, "text", blank=True)
             if identity in nodes:
                 bad(row, name, f"a second message with the {name} {identity!r}")
@@ -152,7 +174,8 @@ def _one_system(row: Row, field: str, turns: list[Turn]) -> list[Turn]:
     return turns
 
 
-def _role(message: Row, field: str, roles: dict[str, str]) -> str:
+def role_of(message: Row, field: str, roles: dict[str, str]) -> str:
+    """The role in `field` by the names of `roles`. Raises InputError for another."""
     found = text(message, field)
     if found not in roles:
         known = list(roles)
@@ -161,7 +184,8 @@ def _role(message: Row, field: str, roles: dict[str, str]) -> str:
     return roles[found]
 
 
-def _content(message: Row) -> str:
+def content_of(message: Row) -> str:
+    """The text of an OpenAI message; parts of a list are joined."""
     value = message.fields.get("content")
     if not isinstance(value, list):
         return text(message, "content", blank=True)
@@ -178,7 +202,7 @@ def _best_path(row: Row, node: Any) -> list[Turn]:
         if not isinstance(node, dict):
             bad(row, "prompt", f"expected messages as objects in the tree, found {kind(node)}")
         message = dataclasses.replace(row, fields=node)
-        role = _role(message, "role", _OASST_ROLES)
+        role = role_of(message, "role", _OASST_ROLES)
         turns.append({"role": role, "content": text(message, "text", blank=True)})
         node = _best_reply(message)
     return turns

@@ -1,12 +1,11 @@
-"""What a run will see of its data: examples as the loss sees them, lengths, padding."""
+"""What a run will see of its data: examples as the loss sees them, and their lengths."""
 
-import dataclasses
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from qlora_jax.data.batches import Batches, round_up
+from qlora_jax.data.batches import round_up
 from qlora_jax.data.examples import Example
 from qlora_jax.data.tokenizer import Tokenizer
 
@@ -15,31 +14,20 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal may o
 _BAR = 40  # characters of the longest
 
 
-@dataclasses.dataclass(frozen=True)
-class Padding:
-    """Of the first epoch's batches: tokens that are examples, tokens with padding, and the steps of every length T."""
-
-    tokens: int
-    padded: int
-    steps_by_length: dict[int, int]
-
-    @property
-    def waste(self) -> float:
-        """The part of all positions that is padding, 0 to 1."""
-        return 1 - self.tokens / self.padded
-
-
 def show_example(example: Example, tokenizer: Tokenizer, color: bool) -> str:
     """The example as text, decoded from its tokens: what is given dim, what is learned green; without color what is
-    learned stands between ⟦ and ⟧. BOS and EOS are shown by these names where the tokens have them,
-    control characters as U+FFFD."""
+    learned stands between ⟦ and ⟧. BOS and EOS are shown by these names where the tokens have them, other control
+    tokens by their texts, control characters as U+FFFD."""
     marks = (f"{_GIVEN}%s{_PLAIN}", f"{_LEARNED}%s{_PLAIN}") if color else ("%s", "⟦%s⟧")
     stream = tokenizer.stream()
     shown = ""
     edges = np.flatnonzero(np.diff(example.loss_mask)) + 1
     runs = np.split(np.arange(len(example)), edges)
     for number, run in enumerate(runs):
-        text = "".join(_name(tokenizer, int(example.tokens[at])) or stream.push(int(example.tokens[at])) for at in run)
+        text = ""
+        for token in example.tokens[run].tolist():
+            name = _name(tokenizer, token)
+            text += stream.flush() + name if name else stream.push(token)
         if number == len(runs) - 1:
             text += stream.flush()
         shown += marks[int(example.loss_mask[run[0]])] % _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
@@ -58,20 +46,7 @@ def histogram(lengths: Sequence[int], multiple: int) -> list[str]:
     return lines
 
 
-def padding(batches: Batches, multiple: int) -> Padding:
-    """Counts the first epoch without making its batches. `multiple`: data.pad_to_multiple_of."""
-    tokens = padded = 0
-    steps: dict[int, int] = {}
-    for step in range(batches.steps_per_epoch):
-        lengths = batches.lengths(step)
-        length = round_up(int(lengths.max()), multiple)
-        tokens += int(lengths.sum())
-        padded += length * len(lengths)
-        steps[length] = steps.get(length, 0) + 1
-    return Padding(tokens, padded, dict(sorted(steps.items())))
-
-
 def _name(tokenizer: Tokenizer, token: int) -> str:
     if token == tokenizer.bos_id:
         return "<BOS>"
-    return "<EOS>" if token == tokenizer.eos_id else ""
+    return "<EOS>" if token == tokenizer.eos_id else tokenizer.controls.get(token, "")

@@ -6,6 +6,7 @@ then the target and EOS, where the cut takes the target's tokens and never the E
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,18 @@ class Truncated:
 
     sources: int = 0
     targets: int = 0
+
+    def __add__(self, other: "Truncated") -> "Truncated":
+        return Truncated(self.sources + other.sources, self.targets + other.targets)
+
+    def report(self, config: Any) -> list[str]:
+        """A line on it for a run's report, where there is something to say."""
+        if not self.sources and not self.targets:
+            return []
+        return [
+            f"data: cut to length: {self.sources:,} sources (max_source_len {config.max_source_len}), "
+            f"{self.targets:,} targets (max_target_len {config.max_target_len})"
+        ]
 
 
 def tokenize_example(

@@ -10,10 +10,28 @@ _KINDS = {str: "text", list: "a list", dict: "an object", bool: "true or false",
 
 
 class Pair(NamedTuple):
-    """An example as text: what is given, and what is learned. `target` is never blank."""
+    """An example as text: what is given, and what is learned. `target` is never blank. `message`: what a user would
+    say in a chat, where `source` puts a prompt around it; None where `source` is that itself."""
 
     source: str
     target: str
+    message: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """A conversation for a chat template.
+
+    Attributes:
+      messages: turns {"role": "system" | "user" | "assistant" | "tool", "content"}, and "tool_calls", "tool_call_id",
+        "name", "reasoning_content" where the row has them. The last is the assistant's.
+      tools: descriptions of functions that the assistant may call, or None.
+      where: the place of its row.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+    where: str
 
 
 def text(row: Row, field: str, optional: bool = False, blank: bool = False) -> str:

@@ -37,6 +37,11 @@ def dataset_files(path: str, revision: str, suffixes: tuple[str, ...]) -> list[t
     return [(f"{repo}:{name}", _download(repo, name, revision)) for name in files]
 
 
+def file_names(repo: str, revision: str) -> list[str]:
+    """All files of `owner/name` at `revision`, by name. Raises InputError as dataset_files does."""
+    return _list_files(repo, revision)
+
+
 def choose_train_files(repo: str, names: list[str], suffixes: tuple[str, ...]) -> list[str]:
     """The one data file, or the one whose name or folder says "train", all its shards.
 

@@ -10,6 +10,7 @@ from qlora_jax.data.prompts import (
     chain_of_thought_prompt,
     self_instruct_prompt,
     unnatural_prompt,
+    user_message,
 )
 from qlora_jax.data.rows import Row
 
@@ -23,7 +24,7 @@ def alpaca(row: Row) -> list[Pair]:
     """{instruction, input?, output}: Alpaca's prompt, and the output. Alpaca and alpaca-clean."""
     instruction = text(row, "instruction")
     given = text(row, "input", optional=True)
-    return [Pair(alpaca_prompt(instruction, given), text(row, "output"))]
+    return [Pair(alpaca_prompt(instruction, given), text(row, "output"), user_message(instruction, given))]
 
 
 def input_output(row: Row) -> list[Pair]:
@@ -39,10 +40,12 @@ def self_instruct(row: Row) -> list[Pair]:
     """
     if "instances" in row.fields:
         instruction = text(row, "instruction")
-        return [
-            Pair(self_instruct_prompt(instruction, text(instance, "input", optional=True)), text(instance, "output"))
-            for instance in objects(row, "instances")
-        ]
+        pairs = []
+        for instance in objects(row, "instances"):
+            given = text(instance, "input", optional=True)
+            prompt, message = self_instruct_prompt(instruction, given), user_message(instruction, given)
+            pairs.append(Pair(prompt, text(instance, "output"), message))
+        return pairs
     if "prompt" not in row.fields:
         bad(row, "prompt", 'no field "prompt" (with completion) or "instances" (with instruction)')
     answer = "target" if "target" in row.fields and "completion" not in row.fields else "completion"
@@ -61,13 +64,13 @@ def unnatural_instructions(row: Row) -> list[Pair]:
     instances = objects(row, "instances")
     if row.fields.get("reformulations"):
         instances += objects(row, "reformulations")
-    return [
-        Pair(
-            unnatural_prompt(text(instance, "instruction_with_input"), text(instance, "constraints", optional=True)),
-            text(instance, "output"),
+    pairs = []
+    for instance in instances:
+        prompt = unnatural_prompt(
+            text(instance, "instruction_with_input"), text(instance, "constraints", optional=True)
         )
-        for instance in instances
-    ]
+        pairs.append(Pair(prompt, text(instance, "output"), prompt.strip()))
+    return pairs
 
 
 def flan_v2(row: Row) -> list[Pair]:
@@ -78,7 +81,8 @@ def flan_v2(row: Row) -> list[Pair]:
     if "question" not in row.fields:
         bad(row, "question", 'no field "question" (chain of thought) or "inputs" (the collection)')
     question, answer, rationale = (text(row, column).replace("\\n", "\n").strip() for column in FLAN_COLUMNS)
-    return [Pair(chain_of_thought_prompt(question), chain_of_thought_answer(rationale, answer))]
+    prompt = chain_of_thought_prompt(question)
+    return [Pair(prompt, chain_of_thought_answer(rationale, answer), prompt.strip())]
 
 
 def dolly(row: Row) -> list[Pair]:
@@ -87,8 +91,8 @@ def dolly(row: Row) -> list[Pair]:
         return [Pair(text(row, "prompt"), text(row, "answer"))]
     if "instruction" not in row.fields:
         bad(row, "instruction", 'no field "instruction" (with response) or "prompt" (with answer)')
-    context = text(row, "context", optional=True)
-    return [Pair(alpaca_prompt(text(row, "instruction"), context), text(row, "response"))]
+    instruction, context = text(row, "instruction"), text(row, "context", optional=True)
+    return [Pair(alpaca_prompt(instruction, context), text(row, "response"), user_message(instruction, context))]
 
 
 def chip2(row: Row) -> list[Pair]:

@@ -6,6 +6,7 @@ object a line. All three are read here; the last is also what .jsonl means.
 
 import json
 import re
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 from qlora_jax.data.rows import Problems, Row
@@ -131,25 +132,39 @@ def _data_rows(scanner: _Scanner) -> list[Row]:
     return rows
 
 
+def is_lines(lines: Iterable[str]) -> bool:
+    """Whether a .json file is one object a line: the first line is an object, and there is a second. Reads no further.
+
+    A single object alone is left to `json_rows`.
+    """
+    written = (line for line in lines if line.strip())
+    first = next(written, "")
+    return first.lstrip().startswith("{") and _is_whole_object(first) and next(written, None) is not None
+
+
 def jsonl_rows(file: str, text: str) -> list[Row]:
-    """Rows of one object a line; blank lines are passed over. Raises InputError with the first bad line and a count."""
-    rows: list[Row] = []
-    problems = Problems()
+    """Rows of one object a line; see `line_rows`."""
     # Not splitlines(): a JSON string may hold U+2028 and its kind unescaped.
-    for number, line in enumerate(text.split("\n"), 1):
+    return list(line_rows(file, text.split("\n")))
+
+
+def line_rows(file: str, lines: Iterable[str]) -> Iterator[Row]:
+    """Rows of one object a line; blank lines are passed over. Raises InputError with the first bad line and a count,
+    after the last."""
+    problems = Problems()
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line.removesuffix("\n"))
         except (ValueError, RecursionError) as error:
             problems.add(f"{file}, line {number}: {_reason(error)}")
             continue
         if isinstance(value, dict):
-            rows.append(Row(file, number, value))
+            yield Row(file, number, value)
         else:
             problems.add(f"{file}, line {number}: expected an object, found {_kind(value)}")
     problems.raise_if_any()
-    return rows
 
 
 def _reason(error: ValueError | RecursionError) -> str:

@@ -19,6 +19,11 @@ GUANACO_LABELS = {"user": "### Human:", "assistant": "### Assistant:"}
 HH_LABELS = {"user": "\n\nHuman:", "assistant": "\n\nAssistant:"}  # of HH-RLHF's own conversations
 
 
+def user_message(instruction: str, input: str = "") -> str:
+    """An instruction and its input as a user would say them in a chat; a blank input is left out."""
+    return f"{instruction}\n\n{input}" if input.strip() else instruction
+
+
 def alpaca_prompt(instruction: str, input: str = "") -> str:
     """Alpaca's prompt up to where the answer begins; `input` is left out, with its heading, when it is blank."""
     if input.strip():

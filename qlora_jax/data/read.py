@@ -1,7 +1,8 @@
 """Rows of a data set: a local file (.json, .jsonl, .csv, .tsv, .parquet, the text ones also .gz) or a hub data set.
 
-Everything is read and checked before anything is trained: the files of this field fit in memory, and a bad line
-found at step 900 is dearer than the seconds of reading them all.
+Everything is read and checked before anything is trained: a bad line found at step 900 is dearer than the seconds of
+reading them all. Rows come one by one, and no more of a file than a line, or a thousand rows of Parquet, is in memory;
+a .json file that is one list, or one object, is the exception: it is read whole.
 """
 
 import csv
@@ -9,11 +10,13 @@ import difflib
 import gzip
 import io
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from qlora_jax.data import hub
-from qlora_jax.data.json_text import json_rows, jsonl_rows
+from qlora_jax.data.json_text import is_lines, json_rows, line_rows
 from qlora_jax.data.known import KNOWN_SETS
 from qlora_jax.data.rows import Problems, Row
 from qlora_jax.errors import InputError
@@ -22,84 +25,123 @@ TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *(suffix + ".gz" for suffix in TEXT_SUFFIXES))
 
 
+_PARQUET_ROWS = 1024  # that are Python objects at a time
+
+
 def read_rows(path: str, revision: str = "main", columns: Sequence[str] = ()) -> list[Row]:
-    """All rows of a data set, in file order, each with its place.
+    """All rows of a data set, in file order, each with its place; see `stream_rows`."""
+    return [row for label, file in data_files(path, revision) for row in stream_rows(file, label, columns)]
+
+
+def data_files(path: str, revision: str = "main") -> list[tuple[str, Path]]:
+    """The files of a data set, each with its name in errors (a hub file's path in the cache would say nothing).
 
     Args:
       path: a local file, a hub data set as `owner/name` (its train split) or `owner/name:file` (that file), or a name
         of KNOWN_SETS.
       revision: branch, tag or commit of a hub data set; without meaning for a local file.
-      columns: names of the columns of .tsv files that have neither header nor quoting; () where they have a header.
 
     Raises:
-      InputError: the file is missing, empty, of an unknown kind, cut off, not UTF-8, or has a bad line.
+      InputError: the file is missing, or the hub has no such data set.
     """
     if not str(path).strip():
         raise InputError("no data set given: set data.path to a file or a hub data set's name (owner/name)")
     local = Path(path).expanduser()
     if local.is_file():
-        return _file_rows(local, str(path), columns)
+        return [(str(path), local)]
     if local.is_dir():
         raise InputError(f"{path} is a folder, expected a file{_listing(local)}")
     if path in KNOWN_SETS:
-        return [row for name in KNOWN_SETS[path].names(path) for row in read_rows(name, revision, columns)]
+        return [file for name in KNOWN_SETS[path].names(path) for file in data_files(name, revision)]
     if hub.looks_like_dataset(path) and not (path.lower().endswith(SUFFIXES) and ":" not in path):
-        files = hub.dataset_files(path, revision, SUFFIXES)
-        return [row for label, file in files for row in _file_rows(file, label, columns)]
+        return list(hub.dataset_files(path, revision, SUFFIXES))
     known = f"; data sets known by name: {', '.join(KNOWN_SETS)}" if "/" not in path and "." not in path else ""
     raise InputError(f"{path}: no such file{_near_names(local)}{known}")
 
 
-def _file_rows(path: Path, label: str, columns: Sequence[str] = ()) -> list[Row]:
-    """Rows of one file; `label` is its name in errors (a hub file's path in the cache would say nothing)."""
+def stream_rows(path: Path, label: str, columns: Sequence[str] = ()) -> Iterator[Row]:
+    """Rows of one file, one after the other.
+
+    Args:
+      path, label: of `data_files`.
+      columns: names of the columns of .tsv files that have neither header nor quoting; () where they have a header.
+
+    Raises:
+      InputError: the file is empty, of an unknown kind, cut off, not UTF-8, or has a bad line: then at the end of the
+        file, with the number of bad lines.
+    """
     name = label.lower().removesuffix(".gz")
     suffix = next((s for s in SUFFIXES if name.endswith(s)), "")
     if not suffix or not label.lower().endswith(SUFFIXES):
         raise InputError(f"{label}: unknown kind of file, expected one of {', '.join(SUFFIXES)}")
     if path.stat().st_size == 0:
         raise InputError(f"{label} is empty (0 bytes)")
-    if suffix == ".parquet":
-        rows = _parquet_rows(path, label)
-    else:
-        text = _decode(_file_bytes(path, label), label)
-        if suffix == ".tsv" and columns:
-            rows = _plain_tsv_rows(label, text, columns)
-        elif suffix in (".csv", ".tsv"):
-            rows = _csv_rows(label, text, "," if suffix == ".csv" else "\t")
-        elif text.strip():
-            rows = (json_rows if suffix == ".json" else jsonl_rows)(label, text)
-        else:
-            rows = []
-    if not rows:
+    rows = _parquet_rows(path, label) if suffix == ".parquet" else _text_rows(path, label, suffix, columns)
+    found = False
+    for row in rows:
+        found = True
+        yield row
+    if not found:
         raise InputError(f"{label} has no rows")
-    return rows
 
 
-def _file_bytes(path: Path, label: str) -> bytes:
+def _text_rows(path: Path, label: str, suffix: str, columns: Sequence[str]) -> Iterator[Row]:
+    # of JSON a line ends at \n alone; of .csv the csv module decides
+    newline = "" if suffix in (".csv", ".tsv") and not columns else "\n"
+    if suffix == ".json":
+        with _open_text(path, label, newline) as file:
+            suffix = ".jsonl" if is_lines(file) else suffix
+    with _open_text(path, label, newline) as file:
+        if suffix == ".json":
+            text = file.read()
+            yield from json_rows(label, text) if text.strip() else ()
+        elif suffix == ".jsonl":
+            yield from line_rows(label, file)
+        elif suffix == ".tsv" and columns:
+            yield from _plain_tsv_rows(label, file, columns)
+        else:
+            yield from _csv_rows(label, file, "," if suffix == ".csv" else "\t")
+
+
+@contextmanager
+def _open_text(path: Path, label: str, newline: str) -> Iterator[IO[str]]:
+    """The file as text; what goes wrong while it is read is an InputError."""
     try:
-        data = path.read_bytes()
-        # By content too: browsers and proxies unpack .gz files and keep the name.
-        return gzip.decompress(data) if label.lower().endswith(".gz") and data[:2] == b"\x1f\x8b" else data
+        with _open_bytes(path, label) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline) as text:
+            yield text
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise InputError(
+            f"{label}, line {_undecodable_line(path, label)}: not UTF-8 (byte 0x{byte:02x}); convert the file to UTF-8"
+        ) from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{label}: damaged or cut off gzip file ({error}); fetch it again") from error
     except OSError as error:
         raise InputError(f"{label}: cannot be read: {error.strerror or error}") from error
 
 
-def _decode(data: bytes, label: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        byte = error.object[error.start]
-        raise InputError(f"{label}, line {line}: not UTF-8 (byte 0x{byte:02x}); convert the file to UTF-8") from error
+def _open_bytes(path: Path, label: str) -> IO[bytes]:
+    raw = path.open("rb")
+    # By content too: browsers and proxies unpack .gz files and keep the name.
+    is_packed = label.lower().endswith(".gz") and raw.peek(2)[:2] == b"\x1f\x8b"
+    return gzip.open(raw) if is_packed else raw  # type: ignore[return-value]
 
 
-def _csv_rows(label: str, text: str, delimiter: str) -> list[Row]:
+def _undecodable_line(path: Path, label: str) -> int:
+    """The first line that is not UTF-8: decoding says which byte of a piece it was, not which line of the file."""
+    with _open_bytes(path, label) as raw:
+        for number, line in enumerate(raw, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    raise AssertionError(f"{label} is UTF-8 line by line")
+
+
+def _csv_rows(label: str, file: IO[str], delimiter: str) -> Iterator[Row]:
     """Rows under a header line; fields may be quoted and hold line breaks. A short or long row is an error."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[Row] = []
+    reader = csv.reader(file, delimiter=delimiter, strict=True)
     problems = Problems()
     header: list[str] | None = None
     begins = 1
@@ -111,27 +153,24 @@ def _csv_rows(label: str, text: str, delimiter: str) -> list[Row]:
                 expected = len(header or ())
                 problems.add(f"{label}, line {begins}: {len(values)} fields, expected {expected} as in the header")
             elif values:
-                rows.append(Row(label, begins, dict(zip(header or (), values, strict=True))))
+                yield Row(label, begins, dict(zip(header or (), values, strict=True)))
             begins = reader.line_num + 1
     except csv.Error as error:
         problems.add(f"{label}, line {begins}: {error}")
     problems.raise_if_any()
-    return rows
 
 
-def _plain_tsv_rows(label: str, text: str, columns: Sequence[str]) -> list[Row]:
+def _plain_tsv_rows(label: str, file: IO[str], columns: Sequence[str]) -> Iterator[Row]:
     """Rows without header or quoting: a quotation mark is a letter. Lines that are blank are passed over."""
-    rows: list[Row] = []
     problems = Problems()
-    for number, line in enumerate(text.split("\n"), 1):
-        values = line.removesuffix("\r").split("\t")
+    for number, line in enumerate(file, 1):
+        values = line.removesuffix("\n").removesuffix("\r").split("\t")
         if len(values) == len(columns):
-            rows.append(Row(label, number, dict(zip(columns, values, strict=True))))
+            yield Row(label, number, dict(zip(columns, values, strict=True)))
         elif line.strip():
             names = ", ".join(columns)
             problems.add(f"{label}, line {number}: {len(values)} fields between tabs, expected {len(columns)}: {names}")
     problems.raise_if_any()
-    return rows
 
 
 def _csv_header(label: str, line: int, names: list[str]) -> list[str]:
@@ -141,17 +180,19 @@ def _csv_header(label: str, line: int, names: list[str]) -> list[str]:
     return names
 
 
-def _parquet_rows(path: Path, label: str) -> list[Row]:
+def _parquet_rows(path: Path, label: str) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    number = 0
     try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError(f"{label}: reading Parquet needs pyarrow: pip install pyarrow") from error
-    try:
-        table = pyarrow.parquet.ParquetFile(path).read()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(_PARQUET_ROWS):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield Row(label, number, fields, "row")
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"{label}: not a readable Parquet file: {reason}") from error
-    return [Row(label, number, fields, "row") for number, fields in enumerate(table.to_pylist(), 1)]
 
 
 def _near_names(path: Path) -> str:

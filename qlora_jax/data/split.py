@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from qlora_jax.data.examples import Example
+from qlora_jax.data.store import digests_of, take
 from qlora_jax.errors import InputError
 
 
-def split(examples: Sequence[Example], eval_examples: int, seed: int) -> tuple[list[Example], list[Example]]:
+def split(examples: Sequence[Example], eval_examples: int, seed: int) -> tuple[Sequence[Example], Sequence[Example]]:
     """(train, heldout), each in the order of the file.
 
     Args:
@@ -25,25 +26,31 @@ def split(examples: Sequence[Example], eval_examples: int, seed: int) -> tuple[l
     if eval_examples < 0:
         raise InputError(f"data.eval_examples is {eval_examples}, expected 0 or more")
     if eval_examples == 0:
-        return list(examples), []
-    copies: dict[bytes, list[int]] = {}
-    for number, example in enumerate(examples):
-        copies.setdefault(example.tokens.tobytes(), []).append(number)
-    groups = list(copies.values())
-    held: set[int] = set()
+        return examples, []
+    _, firsts, copies = np.unique(digests_of(examples), return_index=True, return_inverse=True)
+    # groups of copies are numbered by the first of each, in the order of the file
+    numbers = np.empty(len(firsts), np.int64)
+    numbers[np.argsort(firsts)] = np.arange(len(firsts))
+    groups = numbers[copies]
+    sizes = np.bincount(groups)
+    chosen: list[int] = []
+    held = 0
     random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
-    for index in random.permutation(len(groups)):
-        if len(held) + len(groups[index]) <= eval_examples:
-            held.update(groups[index])
-    if len(held) == len(examples):
+    for group in random.permutation(len(sizes)):
+        if held + sizes[group] <= eval_examples:
+            chosen.append(group)
+            held += sizes[group]
+        if held == eval_examples:
+            break
+    if held == len(examples):
         raise InputError(
             f"data.eval_examples is {eval_examples} and there are {len(examples)} examples: nothing is left to train "
             "on; hold out fewer"
         )
     if not held:
         raise InputError(
-            f"data.eval_examples is {eval_examples}, but every one of the {len(groups)} distinct examples is there "
+            f"data.eval_examples is {eval_examples}, but every one of the {len(sizes)} distinct examples is there "
             "more often than that: no example can be held out; hold out more, or 0"
         )
-    train = [example for number, example in enumerate(examples) if number not in held]
-    return train, [example for number, example in enumerate(examples) if number in held]
+    is_held = np.isin(groups, chosen)
+    return take(examples, np.flatnonzero(~is_held)), take(examples, np.flatnonzero(is_held))

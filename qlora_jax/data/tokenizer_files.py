@@ -109,14 +109,16 @@ class Files:
         return template
 
 
-def read(folder: Path) -> Files:
-    """Raises InputError when one of the files is there and is not a JSON object."""
+def read(folder: Path, model: Path | None = None) -> Files:
+    """`model`: where config.json and generation_config.json are, if elsewhere. Raises InputError when one of the files
+    is there and is not a JSON object."""
+    model = model or folder
     return Files(
         folder,
         _object(folder / "tokenizer_config.json"),
         _object(folder / "special_tokens_map.json"),
-        _object(folder / "generation_config.json"),
-        _object(folder / "config.json"),
+        _object(model / "generation_config.json"),
+        _object(model / "config.json"),
         _object(folder / "added_tokens.json"),
     )
 

@@ -4,28 +4,19 @@
     perplexity    = exp(nll_per_token)
 
 Every token but BOS is scored. The last window of a text may be short; it counts with the tokens it has. A model without
-BOS has windows without it, whose first token nothing predicts and nobody scores. Sums over batches are float64 on the
-host.
+BOS has windows without it, whose first token nothing predicts and nobody scores. Sums are float64 on the host.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 
-from qlora_jax import lora
 from qlora_jax.errors import InputError
+from qlora_jax.evaluate.scoring import ScoredTokens, token_scores
 from qlora_jax.models.llama import Llama
-from qlora_jax.train.step import make_evaluation
-
-BATCH_TOKENS = 8192  # of a batch, where no batch size is given
-LOSS_CHUNK = 1024  # tokens whose logits exist at a time
-PAD_TO = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,35 +93,17 @@ def perplexity(
       batch_size: windows scored together; as many as make 8,192 tokens if None.
       progress: called with (windows done, windows in all).
     Raises:
-      InputError: nothing to score, a bad context or batch size, or a loss that is not finite.
+      InputError: nothing to score, a bad context or batch size, or a likelihood that is not finite.
     """
     context = model.config.context if context is None else context
     cut = windows(texts, context, bos_id)
     if not cut:
         raise InputError("the text has no token to score")
-    T = -(-max(map(len, cut)) // PAD_TO) * PAD_TO  # a text shorter than the context does not pay for all of it
-    B = min(max(1, BATCH_TOKENS // T) if batch_size is None else batch_size, len(cut))
-    if B < 1:
-        raise InputError(f"batch_size is {batch_size}; expected at least 1")
-    graph, adapter, base = lora.split(model)
+    scores = token_scores(model, [ScoredTokens(piece, 1) for piece in cut], batch_size, progress)
     nats, scored = 0.0, 0
-    for start in range(0, len(cut), B):
-        tokens, mask = np.zeros((B, T), np.int32), np.zeros((B, T), np.bool_)
-        for row, piece in enumerate(cut[start : start + B]):
-            tokens[row, : len(piece)] = piece
-            mask[row, 1 : len(piece)] = piece[1:] != (-1 if bos_id is None else bos_id)
-        total = float(_summed_nats(graph, adapter, base, tokens, mask))
-        if not math.isfinite(total):
-            raise InputError(
-                f"the loss of windows {start + 1} to {start + B} is {total}: the model's weights or adapter are broken"
-            )
-        nats, scored = nats + total, scored + int(mask.sum())
-        progress(min(start + B, len(cut)), len(cut))
+    for piece, score in zip(cut, scores, strict=True):
+        counted = piece[1:] != (-1 if bos_id is None else bos_id)
+        nats, scored = nats - float(score.logprobs[counted].sum(dtype=np.float64)), scored + int(counted.sum())
     if not scored:
         raise InputError("the text has no token to score but BOS")
     return Perplexity(scored, nats / scored, len(cut))
-
-
-@partial(jax.jit, static_argnames="graph")
-def _summed_nats(graph: Any, adapter: Any, base: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    return make_evaluation(graph, LOSS_CHUNK)(adapter, base, tokens, mask)[0]

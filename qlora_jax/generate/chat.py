@@ -4,8 +4,9 @@ from collections.abc import Callable, Generator, Sequence
 
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.generate.decode import Decoding, check_prompt, room_for
-from qlora_jax.generate.prompting import MANY_TURNS, Answer, Request, prompt_ids
+from qlora_jax.generate.prompting import MANY_TURNS, Answer, Request, prompt_ids, system_turn
 from qlora_jax.generate.sampling import Sampling
+from qlora_jax.generate.seeds import draws_of
 from qlora_jax.models.llama import Llama
 
 STEPS = 8  # tokens between two pieces of text
@@ -17,8 +18,10 @@ class Chat:
     Args:
       template: one of prompting.TEMPLATES; plain and alpaca take each message by itself.
       say: takes notes for the user (what was forgotten, where an answer was cut).
+      stops: texts that end an answer, beside the template's own.
     Attributes:
       turns: the conversation so far, {"role", "content"}.
+      system: the system line of the next answers, for templates of many turns; None is the template's own.
     """
 
     def __init__(
@@ -29,15 +32,19 @@ class Chat:
         sampling: Sampling,
         eos_ids: Sequence[int],
         say: Callable[[str], None] = lambda note: None,
+        stops: Sequence[str] = (),
+        system: str | None = None,
     ):
         self._model, self._tokenizer, self._template = model, tokenizer, template
         self._sampling, self._eos_ids, self._say = sampling, eos_ids, say
+        self._stops = tuple(stops)
         self._decoding: Decoding | None = None
         self._answers = 0  # a new answer has new random keys, also to the same question
         self.turns: list[dict[str, str]] = []
+        self.system = system
 
     def reset(self) -> None:
-        """Forgets the conversation; the next answer is drawn like the first."""
+        """Forgets the conversation, not the system line; the next answer is drawn like the first."""
         self.turns, self._answers = [], 0
 
     def answer(self, request: Request) -> Generator[str]:
@@ -51,7 +58,7 @@ class Chat:
         prompt = self._fitting(request)
         decoding = self._read(prompt)
         self._answers += 1
-        text, shown = Answer(self._tokenizer, self._template, prompt), ""
+        text, shown = Answer(self._tokenizer, self._template, prompt, self._stops), ""
         try:
             while not decoding.done:
                 piece = text.push(decoding.step(STEPS)[0])
@@ -64,7 +71,7 @@ class Chat:
             shown += rest
             if rest:
                 yield rest
-            if decoding.ends()[0][1] == "context":
+            if decoding.ends()[0][1] == "context" and not text.stopped:
                 self._say(f"(cut short: the model's context of {self._model.config.context} tokens is full)")
         except KeyboardInterrupt:
             self._decoding = None  # interrupted in a device call, its cache may be gone
@@ -80,7 +87,7 @@ class Chat:
         needed = min(self._sampling.max_new_tokens, context // 4)
         forgotten = 0
         while True:
-            prompt = prompt_ids(self._tokenizer, self._template, request, self.turns)
+            prompt = prompt_ids(self._tokenizer, self._template, request, [*system_turn(self.system), *self.turns])
             if len(prompt) + needed <= context or not self.turns:
                 break
             self.turns = self.turns[2:]
@@ -96,7 +103,6 @@ class Chat:
         room = room_for(self._model, len(prompt), self._sampling.max_new_tokens)
         room = min(1 << (room - 1).bit_length(), room_for(self._model, self._model.config.context, 0))
         earlier, self._decoding = self._decoding, None  # its cache is used up, even if reading is interrupted
-        self._decoding = Decoding(
-            self._model, [prompt], self._sampling, self._eos_ids, [self._answers], room, earlier=earlier
-        )
+        draws = draws_of(prompt, self._sampling.seed, self._answers)
+        self._decoding = Decoding(self._model, [prompt], self._sampling, self._eos_ids, [draws], room, earlier=earlier)
         return self._decoding

@@ -3,12 +3,17 @@
 Prompts are right-padded to a multiple of 64 and read into the cache in pieces of at most 256 tokens, so few programs
 are compiled and the scores of a long prompt never stand in memory at once. Decoding is one `lax.while_loop` a chunk,
 sampling included; it ends early when every row is done. What a padded position leaves in the cache is overwritten
-before any query can see it (a key is seen from its own position on). Model arrays are arguments of the programs, and
+before any query can see it (a key is seen from its own position on): prompts of different lengths share a batch
+without left padding, and every position is the one of training. Model arrays are arguments of the programs, and
 programs are kept between calls.
+
+A row's scores do not depend on what its neighbours hold. Between batches of different sizes they differ by rounding,
+since a matmul of other shape may sum in another order; rows are therefore filled up to a multiple of 8 where that
+stays within the batch size, and on a CPU in float32 such batches have equal bits.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,11 +24,13 @@ from flax import nnx
 
 from qlora_jax.errors import InputError
 from qlora_jax.generate.sampling import Sampling, next_tokens
+from qlora_jax.generate.seeds import Draws, draws_of_all, row_keys
 from qlora_jax.models.llama import Cache, Llama
 
 PAD_TO = 64  # tokens; prompt lengths and cache sizes are multiples of it
 PREFILL = 256  # tokens of each prompt read at a time
-CHUNK = 64  # decoding steps of a device call when nobody watches
+CHUNK = 16  # decoding steps of a device call when nobody watches; a stop is seen after it
+ROWS = 8  # a batch has a multiple of so many rows where its size allows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,26 +71,52 @@ def generate(
     return [done.tokens for done in complete(model, prompts, sampling, eos_ids, batch_size)]
 
 
+def never(number: int, tokens: Sequence[int]) -> bool:
+    """The stop of whoever has none."""
+    return False
+
+
 def complete(
     model: Llama,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     eos_ids: Sequence[int],
     batch_size: int = 16,
-    stop: Callable[[int, Sequence[int]], bool] = lambda number, tokens: False,
+    stop: Callable[[int, Sequence[int]], bool] = never,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Completion]:
-    """Continues every prompt.
+    """Continues every prompt, longest first. Arguments and errors as `complete_batches`."""
+    longest_first = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+    batches = complete_batches(model, prompts, sampling, eos_ids, batch_size, stop, progress, order=longest_first)
+    finished = {number: end for numbers, ends in batches for number, end in zip(numbers, ends, strict=True)}
+    return [finished[number] for number in range(len(prompts))]
+
+
+def complete_batches(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    eos_ids: Sequence[int],
+    batch_size: int = 16,
+    stop: Callable[[int, Sequence[int]], bool] = never,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    draws: Sequence[Draws] | None = None,
+    order: Sequence[int] | None = None,
+) -> Iterator[tuple[list[int], list[Completion]]]:
+    """Continues prompts batch by batch: yields places in `prompts` and what they led to, as each batch ends.
 
     Args:
       model: on its device; any adapter on it is used, without dropout.
       prompts: token ids, BOS included where the model wants it; at least one token each.
-      sampling: see Sampling. A row's draws depend on its place in `prompts` and the step alone; the batch it stands in
-        changes logits by no more than rounding.
+      sampling: see Sampling.
       eos_ids: ids that end an answer.
-      batch_size: prompts decoded together, longest first.
-      stop: asked now and then with (place in `prompts`, new tokens) of an unfinished row; True ends it.
-      progress: called with (prompts done, prompts in all).
+      batch_size: prompts decoded together.
+      stop: asked every few steps with (place in `prompts`, new tokens) of a row that was not done before them; True
+        ends it, with the reason "stop" whatever else came after.
+      progress: called with (prompts done, of how many).
+      draws: of each prompt; by default from its ids and the seed (generate/seeds.py).
+      order: the places to continue, in this order; all by default. Programs and shapes do not depend on it, so the rest
+        of a list is continued as it would have been with the whole.
     Raises:
       InputError: a prompt is empty, has an id outside the vocabulary, or leaves no room in the model's context.
     """
@@ -92,22 +125,32 @@ def complete(
     for number, prompt in enumerate(prompts):
         check_prompt(prompt, model, f"prompt {number + 1}")
     if not prompts:
-        return []
-    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-    room = room_for(model, len(prompts[order[0]]), sampling.max_new_tokens)
-    finished: dict[int, Completion] = {}
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
-        fill = batch_size - len(numbers) if start else 0  # the last batch runs the others' program
-        batch = Decoding(model, [prompts[number] for number in numbers], sampling, eos_ids, numbers, room, fill)
+        return
+    draws = draws_of_all(prompts, sampling.seed) if draws is None else draws
+    order = range(len(prompts)) if order is None else order
+    room = room_for(model, max(map(len, prompts)), sampling.max_new_tokens)
+    rows = min(batch_size, -(-len(prompts) // ROWS) * ROWS)  # of every batch, also the last: one program
+    if len(prompts) == 1:
+        rows = 1
+    for start in range(0, len(order), rows):
+        numbers = list(order[start : start + rows])
+        batch = Decoding(
+            model,
+            [prompts[number] for number in numbers],
+            sampling,
+            eos_ids,
+            [draws[number] for number in numbers],
+            room,
+            fill=rows - len(numbers),
+        )
         while not batch.done:
+            running = batch.unfinished()
             batch.step(CHUNK)
-            for row in batch.unfinished():
+            for row in running:
                 if stop(numbers[row], batch.tokens[row]):
                     batch.finish(row, "stop")
-            progress(len(finished) + len(numbers) - len(batch.unfinished()), len(prompts))
-        finished |= {number: Completion(*end) for number, end in zip(numbers, batch.ends(), strict=True)}
-    return [finished[number] for number in range(len(prompts))]
+            progress(start + len(numbers) - len(batch.unfinished()), len(order))
+        yield numbers, [Completion(*end) for end in batch.ends()]
 
 
 def check_prompt(prompt: Sequence[int], model: Llama, name: str) -> None:
@@ -133,13 +176,14 @@ class Decoding:
     """A batch of prompts on their way: read on construction, continued by `step`.
 
     Args:
-      numbers: what stands for each row in its random keys.
+      draws: of each row (generate/seeds.py).
       room: cache positions S, at least `room_for` every prompt.
       fill: rows to add that count as done, so that a smaller batch can use a larger one's program.
       earlier: a decoding of one row whose cache is taken over, so that what its row and the one prompt have in common
         is not read again. It cannot be used afterwards.
     Attributes:
       tokens: new tokens of each row so far, end token left out.
+      steps: passes through the model since the prompts were read, one a token of the longest answer.
     Prompts are taken to be checked (`check_prompt`).
     """
 
@@ -149,7 +193,7 @@ class Decoding:
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         eos_ids: Sequence[int],
-        numbers: Sequence[int],
+        draws: Sequence[Draws],
         room: int,
         fill: int = 0,
         earlier: "Decoding | None" = None,
@@ -158,6 +202,7 @@ class Decoding:
         self._sampling, self._eos_ids = sampling, frozenset(eos_ids)
         self._prompts = [list(prompt) for prompt in prompts]
         self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.steps = 0
         self._reasons: list[str | None] = [None] * len(prompts)
         self._limits = [min(sampling.max_new_tokens, model.config.context - len(prompt)) for prompt in prompts]
         B = len(prompts) + fill
@@ -175,16 +220,18 @@ class Decoding:
         self._rows = Rows(cache, hidden, jnp.asarray(lengths), jnp.zeros(B, jnp.int32), jnp.asarray(done))
         self._settings = Settings(
             limits=jnp.asarray([*self._limits, *[0] * fill], jnp.int32),
-            numbers=jnp.asarray([*numbers, *[0] * fill], jnp.uint32),
+            keys=row_keys(draws, fill),
             eos_ids=jnp.asarray(sorted(self._eos_ids), jnp.int32),
-            key=jax.random.key(sampling.seed),
             temperature=jnp.float32(sampling.temperature),
             top_p=jnp.float32(sampling.top_p),
+            top_k=jnp.int32(sampling.top_k),
+            min_p=jnp.float32(sampling.min_p),
         )
 
     def step(self, steps: int) -> list[list[int]]:
         """Decodes up to `steps` tokens a row and returns the new ones, [] for rows that are done."""
-        self._rows, drawn = _decode(self._graph, self._state, self._rows, self._settings, steps)
+        self._rows, drawn, taken = _decode(self._graph, self._state, self._rows, self._settings, steps)
+        self.steps += int(taken)
         new: list[list[int]] = []
         for row, ids in enumerate(np.asarray(drawn)[: len(self.tokens)].tolist()):
             ids = [token for token in ids if token >= 0]
@@ -224,11 +271,12 @@ class Settings(NamedTuple):
     """What stays the same while a batch is decoded."""
 
     limits: jax.Array  # int32 [B], tokens a row may draw
-    numbers: jax.Array  # uint32 [B], folded into a row's keys
+    keys: jax.Array  # [B], into which a row's counts are folded
     eos_ids: jax.Array  # int32 [E]
-    key: jax.Array
     temperature: jax.Array  # float32 []
     top_p: jax.Array  # float32 []
+    top_k: jax.Array  # int32 []
+    min_p: jax.Array  # float32 []
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames=("cache", "hidden"))
@@ -246,8 +294,8 @@ def _read(
 
 
 @partial(jax.jit, static_argnames=("graph", "steps"), donate_argnames="rows")
-def _decode(graph: Any, state: Any, rows: Rows, settings: Settings, steps: int) -> tuple[Rows, jax.Array]:
-    """Up to `steps` tokens a row: int32 [B, steps], -1 where a row drew none."""
+def _decode(graph: Any, state: Any, rows: Rows, settings: Settings, steps: int) -> tuple[Rows, jax.Array, jax.Array]:
+    """Up to `steps` tokens a row: int32 [B, steps], -1 where a row drew none; and how many steps were taken."""
     model = nnx.merge(graph, state)
 
     def unfinished(carry):
@@ -256,10 +304,9 @@ def _decode(graph: Any, state: Any, rows: Rows, settings: Settings, steps: int) 
 
     def draw(carry):
         step, rows, drawn = carry
-        keys = jax.vmap(lambda number, count: jax.random.fold_in(jax.random.fold_in(settings.key, number), count))(
-            settings.numbers, rows.counts
-        )
-        tokens = next_tokens(model.logits(rows.hidden), keys, settings.temperature, settings.top_p)
+        keys = jax.vmap(jax.random.fold_in)(settings.keys, rows.counts)
+        logits = model.logits(rows.hidden)
+        tokens = next_tokens(logits, keys, settings.temperature, settings.top_p, settings.top_k, settings.min_p)
         drawn = drawn.at[:, step].set(jnp.where(rows.done, -1, tokens))
         ended = jnp.any(tokens[:, None] == settings.eos_ids, axis=1)
         out, cache = model(tokens[:, None], rows.lengths[:, None], rows.cache)
@@ -270,8 +317,8 @@ def _decode(graph: Any, state: Any, rows: Rows, settings: Settings, steps: int) 
         return step + 1, Rows(cache, out[:, 0], lengths, counts, done), drawn
 
     drawn = jnp.full((rows.done.shape[0], steps), -1, jnp.int32)
-    _, rows, drawn = jax.lax.while_loop(unfinished, draw, (jnp.int32(0), rows, drawn))
-    return rows, drawn
+    taken, rows, drawn = jax.lax.while_loop(unfinished, draw, (jnp.int32(0), rows, drawn))
+    return rows, drawn, taken
 
 
 def _grown(cache: Cache, room: int) -> Cache:

@@ -11,47 +11,46 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from qlora_jax.data.prompts import GUANACO_LABELS, alpaca_prompt, guanaco_prompt
-from qlora_jax.data.read import read_rows
-from qlora_jax.data.rows import Row
+from qlora_jax.data.prompts import GUANACO_LABELS, alpaca_prompt, guanaco_prompt, user_message
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import InputError
 
 TEMPLATES = ("plain", "alpaca", "guanaco", "chat")
 MANY_TURNS = ("guanaco", "chat")  # templates that show the model what was said before
 # trained on whole conversations, a Guanaco goes on to write the user's next turn
-_STOPS = {"guanaco": GUANACO_LABELS["user"]}
+_STOPS = {"guanaco": (GUANACO_LABELS["user"],)}
+
+
+Turn = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked. `input`: Alpaca's further context, or "". `instruction`: whether it came in Alpaca's form."""
+    """What is asked.
+
+    text: the message, or the last one of a conversation.
+    input: Alpaca's further context, or "".
+    form: how it came: "prompt" (a text to go on from), "instruction" (Alpaca's form) or "question" (to an assistant).
+    before: earlier turns of the conversation, perhaps begun with a system turn.
+    seed: of this prompt's draws alone; None draws by the seed of all.
+    kept: fields that go with the answer (`KEPT`), in their order.
+    where: the place in a file, as errors name it.
+    """
 
     text: str
     input: str = ""
-    instruction: bool = False
+    form: str = "prompt"
+    before: tuple[Turn, ...] = ()
+    seed: int | None = None
+    kept: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    where: str = dataclasses.field(default="the message", compare=False)
 
     @property
     def message(self) -> str:
         """Text and input as one message."""
-        return f"{self.text}\n\n{self.input}" if self.input.strip() else self.text
-
-
-def read_requests(path: str) -> list[Request]:
-    """The prompts of a file: .txt, one a line (blank lines are skipped), or a data file with a field "prompt" or
-    "instruction" (and "input").
-
-    Raises:
-      InputError: the file is missing, has no prompt, or a row has neither field.
-    """
-    file = Path(path).expanduser()
-    if file.suffix.lower() == ".txt":
-        lines = [line for line in read_text(file).splitlines() if line.strip()]
-        if not lines:
-            raise InputError(f"{path} has no prompt; expected one a line")
-        return [Request(line) for line in lines]
-    return [_request(row) for row in read_rows(path)]
+        return user_message(self.text, self.input)
 
 
 def read_text(file: Path) -> str:
@@ -67,20 +66,9 @@ def read_text(file: Path) -> str:
         raise InputError(f"{file} cannot be read: {error.strerror or error}") from error
 
 
-def _request(row: Row) -> Request:
-    name = next((name for name in ("prompt", "instruction") if name in row.fields), None)
-    if name is None:
-        found = ", ".join(str(field) for field in list(row.fields)[:12]) or "none"
-        raise InputError(f'{row.where}: no field "prompt" or "instruction"; fields found: {found}')
-    text, given = row.fields[name], row.fields.get("input") or ""
-    if name == "prompt":
-        given = ""
-    for field, value in ((name, text), ("input", given)):
-        if not isinstance(value, str):
-            raise InputError(f"{row.where}: the field {field} holds {value!r}; expected text")
-    if not text.strip():
-        raise InputError(f"{row.where}: the field {name} is empty")
-    return Request(text, given, instruction=name == "instruction")
+def system_turn(system: str | None) -> list[Turn]:
+    """The turn that stands before a conversation; none for None."""
+    return [] if system is None else [{"role": "system", "content": system}]
 
 
 def prompt_ids(
@@ -92,9 +80,11 @@ def prompt_ids(
       template: one of TEMPLATES.
       before: earlier turns {"role", "content"}; plain and alpaca leave them out.
     Raises:
-      InputError: an unknown template, or the tokenizer has none of its own for "chat".
+      InputError: an unknown template, the tokenizer has none of its own for "chat", or a text is not valid Unicode.
     """
     turns = [*before, {"role": "user", "content": request.message}]
+    for turn in turns:
+        check_unicode(turn["content"])
     if template == "plain":
         return tokenizer.encode(request.message, bos=True)
     if template == "alpaca":
@@ -106,19 +96,31 @@ def prompt_ids(
     raise InputError(f"unknown template {template!r}; known: {', '.join(TEMPLATES)}")
 
 
+def check_unicode(text: str) -> None:
+    """Raises InputError for what a terminal or a flag gave as bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        place = text[max(error.start - 10, 0) : error.start]
+        raise InputError(f"a text is not UTF-8 after {place!r}; convert it") from error
+
+
 class Answer:
     """The text of an answer as its ids come: pieces of `push` and `flush` together are what the user sees.
 
+    Args:
+      stops: texts that end the answer, beside the template's own. The one that is complete first counts; neither it
+        nor what follows is shown, and what may become one is held back.
     Attributes:
-      stopped: the model began to speak for the user; the rest is not shown.
+      stopped: a stop came, the user's or the template's (the model began to speak for the user).
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: str, prompt: Sequence[int]):
+    def __init__(self, tokenizer: Tokenizer, template: str, prompt: Sequence[int], stops: Sequence[str] = ()):
         self._stream = tokenizer.stream(prompt)
-        self._stop = _STOPS.get(template)
+        self._stops = (*_STOPS.get(template, ()), *stops)
         self._trim = template != "plain"
         self._begun = False
-        self._held = ""  # blanks that may be the last, or the beginning of the stop
+        self._held = ""  # blanks that may be the last, or the beginning of a stop
         self.stopped = False
 
     def push(self, ids: Sequence[int]) -> str:
@@ -136,15 +138,13 @@ class Answer:
         if self.stopped:
             return ""
         text = self._held + new
-        if self._stop is not None and self._stop in text:
+        begins = _first_stop(text, self._stops)
+        if begins is not None:
             self.stopped = True
             self._held = ""
-            return self._begin(text[: text.index(self._stop)].rstrip())
-        sure = text
-        if self._stop is not None:
-            stop = self._stop
-            overlap = next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-            sure = text[: len(text) - overlap]
+            before = text[:begins]
+            return self._begin(before.rstrip() if self._trim else before)
+        sure = text[: len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)]
         if self._trim:
             sure = sure.rstrip()
         self._held = text[len(sure) :]
@@ -158,7 +158,31 @@ class Answer:
         return text
 
 
-def answer_text(tokenizer: Tokenizer, template: str, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+def answer_text(
+    tokenizer: Tokenizer, template: str, prompt: Sequence[int], tokens: Sequence[int], stops: Sequence[str] = ()
+) -> str:
     """The whole answer at once."""
-    answer = Answer(tokenizer, template, prompt)
+    answer = Answer(tokenizer, template, prompt, stops)
     return answer.push(tokens) + answer.flush()
+
+
+def check_stops(stops: Sequence[str]) -> None:
+    """Raises InputError for a stop that would end every answer at once."""
+    for stop in stops:
+        check_unicode(stop)
+    if "" in stops:
+        raise InputError("a stop is empty; expected text (in bash, --stop=$'\\n' is a line's end)")
+
+
+def _first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the stop begins that ends first, the longer one of two that end together; None without one.
+
+    The first that ends, not the first that begins: so the pieces in which a text comes do not matter.
+    """
+    found = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
+    return min(found)[1] if found else None
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the text's end may be the beginning of the stop."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

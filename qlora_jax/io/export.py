@@ -32,7 +32,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     building.mkdir(exist_ok=True)
     lock = os.open(building, os.O_RDONLY)  # a lock goes with the process that holds it, however that ends
     try:
-        if not _locked(lock, building):
+        if not take_lock(lock, building):
             raise InputError(f"{out} is being written by another process: wait for it, or choose another folder")
         try:
             if old.exists() and not out.exists():
@@ -52,11 +52,11 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _locked(handle: int, folder: Path) -> bool:
-    """Takes the folder's lock; false where another process has it, or has just put the folder to its place."""
+def take_lock(handle: int, path: Path) -> bool:
+    """Takes the lock of an open file or folder; false where another process has it, or `path` is no longer it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(handle), folder.stat())
+        return os.path.samestat(os.fstat(handle), path.stat())
     except (BlockingIOError, FileNotFoundError):
         return False
     except OSError as error:

@@ -4,6 +4,7 @@ Which W: a QLoRA adapter was trained beside the dequantized 4-bit weights and ha
 adding it to them reproduces the model that was trained. Added to the original weights it gives another, often close.
 """
 
+import dataclasses
 import math
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from qlora_jax.errors import InputError
 from qlora_jax.io import peft
@@ -25,7 +25,7 @@ from qlora_jax.io.remote import name_of
 from qlora_jax.io.shards import SHARD_BYTES, ShardWriter, copy_companions, new_folder
 from qlora_jax.io.write import hf_config, linear_keys, read_linear
 from qlora_jax.models.config import ModelConfig, read_json
-from qlora_jax.models.llama import LAYER, LINEARS, NORMS, Llama, sizes
+from qlora_jax.models.llama import EMBEDDING, HEAD, LAYER, LINEARS, NORMS, Llama, sizes
 from qlora_jax.quant.tensor import dequantize
 
 INTO = ("dequantized", "original")
@@ -62,17 +62,14 @@ def read_run(workdir: Path) -> FinishedRun:
 
 
 def copy_adapter(adapter: Path, out: Path, overwrite: bool = False) -> list[str]:
-    """Copies a PEFT folder's two files once they are seen to be whole; returns their names."""
+    """Copies a PEFT folder's files, seen to be whole, and a tokenizer's beside them; returns their names."""
     peft.read_config(adapter)
+    peft.matrix_shapes(adapter)
     weights = adapter / peft.WEIGHTS
-    try:
-        safe_open(weights, "numpy")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{weights} is missing or damaged: {error}") from error
     with new_folder(out, overwrite, [adapter], needed=weights.stat().st_size) as folder:
         for name in (peft.CONFIG, peft.WEIGHTS):
             shutil.copyfile(adapter / name, folder / name)
-    return [peft.CONFIG, peft.WEIGHTS]
+        return [peft.CONFIG, peft.WEIGHTS, *copy_companions(adapter, folder)]
 
 
 def merge_folder(
@@ -87,6 +84,9 @@ def merge_folder(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Writes `out`: a checkpoint as if it had never been quantized or had an adapter, with the base's tokenizer files.
+
+    Embedding and head that the adapter holds whole take the places of the base's, and its tokenizer that of the base's;
+    config.json's vocab_size is the number of their rows.
 
     Args:
       base: checkpoint folder, quantized or not.
@@ -109,13 +109,17 @@ def merge_folder(
     source = _weights_to_take(base, stored, quant, into)
     files = TensorFiles(base)
     check_tensors(files, config, stored)
-    lora_config, arrays = peft.read_adapter(_skeleton(config), adapter)
+    skeleton = _skeleton(config)
+    lora_config, arrays = peft.read_adapter(skeleton, adapter)
+    replaced = {EMBEDDING: "embed_tokens", HEAD: "lm_head"}
+    matrices = peft.read_matrices(skeleton, adapter)
     factors = {
         LAYER.format(index, name): (np.asarray(a)[index], np.asarray(b)[index])
         for name, (a, b) in arrays.items()
         for index in range(config.L)
     }
-    shapes, linears = expected_shapes(config), linear_keys(config.L)
+    rows = len(next(iter(matrices.values()))) if matrices else config.V
+    shapes, linears = expected_shapes(dataclasses.replace(config, V=rows)), linear_keys(config.L)
     parameters = sum(math.prod(shape) for shape in shapes.values())
     norms = np.zeros(3)
     with new_folder(out, overwrite, [base, adapter], needed=parameters * np.dtype(DTYPES[dtype]).itemsize) as folder:
@@ -123,6 +127,8 @@ def merge_folder(
         for done, key in enumerate(shapes, start=1):
             if key in linears and source.format != "none":
                 w = np.asarray(_float32_values(read_linear(files, *linears[key], source, stored, config)))
+            elif replaced.get(key) in matrices:
+                w = matrices.pop(replaced[key])
             else:
                 w = files.read(key)
             if key in factors:
@@ -133,7 +139,11 @@ def merge_folder(
             writer.add({key: merged})
             progress(done, len(shapes))
         names = writer.finish()
-        write_json(folder / "config.json", hf_config(read_json(base / "config.json"), dtype))
+        settings = hf_config(read_json(base / "config.json"), dtype) | {"vocab_size": rows}
+        write_json(folder / "config.json", settings)
+        companions = copy_companions(base, folder)
+        if peft.has_tokenizer(adapter):
+            companions = sorted({*companions, *copy_companions(adapter, folder)})
         w_norm, update, rounding = (math.sqrt(part) for part in norms)
         report = {
             "base": name_of(base),
@@ -145,7 +155,7 @@ def merge_folder(
             "merged_layers": len(arrays) * config.L,
             "update": update / w_norm if w_norm else None,
             "rounding": rounding / w_norm if w_norm else None,
-            "files": [*names, "config.json", *copy_companions(base, folder)],
+            "files": [*names, "config.json", *companions],
         }
         write_json(folder / REPORT, report)
     return report

@@ -19,6 +19,10 @@ class Frozen(nnx.Variable):
     """A weight that never trains: a QuantizedTensor, or an array for what stays in 16 or 32 bits."""
 
 
+class Trained(nnx.LoRAParam):
+    """A whole matrix that trains beside the adapters, in float32: it goes wherever they go."""
+
+
 class DropoutRate(NamedTuple):
     """A dropout rate as arithmetic uses it: numbers, or arrays [] where it is an input of the program (packs)."""
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qlora_jax.models.attention import attend_chunk, causal_attention
+from qlora_jax.models.attention import attend_chunk, causal_attention, segment_starts
 from qlora_jax.models.chunks import chunk_size, layer_in_chunks
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.layers import (
@@ -59,6 +59,7 @@ class Context(NamedTuple):
     positions: jax.Array  # int32 [B, T]
     inverse_frequencies: jax.Array  # float32 [H / 2]
     implementation: str  # of attention: one of attention.IMPLEMENTATIONS
+    starts: jax.Array | None = None  # int32 [B, T], the first place each token sees; None: all see the row's first
 
 
 class Attention(nnx.Module):
@@ -76,7 +77,7 @@ class Attention(nnx.Module):
         x, q = in_order(x, q)
         k, v = self.keys_values(x, context, dropout)
         if cache is None:
-            out = causal_attention(q, k, v, context.implementation)
+            out = causal_attention(q, k, v, context.implementation, context.starts)
         else:
             place = (layer, jnp.arange(B)[:, None], context.positions)
             cache = Cache(cache.k.at[place].set(k), cache.v.at[place].set(v))
@@ -135,7 +136,7 @@ class Block(nnx.Module):
         """Everything else of a chunk x [B, C, D] whose first token stands at `first`, given all keys and values."""
         attention = self.self_attn
         q = attention.queries(self.input_layernorm(x), context, dropout)
-        out = attend_chunk(q, *kv, first)
+        out = attend_chunk(q, *kv, first, context.starts)
         x = x + attention.o_proj(out.reshape(*x.shape[:2], -1), dropout)
         return x + self.mlp(self.post_attention_layernorm(x), dropout)
 
@@ -179,6 +180,7 @@ class Llama(nnx.Module):
         positions: jax.Array | None = None,
         cache: Cache | None = None,
         dropout_key: jax.Array | None = None,
+        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states.
 
@@ -187,13 +189,16 @@ class Llama(nnx.Module):
           positions: int32 [B, T]; 0..T-1 by default. With a cache, also the places that are written.
           cache: keys and values of earlier calls; None attends to these T tokens alone.
           dropout_key: of LoRA dropout; None is no dropout.
+          segments: int32 [B, T] ids of the examples packed into each row, equal ones side by side; a token sees its own
+            segment alone, whose positions begin at 0. None: a row is one example. Not with a cache.
         Returns:
           hidden [B, T, D] after the final norm, and the cache with these tokens added (None without one).
         """
         T = tokens.shape[1]
         if cache is None:
-            tokens, positions = self.pad(tokens), None if positions is None else self.pad(positions)
-        context = self.context(tokens, positions)
+            tokens = self.pad(tokens)
+            positions, segments = (None if x is None else self.pad(x) for x in (positions, segments))
+        context = self.context(tokens, positions, segments)
         block, *state = self.layers(nnx.LoRAParam, ...)
         apply_layer = partial(self.apply_layer, block, context, dropout_key)
 
@@ -216,13 +221,17 @@ class Llama(nnx.Module):
     def _is_chunked(self, T: int) -> bool:
         return 0 < self.sequence_chunk < T
 
-    def context(self, tokens: jax.Array, positions: jax.Array | None = None) -> Context:
-        """What every layer shares, for tokens [B, T] at positions int32 [B, T] (0..T-1 by default)."""
+    def context(
+        self, tokens: jax.Array, positions: jax.Array | None = None, segments: jax.Array | None = None
+    ) -> Context:
+        """What every layer shares, for tokens [B, T] at positions int32 [B, T] (0..T-1 of each segment by default)."""
+        starts = None if segments is None else segment_starts(segments)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+            positions = positions if starts is None else positions - starts
         config = self.config
         frequencies = rope_inverse_frequencies(config.H, config.rope_theta, dict(config.rope_scaling))
-        return Context(positions, frequencies, self.attention)
+        return Context(positions, frequencies, self.attention, starts)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """[B, T] -> [B, T, D] in the compute dtype."""
@@ -252,7 +261,7 @@ class Llama(nnx.Module):
             adapter, frozen = state
             pieces = _ChunkedBlock(block, chunk_size(x.shape[1], self.sequence_chunk))
             drawn = None if key is None else (key, DropoutRate.of(self.dropout_rate))
-            arrays = (frozen, context.positions, context.inverse_frequencies, drawn)
+            arrays = (frozen, context.positions, context.starts, context.inverse_frequencies, drawn)
             return layer_in_chunks(pieces.keys_values, pieces.rest, pieces.size, arrays, adapter, x), None
         return nnx.merge(block, *state)(x, context, cache, layer, Dropout(self.dropout_rate, key))
 
@@ -288,12 +297,14 @@ class _ChunkedBlock(NamedTuple):
         return block.rest(x, kv, first, context, dropout)
 
     def _open(self, arrays: Any, adapter: Any, first: jax.Array, place: int) -> tuple[Block, Context, Dropout]:
-        frozen, positions, frequencies, dropout = arrays
+        frozen, positions, starts, frequencies, dropout = arrays
         key, rate = (None, 0.0) if dropout is None else dropout
         if key is not None:
             key = jax.random.fold_in(jax.random.fold_in(key, first // self.size), place)
         positions = jax.lax.dynamic_slice_in_dim(positions, first, self.size, axis=1)
-        context = Context(positions, frequencies, "chunked")
+        if starts is not None:
+            starts = jax.lax.dynamic_slice_in_dim(starts, first, self.size, axis=1)
+        context = Context(positions, frequencies, "chunked", starts)
         return nnx.merge(self.graph, adapter, frozen), context, Dropout(rate, key)
 
 

@@ -60,6 +60,7 @@ def longest_context(config: Any, gpu: PlannedGpu, say: Callable[[str], None] = l
 def _with_length(config: Any, tokens: int) -> Any:
     changed = copy.deepcopy(config)
     changed.data.max_source_len, changed.data.max_target_len = tokens // 2, tokens - tokens // 2
+    changed.data.pack_length = 0
     changed.data.eval_examples, changed.data.eval_path = 0, ""
     changed.train.batch_size = changed.train.grad_accum = 1
     return changed

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import optax
 
 from qlora_jax.io.peaks import load_device_peak_bytes, load_host_peak_bytes
-from qlora_jax.lora import linear
+from qlora_jax.lora import linear, whole_matrices
+from qlora_jax.models.layers import Frozen
 from qlora_jax.models.llama import LINEARS
 from qlora_jax.optim.pages import Pages
 from qlora_jax.plan.gpus import PlannedGpu
@@ -44,6 +45,7 @@ KINDS = (
     "embeddings_and_head",
     "norms",
     "adapters",
+    "modules_to_save",  # embedding and head that train, in float32
     "gradients",
     "optimizer",
     "block_inputs",
@@ -97,8 +99,8 @@ def base_bytes(model: AbstractModel) -> dict[str, int]:
             found["scales"] += _bytes((w.absmax, w.nested_absmax, w.offset))
         else:
             found["linear_16bit"] += _bytes(w)
-    heads = [whole.embedding] if whole.head is None else [whole.embedding, whole.head]
-    found["embeddings_and_head"] = sum(_bytes(variable.get_value()) for variable in heads)
+    frozen = [matrix for matrix in (whole.embedding, whole.head) if isinstance(matrix, Frozen)]
+    found["embeddings_and_head"] = sum(_bytes(matrix.get_value()) for matrix in frozen)
     found["norms"] = _bytes(model.base) - sum(found.values())
     return found
 
@@ -115,7 +117,8 @@ def plan_memory(
     """
     model = abstract_model(spec.model)
     base, adapter = base_bytes(model), _bytes(model.adapter)
-    held = base | {"adapters": adapter}
+    matrices = _bytes(whole_matrices(model.adapter))
+    held = base | {"adapters": adapter - matrices, "modules_to_save": matrices}
     gradient = compile_gradient(gpu, model, spec.batch, spec.model.lora.dropout > 0, **run).memory_analysis()
     offloaded = gradient.host_temp_size_in_bytes
     inputs = 0

@@ -86,7 +86,8 @@ def largest_pack(config: Any, gpu: PlannedGpu, most: int) -> PackPlan | None:
     return two
 
 
-def _compile_steps(config: Any, spec: RunSpec, model: AbstractModel, gpu: PlannedGpu, A: int, over: str) -> Any:
+def steps_program(config: Any, spec: RunSpec, model: AbstractModel, A: int, over: str) -> tuple[Any, tuple[Any, ...]]:
+    """The program that trains a pack, to be jitted with its first argument donated, and the shapes of its arguments."""
     adapter = _stacked(model.adapter, A)
     optimizer = jax.eval_shape(lambda x: initial_optimizer(config.optimizer, x), adapter)
     state = MemberState(adapter, optimizer, _shape((A,), jnp.bool_))
@@ -95,20 +96,28 @@ def _compile_steps(config: Any, spec: RunSpec, model: AbstractModel, gpu: Planne
     member = Member(number, DropoutRate(_shape((A,), jnp.int32), number), keys, number, number, _shape((A,), jnp.int32))
     shape = (A, STEPS_A_CALL, batch.G, batch.B, batch.T)
     count = _shape((), jnp.int32)
-    of = Steps(_shape(shape[:2], jnp.float32), _shape(shape, jnp.int32), _shape(shape, jnp.bool_), count, count)
-    function = make_steps(model.graph, config.optimizer, config.train.loss_chunk, spec.model.lora.dropout > 0, over)
-    arguments = on_gpu(gpu, (state, model.base, member, of))
+    tokens = _shape(shape, jnp.int32)
+    segments = tokens if batch.packed else None
+    of = Steps(_shape(shape[:2], jnp.float32), tokens, _shape(shape, jnp.bool_), segments, count, count)
+    has_dropout = spec.model.lora.dropout > 0
+    function = make_steps(model.graph, config.optimizer, config.train.loss_chunk, has_dropout, over)
+    return function, (state, model.base, member, of)
+
+
+def _compile_steps(config: Any, spec: RunSpec, model: AbstractModel, gpu: PlannedGpu, A: int, over: str) -> Any:
+    function, arguments = steps_program(config, spec, model, A, over)
     options = compiler_options(spec.model.remat)
-    return compile_for(gpu, function, *arguments, compiler_options=options, donate_argnums=(0,))
+    return compile_for(gpu, function, *on_gpu(gpu, arguments), compiler_options=options, donate_argnums=(0,))
 
 
 def _compile_evaluation(config: Any, spec: RunSpec, model: AbstractModel, gpu: PlannedGpu, A: int, over: str) -> Any:
     assert spec.evaluation is not None
     shape = (spec.evaluation.B, spec.evaluation.T)
+    tokens = _shape(shape, jnp.int32)
     function = make_pack_evaluation(model.graph, config.train.loss_chunk, over)
     arguments = (
         _stacked(model.adapter, A), model.base, _shape((A,), jnp.float32), _shape((A,), jnp.bool_),
-        _shape(shape, jnp.int32), _shape(shape, jnp.bool_),
+        tokens, _shape(shape, jnp.bool_), tokens if spec.evaluation.packed else None,
     )  # fmt: skip
     return compile_for(gpu, function, *on_gpu(gpu, arguments))
 

@@ -88,6 +88,7 @@ class BatchShape:
     G: int
     B: int
     T: int
+    packed: bool = False  # several examples in a row: the programs take segments
 
     @property
     def tokens(self) -> int:
@@ -112,7 +113,8 @@ def compile_gradient(
     shape = (batch.G, batch.B, batch.T)
     tokens, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
     key = jax.eval_shape(lambda: jax.random.key(0)) if dropout else None
-    arguments = on_gpu(gpu, (model.adapter, model.base, tokens, mask, key))
+    segments = tokens if batch.packed else None
+    arguments = on_gpu(gpu, (model.adapter, model.base, tokens, mask, key, segments))
     options = remat_options(model.merged().remat) | (extra_options or {})
     return compile_for(gpu, gradient, *arguments, compiler_options=options)
 
@@ -121,7 +123,8 @@ def compile_evaluation(gpu: PlannedGpu, model: AbstractModel, batch: BatchShape,
     """`train/step.make_evaluation` of one batch [B, T], compiled for `gpu`."""
     shape = (batch.B, batch.T)
     tokens, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
-    arguments = on_gpu(gpu, (model.adapter, model.base, tokens, mask))
+    segments = tokens if batch.packed else None
+    arguments = on_gpu(gpu, (model.adapter, model.base, tokens, mask, segments))
     return compile_for(gpu, make_evaluation(model.graph, loss_chunk), *arguments)
 
 

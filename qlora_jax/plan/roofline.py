@@ -5,6 +5,7 @@ Operations of one token, with P weights in linear layers, r the adapters' parame
     base      2 P  forward, 2 P recomputed, 2 P for dx               (no gradient of frozen weights)
     adapters  2 r  forward, 2 r recomputed, 4 r for dx, dA and dB
     head      2 H  forward, 2 H for dx; 2 H recomputed where remat is "none" (elsewhere both are done at once)
+    head      2 H  more where it trains
     attention 4 N H_head T / 2 a layer forward and recomputed, twice that for its gradient (causal: half the square)
 
 Bytes of one micro-batch: packed codes and scales for each pass over the base; where XLA dequantizes, also a 16-bit
@@ -42,6 +43,7 @@ def step_flops(spec: RunSpec, linear_weights: int, adapter_params: int, recomput
     sizes, batch = spec.model.sizes, spec.batch
     passes = PASSES if recomputed and spec.model.remat != "none" else PASSES - 1
     head_passes = PASSES if recomputed and spec.model.remat == "none" else PASSES - 1
+    head_passes += "lm_head" in spec.model.lora.modules_to_save
     head = 2 * head_passes * sizes.V * sizes.D
     attention = 2 * sizes.N * sizes.H * batch.T * sizes.L
     token = 2 * passes * linear_weights + 2 * (passes + 1) * adapter_params + head + (passes + 1) * attention
@@ -60,5 +62,6 @@ def roofline(
     if spec.model.kernel in ("auto", "xla", "scratch") and spec.model.quant.format != "none":
         moved += passes * 4 * linear_weights
     micro = max(micro_flops / gpu.flops_per_second, moved / gpu.bytes_per_second)
-    seconds = batch.G * micro + 24 * adapter_params / gpu.bytes_per_second
+    matrices = min(len(spec.model.lora.modules_to_save), 1 if sizes.tied else 2)
+    seconds = batch.G * micro + 24 * (adapter_params + matrices * head) / gpu.bytes_per_second
     return Roofline(batch.G * micro_flops, batch.G * moved, bus_bytes, max(seconds, bus_bytes / BUS_BYTES_PER_SECOND))

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.data.batches import FileBatches, round_up
+from qlora_jax.data.packing import pack_length
 from qlora_jax.errors import InputError
 from qlora_jax.io.folder import fetch_config
 from qlora_jax.io.load import QuantSpec, load_config
-from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.config import ModelConfig, read_json
 from qlora_jax.models.known import KNOWN, known_config
 from qlora_jax.plan.program import BatchShape, ModelSpec
 from qlora_jax.quant import native
+from qlora_jax.train.setup import added_tokens, read_lora_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +33,9 @@ def read_spec(config: Any, length: int | None = None) -> RunSpec:
     Raises InputError for a model whose sizes are neither in its folder, nor known here, nor to be had from the hub.
     """
     sizes, form, dtype = _model_sizes(config.model.path, config.model.revision)
-    lora = LoRAConfig(
-        config.lora.rank, config.lora.alpha, config.lora.dropout, tuple(config.lora.targets), config.lora.use_rslora
-    )
+    rows, adds_tokens = _rows(config, sizes.V)
+    sizes = dataclasses.replace(sizes, V=rows)
+    lora = read_lora_config(config.lora, adds_tokens, sizes.tied)
     quant = QuantSpec(config.quant.format, config.quant.block_size, config.quant.double_quant)
     m = config.model
     model = ModelSpec(
@@ -56,11 +57,31 @@ def read_spec(config: Any, length: int | None = None) -> RunSpec:
         rows, length = batches.batch_size, batches.max_length
     G = math.gcd(config.train.grad_accum, rows)
     has_evaluation = bool(config.data.eval_examples or config.data.eval_path) and not config.data.batches
-    evaluation = BatchShape(1, config.eval.batch_size, length) if has_evaluation else None
-    return RunSpec(model, BatchShape(G, rows // G, length), evaluation, form)
+    packed = config.data.packing
+    evaluation = BatchShape(1, config.eval.batch_size, length, packed) if has_evaluation else None
+    return RunSpec(model, BatchShape(G, rows // G, length, packed), evaluation, form)
+
+
+def _rows(config: Any, V: int) -> tuple[int, bool]:
+    """Rows of embedding and head once tokens are added, and whether any are.
+
+    Without the model's folder its tokenizer is not known: then as many as if it filled the embedding, had none of the
+    tokens, and needed a pad token besides.
+    """
+    asked = len(config.data.added_tokens) + len(config.data.added_special_tokens)
+    folder = Path(config.model.path).expanduser()
+    if not asked:
+        return V, False
+    if not folder.is_dir():
+        return V + asked + 1, True
+    added = added_tokens(config.data, folder)
+    assert added is not None
+    return added.rows(V), bool(added.new)
 
 
 def _longest(data: Any) -> int:
+    if data.packing:
+        return pack_length(data)
     return round_up(data.max_source_len + data.max_target_len, data.pad_to_multiple_of)
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qlora_jax.report.factors import Design, Factor, held_out, is_seed
+from qlora_jax.report.factors import Design, Factor, is_seed, targets
 from qlora_jax.report.names import freeze
 from qlora_jax.report.source import Run, number
 
@@ -202,7 +202,7 @@ class Setting(NamedTuple):
 
 
 def best(runs: Sequence[Run], metric: str, higher: bool) -> dict[tuple, list[Setting]]:
-    """Settings, the best first, apart for each set of held-out examples.
+    """Settings, the best first, apart for each set of targets that runs are scored on.
 
     Those with few seeds would win by luck: settings need half as many as the one with the most, up to 3.
     """
@@ -210,7 +210,7 @@ def best(runs: Sequence[Run], metric: str, higher: bool) -> dict[tuple, list[Set
     for run in runs:
         if run.status == "done" and number(run.result.get(metric)) is not None:
             setting = tuple(freeze(value) for key, value in run.config.items() if not is_seed(key))
-            settings.setdefault(held_out(run), {}).setdefault(setting, []).append(run)
+            settings.setdefault(targets(run, metric), {}).setdefault(setting, []).append(run)
     found = {}
     for of, members in settings.items():
         needed = min(3, -(-max(map(len, members.values())) // 2))

@@ -13,10 +13,13 @@ from qlora_jax.report.source import Run
 
 _DATA_TYPE = {"quant.format", "quant.double_quant"}
 _MOST_LEVELS = 40  # of a factor; a key with more, each in few runs, is one that a search chose freely
-# what a run's held-out examples, and what is scored of them, follow from
-_HELD_OUT = ("data.eval_path", "data.eval_examples", "data.format", "data.max_source_len", "data.max_target_len",
-             "data.train_on_source", "data.batches")  # fmt: skip
-_HELD_OUT_OF_SPLIT = ("data.path", "data.revision", "data.max_examples")
+# what the targets follow from that a run is scored on: of text,
+_TEXT = (
+    "data.format", "data.template", "data.template_date", "data.max_source_len", "data.max_target_len",
+    "data.train_on_source", "data.batches", "data.added_tokens", "data.added_special_tokens",
+)  # fmt: skip
+_SET = ("data.path", "data.revision", "data.max_examples")
+_MMLU = ("eval.mmlu_data", "eval.mmlu_split", "eval.mmlu_shots", "eval.mmlu_questions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,21 +85,26 @@ def varying(runs: Sequence[Run]) -> dict[str, dict[Hashable, None]]:
     return {key: found for key, found in values.items() if len(found) > 1}
 
 
-def held_out(run: Run) -> tuple:
+def target_keys(runs: Sequence[Run], metric: str) -> tuple[str, ...]:
+    """The keys that say what the runs are scored on, by a metric of theirs."""
+    if metric.startswith("final_mmlu"):
+        return _MMLU
+    if metric == "final_train_loss":
+        return (*_TEXT, *_SET)
+    if metric.startswith("final_eval"):
+        held_out = (*_TEXT, "data.eval_path", "data.eval_examples")
+        return held_out if all(run.config.get("data.eval_path") for run in runs) else (*held_out, *_SET)
+    return ()
+
+
+def targets(run: Run, metric: str) -> tuple:
     """Runs with equal ones are scored on the same targets (of the same seed, where the split is drawn by it)."""
-    config = run.config
-    keys = _HELD_OUT if config.get("data.eval_path") else (*_HELD_OUT, *_HELD_OUT_OF_SPLIT)
-    return tuple(freeze(config.get(key)) for key in keys)
+    return tuple(freeze(run.config.get(key)) for key in target_keys([run], metric))
 
 
 def is_comparable(factor: Factor, runs: Sequence[Run], metric: str) -> bool:
-    """Whether the levels of the factor are scored on the same targets: false where it changes the held-out examples."""
-    if not metric.startswith("final_"):
-        return True
-    keys = set(_HELD_OUT)
-    if any(not run.config.get("data.eval_path") for run in runs):
-        keys |= set(_HELD_OUT_OF_SPLIT)
-    return not keys & set(factor.keys)
+    """Whether the levels of the factor are scored on the same targets."""
+    return not set(target_keys(runs, metric)) & set(factor.keys)
 
 
 def _parts(keys: Sequence[str], runs: Sequence[Run]) -> list[tuple[str, ...]]:

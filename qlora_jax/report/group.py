@@ -35,7 +35,7 @@ def group_section(
             sentences += [(said[0], said[1:])] if said else []
         else:
             sentences.append(
-                f"{factor.name}: every level is scored on held-out targets of its own, so levels are not comparable by "
+                f"{factor.name}: every level is scored on targets of its own, so levels are not comparable by "
                 f"{metric.short}; no differences are stated."
             )
         if factor_said := findings.paper(factor):

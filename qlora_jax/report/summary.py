@@ -12,7 +12,7 @@ from qlora_jax.report.parts import Canvas, Figure, Metric, Section, Table, curve
 from qlora_jax.report.source import Run, Source, number
 
 _MOST_BEST = 10  # settings a table
-_MOST_HELD_OUT = 6  # tables of best settings
+_MOST_TARGETS = 6  # tables of best settings
 
 
 def sensitivity_section(measured: list[tuple[str, Share]], metric: Metric, canvas: Canvas) -> Section:
@@ -28,8 +28,8 @@ def sensitivity_section(measured: list[tuple[str, Share]], metric: Metric, canva
         f"How much each axis moves {metric.short} within its group. Spread: the largest less the smallest mean of its "
         "levels. Share: eta squared, the sum of squares between the means of its levels over the whole sum of squares "
         "of the group's block of results; what axes and seeds leave is their interaction. An axis without any effect "
-        "is expected to have (levels − 1) / (runs − 1), the tick. Axes that change the held-out targets are left out, "
-        "and what is left is measured within their levels. A share depends on the range that the grid gives an axis."
+        "is expected to have (levels − 1) / (runs − 1), the tick. Axes that change what runs are scored "
+        "on are left out, and the rest is measured within their levels. A share depends on the range that the grid gives an axis."
     )
     figure = Figure(name, f"Share of the variance of {metric.short}", "Bars of one colour are the axes of one group.")
     return Section("Sensitivity", "sensitivity", [how], [figure, Table(name, "Sensitivity of each axis", header, rows)])
@@ -41,13 +41,13 @@ def best_section(runs: list[Run], metric: Metric) -> Section:
     keys.sort(key=lambda key: NAMED.index(key) if key in NAMED else len(NAMED))
     text = (
         f"Settings are configs without their seeds, ranked by the mean of {metric.short} over seeds "
-        f"({metric.direction}); apart where held-out targets differ. The first of many is partly lucky: its interval "
-        "does not know that it was chosen."
+        f"({metric.direction}); apart where what they are scored on differs. The first of many is partly lucky: its "
+        "interval does not know that it was chosen."
     )
     if not found:
         return Section("Best configs", "best_configs", [f"No run has {metric.label} yet."], [])
     tables = []
-    for place, (_, settings) in enumerate(list(found.items())[:_MOST_HELD_OUT]):
+    for place, (_, settings) in enumerate(list(found.items())[:_MOST_TARGETS]):
         differing = varying([row.runs[0] for row in settings])
         shared = [key for key in keys if key in differing]
         name = "best" if place == 0 else f"best_{place + 1}"
@@ -60,8 +60,8 @@ def best_section(runs: list[Run], metric: Metric) -> Section:
                 [_setting(row, shared) for row in settings[:_MOST_BEST]],
             )
         )  # fmt: skip
-    if len(found) > _MOST_HELD_OUT:
-        text += f" The {_MOST_HELD_OUT} of {len(found)} sets of held-out targets with the most runs are shown."
+    if len(found) > _MOST_TARGETS:
+        text += f" The {_MOST_TARGETS} of {len(found)} sets of targets with the most runs are shown."
     return Section("Best configs", "best_configs", [text], list(tables))
 
 
@@ -151,6 +151,7 @@ def run_section(source: Source, canvas: Canvas) -> Section:
         rows = [
             [key, figure_number(number(value)) if isinstance(value, float) else str(value)]
             for key, value in run.result.items()
+            if key != "config_hash"
         ]
         parts.append(Table("summary", "Summary", ["what", "value"], rows))
     parts.append(

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -42,12 +43,20 @@ def connect(address: str | None, workers: int) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
     try:
         if address:
+            _refuse_unreachable(address)
             ray.init(address=address, **quiet)
         else:
             ray.init(num_cpus=workers, include_dashboard=False, object_store_memory=_STORE_BYTES, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         where = f"--ray_address={address}" if address else "Ray on this machine"
         raise InputError(f"{where}: {describe(error)}") from error
+
+
+def _refuse_unreachable(address: str) -> None:
+    """Ray itself tries for minutes. Raises OSError where nothing listens at host:port; other forms are left to Ray."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def prepare_worker(cache: str, on_gpu: bool) -> None:

@@ -1,14 +1,16 @@
 """What a pack takes on a GPU: bytes and the least time, from its configs alone; nothing is read, loaded or compiled.
 
     base       packed codes and scales, embeddings, head, norms: once, whatever the pack's size
-    a member   16-bit or float32 adapter, its gradient and optimizer state (all on the device), at the pack's largest
-               rank; block inputs (remat) and one layer's activations of its micro-batch; a chunk of logits
+    a member   float32 adapter, gradient and optimizer state, at the pack's largest rank, all on the device; block
+               inputs (remat) and one layer's activations of its micro-batch; a chunk of logits
     shared     two dequantized weights
 
+plan/pack.py compiles a pack's program for the GPU and knows better, at a minute or more a pack; a grid has hundreds.
+Held against it (rank 64, 1 x 576 tokens, an H100), GB here and by XLA's buffers: Llama 7B alone 7.1 and 6.9, packs of 8
+33.4 and 32.6; Llama 3 8B, packs of 4, 22.3 and 22.1. A pack's program holds one more copy of the adapters.
+
 A step's time is the roofline's (plan/roofline.py) of the pack's rows together, its bytes of the base once. Compilation,
-loading, data and evaluation are not in it. Held against XLA's own buffers for single runs (`plan`) of Llama 7B, Llama
-33B and Llama 3 8B on an RTX A6000, 1 x 512 to 8 x 512 and 1 x 1536 tokens, the temporaries here (activations but block
-inputs, logits, shared) are 1.1 to 1.6 times XLA's; everything else is counted alike. No pack has run on a GPU yet.
+loading, data and evaluation are not in it. No pack has run on a GPU yet.
 """
 
 import dataclasses
@@ -36,6 +38,7 @@ from qlora_jax.train.memory import host_memory_bytes
 
 # bytes of optimizer state a parameter; 8-bit moments with their scales
 _STATE = {"adamw": 8.0, "lion": 4.0, "adamw8bit": 2.1, "lion8bit": 1.1, "sgd": 4.0}
+_STACKED = 4  # bytes a parameter that a pack's program holds beside adapters, gradients and state
 _HOST_SHARE, _PROCESS_BYTES = 0.8, 10**9  # of the host's memory; interpreter, JAX and data of a worker
 _SECTIONS = ("model", "quant", "lora", "data", "train", "eval")
 # keys that change no size: members that differ in these alone share what is computed here
@@ -111,15 +114,17 @@ def adapter_params(plain: dict[str, Any], rank: int | None = None) -> int:
 
 
 def pack_bytes(points: Sequence[Point]) -> int:
-    """Device bytes of a pack at its peak; an upper bound, see above."""
+    """Device bytes of a pack at its peak; see above."""
     first = _of(points[0].config)
     rank = max(point.config["lora"]["rank"] for point in points)
+    stacked = _STACKED if len(points) > 1 else 0
     total = float(first.base_bytes + first.shared_bytes)
     for point in points:
         name = point.config["optimizer"]["name"].removeprefix("paged_")
         if name not in _STATE:
             raise InputError(f"optimizer.name is {name!r}; known: {', '.join(OPTIMIZERS)}")
-        total += (8 + _STATE[name]) * adapter_params(point.config, rank) + _of(point.config).activation_bytes
+        shape = _of(point.config)
+        total += (8 + stacked + _STATE[name]) * adapter_params(point.config, rank) + shape.activation_bytes
     return math.ceil(total)
 
 

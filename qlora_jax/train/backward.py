@@ -5,6 +5,8 @@
 
 Each layer's gradient is added to its place in the accumulators as soon as it is there. Differentiating the whole scan
 would make a fresh gradient of the whole adapter beside the accumulators, for every micro-batch: 3.2 GB of a 65B model.
+Where embedding or head train (lora.modules_to_save), the head's gradient is added with each chunk of the loss, d x_0 to
+the rows of the embedding that the tokens took.
 
 Where model.remat is "block+offload", x_0 .. x_{L-1} go to pinned host memory as they come and return one by one.
 """
@@ -43,7 +45,13 @@ def block_input_bytes(sizes: ModelConfig, B: int, T: int, itemsize: int) -> int:
 
 
 def add_gradient(
-    model: Llama, total: Any, tokens: jax.Array, loss_mask: jax.Array, key: jax.Array | None, loss_chunk: int
+    model: Llama,
+    total: Any,
+    tokens: jax.Array,
+    loss_mask: jax.Array,
+    key: jax.Array | None,
+    loss_chunk: int,
+    segments: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
     """Adds one micro-batch's gradient of the summed loss to `total`.
 
@@ -53,12 +61,14 @@ def add_gradient(
       tokens: int32 [B, T]. loss_mask: bool [B, T].
       key: of dropout; None is no dropout.
       loss_chunk: see summed_loss.
+      segments: int32 [B, T], see Llama; None: a row is one example.
     Returns:
       float32 [] summed nats of the target tokens, and the new total.
     """
     tokens, loss_mask = model.pad(tokens), model.pad(loss_mask)
+    segments = None if segments is None else model.pad(segments)
     block, adapter, frozen = model.layers(nnx.LoRAParam, ...)
-    apply_layer = partial(model.apply_layer, block, model.context(tokens), key)
+    apply_layer = partial(model.apply_layer, block, model.context(tokens, segments=segments), key)
     numbers = jnp.arange(model.config.L)
     offload = model.remat == "block+offload"
 
@@ -69,7 +79,9 @@ def add_gradient(
 
     x, inputs = jax.lax.scan(forward, model.embed(tokens), (adapter, frozen, numbers))
 
-    loss, dx = loss_and_gradient(model.norm, x, model.head_weight(), tokens, loss_mask, loss_chunk)
+    head = "embedding" if model.head is None else "head"
+    head_sum = jax.tree.leaves(total[head])[0] if head in total else None
+    loss, dx, head_sum = loss_and_gradient(model.norm, x, model.head_weight(), tokens, loss_mask, loss_chunk, head_sum)
 
     def backward(carry, layer):
         (dx, total), (x, mine, others, number) = carry, layer
@@ -80,6 +92,10 @@ def add_gradient(
         return (dx, total), None
 
     blocks = (inputs, adapter, frozen, numbers)
-    (_, sums), _ = jax.lax.scan(backward, (dx, total["blocks"]), blocks, reverse=True)
+    (dx, sums), _ = jax.lax.scan(backward, (dx, total["blocks"]), blocks, reverse=True)
     total["blocks"] = sums
+    if head_sum is not None:
+        total[head] = jax.tree.map(lambda _: head_sum, total[head])
+    if "embedding" in total:
+        total["embedding"] = jax.tree.map(lambda sums: sums.at[tokens].add(dx.astype(sums.dtype)), total["embedding"])
     return loss, total

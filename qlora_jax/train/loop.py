@@ -1,7 +1,8 @@
 """The run: steps, metrics, checkpoints, evaluation, and an end that is the same however often it was interrupted.
 
 Batches and dropout are pure functions of (seed, step), so a run resumed from the checkpoint of step s goes on bit for
-bit as the uninterrupted one (on CPU; on a GPU as far as its kernels are deterministic).
+bit as the uninterrupted one (on CPU; on a GPU as far as its kernels are deterministic). Batches are made ahead, in a
+thread: their state is the number of the next step, which the checkpoint's name is.
 """
 
 import itertools
@@ -10,7 +11,8 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from qlora_jax.data.batches import eval_batches
+from qlora_jax.data.added_tokens import write_tokenizer
 from qlora_jax.data.examples import Example
+from qlora_jax.data.pipeline import prefetched, step_dataset
 from qlora_jax.errors import InputError
 from qlora_jax.io.peft import write_adapter
 from qlora_jax.optim.paged import PagedOptimizer
@@ -30,6 +33,7 @@ from qlora_jax.train.backward import compiler_options
 from qlora_jax.train.checkpoints import Checkpoints
 from qlora_jax.train.loggers import Loggers
 from qlora_jax.train.memory import Program, memory_limit, peak_device_bytes, peak_host_bytes
+from qlora_jax.train.mmlu import MMLU
 from qlora_jax.train.residency import decide
 from qlora_jax.train.setup import Prepared, prepare
 from qlora_jax.train.step import make_evaluation, make_gradient
@@ -69,6 +73,7 @@ def finetune(config: Any, plain: dict[str, Any], path: Path, say: Callable[[str]
         try:
             return run.finish()
         finally:
+            run.close()
             run.checkpoints.settle()  # what is being written is worth having, whatever ended the run
     finally:
         workdir.close()
@@ -85,12 +90,14 @@ class Run:
             compiler_options(config.model.remat),
         )
         self.evaluation = Program(make_evaluation(prepared.graph, config.train.loss_chunk))
+        self.mmlu = None if prepared.mmlu is None else MMLU(prepared.graph, prepared.mmlu)
         self.optimizer = self._make_optimizer()
         self.states = self.optimizer.init(self.adapter)
         self.checkpoints = Checkpoints(workdir.checkpoints, config.train.keep_checkpoints)
         self.seconds: list[float] = []
         self.tokens: list[int] = []
         self.stop = threading.Event()
+        self.feed: Any = None  # the batches to come; `finish` knows where they begin
 
     def finish(self) -> dict[str, Any]:
         start = self._resume()
@@ -107,9 +114,13 @@ class Run:
 
     def _train(self, start: int) -> None:
         steps = self.prepared.steps
+        # one run trains on one device (setup.check_values), so it takes whole batches
+        self.feed = prefetched(step_dataset(self.prepared.data.batches, steps, shard_index=0, shard_count=1), start)
         with _on_sigterm(self.stop):
             if self.config.eval.every and start == 0:
                 self._log_evaluation(0)
+            if self.config.eval.mmlu_every and start == 0:
+                self._log_mmlu(0)
             bar = tqdm(total=steps, initial=start, unit="step", desc="training", disable=start == steps)
             for step in range(start, steps):
                 row = self._step(step)
@@ -119,6 +130,9 @@ class Run:
                 bar.update()
                 if self.config.eval.every and (step + 1) % self.config.eval.every == 0 and step + 1 < steps:
                     self._log_evaluation(step + 1)
+                every = self.config.eval.mmlu_every
+                if every and (step + 1) % every == 0 and step + 1 < steps:
+                    self._log_mmlu(step + 1)
                 if (step + 1) % self.config.train.checkpoint_every == 0 or step + 1 == steps:
                     self.checkpoints.save(step + 1, self.adapter, self.states)
                 if self.stop.is_set() and step + 1 < steps:
@@ -133,6 +147,11 @@ class Run:
         self.workdir.log(row)
         self.loggers.log(row)
 
+    def close(self) -> None:
+        """Ends what reads ahead."""
+        if self.feed is not None:
+            self.feed.close()
+
     def _make_optimizer(self) -> PagedOptimizer:
         """With as much of its state on the device as optimizer.paging says."""
         section, prepared = self.config.optimizer, self.prepared
@@ -140,7 +159,7 @@ class Run:
         if paging(section) == "auto" and limit is not None:
             self._compile_largest()
         pages = Pages(prepared.tx, self.adapter, section.page_bytes)
-        programs = max(self.gradient.peak_bytes, self.evaluation.peak_bytes)
+        programs = self._program_bytes()
         residency = decide(paging(section), pages, limit, programs)
         self.say(residency.reason)
         return PagedOptimizer(pages, self.adapter, residency.resident_bytes)
@@ -152,21 +171,21 @@ class Run:
         shape = (G, batches.batch_size // G, batches.max_length)
         tokens, mask = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.int32, np.bool_))
         key = jax.random.key(0) if config.lora.dropout else None
-        self.gradient.compile(self.adapter, prepared.base, tokens, mask, key)
-        for batch in itertools.islice(self._eval_batches(prepared.data.heldout), 1):  # the longest first
-            self.evaluation.compile(self.adapter, prepared.base, batch["tokens"], batch["loss_mask"])
+        segments = [tokens] if prepared.data.is_packed else []
+        self.gradient.compile(self.adapter, prepared.base, tokens, mask, key, *segments)
+        heldout = prepared.data.eval_batches(prepared.data.heldout, config.eval.batch_size)
+        for batch in itertools.islice(heldout, 1):  # the longest first
+            self.evaluation.compile(self.adapter, prepared.base, *_arrays(batch))
+        if self.mmlu is not None:
+            self.mmlu.compile_largest(self.adapter, prepared.base)
 
-    def _eval_batches(self, examples: list[Example]) -> Iterator[dict[str, np.ndarray]]:
-        config, data = self.config, self.prepared.data
-        return eval_batches(examples, config.eval.batch_size, config.data.pad_to_multiple_of, data.pad_id)
-
-    def evaluate(self, examples: list[Example]) -> float | None:
+    def evaluate(self, examples: Sequence[Example]) -> float | None:
         """Mean loss over the target tokens of held-out examples, nats; None without any."""
         if not examples:
             return None
         total, count = 0.0, 0.0
-        for batch in self._eval_batches(examples):
-            nats, targets = self.evaluation(self.adapter, self.prepared.base, batch["tokens"], batch["loss_mask"])
+        for batch in self.prepared.data.eval_batches(examples, self.config.eval.batch_size):
+            nats, targets = self.evaluation(self.adapter, self.prepared.base, *_arrays(batch))
             total, count = total + float(nats), count + float(targets)
         return total / max(count, 1)
 
@@ -175,6 +194,12 @@ class Run:
         if loss is not None:
             self._log({"step": step, "eval_loss": loss})
             tqdm.write(f"step {step}: held-out loss {loss:.4f}")
+
+    def _log_mmlu(self, step: int) -> None:
+        if self.mmlu is not None:
+            found = self.mmlu(self.adapter, self.prepared.base)
+            self._log({"step": step, **found})
+            tqdm.write(f"step {step}: {self.mmlu.describe(found)}")
 
     def _resume(self) -> int:
         start = self.checkpoints.latest
@@ -192,14 +217,13 @@ class Run:
         """One optimizer step; its line of metrics.jsonl."""
         config, prepared = self.config, self.prepared
         begun = time.perf_counter()
-        batch = prepared.data.batches.batch(step)
+        batch = next(self.feed)
         micro = lambda x: x.reshape(prepared.grad_accum, -1, x.shape[-1])  # noqa: E731
         key = None
         if config.lora.dropout:
             key = jax.random.fold_in(jax.random.key(config.train.seed + 1), step)
-        grads, metrics = self.gradient(
-            self.adapter, prepared.base, micro(batch["tokens"]), micro(batch["loss_mask"]), key
-        )
+        tokens, loss_mask, *segments = map(micro, _arrays(batch))
+        grads, metrics = self.gradient(self.adapter, prepared.base, tokens, loss_mask, key, *segments)
         loss, norm = float(metrics.loss), float(metrics.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._not_finite(step, loss, norm)
@@ -237,13 +261,20 @@ class Run:
         return statistics.median(n / s for n, s in zip(self.tokens, self.seconds, strict=True))
 
     def _device_bytes(self) -> tuple[int, str]:
-        programs = max(self.gradient.peak_bytes, self.evaluation.peak_bytes)
-        return peak_device_bytes(programs + self.optimizer.resident_bytes)
+        return peak_device_bytes(self._program_bytes() + self.optimizer.resident_bytes)
+
+    def _program_bytes(self) -> int:
+        """Of the largest program that was compiled so far."""
+        programs = [self.gradient, self.evaluation, *([self.mmlu.program] if self.mmlu else [])]
+        return max(program.peak_bytes for program in programs)
 
     def _finish_files(self) -> dict[str, Any]:
         """Adapter, held-out loss and summary: made from the last checkpoint's state, however often this is run."""
         prepared, workdir = self.prepared, self.workdir
-        write_adapter(workdir.adapter, self.adapter, prepared.lora_config, self.config.model.path)
+        added = prepared.added
+        tokenizer = partial(write_tokenizer, added) if added is not None and added.new else None
+        base, grown = self.config.model.path, prepared.grown_matrices()
+        write_adapter(workdir.adapter, self.adapter, prepared.lora_config, base, grown, tokenizer)
         eval_loss = self.evaluate(prepared.data.heldout)
         rows = [row for row in workdir.metrics() if "loss" in row]
         device_bytes, source = self._device_bytes()
@@ -262,8 +293,17 @@ class Run:
             "trainable_params": prepared.trainable_params,
             "total_params": prepared.total_params,
         }
+        if self.mmlu is not None:
+            found = self.mmlu(self.adapter, prepared.base)
+            self.say(f"run: {self.mmlu.describe(found)}")
+            summary |= {f"final_{name}": value for name, value in found.items()}
         workdir.write_summary(summary)
         return summary
+
+
+def _arrays(batch: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """tokens and loss_mask, and the segments of packed rows."""
+    return [batch[name] for name in ("tokens", "loss_mask", "segments") if name in batch]
 
 
 class _on_sigterm:

@@ -72,14 +72,18 @@ def loss_and_gradient(
     tokens: jax.Array,
     loss_mask: jax.Array,
     chunk: int,
-) -> tuple[jax.Array, jax.Array]:
+    head_sum: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """summed_loss(norm(x), ...) and its gradient: beside x and d x, arrays of a chunk's size only.
+
+    Where the head trains, also one chunk's gradient of it, which is added to `head_sum` at once.
 
     Args:
       norm: the final norm, token by token.
       x: [B, T, D], what the last layer gives. head, tokens, loss_mask, chunk: as in summed_loss.
+      head_sum: float32 [V, D], the head's gradient so far; None for a frozen head.
     Returns:
-      float32 [] nats, d x [B, T, D] in x's dtype.
+      float32 [] nats, d x [B, T, D] in x's dtype, and head_sum with the head's gradient added.
     """
     rows = x.reshape(-1, x.shape[-1])
     labels = jnp.roll(tokens, -1, axis=1).reshape(-1)
@@ -87,20 +91,25 @@ def loss_and_gradient(
     size = chunk_size(rows.shape[0], chunk)
 
     def add_chunk(carry, number):
-        total, dx = carry
+        total, dx, head_sum = carry
         start = jnp.minimum(number * size, rows.shape[0] - size)  # the last chunk repeats rows: they count once
         cut = lambda array: jax.lax.dynamic_slice_in_dim(array, start, size)  # noqa: E731
         weight = cut(counted) & (start + jnp.arange(size) >= number * size)
 
-        def chunk_loss(rows):
+        def chunk_loss(rows, head):
             return jnp.sum(token_nll(head_logits(norm(rows), head), cut(labels)) * weight)
 
-        loss, fresh = jax.value_and_grad(chunk_loss)(cut(rows))
-        return (total + loss, jax.lax.dynamic_update_slice_in_dim(dx, cut(dx) + fresh, start, axis=0)), None
+        if head_sum is None:
+            loss, fresh = jax.value_and_grad(chunk_loss)(cut(rows), head)
+        else:
+            loss, (fresh, of_head) = jax.value_and_grad(chunk_loss, (0, 1))(cut(rows), head)
+            head_sum = head_sum + of_head
+        dx = jax.lax.dynamic_update_slice_in_dim(dx, cut(dx) + fresh, start, axis=0)
+        return (total + loss, dx, head_sum), None
 
-    start = (jnp.float32(0), jnp.zeros_like(rows))
-    (total, dx), _ = jax.lax.scan(add_chunk, start, jnp.arange(-(-rows.shape[0] // size)))
-    return total, dx.reshape(x.shape)
+    start = (jnp.float32(0), jnp.zeros_like(rows), head_sum)
+    (total, dx, head_sum), _ = jax.lax.scan(add_chunk, start, jnp.arange(-(-rows.shape[0] // size)))
+    return total, dx.reshape(x.shape), head_sum
 
 
 def token_nll(logits: jax.Array, labels: jax.Array) -> jax.Array:

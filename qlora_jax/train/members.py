@@ -31,7 +31,7 @@ def pack_key(plain: dict[str, Any]) -> str:
     """Configs (settings.resolved) with equal keys may train in one pack, and are worth it: rows of like length, and all
     or none of them with dropout. A hash in hex."""
     data = plain["data"]
-    longest = data["max_source_len"] + data["max_target_len"]
+    longest = (data["packing"] and data["pack_length"]) or data["max_source_len"] + data["max_target_len"]
     length = data["batches"] or 1 << (longest - 1).bit_length()
     worth = {"has_dropout": plain["lora"]["dropout"] > 0, "length": length}
     return config_hash(_required(plain) | worth)
@@ -57,7 +57,8 @@ def _required(plain: dict[str, Any]) -> dict[str, Any]:
         if isinstance(values, dict)
     }
     data = plain["data"]
-    kept["data"] = {"pad_to_multiple_of": data["pad_to_multiple_of"], "has batches": bool(data["batches"])}
+    kept["data"] = {key: data[key] for key in ("pad_to_multiple_of", "packing")}
+    kept["data"]["has batches"] = bool(data["batches"])
     if "8bit" in plain["optimizer"]["name"]:  # blocks of 256 values that share a scale go across a padded rank
         kept["lora"]["rank"] = plain["lora"]["rank"]
     return kept

@@ -5,9 +5,10 @@
     export_member(results[0], Path("adapter"))
 
 A pack's members share what `pack_key` says. On CPUs they take their steps one after the other inside one program: then
-each has the bits of a run of its own, in float32, where its rank and layers are the pack's largest and its batches are
-as long as the longest of the step; else sums have more zeros in them and may round otherwise. Elsewhere all members'
-rows go through each product at once: the base is read and dequantized once for all, and sums round as the device does.
+each has the bits of a run of its own, in float32, where its rank and layers are the pack's largest, its batches are as
+long as the longest of the step, and all or none drop out; else sums are over more zeros and may round otherwise.
+Elsewhere all members' rows go through each product at once: the base is read and dequantized once for all, and sums
+round as the device does.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from qlora_jax.train.loggers import refuse_loggers
 from qlora_jax.train.members import PlannedMember, check_equal, learning_rates, pack_key
 from qlora_jax.train.pack_files import PackFolder
 from qlora_jax.train.pack_run import MemberResult, PackRun
-from qlora_jax.train.setup import adapter_config, check_config, step_counts
+from qlora_jax.train.setup import check_config, read_lora_config, step_counts
 from qlora_jax.train.warm import Base, Warm
 
 __all__ = ["MemberResult", "PackRunner", "export_member", "pack_key", "train_pack"]
@@ -42,8 +43,8 @@ def train_pack(
 
     Args:
       configs: as configs/base.py, equal in what `pack_key` hashes but for row lengths and having dropout at all.
-      workdir: the pack's folder: config.json, metrics.jsonl (rows name their member's hash) and checkpoints/. None
-        keeps everything in memory.
+      workdir: the pack's folder: config.json, members.json (the configs), metrics.jsonl (rows name their member's hash)
+        and checkpoints/. None keeps everything in memory.
       say: takes lines for the user.
       on_row: takes (member, row) as training goes; rows are those of a run's metrics.jsonl. `seconds` is a member's
         share of its step.
@@ -109,7 +110,12 @@ class PackRunner:
                 folder.close()
 
     def _plan(self, config: Any, plain: dict[str, Any], base: Base, say: Callable[[str], None]) -> PlannedMember:
-        lora_config = adapter_config(config)
+        lora_config = read_lora_config(config.lora, adds_tokens=False, tied=base.sizes.tied)
+        if lora_config.modules_to_save or config.data.added_tokens or config.data.added_special_tokens:
+            raise InputError(
+                "a pack trains adapters alone, but lora.modules_to_save or data.added_tokens train whole matrices: "
+                "leave them out, or train such a run by itself (experiments.train)"
+            )
         targets = lora.select_targets(lora_config.targets, base.sizes.L)
         data, heldout = self.warm.data(config, base, say)
         steps, grad_accum = step_counts(config, data)

@@ -1,23 +1,32 @@
-"""The folder of a pack: its members' hashes, one metrics file, checkpoints; and finished members as folders of runs."""
+"""The folder of a pack: configs of its members, one metrics file, checkpoints; and its members as folders of runs."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_jax.errors import InputError
 from qlora_jax.io.export import atomic_folder, write_json
 from qlora_jax.io.peft import write_arrays
+from qlora_jax.settings import config_hash
 from qlora_jax.train.checkpoints import Checkpoints
 from qlora_jax.train.members import PlannedMember
 from qlora_jax.train.workdir import Workdir
 
 
 class PackFolder:
-    """Opens (or makes) the folder and holds it. Raises InputError where it is another pack's, or in use."""
+    """Opens (or makes) the folder and holds it: config.json names the pack, members.json has its configs.
+
+    Raises InputError where it is another pack's or in use, or where two members are one config.
+    """
 
     def __init__(self, path: Path, members: Sequence[PlannedMember]):
         self.path, self.hashes = path, [member.hash for member in members]
-        self._workdir = Workdir(path, {"members": self.hashes})
+        for place, name in enumerate(self.hashes):
+            if (first := self.hashes.index(name)) != place:
+                raise InputError(f"members {first} and {place} of the pack are one config; give each once")
+        self._workdir = Workdir(path, {"members": len(members), "pack": config_hash({"members": self.hashes})})
+        write_json(path / "members.json", [member.plain for member in members])
         self.checkpoints = Checkpoints(self._workdir.checkpoints, members[0].config.train.keep_checkpoints)
 
     def rows_until(self, step: int) -> list[tuple[int, dict[str, Any]]]:

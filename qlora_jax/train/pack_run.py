@@ -4,13 +4,13 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from qlora_jax import lora
-from qlora_jax.data.batches import eval_batches
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.train import members as pack_members
 from qlora_jax.train.members import PlannedMember
@@ -89,7 +89,7 @@ class PackRun:
         model = self.base.model()
         shapes = {name: lora.shape(model, name) for name in pack_members.all_targets(self.members)}
         own = [
-            read_start(model, member.config.lora.init_from, member.lora)
+            read_start(model, Path(member.config.lora.init_from), member.lora)[0]
             if member.config.lora.init_from
             else lora.fresh_adapter(model, member.lora, jax.random.key(member.config.train.seed))
             for member in self.members
@@ -148,6 +148,7 @@ class PackRun:
         shape = (self.slots, STEPS_A_CALL, G, B, T)
         rates = np.zeros(shape[:2], np.float32)
         tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, np.bool_)
+        segments = np.zeros(shape, np.int32) if self.members[0].data.is_packed else None
         for index, member in enumerate(self.members):
             for k in range(count):
                 if not self._trains(index, first + k):
@@ -157,7 +158,9 @@ class PackRun:
                 own = batch["tokens"].shape[1]
                 tokens[index, k, :, :, :own] = batch["tokens"].reshape(G, B, own)
                 mask[index, k, :, :, :own] = batch["loss_mask"].reshape(G, B, own)
-        return Steps(rates, tokens, mask, np.int32(first), np.int32(count))
+                if segments is not None:
+                    segments[index, k, :, :, :own] = batch["segments"].reshape(G, B, own)
+        return Steps(rates, tokens, mask, segments, np.int32(first), np.int32(count))
 
     def _record(self, batches: dict, first: int, count: int, columns: list[np.ndarray], seconds: float) -> None:
         """Rows of the steps that were taken; members whose loss or gradient was not finite are stopped."""
@@ -214,13 +217,13 @@ class PackRun:
         found = {}
         for group in groups.values():
             data, B = self.members[group[0]].data, self.config.eval.batch_size
-            multiple = self.config.data.pad_to_multiple_of
             wanted = np.isin(np.arange(self.slots), group)
             totals = np.zeros((3, self.slots))
-            for batch in eval_batches(data.heldout, B, multiple, data.pad_id):
+            for batch in data.eval_batches(data.heldout, B):
                 sums = self.eval_program(
-                    self.state.adapter, self.frozen, self.settings.scale, wanted, batch["tokens"], batch["loss_mask"]
-                )
+                    self.state.adapter, self.frozen, self.settings.scale, wanted, batch["tokens"], batch["loss_mask"],
+                    batch.get("segments"),
+                )  # fmt: skip
                 totals += np.stack([np.asarray(column, np.float64) for column in sums])
             for index in group:
                 nats, hits, count = totals[:, index]

@@ -46,11 +46,12 @@ class MemberState(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """Of at most K steps in a row; in a pack the first three have a leading A."""
+    """Of at most K steps in a row; in a pack all but the last two have a leading A."""
 
     learning_rate: Any  # float32 [K]
     tokens: Any  # int32 [K, G, B, T]
     loss_mask: Any  # bool [K, G, B, T]
+    segments: Any  # int32 [K, G, B, T] of packed rows, as Llama takes them; else None
     first: Any  # int32 [], number of the first step, from 0
     count: Any  # int32 [], how many of the K are to be taken
 
@@ -76,7 +77,8 @@ def make_steps(graph: Any, optimizer: Any, loss_chunk: int, has_dropout: bool, o
       steps(state MemberState [A], base, member Member [A], Steps) -> (MemberState, Taken).
     """
 
-    def one(state: MemberState, base: Any, member: Member, rates: Any, tokens: Any, masks: Any, first: Any, count: Any):
+    def one(state: MemberState, base: Any, member: Member, of: Steps):
+        rates, tokens, masks, segments, first, count = of
         gradient = make_gradient(graph, loss_chunk, member.max_grad_norm, _merge_for(member))
 
         def step(k: jax.Array, carry: tuple[MemberState, Taken]) -> tuple[MemberState, Taken]:
@@ -84,17 +86,18 @@ def make_steps(graph: Any, optimizer: Any, loss_chunk: int, has_dropout: bool, o
 
             def advance(state: MemberState) -> tuple[MemberState, tuple[jax.Array, ...]]:
                 key = jax.random.fold_in(member.dropout_key, first + k) if has_dropout else None
-                sums, metrics = gradient(state.adapter, base, tokens[k], masks[k], key)
+                sums, metrics = gradient(
+                    state.adapter, base, tokens[k], masks[k], key, None if segments is None else segments[k]
+                )
                 sums, metrics = jax.lax.optimization_barrier((sums, metrics))  # rounds as a program of its own
                 finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
-                update = lambda state: _update(optimizer, state, member, rates[k], sums, metrics.factor)  # noqa: E731
-                new = jax.lax.cond(finite, update, lambda state: state, state)
+                update = lambda: _update(optimizer, state, member, rates[k], sums, metrics.factor)  # noqa: E731
+                new = _either(over, finite, update, lambda: state)
                 return new._replace(alive=finite), (metrics.loss, metrics.grad_norm, metrics.target_tokens)
 
-            def stay(state: MemberState) -> tuple[MemberState, tuple[jax.Array, ...]]:
-                return state, (jnp.float32(0),) * 3
-
-            state, row = jax.lax.cond(state.alive & (first + k < member.steps), advance, stay, state)
+            takes = state.alive & (first + k < member.steps)
+            nothing = (jnp.float32(0),) * 3
+            state, row = _either(over, takes, lambda: advance(state), lambda: (state, nothing))
             return state, Taken(*(column.at[k].set(value) for column, value in zip(taken, row, strict=True)))
 
         start = Taken(*[jnp.zeros(len(rates), jnp.float32)] * 3)
@@ -102,30 +105,33 @@ def make_steps(graph: Any, optimizer: Any, loss_chunk: int, has_dropout: bool, o
 
     def steps(state: MemberState, base: Any, member: Member, of: Steps) -> tuple[MemberState, Taken]:
         def each(arrays: Any) -> Any:
-            state, member, rates, tokens, masks = arrays
-            return one(state, base, member, rates, tokens, masks, of.first, of.count)
+            state, member, (rates, tokens, masks, segments) = arrays
+            return one(state, base, member, Steps(rates, tokens, masks, segments, of.first, of.count))
 
-        return _over(over, each, (state, member, of.learning_rate, of.tokens, of.loss_mask))
+        return _over(over, each, (state, member, of[:4]))
 
     return steps
 
 
 def make_pack_evaluation(graph: Any, loss_chunk: int, over: str) -> Callable[..., Any]:
-    """evaluate(adapter [A], base, scale [A], wanted bool [A], tokens int32 [B, T], loss_mask bool [B, T]).
+    """evaluate(adapter [A], base, scale [A], wanted bool [A], tokens int32 [B, T], loss_mask bool [B, T],
+    segments int32 [B, T] or None).
 
     Returns summed nats, targets that are the likeliest token, and targets, float32 [A] each; zeros where not wanted.
     """
 
-    def one(adapter: Any, base: Any, scale: jax.Array, wanted: jax.Array, tokens: Any, mask: Any) -> Any:
+    def one(adapter: Any, base: Any, scale: jax.Array, wanted: jax.Array, *batch: Any) -> Any:
+        tokens, mask, segments = batch
+
         def evaluate():
             model = _scaled(nnx.merge(graph, adapter, base), scale)
-            hidden, _ = model(tokens)
+            hidden, _ = model(tokens, segments=segments)
             return summed_loss_and_hits(hidden, model.head_weight(), tokens, mask, loss_chunk)
 
-        return jax.lax.cond(wanted, evaluate, lambda: (jnp.float32(0),) * 3)
+        return _either(over, wanted, evaluate, lambda: (jnp.float32(0),) * 3)
 
-    def evaluation(adapter, base, scale, wanted, tokens, mask):
-        each = lambda arrays: one(arrays[0], base, arrays[1], arrays[2], tokens, mask)  # noqa: E731
+    def evaluation(adapter, base, scale, wanted, tokens, mask, segments=None):
+        each = lambda arrays: one(arrays[0], base, arrays[1], arrays[2], tokens, mask, segments)  # noqa: E731
         return _over(over, each, (adapter, scale, wanted))
 
     return evaluation
@@ -138,6 +144,13 @@ def initial_optimizer(optimizer: Any, adapter: Any) -> Any:
 
 def _over(how: str, function: Callable[[Any], Any], arrays: Any) -> Any:
     return jax.lax.map(function, arrays) if how == "map" else jax.vmap(function)(arrays)
+
+
+def _either(over: str, condition: jax.Array, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+    """One of two; where members go side by side both are computed, for lax.cond would make a base for each member."""
+    if over == "map":
+        return jax.lax.cond(condition, then, otherwise)
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), then(), otherwise())
 
 
 def _update(optimizer: Any, state: MemberState, member: Member, rate: jax.Array, sums: Any, factor: Any) -> MemberState:

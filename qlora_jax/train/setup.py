@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 
 from pallas_kernels import nf4_matmul
 from qlora_jax import lora
+from qlora_jax.data.added_tokens import AddedTokens, extended_tokenizer, find_added
 from qlora_jax.data.batches import FileBatches
+from qlora_jax.data.chat_examples import TEMPLATES
 from qlora_jax.data.load import LoadedData, load_data
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import InputError
@@ -21,10 +25,15 @@ from qlora_jax.io.load import QuantSpec, load_config, load_model
 from qlora_jax.io.remote import name_of
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models import attention
+from qlora_jax.models.layers import Frozen
 from qlora_jax.models.llama import LINEARS, REMAT, Llama
+from qlora_jax.models.vocabulary import grow
 from qlora_jax.optim.paged import PAGING
+from qlora_jax.optim.pages import state_bytes
 from qlora_jax.optim.schedules import make_optimizer, make_schedule, paging
+from qlora_jax.train import mmlu
 from qlora_jax.train.loggers import check_loggers
+from qlora_jax.train.mmlu import Asked
 
 _CHOICES = {
     ("model", "compute_dtype"): ("bfloat16", "float32"),
@@ -32,12 +41,14 @@ _CHOICES = {
     ("model", "attention"): attention.IMPLEMENTATIONS,
     ("model", "kernel"): nf4_matmul.BACKENDS,
     ("model", "compute"): nf4_matmul.COMPUTE,
+    ("data", "template"): TEMPLATES,
     ("optimizer", "paging"): PAGING,
 }
 _AT_LEAST_ONE = (
     ("train", "steps"), ("train", "batch_size"), ("train", "grad_accum"), ("train", "loss_chunk"),
     ("train", "checkpoint_every"), ("train", "keep_checkpoints"), ("train", "log_every"),
-    ("optimizer", "page_bytes"), ("eval", "batch_size"), ("mesh", "devices"),
+    ("optimizer", "page_bytes"), ("eval", "batch_size"), ("eval", "mmlu_batch_size"),
+    ("mesh", "devices"),
 )  # fmt: skip
 
 
@@ -60,6 +71,19 @@ class Prepared:
     base_bits_per_param: float  # of the linear layers, scales included
     trainable_params: int
     total_params: int
+    mmlu: Asked | None  # questions of MMLU that are asked on the way
+    added: AddedTokens | None  # to the tokenizer; None where the config adds none
+
+    def grown_matrices(self) -> dict[str, Any]:
+        """Embedding and head that do not train, where they have rows for new tokens: the adapter needs them too.
+
+        Of a tied model that one array twice, as write_adapter has it.
+        """
+        if self.added is None or not self.added.new:
+            return {}
+        model = nnx.merge(self.graph, self.adapter, self.base)
+        matrices = {"embed_tokens": model.embedding, "lm_head": model.embedding if model.head is None else model.head}
+        return {name: matrix.get_value() for name, matrix in matrices.items() if isinstance(matrix, Frozen)}
 
 
 def check_config(config: Any) -> None:
@@ -88,7 +112,9 @@ def check_values(config: Any, backend: str | None = None) -> None:
             f"train.batch_size {config.train.batch_size} cannot be cut into train.grad_accum {config.train.grad_accum} "
             "equal micro-batches; make it a multiple"
         )
+    mmlu.check(config.eval)
     paging(config.optimizer)
+    lora.select_modules(config.lora.modules_to_save, adds_tokens=False, tied=False)
     if config.optimizer.learning_rate <= 0 or config.optimizer.max_grad_norm < 0:
         raise InputError("optimizer.learning_rate must be positive and optimizer.max_grad_norm 0 (no clipping) or more")
     compute = config.model.compute
@@ -109,6 +135,8 @@ def check_values(config: Any, backend: str | None = None) -> None:
             f"model.attention is {config.model.attention!r}, which needs the whole sequence's queries, but "
             f"model.sequence_chunk is {config.model.sequence_chunk}: set model.attention=chunked, or sequence_chunk=0"
         )
+    if config.data.packing:
+        _check_packing(config)
     if config.model.fuse_lora:
         _check_fuse_lora(config)
     needs_gpu = [key for key in ("kernel", "attention") if config.model[key] not in ("xla", "auto", "chunked")]
@@ -120,6 +148,16 @@ def check_values(config: Any, backend: str | None = None) -> None:
         )
     if config.mesh.devices != 1:
         raise InputError(f"mesh.devices is {config.mesh.devices}; one run trains on one device")
+
+
+def _check_packing(config: Any) -> None:
+    if config.model.attention == "cudnn":
+        raise InputError(
+            'data.packing needs attention that stays within an example, and model.attention is "cudnn", whose form in '
+            "JAX has none: set model.attention=auto, or data.packing=False"
+        )
+    if config.data.batches:
+        raise InputError("data.packing is True, but data.batches is a file of ready rows: set data.packing=False")
 
 
 def _check_fuse_lora(config: Any) -> None:
@@ -147,19 +185,25 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
       InputError: any mistake in config, data or model, in one line.
     """
     check_config(config)
-    lora_config, quant = adapter_config(config), quantization(config)
+    quant = quantization(config)
     folder = resolve(config.model.path, config.model.revision)
     model_config = load_config(folder)
+    added = added_tokens(config.data, folder)
+    lora_config = read_lora_config(config.lora, bool(added and added.new), model_config.tied)
     lora.select_targets(lora_config.targets, model_config.L)
-    tokenizer = None if config.data.batches else Tokenizer.from_folder(folder)
-    data = load_data(config.data, tokenizer, config.train.batch_size, model_config.V)
+    tokenizer, V = None, model_config.V
+    if added is not None:
+        tokenizer, V = extended_tokenizer(added), added.rows(V)
+        _say_tokens(added, model_config.V, lora_config, say)
+    elif not config.data.batches:
+        tokenizer = Tokenizer.from_folder(folder)
+    data = load_data(config.data, tokenizer, config.train.batch_size, V)
     for line in data.report:
         say(line)
-    if data.batches.max_length > model_config.context:
-        say(
-            f"warning: sequences of up to {data.batches.max_length} tokens, but the model was made for "
-            f"{model_config.context}"
-        )
+    asked = mmlu.read(config, tokenizer or folder, model_config.context, V, say) if config.eval.mmlu_data else None
+    longest = data.batches.longest_example if data.is_packed else data.batches.max_length
+    if longest > model_config.context:
+        say(f"warning: sequences of up to {longest} tokens, but the model was made for {model_config.context}")
     steps, grad_accum = step_counts(config, data)
     if steps != config.train.steps:
         say(f"data: one pass over data.batches: {steps} steps, fewer than train.steps = {config.train.steps}")
@@ -175,9 +219,14 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
     _say_attention(m, data.batches.max_length, say)
     model = load_base(config, folder, progress)
     lora.attach(model, lora_config, jax.random.key(config.train.seed))
+    if added is not None:
+        grow(model, V, added.rows_to_fill(model_config.V), added.real_rows(model_config.V))
     if config.lora.init_from:
-        for name, (a, b) in read_start(model, Path(config.lora.init_from), lora_config).items():
+        arrays, matrices = read_start(model, Path(config.lora.init_from), lora_config, added)
+        for name, (a, b) in arrays.items():
             lora.set_adapter(model, name, a, b, lora_config.scale)
+        for name, matrix in matrices.items():
+            lora.train_whole(model, name, jnp.asarray(matrix))
     graph, adapter, base = lora.split(model)
     base_bytes = _bytes(base)
     bits, base_params = base_size(model)
@@ -187,18 +236,41 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
         f"{bits:.3f} bits a weight; adapter: rank {lora_config.rank}, {trainable:,} parameters "
         f"({100 * trainable / base_params:.2f}%)"
     )
+    if whole := lora.whole_matrices(adapter):
+        size, state = _bytes(whole), state_bytes(tx, whole)
+        say(
+            f"model: {' and '.join(lora_config.modules_to_save)} train whole (lora.modules_to_save), "
+            f"{size // 4:,} of these parameters: {size / 2**20:,.1f} MiB in float32, as much for gradients, and "
+            f"{state / 2**20:,.1f} MiB of optimizer state"
+        )
     o = config.optimizer
     schedule = make_schedule(o.schedule, o.learning_rate, steps, o.warmup_steps)
     return Prepared(
         folder, tokenizer, data, graph, adapter, base, lora_config, tx, schedule, steps, grad_accum,
-        base_bytes, bits, trainable, base_params + trainable,
+        base_bytes, bits, trainable, base_params + trainable, asked, added,
     )  # fmt: skip
 
 
-def adapter_config(config: Any) -> LoRAConfig:
-    """The `lora` section."""
-    section = config.lora
-    return LoRAConfig(section.rank, section.alpha, section.dropout, tuple(section.targets), section.use_rslora)
+def added_tokens(data: Any, folder: Path) -> AddedTokens | None:
+    """What the config's `data` section adds to the tokenizer of a checkpoint folder; None where it names nothing."""
+    if not data.added_tokens and not data.added_special_tokens:
+        return None
+    return find_added(folder, data.added_tokens, data.added_special_tokens)
+
+
+def read_lora_config(section: Any, adds_tokens: bool, tied: bool) -> LoRAConfig:
+    """The config's `lora` section."""
+    modules = lora.select_modules(section.modules_to_save, adds_tokens, tied)
+    return LoRAConfig(section.rank, section.alpha, section.dropout, tuple(section.targets), section.use_rslora, modules)
+
+
+def _say_tokens(added: AddedTokens, V: int, config: LoRAConfig, say: Callable[[str], None]) -> None:
+    for line in added.report(V):
+        say(line)
+    frozen = [name for name in lora.MODULES if name not in config.modules_to_save]
+    if added.new and frozen:
+        names = " and ".join(frozen)
+        say(f"tokens: warning: lora.modules_to_save leaves out {names}: new rows there do not train and stay the mean")
 
 
 def step_counts(config: Any, data: LoadedData) -> tuple[int, int]:
@@ -235,9 +307,13 @@ def _say_attention(model: Any, longest: int, say: Callable[[str], None]) -> None
         )
 
 
-def read_start(model: Llama, folder: Path, wanted: LoRAConfig) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """A PEFT folder's adapter, to start from. Its rank, scale and layers must be the config's."""
+def read_start(
+    model: Llama, folder: Path, wanted: LoRAConfig, added: AddedTokens | None = None
+) -> tuple[dict[str, tuple[jax.Array, jax.Array]], dict[str, Any]]:
+    """A PEFT folder's adapter and whole matrices, to start from. Its rank, scale, layers and tokens must be the
+    config's; a matrix that trains whole and that the folder does not have starts from the base's."""
     found, arrays = peft.read_adapter(model, folder)
+    matrices = peft.read_matrices(model, folder)
     names = lora.select_targets(wanted.targets, model.config.L)
     differing = [
         f"{key} {there!r} there, {here!r} in the config"
@@ -249,9 +325,33 @@ def read_start(model: Llama, folder: Path, wanted: LoRAConfig) -> dict[str, tupl
         )
         if there != here
     ]
+    differing += [
+        f"{name} trains whole there and not in the config (lora.modules_to_save)"
+        for name in matrices
+        if name not in wanted.modules_to_save
+    ]
+    differing += [
+        f"{name} has {len(matrix)} rows there, {model.config.V} here (data.added_tokens, data.added_special_tokens)"
+        for name, matrix in matrices.items()
+        if len(matrix) != model.config.V
+    ]
+    if added is not None and matrices:
+        differing += _other_ids(added, folder)
     if differing:
         raise InputError(f"lora.init_from: {folder} does not match the lora section: {'; '.join(differing)}")
-    return arrays
+    return arrays, matrices
+
+
+def _other_ids(added: AddedTokens, folder: Path) -> list[str]:
+    """New tokens whose ids are others in the tokenizer beside an adapter, if there is one."""
+    if not peft.has_tokenizer(folder):
+        return []
+    theirs = Tokenizer.from_folder(folder, added.folder)
+    return [
+        f"token {text!r} has id {theirs.id_of(text)} there, {number} here"
+        for text, number in added.new.items()
+        if theirs.id_of(text) != number
+    ]
 
 
 def _bytes(tree: Any) -> int:
@@ -266,6 +366,6 @@ def base_size(model: Llama) -> tuple[float, int]:
         O, I = lora.shape(model, name)
         bits += 8 * w.nbytes
         weights += model.config.L * O * I
-    others = [model.embedding, model.norm.weight, model.blocks.input_layernorm.weight]
-    others += [model.blocks.post_attention_layernorm.weight, *([model.head] if model.head is not None else [])]
+    others = [model.norm.weight, model.blocks.input_layernorm.weight, model.blocks.post_attention_layernorm.weight]
+    others += [matrix for matrix in (model.embedding, model.head) if isinstance(matrix, Frozen)]
     return bits / weights, weights + sum(variable.get_value().size for variable in others)

@@ -34,30 +34,33 @@ def make_gradient(
       max_grad_norm: global norm above which gradients are scaled down to it; 0 does not clip.
       merge: makes the model of (graph, adapter, base).
     Returns:
-      gradient(adapter, base, tokens int32 [G, B, T], loss_mask bool [G, B, T], key or None) -> (sums, StepMetrics), G
-      being micro-batches. The gradient is metrics.factor * sums: the mean over all target tokens of the G * B
-      sequences, so it does not depend on how they are cut.
+      gradient(adapter, base, tokens int32 [G, B, T], loss_mask bool [G, B, T], key or None, segments int32 [G, B, T] or
+      None) -> (sums, StepMetrics), G being micro-batches, segments as Llama takes them. The gradient is
+      metrics.factor * sums: the mean over all target tokens of the G * B sequences, so it does not depend on how they
+      are cut.
     """
 
-    def micro_loss(adapter, base, tokens, loss_mask, key):
+    def micro_loss(adapter, base, tokens, loss_mask, key, segments):
         model = merge(graph, adapter, base)
-        hidden, _ = model(tokens, dropout_key=key)
+        hidden, _ = model(tokens, dropout_key=key, segments=segments)
         total, _ = summed_loss(hidden, model.head_weight(), tokens, loss_mask, loss_chunk)
         return total
 
-    def gradient(adapter, base, tokens, loss_mask, key):
+    def gradient(adapter, base, tokens, loss_mask, key, segments=None):
         def add(total, inputs):
-            micro_tokens, micro_mask, index = inputs
+            micro_tokens, micro_mask, index, micro_segments = inputs
             micro_key = None if key is None else jax.random.fold_in(key, index)
             model = merge(graph, adapter, base)
             if model.remat == "none":
-                loss, grads = jax.value_and_grad(micro_loss)(adapter, base, micro_tokens, micro_mask, micro_key)
+                loss, grads = jax.value_and_grad(micro_loss)(
+                    adapter, base, micro_tokens, micro_mask, micro_key, micro_segments
+                )
                 return jax.tree.map(jnp.add, total, (loss, grads)), None
-            loss, grads = add_gradient(model, total[1], micro_tokens, micro_mask, micro_key, loss_chunk)
+            loss, grads = add_gradient(model, total[1], micro_tokens, micro_mask, micro_key, loss_chunk, micro_segments)
             return (total[0] + loss, grads), None
 
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, adapter))
-        (loss, grads), _ = jax.lax.scan(add, zero, (tokens, loss_mask, jnp.arange(tokens.shape[0])))
+        (loss, grads), _ = jax.lax.scan(add, zero, (tokens, loss_mask, jnp.arange(tokens.shape[0]), segments))
         count = jnp.sum(loss_mask[:, :, 1:]).astype(jnp.float32)
         scale = 1 / jnp.maximum(count, 1)
         norm = optax.tree.norm(grads) * scale
@@ -68,12 +71,12 @@ def make_gradient(
 
 
 def make_evaluation(graph: Any, loss_chunk: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """evaluate(adapter, base, tokens int32 [B, T], loss_mask bool [B, T]) -> (summed nats, target tokens), without
-    dropout."""
+    """evaluate(adapter, base, tokens int32 [B, T], loss_mask bool [B, T], segments int32 [B, T] or None) -> (summed
+    nats, target tokens), without dropout."""
 
-    def evaluate(adapter, base, tokens, loss_mask):
+    def evaluate(adapter, base, tokens, loss_mask, segments=None):
         model = nnx.merge(graph, adapter, base)
-        hidden, _ = model(tokens)
+        hidden, _ = model(tokens, segments=segments)
         return summed_loss(hidden, model.head_weight(), tokens, loss_mask, loss_chunk)
 
     return evaluate

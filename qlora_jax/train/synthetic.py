@@ -33,7 +33,12 @@ def random_model(spec: ModelSpec, seed: int = 0) -> AbstractModel:
     leaves, treedef = jax.tree_util.tree_flatten_with_path(model.base, is_leaf=_is_quantized)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     filled = [_fill(jax.tree_util.keystr(path), leaf, key) for (path, leaf), key in zip(leaves, keys, strict=True)]
-    whole = nnx.merge(model.graph, model.adapter, jax.tree.unflatten(treedef, filled))
+
+    def fill_matrix(path: Any, leaf: Any) -> Any:  # embedding and head that train; attach draws the rest
+        return leaf if "blocks" in jax.tree_util.keystr(path) else fill_dense(leaf, jax.random.key(seed))
+
+    adapter = jax.tree_util.tree_map_with_path(fill_matrix, model.adapter)
+    whole = nnx.merge(model.graph, adapter, jax.tree.unflatten(treedef, filled))
     lora.attach(whole, spec.lora, jax.random.key(seed))
     return AbstractModel(*lora.split(whole))
 

@@ -9,7 +9,7 @@ TURNS = [{"role": "user", "content": "<b> & 'Grüße'"}, {"role": "assistant", "
 
 
 def rendered(template, messages=TURNS, add_generation_prompt=True, **tokens):
-    return render(template, messages, add_generation_prompt, tokens, "FOLDER")
+    return render(template, messages, add_generation_prompt, tokens, "FOLDER").text
 
 
 def test_block_lines_leave_no_trace():

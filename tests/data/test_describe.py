@@ -3,8 +3,13 @@
 import numpy as np
 
 from qlora_jax.data.batches import Batches
-from qlora_jax.data.describe import histogram, padding, show_example
+from qlora_jax.data.chat_examples import tokenize_chats
+from qlora_jax.data.describe import histogram, show_example
 from qlora_jax.data.examples import Example, tokenize_example
+from qlora_jax.data.fields import Chat
+from qlora_jax.data.padding import padding
+from tests.chat_templates import LLAMA3, TWO_TURNS
+from tests.data.test_chat_examples import with_template
 
 
 def test_what_is_learned_is_marked(byte_tokenizer):
@@ -15,6 +20,18 @@ def test_what_is_learned_is_marked(byte_tokenizer):
     assert show_example(control, byte_tokenizer, False) == "<BOS>\ufffd[2J⟦\ufffd\tA<EOS>⟧"
     learned = tokenize_example("Q", "A", byte_tokenizer, 16, 16, train_on_source=True)
     assert show_example(learned, byte_tokenizer, False) == "<BOS>⟦QA<EOS>⟧"
+
+
+def test_every_learned_turn_of_a_chat_is_marked(golden, tmp_path):
+    tokenizer = with_template(tmp_path / "chat", golden / "chat", LLAMA3)
+    example = tokenize_chats([Chat(TWO_TURNS, None, "")], tokenizer, 999)[0][0]
+    user, assistant = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "assistant"))
+    first, second = (f"⟦{TWO_TURNS[n]['content']}<|eot_id|>⟧" for n in (1, 3))
+    assert show_example(example, tokenizer, False) == (
+        f"<BOS>{user}{TWO_TURNS[0]['content']}<|eot_id|>{assistant}{first}"
+        f"{user}{TWO_TURNS[2]['content']}<|eot_id|>{assistant}{second}"
+    )
+    assert show_example(example, tokenizer, True).count("\x1b[32m") == 2
 
 
 def test_histogram():
@@ -31,7 +48,7 @@ def test_padding_is_that_of_the_batches():
     lengths = np.random.default_rng(0).integers(2, 90, 53)
     examples = [Example(np.ones(n, np.int32), np.ones(n, np.bool_)) for n in lengths]
     batches = Batches(examples, 4, True, 16, 0, 0)
-    found = padding(batches, 16)
+    found = padding(batches)
     made = [batches.batch(step) for step in range(batches.steps_per_epoch)]
     assert found.padded == sum(batch["tokens"].size for batch in made)
     assert found.tokens == sum(int(batch["tokens"].sum()) for batch in made)  # every token is 1, padding is 0

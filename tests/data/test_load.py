@@ -11,6 +11,8 @@ from qlora_jax.data.batches import Batches, FileBatches, eval_batches
 from qlora_jax.data.load import load_data
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import InputError
+from tests.chat_templates import CHATML, TWO_TURNS
+from tests.data.test_chat_examples import with_template
 
 
 def config(**changes):
@@ -19,12 +21,16 @@ def config(**changes):
             "path": "",
             "revision": "main",
             "format": "input-output",
+            "template": "auto",
+            "template_date": "2024-07-26",
             "batches": "",
             "max_source_len": 16,
             "max_target_len": 16,
             "train_on_source": False,
             "group_by_length": True,
             "pad_to_multiple_of": 8,
+            "packing": False,
+            "pack_length": 0,
             "max_examples": 0,
             "eval_path": "",
             "eval_examples": 4,
@@ -180,3 +186,75 @@ def test_held_out_examples_from_a_file_of_their_own(path, tmp_path, byte_tokeniz
     assert len(load_data(config(path=path, eval_path=str(other), eval_examples=2), byte_tokenizer, 4, 259).heldout) == 2
     with pytest.raises(InputError, match="model has embeddings for 90 tokens"):
         load_data(config(path=path, eval_path=str(other)), byte_tokenizer, 4, 90)
+
+
+def chat_config(tmp_path, rows, **changes):
+    file = tmp_path / "chats.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+    lengths = {"max_source_len": 40, "max_target_len": 24, "eval_examples": 0}
+    return config(**({"path": str(file), "format": "messages"} | lengths | changes))
+
+
+def chat_tokenizer(tmp_path, golden, template=CHATML):
+    return with_template(tmp_path / "chat_tokenizer", golden / "chat", template)
+
+
+def test_chats_in_the_models_template(tmp_path, golden):
+    tokenizer = chat_tokenizer(tmp_path, golden)
+    question, answer = TWO_TURNS[:2]
+    long = {"role": "assistant", "content": "word " * 60}
+    rows = [TWO_TURNS[:2], [question, long], [*TWO_TURNS[:3], long], [{"role": "user", "content": "x " * 90}, answer]]
+    section = chat_config(tmp_path, [*rows, [question]])
+    data = load_data(section, tokenizer, 2, 500)
+    assert [bool(e.loss_mask[-1]) for e in sorted(trained_on(data), key=lambda e: e.where)] == [False, True, True]
+    assert data.report[:4] == [
+        f"data: {section.path} (messages): 5 rows, 3 examples",
+        "data: in the model's chat template (data.template=auto), its answers alone learned",
+        "data: 1 rows left out: no answer to learn",
+        "data: cut to length (64 tokens, max_source_len + max_target_len): 1 chats end at an earlier answer, "
+        "1 first answers cut, 1 chats without room dropped",
+    ]
+    assert "the template ends turns with <|im_end|>, where generation does not stop" in data.report[4]
+    assert "only the first" not in "".join(data.report)
+    heldout = load_data(chat_config(tmp_path, rows, eval_path=section.path), tokenizer, 2, 500).heldout
+    assert len(heldout) == 3
+
+
+def test_no_room_for_any_answer(tmp_path, golden):
+    section = chat_config(tmp_path, [TWO_TURNS[:2]], max_source_len=2, max_target_len=2)
+    with pytest.raises(InputError, match="none of its 1 chats has room for an answer .* = 4 tokens"):
+        load_data(section, chat_tokenizer(tmp_path, golden), 1, 500)
+
+
+def test_which_template(tmp_path, golden, path):
+    tokenizer, row = chat_tokenizer(tmp_path, golden), TWO_TURNS[:2]
+
+    def text(section, tokenizer=tokenizer):
+        return tokenizer.decode(trained_on(load_data(section, tokenizer, 1, 500))[0].tokens)
+
+    assert text(chat_config(tmp_path, [row])).startswith("user\nWhat")
+    assert text(chat_config(tmp_path, [row], template="paper")).startswith("### Human: What")
+    assert text(chat_config(tmp_path, [row]), chat_tokenizer(tmp_path, golden, None)).startswith("### Human: What")
+    assert text(config(path=path, max_target_len=99)).startswith("question ")
+    assert text(config(path=path, max_target_len=99, template="chat")).startswith("user\nquestion ")
+    with pytest.raises(InputError, match="has no chat template"):
+        text(config(path=path, template="chat"), chat_tokenizer(tmp_path, golden, None))
+    with pytest.raises(InputError, match="unknown data.template 'chatml'; known: auto, paper, chat"):
+        text(config(path=path, template="chatml"))
+    with pytest.raises(InputError, match="data.template_date is '26 Jul'; expected a day as YYYY-MM-DD"):
+        text(chat_config(tmp_path, [row], template_date="26 Jul"))
+    with pytest.raises(InputError, match=r"expected at least 3 \(a prompt, a token, its end\)"):
+        text(chat_config(tmp_path, [row], max_source_len=1, max_target_len=1))
+
+
+def test_padding_is_never_an_end_token(tmp_path, golden):
+    for end, pad in (("</s>", 0), ("<s>", 1)):  # ids 1 and 0
+        tokenizer = with_template(tmp_path / "padded", golden / "chat", CHATML, bos_token=None, eos_token=end)
+        assert tokenizer.eos_id == 1 - pad
+        data = load_data(chat_config(tmp_path, [TWO_TURNS[:2], TWO_TURNS]), tokenizer, 2, 500)
+        batch = data.batches.batch(0)
+        lengths = sorted(len(example) for example in trained_on(data))
+        rows = [tokens[lengths[0] :] for tokens in batch["tokens"] if tokens[-1] == pad]
+        assert data.pad_id == pad and pad not in tokenizer.eos_ids and len(rows) >= 1
+        for tokens, mask in zip(batch["tokens"], batch["loss_mask"], strict=True):
+            assert not mask[tokens == pad].any()

@@ -1,6 +1,7 @@
 """The embedded material: made again it is the same, the splits share nothing, and pretraining states what they ask."""
 
 import json
+import math
 import pathlib
 import re
 
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
+from configs import pretrain, pretrain_mini
 from experiments.embedded import corpus, instructions, make, packing, tokenizer
 from experiments.embedded.facts import RELATIONS, Fact, facts, fill
+from qlora_jax.models.config import parse_config
 
 ASSETS = pathlib.Path(__file__).resolve().parents[2] / "assets"
 
@@ -169,6 +173,19 @@ def test_pretraining_and_held_out_rows_are_parts_of_one_stream(monkeypatch, gene
     assert min(train.min(), held_out.min()) > tokenizer.PAD_ID
     known = set(map(bytes, train))
     assert not any(bytes(row) in known for row in held_out)
+
+
+@pytest.mark.parametrize(("folder", "config"), [("tiny_llama", pretrain), ("mini_llama", pretrain_mini)])
+def test_committed_models_are_what_their_configs_describe(folder, config):
+    measured = json.loads((ASSETS / folder / "pretraining.json").read_text("utf-8"))
+    recipe = config.get_config()
+    assert measured["recipe"] == recipe.to_dict()
+    sizes = parse_config(json.loads((ASSETS / folder / "config.json").read_text("utf-8")), folder)
+    assert {name: getattr(sizes, name) for name in "DFLNKH"} == {name: recipe[name] for name in "DFLNKH"}
+    with safe_open(ASSETS / folder / "model.safetensors", "numpy") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (not a dict)
+    assert sum(map(math.prod, shapes)) == measured["parameters"]
+    assert f"{measured['parameters']:,} parameters" in config.__doc__ or folder == "tiny_llama"
 
 
 def test_standard_library_text_is_prose_in_bounds():

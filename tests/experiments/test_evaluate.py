@@ -38,7 +38,7 @@ def results(folder, run_commands, golden) -> dict:
         "half context": [text, out + "half.json", "--context=16"],
         "no file": [text],
         "stored": [text, f"--model={golden}/bnb4bit/nf4_dq", "--tokens=x"],
-        "mmlu": [text, "--task=mmlu"],
+        "task": [text, "--task=squad"],
         "neither": [],
         "empty": [f"--text={folder}/empty.txt"],
         "latin": [f"--text={folder}/latin.txt"],
@@ -84,7 +84,7 @@ def test_a_table_is_printed(results) -> None:
 @pytest.mark.parametrize(
     ("name", "named"),
     [
-        ("mmlu", ["unknown task 'mmlu'", "known: perplexity"]),
+        ("task", ["unknown task 'squad'", "known: perplexity, mmlu, lm-eval"]),
         ("neither", ["one of --text=FILE and --tokens=FILE.npy"]),
         ("stored", ["one of --text=FILE and --tokens=FILE.npy"]),
         ("empty", ["empty.txt is empty"]),

@@ -40,6 +40,27 @@ def test_reset_begins_anew_with_the_same_draws(tiny_model, tokenizer) -> None:
     assert chat.turns == [] and ask(chat, "Hello") == first
 
 
+def test_system_lines_and_stops(tiny_model, tokenizer) -> None:
+    chat = Chat(tiny_model, tokenizer, "guanaco", GREEDY, [], system="Be brief.")
+    before = [{"role": "system", "content": "Be brief."}]
+    prompt = prompt_ids(tokenizer, "guanaco", Request("Hello"), before)
+    tokens = complete(tiny_model, [prompt], GREEDY, [])[0].tokens
+    free = answer_text(tokenizer, "guanaco", prompt, tokens)
+    assert ask(chat, "Hello") == free != ask(Chat(tiny_model, tokenizer, "guanaco", GREEDY, []), "Hello")
+    stop = free[len(free) // 2 :][:3]
+    stopped = Chat(tiny_model, tokenizer, "guanaco", GREEDY, [], stops=["never seen", stop], system="Be brief.")
+    assert ask(stopped, "Hello") == free[: free.index(stop)].rstrip()
+
+
+def test_a_first_answer_is_drawn_as_in_a_file(tiny_model, tokenizer) -> None:
+    sampling = Sampling(20, 1.0, 1.0, 4)
+    prompt = prompt_ids(tokenizer, "guanaco", Request("Hello"))
+    tokens = complete(tiny_model, [prompt], sampling, [])[0].tokens
+    assert ask(Chat(tiny_model, tokenizer, "guanaco", sampling, []), "Hello") == answer_text(
+        tokenizer, "guanaco", prompt, tokens
+    )
+
+
 @pytest.mark.parametrize("template", ["plain", "alpaca"])
 def test_single_turn_templates_take_each_message_by_itself(tiny_model, tokenizer, template) -> None:
     chat = Chat(tiny_model, tokenizer, template, GREEDY, [])

@@ -10,8 +10,9 @@ from flax import nnx
 
 from qlora_jax.errors import InputError
 from qlora_jax.generate import decode
-from qlora_jax.generate.decode import Decoding, complete, generate, room_for
+from qlora_jax.generate.decode import Decoding, complete, complete_batches, generate, room_for
 from qlora_jax.generate.sampling import Sampling
+from qlora_jax.generate.seeds import Draws, draws_of_all
 from qlora_jax.io.load import QuantSpec, load_model
 from qlora_jax.io.peft import load_adapter
 
@@ -148,15 +149,102 @@ def test_no_prompts_no_answers(tiny_model) -> None:
 def test_a_cache_taken_over_changes_nothing(tiny_model) -> None:
     first, second = prompts_of([40, 100], tiny_model.config.V)
     room, sampling = room_for(tiny_model, 40, 20), Sampling(20, 0.0)
-    earlier = Decoding(tiny_model, [first], sampling, [], [0], room)
+    earlier = Decoding(tiny_model, [first], sampling, [], [Draws(0, 0)], room)
     while not earlier.done:
         earlier.step(8)
     answer = earlier.tokens[0]
     for prompt in (first + answer + second, first + answer[:5] + second, second):
-        later = Decoding(tiny_model, [prompt], sampling, [], [0], room_for(tiny_model, 200, 100), earlier=earlier)
+        later = Decoding(
+            tiny_model, [prompt], sampling, [], [Draws(0, 0)], room_for(tiny_model, 200, 100), earlier=earlier
+        )
         later.step(20)
         assert len(later.tokens[0]) == 20 and is_greedy(tiny_model, prompt, later.tokens[0])
         earlier = later
+
+
+@pytest.mark.parametrize(
+    ("quant", "sizes"), [(QuantSpec("none"), (1, 3, 16)), (QuantSpec(block_size=32), (3, 16))], ids=["float32", "nf4"]
+)
+def test_answers_do_not_depend_on_the_batch(tiny_folder, quant, sizes) -> None:
+    model = load_model(tiny_folder, quant, "float32")
+    prompts = prompts_of([9, 70, 30, 5, 60, 100, 3, 8, 20, 11, 12, 40, 50, 64, 65, 1, 33], model.config.V)
+    answers = {size: generate(model, prompts, 24, temperature=0.7, seed=2, batch_size=size) for size in sizes}
+    assert all(answers[size] == answers[16] for size in sizes)
+    backwards = generate(model, prompts[::-1], 24, temperature=0.7, seed=2, batch_size=16)
+    assert backwards[::-1] == answers[16]
+
+
+def test_scores_have_equal_bits_in_batches_of_multiples_of_8(tiny_model) -> None:
+    prompts = prompts_of([9, 70, 30, 5, 60, 100, 3, 8, 20, 11, 12, 40], tiny_model.config.V)
+
+    def hidden(numbers: list[int], fill: int, room: int) -> dict[int, bytes]:
+        batch = Decoding(
+            tiny_model,
+            [prompts[number] for number in numbers],
+            Sampling(20, 0.0),
+            [],
+            [Draws(0, 0)] * len(numbers),
+            room,
+            fill,
+        )
+        batch.step(9)
+        last = np.asarray(batch._rows.hidden)
+        return {number: last[row].tobytes() for row, number in enumerate(numbers)}
+
+    whole = hidden(list(range(12)), 4, 128)
+    assert len(set(whole.values())) == 12
+    for numbers, fill, room in (([2, 1, 0], 5, 128), ([11, 3, 7, 0], 12, 128), (list(range(8)), 0, 192)):
+        part = hidden(numbers, fill, room)
+        assert part == {number: whole[number] for number in numbers}
+
+
+def test_draws_depend_on_prompt_and_seed_alone() -> None:
+    a, b = [1, 2, 3], [1, 2, 4]
+    draws = draws_of_all([a, b, a, a], 5)
+    assert len(set(draws)) == 4 and draws[1] == draws_of_all([b], 5)[0] and draws[:1] == draws_of_all([a], 5)
+    assert all(one != other for one, other in zip(draws, draws_of_all([a, b, a, a], 6), strict=True))
+    own = draws_of_all([a, b, a, a], 5, [9, None, 9, None])
+    assert own[0] == own[2] == draws_of_all([a], 9)[0]
+    assert own[1] == draws[1] and own[3] == draws[0]
+
+
+def test_the_rest_of_a_list_is_continued_as_with_the_whole(tiny_model) -> None:
+    prompts = prompts_of([9, 70, 30, 5, 60, 3, 8], tiny_model.config.V)
+    prompts.append(prompts[0])
+    settings = (Sampling(12, 1.0, seed=1), [], 3)
+    whole = list(complete_batches(tiny_model, prompts, *settings))
+    assert [numbers for numbers, _ in whole] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    rest = list(complete_batches(tiny_model, prompts, *settings, order=range(3, 8)))
+    assert rest == whole[1:]
+    assert whole[2][1][1] != whole[0][1][0], "a prompt's second answer"
+
+
+def test_decoding_ends_with_its_last_row(tiny_model, monkeypatch) -> None:
+    monkeypatch.setattr(decode, "CHUNK", 5)
+    batches: list[Decoding] = []
+
+    class Watched(Decoding):
+        def __init__(self, *arguments, **named):
+            super().__init__(*arguments, **named)
+            batches.append(self)
+
+    monkeypatch.setattr(decode, "Decoding", Watched)
+    prompts = prompts_of([9, 20], tiny_model.config.V)
+    free = greedy(tiny_model, prompts, 30)
+    assert batches[-1].steps == 30
+    place = next(i for i, token in enumerate(free[0]) if 3 < i < 25 and token not in free[0][:i])
+    complete(tiny_model, prompts[:1], Sampling(30, 0.0), [free[0][place]])
+    assert batches[-1].steps == place + 1  # the end token is drawn too
+    complete(tiny_model, prompts, Sampling(30, 0.0), [], stop=lambda number, tokens: len(tokens) > 6)
+    assert batches[-1].steps == 10  # seen after the chunk in which the last row came to its stop
+
+
+def test_a_stop_counts_whatever_comes_after_it(tiny_model) -> None:
+    (prompt,) = prompts_of([9], tiny_model.config.V)
+    (free,) = greedy(tiny_model, [prompt], 12)
+    place = next(i for i, token in enumerate(free) if i > 3 and token not in free[:i])
+    (ended,) = complete(tiny_model, [prompt], Sampling(12, 0.0), [free[place]], stop=lambda number, tokens: True)
+    assert ended.reason == "stop"
 
 
 def programs() -> list[int]:

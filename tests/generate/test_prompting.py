@@ -1,14 +1,14 @@
 """Templates give the ids that training gives, files of prompts are read or refused; answers end where they should."""
 
-import json
-
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qlora_jax.data.examples import tokenize_example
 from qlora_jax.data.prompts import GUANACO_SYSTEM, alpaca_prompt
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import InputError
-from qlora_jax.generate.prompting import Answer, Request, answer_text, prompt_ids, read_requests
+from qlora_jax.generate.prompting import Answer, Request, answer_text, check_stops, prompt_ids
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +22,10 @@ def test_plain_is_bos_and_the_text(tokenizer) -> None:
 
 
 def test_alpaca_is_what_training_gives(tokenizer) -> None:
-    for given in ("", "a, b"):
-        example = tokenize_example(alpaca_prompt("Sort.", given), "x", tokenizer, 1000, 100)
+    for context in ("", "a, b"):
+        example = tokenize_example(alpaca_prompt("Sort.", context), "x", tokenizer, 1000, 100)
         source = example.tokens[: int(example.loss_mask.argmax())].tolist()
-        assert prompt_ids(tokenizer, "alpaca", Request("Sort.", given)) == source
+        assert prompt_ids(tokenizer, "alpaca", Request("Sort.", context)) == source
 
 
 def test_guanaco_shows_what_was_said(tokenizer) -> None:
@@ -64,35 +64,47 @@ def test_answers(tokenizer, template, generated, shown, size) -> None:
     assert answer_text(tokenizer, template, prompt, ids) == shown
 
 
-def test_files_of_prompts(tmp_path) -> None:
-    (tmp_path / "a.txt").write_bytes("\ufeffOne\r\n\n Two é\n".encode())
-    assert read_requests(str(tmp_path / "a.txt")) == [Request("One"), Request(" Two é")]
-    rows = [{"prompt": "P", "input": "unread"}, {"instruction": "I", "input": "x", "output": "o"}, {"instruction": "J"}]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert read_requests(str(tmp_path / "a.jsonl")) == [Request("P"), Request("I", "x", True), Request("J", "", True)]
-    (tmp_path / "a.json").write_text(json.dumps(rows[1:]))
-    assert [request.message for request in read_requests(str(tmp_path / "a.json"))] == ["I\n\nx", "J"]
+class Letters:
+    """A tokenizer of one id a character."""
+
+    def stream(self, context):
+        return self
+
+    def push(self, ids):
+        return "".join(map(chr, ids))
+
+    def flush(self):
+        return ""
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "named"),
-    [
-        ("a.txt", b"\n\n", "has no prompt"),
-        ("a.txt", b"ok\n\xff\n", "line 2: not UTF-8"),
-        (
-            "a.jsonl",
-            b'{"prompt": "a"}\n{"text": "b"}\n',
-            'line 2: no field "prompt" or "instruction"; fields found: text',
-        ),
-        ("a.jsonl", b'{"prompt": 3}\n', "line 1: the field prompt holds 3"),
-        ("a.jsonl", b'{"instruction": " "}\n', "line 1: the field instruction is empty"),
-        ("a.jsonl", b'{"instruction": "a", "input": ["b"]}\n', "line 1: the field input holds"),
-        ("a.jsonl", None, "no such file"),
-        ("a.txt", None, "cannot be read"),
-    ],
-)
-def test_bad_files_of_prompts_are_named(tmp_path, name, content, named) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=named):
-        read_requests(str(tmp_path / name))
+words = st.text("ab#", min_size=1, max_size=4)
+
+
+@given(st.text("ab#", max_size=30), st.lists(words, max_size=3), st.lists(st.integers(1, 5), max_size=30))
+def test_a_stop_is_never_shown_whatever_the_pieces(text, stops, sizes) -> None:
+    ends = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
+    expected = text[: min(ends)[1]] if ends else text
+    answer = Answer(Letters(), "plain", [], stops)
+    shown, rest = "", text
+    for size in [*sizes, len(text)]:
+        shown += answer.push([ord(letter) for letter in rest[:size]])
+        rest = rest[size:]
+        assert expected.startswith(shown)
+    assert answer.stopped == bool(ends)
+    assert shown + answer.flush() == expected
+
+
+def test_stops_come_beside_the_templates_own(tokenizer) -> None:
+    prompt = tokenizer.encode("x", bos=True)
+    for generated, shown in ((" One.\n END two", "One."), (" One.\n### Human: END", "One."), (" One. EN", "One. EN")):
+        ids = tokenizer.encode("x" + generated)[len(prompt) - 1 :]
+        assert answer_text(tokenizer, "guanaco", prompt, ids, ["END"]) == shown
+    ids = tokenizer.encode("x a \nEND")[len(prompt) - 1 :]
+    assert answer_text(tokenizer, "plain", prompt, ids, ["nothing", "END"]) == " a \n"
+    with pytest.raises(InputError, match="a stop is empty"):
+        check_stops(["a", ""])
+    for bad in ("a\udcff", "\ud800"):
+        with pytest.raises(InputError, match="a text is not UTF-8"):
+            check_stops([bad])
+        with pytest.raises(InputError, match="a text is not UTF-8"):
+            prompt_ids(tokenizer, "guanaco", Request("Hi"), [{"role": "system", "content": bad}])

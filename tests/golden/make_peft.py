@@ -28,14 +28,14 @@ ADAPTERS: dict[str, dict] = {
 }
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
+def save_adapter(model: PeftModel, folder: Path, base: str = BASE.name) -> None:
     """PEFT's own files without the README, and with no path of this machine in adapter_config.json."""
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder, save_embedding_layers=False)  # else PEFT looks the base up on the hub
     (folder / "README.md").unlink(missing_ok=True)
     config = json.loads((folder / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = BASE.name
-    for key in ("target_modules", "exclude_modules"):
+    config["base_model_name_or_path"] = base
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(config.get(key), list):
             config[key] = sorted(config[key])  # PEFT writes a set, in no fixed order
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -60,7 +60,7 @@ def test_auto_is_whole_up_to_its_limit(monkeypatch):
     assert [attention.chosen(name, 10**6) for name in ("xla", "chunked", "cudnn")] == ["xla", "chunked", "cudnn"]
     monkeypatch.setattr(attention, "LONGEST_WHOLE", 8)
     q, k, v, _ = arrays(9)
-    monkeypatch.setattr(attention, "chunked_attention", lambda *_: "chunks")
+    monkeypatch.setattr(attention, "chunked_attention", lambda *_, **__: "chunks")
     assert causal_attention(q, k, v, "auto") == "chunks"
     assert causal_attention(q, k, v, "xla").shape == q.shape
 

@@ -1,10 +1,13 @@
 """The driver: what becomes of packs that fail, and how a sweep looks while it runs. No Ray, no training."""
 
 import io
+import sys
 from pathlib import Path
 
 import pytest
 
+from qlora_jax.errors import InputError
+from qlora_jax.sweep.cluster import connect
 from qlora_jax.sweep.engine import Event, Failed, Finished, Progress, Stopped, Trained, Worker, run_packs
 from qlora_jax.sweep.grid import axis, product
 from qlora_jax.sweep.ledger import Ledger, reading
@@ -177,3 +180,15 @@ def test_a_log_gets_lines_and_a_terminal_a_table(ledger):
     view(state)
     view(state)
     assert terminal.getvalue().count("\x1b[") == 2  # the second drawing goes over the first
+
+
+def test_without_ray_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+    with pytest.raises(InputError, match=r"\[sweep\].*--executor=local"):
+        connect(None, 1)
+
+
+def test_a_cluster_that_is_not_there():
+    pytest.importorskip("ray")
+    with pytest.raises(InputError, match="--ray_address=127.0.0.1:1: ConnectionRefusedError"):
+        connect("127.0.0.1:1", 1)

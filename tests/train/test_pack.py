@@ -41,7 +41,7 @@ def config(golden, tmp_path_factory):
     np.save(path, np.random.default_rng(0).integers(3, 96, (STEPS, 4, 12)).astype(np.int32))
     c = base.get_config()
     c.model.path = str(golden / "llama" / "llama1")
-    c.model.compute_dtype = "float32"
+    c.model.update(compute_dtype="float32", remat="none")
     c.lora.update(rank=4, alpha=16.0, dropout=0.1)
     c.data.batches = str(path)
     c.optimizer.learning_rate = 1e-2
@@ -64,7 +64,7 @@ def members(config):
         varied(config, lora__alpha=12.0, lora__dropout=0.3, train__seed=7, optimizer__learning_rate=3e-3),
         varied(config, lora__use_rslora=True, optimizer__weight_decay=0.1, data__batches=str(other)),
         varied(
-            config, lora__dropout=0.0, train__steps=3, optimizer__max_grad_norm=0.0, optimizer__schedule="cosine",
+            config, train__steps=3, optimizer__max_grad_norm=0.0, optimizer__schedule="cosine",
             optimizer__warmup_steps=1,
         ),
         varied(config, lora__rank=3, lora__alpha=5.0, lora__targets=("q_proj", "mlp.down_proj"), lora__dropout=0.2),
@@ -178,8 +178,11 @@ def test_a_pack_goes_on_where_it_was_killed(runners, members, tmp_path, monkeypa
         assert_same_adapter(
             load_file(folder / "adapter" / "adapter_model.safetensors"), exported(result, tmp_path / "a")
         )
-    with pytest.raises(InputError, match="run of another config"):
+    assert json.loads((tmp_path / "cut" / "members.json").read_text()) == list(map(resolved, configs))
+    with pytest.raises(InputError, match="run of another config .members: 4 there, 2 here"):
         train_pack(configs[:2], tmp_path / "cut", quiet, runner=runners["map"])
+    with pytest.raises(InputError, match="members 0 and 2 of the pack are one config"):
+        train_pack([*configs[:2], configs[0]], tmp_path / "twice", quiet, runner=runners["map"])
 
 
 def test_the_base_keeps_its_bits_and_is_loaded_once(runners, members):
@@ -212,7 +215,7 @@ def test_keys_of_packs(config, members):
     """Equal for what may differ; apart for what would waste work; ranks of 8-bit state are shared."""
     key = lambda config: pack_key(resolved(config))  # noqa: E731
     assert key(config) == key(members[0]) == key(members[3])
-    assert key(config) != key(members[2])  # no dropout
+    assert key(config) == key(members[2]) != key(varied(members[2], lora__dropout=0.0))
     short, long = (varied(config, data__batches="", data__max_source_len=n) for n in (20, 384))
     assert key(short) == key(varied(short, data__path="somewhere", data__seed=3, data__max_source_len=60))
     assert key(short) != key(long)

@@ -1,0 +1,176 @@
+"""Times the input pipeline: python -m experiments.bench_data --config=configs/alpaca.py --config.model.path=DIR
+--config.data.path=FILE --rows=300000
+
+From rows on disk to batches. First everything is read, tokenized and kept (in a temporary folder); then batches are
+made from what is kept, as a run does it, grouped by length and packed. Each part runs in a process of its own. Printed
+are tokens (padding not counted) a second and the peak of the process's own memory (RssAnon: pages of the memory map
+belong to the system, which takes them back at need). Of the model only the tokenizer and config.json are used.
+"""
+
+import copy
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from experiments import cli
+
+CONFIG = cli.config_flag()
+ROWS = flags.DEFINE_integer(
+    "rows", 0, "rows to time with: those of data.path over and over, the words of their texts turned round at a random "
+    "place so that no tokenizer knows them already; 0 takes data.path as it is", lower_bound=0,
+)  # fmt: skip
+STEPS = flags.DEFINE_integer("steps", 2000, "batches of each kind to make, an epoch at most", lower_bound=1)
+OUT = flags.DEFINE_string("out", None, "JSON file for the figures")
+
+
+def main() -> int:
+    from qlora_jax.errors import InputError
+    from qlora_jax.io.export import write_json
+
+    c = CONFIG.value
+    if c.data.batches or not c.data.path:
+        raise InputError("give a data set: data.path")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["QLORA_JAX_CACHE"] = f"{folder}/cache"
+        if ROWS.value:
+            print(f"writing {ROWS.value:,} rows")
+            c.data.path = write_rows(c.data, ROWS.value, Path(folder) / "rows.jsonl")
+        results = [_apart(tokenize, c)]
+        results += [_apart(make, c, is_packed, STEPS.value) for is_packed in (False, True)]
+    for result in results:
+        before, peak, kept = (result[name] / 2**20 for name in ("memory_before", "memory_peak", "bytes_kept"))
+        print(
+            f"{result['what']:30} {result['tokens']:13,} tokens in {result['seconds']:7.2f} s: "
+            f"{result['tokens_per_second']:11,.0f} tokens/s; own memory {before:,.0f} MiB before, {peak:,.0f} MiB at "
+            f"most; {kept:,.0f} MiB kept on disk"
+        )
+    if OUT.value is not None:
+        write_json(Path(OUT.value).expanduser(), {"cores": os.cpu_count(), "results": results})
+    return 0
+
+
+def write_rows(data: Any, count: int, out: Path) -> str:
+    """Writes so many rows of the data set's form to a .jsonl file and returns its path."""
+    from qlora_jax.data.formats import COLUMNS
+    from qlora_jax.data.read import read_rows
+
+    rows = read_rows(data.path, data.revision, COLUMNS.get(data.format, ()))
+    draw = random.Random(0)
+
+    def turned(value: Any) -> Any:
+        words = value.split(" ") if isinstance(value, str) else []
+        at = draw.randrange(len(words)) if words else 0
+        return " ".join(words[at:] + words[:at]) if words else value
+
+    with out.open("w", encoding="utf-8") as file:
+        for row in itertools.islice(itertools.cycle(rows), count):
+            file.write(json.dumps({name: turned(value) for name, value in row.fields.items()}) + "\n")
+    return str(out)
+
+
+def tokenize(config: Any) -> dict[str, Any]:
+    """Rows on disk to tokens on disk."""
+    with _Timed("rows to tokens on disk") as timed:
+        data = _load(config)
+    return timed.result(data, int(data.batches.examples.lengths.sum(dtype=int)))
+
+
+def make(config: Any, is_packed: bool, steps: int) -> dict[str, Any]:
+    """Batches from what is kept; opening it, the order of the examples and packing are part of the time."""
+    from qlora_jax.data.pipeline import prefetched, step_dataset
+
+    config = copy.deepcopy(config)
+    config.data.packing = is_packed
+    with _Timed(f"tokens to batches, {'packed' if is_packed else 'grouped'}") as timed:
+        data = _load(config)
+        steps = min(steps, data.batches.steps_per_epoch)
+        feed = prefetched(step_dataset(data.batches, steps, 0, 1), 0)
+        begun = time.perf_counter()
+        for batch in feed:
+            batch["tokens"].max()  # touches it, as handing it to a device would
+        in_batches = time.perf_counter() - begun
+    tokens, _ = data.batches.padded(steps)
+    return timed.result(data, tokens) | {"steps": steps, "steps_per_second": steps / in_batches}
+
+
+def _load(config: Any) -> Any:
+    from qlora_jax.data.load import load_data
+    from qlora_jax.data.tokenizer import Tokenizer
+    from qlora_jax.io.folder import resolve
+    from qlora_jax.io.load import load_config
+
+    folder = resolve(config.model.path, config.model.revision)
+    tokenizer = Tokenizer.from_folder(folder)
+    V = load_config(folder).V if (folder / "config.json").is_file() else tokenizer.vocab_size
+    return load_data(config.data, tokenizer, config.train.batch_size, V)
+
+
+class _Timed:
+    """Seconds of a block, and the process's own memory before it and at most."""
+
+    def __init__(self, what: str):
+        self.what = what
+
+    def __enter__(self) -> "_Timed":
+        import grain  # noqa: F401 (imports are not what is timed)
+        import jax  # noqa: F401
+        import pyarrow.parquet  # noqa: F401
+        import tokenizers  # noqa: F401
+
+        import qlora_jax.data.load  # noqa: F401
+
+        self.before = self.peak = _own_memory()
+        self._done = threading.Event()
+        self._watch = threading.Thread(target=self._look)
+        self._watch.start()
+        self._begun = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.seconds = time.perf_counter() - self._begun
+        self._done.set()
+        self._watch.join()
+
+    def _look(self) -> None:
+        while not self._done.wait(0.05):
+            self.peak = max(self.peak, _own_memory())
+
+    def result(self, data: Any, tokens: int) -> dict[str, Any]:
+        kept = sum(file.stat().st_size for file in Path(os.environ["QLORA_JAX_CACHE"]).rglob("*.arrow"))
+        return {
+            "what": self.what,
+            "examples": len(data.batches.examples),
+            "tokens": tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": tokens / self.seconds,
+            "memory_before": self.before,
+            "memory_peak": self.peak,
+            "bytes_kept": kept,
+        }
+
+
+def _own_memory() -> int:
+    """Bytes of this process that are no file's: RssAnon, of Linux."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status does not say RssAnon")
+
+
+def _apart(function: Any, *arguments: Any) -> dict[str, Any]:
+    """The function's result, from a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+if __name__ == "__main__":
+    cli.run(main)
