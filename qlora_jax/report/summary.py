@@ -28,8 +28,9 @@ def sensitivity_section(measured: list[tuple[str, Share]], metric: Metric, canva
         f"How much each axis moves {metric.short} within its group. Spread: the largest less the smallest mean of its "
         "levels. Share: eta squared, the sum of squares between the means of its levels over the whole sum of squares "
         "of the group's block of results; what axes and seeds leave is their interaction. An axis without any effect "
-        "is expected to have (levels − 1) / (runs − 1), the tick. Axes that change what runs are scored "
-        "on are left out, and the rest is measured within their levels. A share depends on the range that the grid gives an axis."
+        "is expected to have (levels − 1) / (runs − 1), the tick. Axes that change what runs are scored on "
+        "are left out, and the rest is measured within their levels. A share depends on the range that the grid gives "
+        "an axis."
     )
     figure = Figure(name, f"Share of the variance of {metric.short}", "Bars of one colour are the axes of one group.")
     return Section("Sensitivity", "sensitivity", [how], [figure, Table(name, "Sensitivity of each axis", header, rows)])
