@@ -101,6 +101,7 @@ def get_config() -> ConfigDict:
     c.train.checkpoint_every = 100  # steps
     c.train.keep_checkpoints = 2  # the newest that stay on disk
     c.train.log_every = 1  # steps
+    c.train.loggers = ()  # where metrics go beside metrics.jsonl: any of tensorboard, wandb, mlflow, each an extra
     c.train.seed = 0  # of adapter initialisation and dropout
 
     c.mesh = ConfigDict()

@@ -57,7 +57,7 @@ def test_every_import_is_a_dependency() -> None:
     """Third-party modules that the packages import are among install_requires, or an extra's."""
     parser = setup_cfg()
     extras = parser["options.extras_require"]
-    optional = ("sentencepiece", "triton", "eval", "sweep", "tensorboard")
+    optional = ("sentencepiece", "triton", "eval", "sweep", "tensorboard", "wandb", "mlflow")
     text = parser["options"]["install_requires"] + "".join(extras[name] for name in optional)
     distributions = {canonical(re.split(r"[\[<>=]", line)[0]) for line in text.split("\n") if line.strip()}
     of_module = {"absl": "absl-py", "orbax": "orbax-checkpoint", "jaxlib": "jax"}

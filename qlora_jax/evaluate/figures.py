@@ -12,7 +12,7 @@ def draw_intervals(
 ) -> None:
     """A point and its interval for each system, the first on top. values: (middle, low, high)."""
     middle, low, high = np.array(values).T
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 1 + 0.4 * len(systems)))
     places = np.arange(len(systems))
     # a mean may lie outside the percentiles where nearly all orderings agree
@@ -22,7 +22,7 @@ def draw_intervals(
     axes.invert_yaxis()
     axes.set_xlabel(label)
     axes.grid(axis="x", alpha=0.3)
-    _save(figure, folder, name)
+    save(figure, folder, name)
 
 
 def draw_matrix(
@@ -35,7 +35,7 @@ def draw_matrix(
     limits: tuple[float, float] = (0, 100),
 ) -> None:
     """Heat map of percents [rows, columns], white at the middle of the limits; NaN stays empty."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(3.5 + 0.6 * len(columns), 2.5 + 0.6 * len(rows)))
     image = axes.imshow(percents, vmin=limits[0], vmax=limits[1], cmap="RdBu", aspect="auto")
     axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
@@ -45,22 +45,23 @@ def draw_matrix(
             dark = abs(percent - np.mean(limits)) > 0.3 * (limits[1] - limits[0])
             axes.text(column, row, f"{percent:.0f}", ha="center", va="center", color="white" if dark else "black")
     figure.colorbar(image, label=label)
-    _save(figure, folder, name)
+    save(figure, folder, name)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib without a screen; the same figure is the same file."""
     import matplotlib
 
     matplotlib.use("Agg")
-    # the same figure is the same file
     matplotlib.rcParams["svg.hashsalt"] = "qlora_jax"
     import matplotlib.pyplot as plt
 
     return plt
 
 
-def _save(figure: Any, folder: Path, name: str) -> None:
+def save(figure: Any, folder: Path, name: str) -> None:
+    """NAME.png and NAME.svg in the folder; the figure is closed."""
     figure.tight_layout()
     figure.savefig(folder / f"{name}.png", dpi=150)
     figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    _pyplot().close(figure)
+    pyplot().close(figure)

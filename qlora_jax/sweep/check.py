@@ -8,6 +8,7 @@ from qlora_jax.lora import LoRAConfig
 from qlora_jax.optim.schedules import OPTIMIZERS, SCHEDULES
 from qlora_jax.quant.codebooks import CODEBOOKS
 from qlora_jax.sweep.grid import Point
+from qlora_jax.train.loggers import refuse_loggers
 from qlora_jax.train.setup import check_values
 
 
@@ -35,6 +36,7 @@ def _check(plain: dict[str, Any], backend: str) -> None:
     model, data, lora, optimizer = plain["model"], plain["data"], plain["lora"], plain["optimizer"]
     if not model["path"]:
         raise InputError("model.path is empty; give a checkpoint folder or a hub name")
+    refuse_loggers(plain["train"]["loggers"])
     if not data["path"] and not data["batches"]:
         raise InputError("data.path is empty; give a data file or a hub data set")
     LoRAConfig(lora["rank"], lora["alpha"], lora["dropout"], tuple(lora["targets"]), lora["use_rslora"])

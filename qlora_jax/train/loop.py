@@ -31,6 +31,7 @@ from qlora_jax.optim.schedules import paging
 from qlora_jax.settings import config_hash
 from qlora_jax.train.backward import compiler_options
 from qlora_jax.train.checkpoints import Checkpoints
+from qlora_jax.train.loggers import Loggers
 from qlora_jax.train.memory import Program, memory_limit, peak_device_bytes, peak_host_bytes
 from qlora_jax.train.mmlu import MMLU
 from qlora_jax.train.residency import decide
@@ -100,6 +101,18 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         start = self._resume()
+        self.loggers = Loggers(self.config.train.loggers, self.workdir.path, self.plain, start, self.say)
+        summary = None
+        try:
+            self._train(start)
+            self.checkpoints.close()
+            summary = self._finish_files()
+            self.loggers.finish(summary)
+            return summary
+        finally:
+            self.loggers.close(done=summary is not None)
+
+    def _train(self, start: int) -> None:
         steps = self.prepared.steps
         # one run trains on one device (setup.check_values), so it takes whole batches
         self.feed = prefetched(step_dataset(self.prepared.data.batches, steps, shard_index=0, shard_count=1), start)
@@ -112,7 +125,7 @@ class Run:
             for step in range(start, steps):
                 row = self._step(step)
                 if (step + 1) % self.config.train.log_every == 0 or step + 1 == steps:
-                    self.workdir.log(row)
+                    self._log(row)
                 bar.set_postfix_str(self._status(row), refresh=False)
                 bar.update()
                 if self.config.eval.every and (step + 1) % self.config.eval.every == 0 and step + 1 < steps:
@@ -129,8 +142,10 @@ class Run:
                         f"stopped by SIGTERM after step {step + 1}; saved: the same command goes on from there"
                     )
             bar.close()
-        self.checkpoints.close()
-        return self._finish_files()
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self.workdir.log(row)
+        self.loggers.log(row)
 
     def close(self) -> None:
         """Ends what reads ahead."""
@@ -177,13 +192,13 @@ class Run:
     def _log_evaluation(self, step: int) -> None:
         loss = self.evaluate(self.prepared.data.heldout)
         if loss is not None:
-            self.workdir.log({"step": step, "eval_loss": loss})
+            self._log({"step": step, "eval_loss": loss})
             tqdm.write(f"step {step}: held-out loss {loss:.4f}")
 
     def _log_mmlu(self, step: int) -> None:
         if self.mmlu is not None:
             found = self.mmlu(self.adapter, self.prepared.base)
-            self.workdir.log({"step": step, **found})
+            self._log({"step": step, **found})
             tqdm.write(f"step {step}: {self.mmlu.describe(found)}")
 
     def _resume(self) -> int:

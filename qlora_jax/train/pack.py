@@ -20,6 +20,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.io.peft import write_arrays
 from qlora_jax.optim.schedules import paging
 from qlora_jax.settings import config_hash, resolved
+from qlora_jax.train.loggers import refuse_loggers
 from qlora_jax.train.members import PlannedMember, check_equal, learning_rates, pack_key
 from qlora_jax.train.pack_files import PackFolder
 from qlora_jax.train.pack_run import MemberResult, PackRun
@@ -87,6 +88,7 @@ class PackRunner:
         check_equal(plains)
         for config in configs:
             check_config(config)
+            refuse_loggers(config.train.loggers)
         if paging(configs[0].optimizer) == "always":
             raise InputError(
                 "optimizer.paging is always (or the optimizer's name says so), but a pack's state stays on the device: "

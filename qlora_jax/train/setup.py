@@ -32,6 +32,7 @@ from qlora_jax.optim.paged import PAGING
 from qlora_jax.optim.pages import state_bytes
 from qlora_jax.optim.schedules import make_optimizer, make_schedule, paging
 from qlora_jax.train import mmlu
+from qlora_jax.train.loggers import check_loggers
 from qlora_jax.train.mmlu import Asked
 
 _CHOICES = {
@@ -91,6 +92,7 @@ def check_config(config: Any) -> None:
         raise InputError("model.path is empty; give a checkpoint folder or a hub name: --config.model.path=...")
     if not config.data.path and not config.data.batches:
         raise InputError("data.path is empty; give a data file or a hub data set: --config.data.path=...")
+    check_loggers(config.train.loggers)
     check_values(config)
 
 
