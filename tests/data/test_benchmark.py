@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import bench_data
+from qlora_jax.data import benchmark
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 
@@ -24,7 +24,7 @@ def config(tmp_path, monkeypatch):
 
 
 def test_rows_have_the_words_of_the_set_in_another_order(config, tmp_path):
-    path = bench_data.write_rows(config.data, 40, tmp_path / "many.jsonl")
+    path = benchmark.write_rows(config.data, 40, tmp_path / "many.jsonl")
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     assert len(rows) == 40 and all(set(row) == {"input", "output"} for row in rows)
     assert {tuple(sorted(row["input"].split())) for row in rows[:9]} == {
@@ -34,7 +34,7 @@ def test_rows_have_the_words_of_the_set_in_another_order(config, tmp_path):
 
 
 def test_what_is_counted(config):
-    found = [bench_data.tokenize(config), *(bench_data.make(config, is_packed, 99) for is_packed in (False, True))]
+    found = [benchmark.tokenize(config), *(benchmark.make(config, is_packed, 99) for is_packed in (False, True))]
     assert [result["examples"] for result in found] == [9, 9, 9]
     tokens = found[0]["tokens"]
     assert found[1]["steps"] == 1 and found[2]["steps"] == 1  # batches of 16: an epoch and a part of the next
