@@ -7,7 +7,6 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -90,13 +89,11 @@ def test_hostile_texts_stay_texts(running):
     assert json.loads(parsed.scripts[0]) == {"x": synthetic.HOSTILE}
 
 
-def test_a_thousand_points_in_seconds(tmp_path):
+def test_a_thousand_points(tmp_path):
     points = synthetic.grid(34)
     assert len(points) > 1000
     synthetic.write(tmp_path / "run", points, pack=64)
-    begun = time.monotonic()
     text = build(tmp_path / "run", tmp_path / "out")
-    assert time.monotonic() - begun < 20
     assert len(text) < 3_000_000
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if "ledger" not in path.name) == [".lock"]
 
