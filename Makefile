@@ -15,8 +15,9 @@ unexport PYTHONHOME
 quickstart: venv
 	@$(PYTHON_IN_VENV) -m experiments.quickstart $(ARGS)
 
+# A file's tests stay in one process, which then sets its fixtures up once
 test: lint
-	$(PYTHON_IN_VENV) -m pytest -n 2 $(ARGS)
+	$(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile $(ARGS)
 
 # On a machine with an NVIDIA GPU, after installing an extra (cuda13 or cuda12): right first, then how fast; 8 minutes.
 # With another Python that has the packages: python scripts/gpu_check.py
