@@ -4,7 +4,8 @@ Every form of one product is timed in turns in one run, and so are the ceilings 
 bytes/s and FLOP/s are held against. On a GPU the kernels join (scratch, triton; mosaic on Hopper), and bitsandbytes
 where it can be imported; on a CPU there are the XLA forms. A form that refuses a weight or fails stands in the table
 with what it said. --tune (GPU) measures every backend and Triton's tile sizes first, and writes the table that
-kernel=auto reads, product by product: run again, it goes on with those that are missing.
+kernel=auto reads, product by product: run again, it goes on with those that are missing. Several may tune beside each
+other, each its own products: only compiling overlaps.
 """
 
 import json
@@ -183,7 +184,7 @@ def _tune(cases: dict, codecs: dict, repeats: int) -> None:
 
     gpu = triton_backend.current_gpu()
     path = config.table_file(gpu.name)
-    table = dict(config.tuned_table(gpu.name))
+    table = config.tuned_table(gpu.name)
     wanted = {(case.op, case.shape, case.block_size, config.row_bucket(case.rows)): key for key, case in cases.items()}
     missing = {entry: key for entry, key in wanted.items() if entry not in table}
     if len(missing) < len(wanted):
@@ -202,10 +203,11 @@ def _tune(cases: dict, codecs: dict, repeats: int) -> None:
             continue
         times = ", ".join(f"{backend} {seconds * 1e6:.1f} us" for backend, seconds in found.seconds.items())
         print(f"fastest: {found.choice.backend} ({times})", flush=True)
-        table[entry] = found.choice
-        config.write_table(path, gpu.name, table)  # after each, so that an interruption loses one
+        with tune.alone(gpu.name):  # after each, so that an interruption loses one; another process may have added some
+            config.forget_tables()
+            config.write_table(path, gpu.name, config.tuned_table(gpu.name) | {entry: found.choice})
     config.forget_tables()
-    print(f"{path}: {len(table)} entries")
+    print(f"{path}: {len(config.tuned_table(gpu.name))} entries")
 
 
 def _names(wanted: list[str], known: list[str]) -> list[str]:

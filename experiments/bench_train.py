@@ -7,6 +7,8 @@ against the plan, and what paging moves and costs. --gpu_bytes holds JAX (and to
 
 --torch measures bitsandbytes + PEFT + transformers on the same sizes first, in a process of its own that has ended
 before JAX takes the GPU; --torch_python names the Python that has them.
+
+--members=8 also times a pack: so many adapters in one program over the one base, against the single run before it.
 """
 
 import dataclasses
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from qlora_jax.plan.spec import RunSpec
     from qlora_jax.plan.utilization import Utilization
     from qlora_jax.train.benchmark import Measured
+    from qlora_jax.train.pack_benchmark import MeasuredPack
 
 CONFIG = cli.config_flag()
 GPU_BYTES = flags.DEFINE_string("gpu_bytes", None, "Memory that may be taken of the GPU, as 48GiB or 48GB.")
@@ -35,6 +38,7 @@ WARMUP = flags.DEFINE_integer("warmup", 2, "Optimizer steps before them.", lower
 OUT = flags.DEFINE_string("out", None, "JSON file to write.")
 TORCH = flags.DEFINE_bool("torch", False, "Also measure bitsandbytes + PEFT + transformers, before JAX starts.")
 TORCH_PYTHON = flags.DEFINE_string("torch_python", sys.executable, "The Python that has torch.")
+MEMBERS = flags.DEFINE_integer("members", None, "Also time a pack of so many adapters.", lower_bound=1)
 flags.DEFINE_alias("gpu-bytes", "gpu_bytes")
 
 
@@ -59,6 +63,10 @@ def main() -> None:
     share, phase = _account(spec, measured)
     report = _report(spec, cap, measured, share, phase, rival)
     print(_table(spec, measured, share, phase))
+    if MEMBERS.value is not None:
+        pack = _measure_pack(spec, MEMBERS.value)
+        report["pack"] = _pack_report(spec, measured, pack)
+        print(_pack_line(report["pack"]))
     if "speed_to_torch" in report:
         print(_comparison(report))
     if OUT.value:
@@ -115,6 +123,40 @@ def _measure(spec: "RunSpec") -> "Measured":
 
     with tqdm(total=WARMUP.value + STEPS.value, desc="steps", unit="step", leave=False, delay=2) as bar:
         return measure(CONFIG.value, spec, STEPS.value, WARMUP.value, bar.update, CONFIG.value.train.seed)
+
+
+def _measure_pack(spec: "RunSpec", members: int) -> "MeasuredPack":
+    from qlora_jax.train.pack_benchmark import measure_pack
+
+    with tqdm(total=WARMUP.value + STEPS.value, desc="steps of the pack", unit="step", leave=False, delay=2) as bar:
+        return measure_pack(CONFIG.value, spec, members, STEPS.value, WARMUP.value, bar.update, CONFIG.value.train.seed)
+
+
+def _pack_report(spec: "RunSpec", single: "Measured", pack: "MeasuredPack") -> dict[str, Any]:
+    from qlora_jax.plan.here import gpu_here
+    from qlora_jax.plan.pack import plan_pack
+
+    speed = pack.tokens_per_second(spec.batch.tokens)
+    return {
+        "members": pack.members,
+        "over": pack.over,
+        "tokens_per_second": speed,
+        "step_seconds": statistics.median(pack.step_seconds),
+        "speed_to_single_runs": speed / single.tokens_per_second(spec.batch),
+        "peak_device_bytes": pack.peak_device_bytes,
+        "peak_device_bytes_source": pack.peak_source,
+        "planned_device_bytes": plan_pack(CONFIG.value, gpu_here(), pack.members).device_peak_bytes,
+        "every_step_seconds": pack.step_seconds,
+        "losses": pack.losses,
+    }
+
+
+def _pack_line(pack: dict[str, Any]) -> str:
+    return (
+        f"pack of {pack['members']} ({pack['over']}): {pack['tokens_per_second']:,.1f} tokens/s, "
+        f"{pack['speed_to_single_runs']:.2f}x that of {pack['members']} warm single runs one after the other; peak "
+        f"{pack['peak_device_bytes'] / 1e9:.3f} GB, planned {pack['planned_device_bytes'] / 1e9:.3f} GB"
+    )
 
 
 def _account(spec: "RunSpec", measured: "Measured") -> "tuple[Utilization, Phase]":

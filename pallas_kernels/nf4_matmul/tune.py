@@ -3,12 +3,18 @@
 The search starts from the heuristic's tiles and varies two fields at a time around the best so far (config.SWEEPS):
 some 40 programs to compile instead of the 1,728 of the whole product. What differs between one pair of fields and the
 next is not seen. A program that computes something else than the reference is never ranked.
+
+Most of the time goes into compiling. Several processes may tune side by side: what runs on the GPU, runs under a lock
+that they share, so that nobody is timed beside another.
 """
 
+import fcntl
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +24,16 @@ from pallas_kernels.nf4_matmul.config import Choice
 from pallas_kernels.nf4_matmul.measure import Case, Run
 
 TOLERANCE = 0.05  # of the root mean square; a wrong index is off by about 1, the roundings of 16 bits by 0.01
+
+
+@contextmanager
+def alone(gpu_name: str) -> Iterator[None]:
+    """Holds the lock of those that tune this GPU on this machine."""
+    path = config.table_file(gpu_name).with_suffix(".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Path(path).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class Tuned(NamedTuple):
@@ -47,7 +63,8 @@ def tune(
       RuntimeError: nothing computes the product rightly.
       TimeoutError: is_over said so.
     """
-    trials = _Trials(case, codec, say, is_over)
+    with alone(gpu.name):
+        trials = _Trials(case, codec, gpu.name, say, is_over)
     for backend in config.MEASURED:
         if backend != "triton" and (backend != "mosaic" or gpu.compute_capability == 90):
             trials.add(Choice(backend))
@@ -78,8 +95,10 @@ def _search_tiles(trials: "_Trials", case: Case, gpu: config.Gpu, repeats: int) 
 class _Trials:
     """Compiled and checked programs by choice."""
 
-    def __init__(self, case: Case, codec: api.Codec, say: Callable[[str], None], is_over: Callable[[], bool]) -> None:
-        self.say = say
+    def __init__(
+        self, case: Case, codec: api.Codec, gpu_name: str, say: Callable[[str], None], is_over: Callable[[], bool]
+    ) -> None:
+        self.say, self._gpu_name = say, gpu_name
         self.runs: dict[Choice, Run] = {}
         self._is_over, self._case, self._codec = is_over, case, codec
         self._tried: set[Choice] = set()
@@ -102,31 +121,35 @@ class _Trials:
         if (refusal := api.refusal(codec, jnp.dtype(self._case.dtype))) is not None:
             self.say(f"left out, {choice.backend}: {refusal}")
             return
-        products = measure.products(self._case.op, codec)
+        products: Any = measure.products(self._case.op, codec)
         if choice.tiles is not None:
             module = importlib.import_module("pallas_kernels.nf4_matmul.triton_backend")
             products = jax.jit(partial(_with_tiles, getattr(module, self._case.op), codec, choice.tiles))
         try:
-            found = products(self._x, self._packed)[0].astype(jnp.float32)
-            worst = float(jnp.max(jnp.abs(found - self._expected))) / self._size
+            program = products.lower(self._x, self._packed).compile()
+            with alone(self._gpu_name):
+                found = program(self._x, self._packed)[0].astype(jnp.float32)
+                worst = float(jnp.max(jnp.abs(found - self._expected))) / self._size
         except Exception as error:  # whatever the compiler says of this choice, the next may do
             self.say(f"left out, does not run: {_name(choice)}: {measure.first_line(error)}")
             return
         if not worst < TOLERANCE:
             self.say(f"left out, wrong by {worst:.2g} of the root mean square: {_name(choice)}")
             return
-        self.runs[choice] = partial(products, self._x, self._packed)
+        self.runs[choice] = partial(program, self._x, self._packed)
 
     def time(self, repeats: int) -> dict[Choice, float]:
         """Median seconds of one product of every choice."""
-        return measure.interleaved(self.runs, repeats, self._copies)
+        with alone(self._gpu_name):
+            return measure.interleaved(self.runs, repeats, self._copies)
 
     def keep_fastest(self, backend: str, repeats: int) -> config.Tiles | None:
         """Drops all but the fastest of a backend's choices; its tiles."""
         runs = {choice: run for choice, run in self.runs.items() if choice.backend == backend}
         if not runs:
             return None
-        seconds = measure.interleaved(runs, repeats, self._copies)
+        with alone(self._gpu_name):
+            seconds = measure.interleaved(runs, repeats, self._copies)
         best = min(seconds, key=seconds.__getitem__)
         self.runs = {choice: run for choice, run in self.runs.items() if choice.backend != backend or choice == best}
         return best.tiles

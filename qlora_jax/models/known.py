@@ -40,6 +40,7 @@ KNOWN = {
     "huggyllama/llama-13b": _llama1(5120, 13824, 40, 40),
     "huggyllama/llama-30b": _llama1(6656, 17920, 60, 52),  # called 33B in the paper, after its parameters
     "huggyllama/llama-65b": _llama1(8192, 22016, 80, 64),
+    "TinyLlama/TinyLlama_v1.1": _llama1(2048, 5632, 22, 32) | {"num_key_value_heads": 4, "rms_norm_eps": 1e-5},
     "meta-llama/Meta-Llama-3-8B": _llama3(4096, 14336, 32, 32),
     "meta-llama/Meta-Llama-3-70B": _llama3(8192, 28672, 80, 64),
 }

@@ -68,12 +68,12 @@ def measure(
     Raises:
       InputError: the model or a step does not fit the device, or a loss that is not finite, with its step.
     """
-    with _out_of_memory_said():
+    with out_of_memory_said():
         return Bench(config, spec, seed).run(steps, warmup, tick)
 
 
 @contextmanager
-def _out_of_memory_said() -> Iterator[None]:
+def out_of_memory_said() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

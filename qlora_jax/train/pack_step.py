@@ -28,6 +28,13 @@ from qlora_jax.train.step import make_gradient
 OVER_MEMBERS = ("map", "vmap")  # one after the other, or all at once
 
 
+def over_members(over: str) -> str:
+    """One of OVER_MEMBERS; "auto" is map on CPUs, else vmap. Raises ValueError for anything else."""
+    if over not in ("auto", *OVER_MEMBERS):
+        raise ValueError(f"over is {over!r}; expected auto, {' or '.join(OVER_MEMBERS)}")
+    return over if over != "auto" else "map" if jax.default_backend() == "cpu" else "vmap"
+
+
 class Member(NamedTuple):
     """What a program is told of a member; in a pack each array has a leading A."""
 

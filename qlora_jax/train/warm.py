@@ -17,7 +17,7 @@ from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.llama import Llama
 from qlora_jax.train.backward import compiler_options
 from qlora_jax.train.memory import Program, memory_limit
-from qlora_jax.train.pack_step import OVER_MEMBERS, make_pack_evaluation, make_steps
+from qlora_jax.train.pack_step import make_pack_evaluation, make_steps, over_members
 from qlora_jax.train.setup import base_size, load_base
 
 BASES = 8  # frozen models kept at a time; one alone on devices that state a memory limit
@@ -47,13 +47,11 @@ class Warm:
     """Loads, reads and compiles at the first use; the least recently used goes first.
 
     Args:
-      over: one of OVER_MEMBERS, or "auto": map on CPUs, else vmap.
+      over: see over_members.
     """
 
     def __init__(self, over: str = "auto"):
-        if over not in ("auto", *OVER_MEMBERS):
-            raise ValueError(f"over is {over!r}; expected auto, {' or '.join(OVER_MEMBERS)}")
-        self.over = over if over != "auto" else "map" if jax.default_backend() == "cpu" else "vmap"
+        self.over = over_members(over)
         self._bases = _Kept(BASES if memory_limit() is None else 1)
         self._data = _Kept(DATA_SETS)
         self._programs = _Kept(PROGRAMS)

@@ -16,7 +16,7 @@ def case(op: config.Op) -> measure.Case:
 
 
 @pytest.fixture
-def machine(monkeypatch):
+def machine(monkeypatch, tmp_path):
     """A GPU whose kernels XLA computes: which tiles are broken or wrong, and how long each takes, is set here."""
 
     class Machine:
@@ -45,6 +45,7 @@ def machine(monkeypatch):
     for op in config.OPS:
         monkeypatch.setattr(triton_backend, op, lambda x, p, c, tiles, op=op: product(op, tiles, x, p, c))
         monkeypatch.setattr(scratch, op, lambda x, p, c, op=op: product(op, "scratch", x, p, c))
+    monkeypatch.setattr(config, "TUNED", tmp_path)
     monkeypatch.setattr(measure, "interleaved", interleaved)
     monkeypatch.setattr(measure, "copies_that_pass_the_cache", lambda case, on_gpu: 1)
     state.compiled = []

@@ -57,7 +57,7 @@ def test_a_loss_that_is_not_finite_is_said(tiny_config):
 def test_out_of_memory_is_one_line():
     text = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore"
     said = "^out of device memory: RESOURCE_EXHAUSTED: .* 9 bytes. .experiments.plan"
-    with pytest.raises(InputError, match=said), benchmark._out_of_memory_said():
+    with pytest.raises(InputError, match=said), benchmark.out_of_memory_said():
         raise jax.errors.JaxRuntimeError(text)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), benchmark._out_of_memory_said():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), benchmark.out_of_memory_said():
         raise jax.errors.JaxRuntimeError("INTERNAL: another")
