@@ -215,6 +215,8 @@ def _report(
         "utilization": dataclasses.asdict(share),
         "peak_device_bytes": measured.peak_device_bytes,
         "peak_device_bytes_source": measured.peak_source,
+        "peak_device_bytes_after": measured.peaks,
+        "compiled_gradient_bytes": measured.gradient_bytes,
         "planned_device_bytes": phase.total,
         "planned_phase": {phase.name: phase.bytes},
         "plan_to_measured": phase.total / measured.peak_device_bytes,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.nf4_matmul import dense_matmul
 from qlora_jax.models.attention import attend_chunk, causal_attention, segment_starts
 from qlora_jax.models.chunks import chunk_size, layer_in_chunks
 from qlora_jax.models.config import ModelConfig
@@ -310,8 +311,4 @@ class _ChunkedBlock(NamedTuple):
 
 def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     """hidden [..., D] times head [V, D] -> float32 [..., V]; operands in hidden's dtype, sums in float32."""
-    dims = (((hidden.ndim - 1,), (1,)), ((), ()))
-    precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        hidden, head.astype(hidden.dtype), dims, precision=precision, preferred_element_type=jnp.float32
-    )
+    return dense_matmul(hidden, head.astype(hidden.dtype), 1, jnp.float32)

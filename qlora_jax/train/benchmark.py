@@ -47,6 +47,8 @@ class Measured:
     resident_update_seconds: tuple[float, ...] | None  # of an optimizer that pages nothing; None: all is on the device
     # already, or it does not fit there
     trainable_params: int
+    gradient_bytes: int  # of the compiled gradient: arguments, results and temporaries
+    peaks: dict[str, int]  # the allocator's peak after each stage of the first step; empty where none is counted
 
     @property
     def step_seconds(self) -> tuple[float, ...]:
@@ -91,8 +93,11 @@ class Bench:
 
     def __init__(self, config: Any, spec: RunSpec, seed: int = 0):
         self.config, self.spec, self.seed = config, spec, seed
+        self.peaks: dict[str, int] = {}
         model = random_model(spec.model, seed)
         self.adapter, self.base = model.adapter, model.base
+        jax.block_until_ready(self.base)
+        self._note_peak("model")
         self.has_dropout = spec.model.lora.dropout > 0
         self.gradient = Program(
             make_gradient(model.graph, config.train.loss_chunk, config.optimizer.max_grad_norm),
@@ -103,6 +108,7 @@ class Bench:
             make_optimizer(config.optimizer, config.train.steps), self.adapter, config.optimizer.page_bytes
         )
         self.optimizer, self.residency = self._make_optimizer()
+        self._note_peak("compiled")
         self.states = self.optimizer.init(self.adapter)
         self.losses: list[float] = []
         self.norms: list[float] = []
@@ -135,7 +141,14 @@ class Bench:
             traffic_bytes(self.optimizer),
             self._time_resident(grads, factor, steps),
             sum(leaf.size for leaf in jax.tree.leaves(self.adapter)),
+            self.gradient.peak_bytes,
+            self.peaks,
         )
+
+    def _note_peak(self, stage: str) -> None:
+        stats = jax.devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in stats:
+            self.peaks.setdefault(stage, stats["peak_bytes_in_use"])
 
     def _make_optimizer(self) -> tuple[PagedOptimizer, str]:
         """As the loop makes it: residency follows from the largest programs, that of evaluation among them."""
@@ -165,6 +178,7 @@ class Bench:
         grads, metrics = self.gradient(self.adapter, self.base, tokens, mask, key)
         loss, norm = float(metrics.loss), float(metrics.grad_norm)
         computed = time.perf_counter()
+        self._note_peak("gradient")
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise InputError(
                 f"step {step + 1}: loss {loss}, gradient norm {norm} on random weights; lower optimizer.learning_rate, "
@@ -174,7 +188,9 @@ class Bench:
         self.norms.append(norm)
         self.adapter, self.states = self.optimizer.update(self.adapter, grads, self.states, metrics.factor)
         jax.block_until_ready(self.adapter)
-        return grads, metrics.factor, computed - begun, time.perf_counter() - computed
+        updated = time.perf_counter()
+        self._note_peak("update")
+        return grads, metrics.factor, computed - begun, updated - computed
 
     def _time_resident(self, grads: Any, factor: Any, updates: int) -> tuple[float, ...] | None:
         """Seconds of updates whose state stays on the device; None where it did already, or does not fit."""

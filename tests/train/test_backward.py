@@ -1,5 +1,7 @@
 """Gradients layer by layer: where the layers' inputs wait, and sequences cut into chunks."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +39,10 @@ def step(graph):
     return make_gradient(graph, loss_chunk=13, max_grad_norm=0.3)
 
 
+def rank_of(tensor: str) -> int:
+    return tensor.count("x")
+
+
 def same(a, b) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
@@ -60,6 +66,18 @@ def test_offloaded_is_kept_on_the_device_bit_for_bit(golden, sequence_chunk):
         results.append(gradient(adapter, base, *batch(), jax.random.key(5)))
     assert float(results[0][1].grad_norm) > 0
     assert same(*results)
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_a_16_bit_step_multiplies_16_bit_operands(golden, quant):
+    """A float32 cotangent that meets a weight makes XLA:GPU write the weight in 32 bits: 1 GB for a 65B's head."""
+    graph, adapter, base = parts(golden, dtype=jnp.bfloat16, quant=quant)
+    traced = jax.jit(step(graph)).trace(adapter, base, *batch(), jax.random.key(5))
+    lowered = traced.lower(lowering_platforms=("cuda",))
+    operands = re.findall(r"dot_general .*: \((tensor<\S+>), (tensor<\S+>)\) ->", lowered.as_text())
+    rows_and_weights = [pair for pair in operands if max(map(rank_of, pair)) <= 3]  # the others are attention's
+    assert len(rows_and_weights) > 50
+    assert all(a.endswith("xbf16>") and b.endswith("xbf16>") for a, b in rows_and_weights)
 
 
 @pytest.mark.gpu
