@@ -1,6 +1,7 @@
 """Settings and fixtures of all tests. The tests run on the CPU unless JAX_PLATFORMS says otherwise."""
 
 import atexit
+import gc
 import json
 import os
 import shutil
@@ -42,6 +43,25 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None
     files = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
     return None if any("pytest.mark.gpu" in file.read_text() for file in files) else True
+
+
+MOST_MAPS = 20_000  # of a process's memory; Linux gives 65,530, and LLVM aborts the process where there is none left
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Compiled programs, a dozen memory maps each, are dropped in time: a worker compiles thousands."""
+    global _tests_done
+    _tests_done += 1
+    if _tests_done % 8 or "jax" not in sys.modules or not Path("/proc/self/maps").exists():
+        return
+    with open("/proc/self/maps", "rb") as maps:
+        count = sum(1 for _ in maps)
+    if count > MOST_MAPS:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
+
+
+_tests_done = 0
 
 
 @pytest.fixture(scope="session")
