@@ -46,12 +46,20 @@ def results(run_commands, tmp_path_factory):
     always, never = ["--config.optimizer.paging=always"], ["--config.optimizer.paging=never"]
     commands = {
         "always": [*SMALL, *always, f"--out={folder}/new/always.json", "--gpu-bytes=48GiB"],
-        "never": [*SMALL, *never, f"--out={folder}/never.json", "--torch", f"--torch_python={stand_in}"],
+        "never": [
+            *SMALL,
+            *never,
+            f"--out={folder}/never.json",
+            "--torch",
+            f"--torch_python={stand_in}",
+            "--members=3",
+        ],
         "no torch": [*SMALL, *never, f"--out={folder}/no_torch.json", "--torch"],
         "typo": [*SMALL, "--config.train.batchsize=4"],
         "size": [*SMALL, "--gpu_bytes=48G"],
         "nonsense": [*SMALL, "--gpu_bytes=much"],
         "steps": [*SMALL, "--steps=0"],
+        "members": [*SMALL, "--members=0"],
         "kernel": [*SMALL, "--config.model.kernel=triton"],
         "micro-batches": [*SMALL, "--config.train.grad_accum=3"],
         "rival": [*SMALL, "--torch", "--config.quant.format=int4"],
@@ -111,6 +119,18 @@ def test_pages_move_and_change_nothing(results):
     assert "pages moved, each way a step" not in results["never"]["out"]
 
 
+def test_a_pack_is_held_against_single_runs(results):
+    found = report(results, "never.json")
+    pack = found["pack"]
+    assert (pack["members"], pack["over"], len(pack["every_step_seconds"])) == (3, "map", 2)
+    assert pack["tokens_per_second"] == pytest.approx(3 * 128 / pack["step_seconds"])
+    assert pack["speed_to_single_runs"] == pack["tokens_per_second"] / found["tokens_per_second"]
+    # 16 steps' tokens wait in the plan's program, one step's in this one
+    assert pack["planned_device_bytes"] == pytest.approx(pack["peak_device_bytes"], rel=0.02)
+    assert pack["losses"] == pytest.approx(3 * [found["losses"][-1]], rel=0.05) and len(set(pack["losses"])) == 3
+    assert "pack of 3 (map): " in results["never"]["out"]
+
+
 def test_a_cap_is_not_for_cpus(results):
     line = "--gpu_bytes=48GiB is not applied: this process computes on cpu, no GPU"
     assert results["always"]["out"].count(line) == 1
@@ -159,6 +179,7 @@ def test_what_the_rival_dies_of_is_said(tmp_path, script, error):
         ("size", ["--gpu_bytes=48G: expected a size with its unit, as 48GiB (48 * 2^30) or 48GB (48 * 10^9)"]),
         ("nonsense", ["--gpu_bytes=much: expected a size"]),
         ("steps", ["--steps=0"]),
+        ("members", ["--members=0"]),
         ("kernel", ["model.kernel is 'triton', which needs an NVIDIA GPU"]),
         ("micro-batches", ["train.batch_size 4 cannot be cut into train.grad_accum 3"]),
         ("rival", ["--torch measures quant.format nf4 and fp4, found 'int4'"]),

@@ -50,3 +50,6 @@ def test_several_cards(results):
     for plan in plans:
         assert keys <= plan.keys()
         assert plan["fits"] is True and plan["device_peak_bytes"] == sum(plan["device_bytes"].values())
+        assert plan["device_peak_bytes"] == max(sum(kinds.values()) for kinds in plan["phases"].values())
+        assert plan["tokens_per_step"] == 16 * 96
+        assert plan["step_seconds_roofline"] > 0 and plan["load_host_peak_bytes"] > 0

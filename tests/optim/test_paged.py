@@ -52,8 +52,9 @@ def test_paged_is_unpaged_is_partly_resident_bit_for_bit_and_optax(name, page_by
             assert kinds(state) <= {"device" if kept else "pinned_host"}
     params = tree(0)
     state = tx.init(params)
+    update = jax.jit(tx.update)
     for k in range(UPDATES):
-        updates, state = tx.update(jax.tree.map(lambda g: 0.5 * g, tree(k + 1)), state, params)
+        updates, state = update(jax.tree.map(lambda g: 0.5 * g, tree(k + 1)), state, params)
         params = optax.apply_updates(params, updates)
     for x, y in zip(jax.tree.leaves(results[0][0]), jax.tree.leaves(params), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6, rtol=1e-6)

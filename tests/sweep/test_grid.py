@@ -1,6 +1,5 @@
 """Grids: how they combine, what their points are, and mistakes in one line."""
 
-
 import pytest
 
 from configs import quickstart

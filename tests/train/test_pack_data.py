@@ -6,6 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
 
 from configs import base
@@ -78,8 +79,9 @@ def accuracy(config, adapter, heldout) -> float:
     model = load_model(Path(config.model.path), QuantSpec(), jnp.float32)
     load_adapter(model, adapter)
     hits = count = 0
+    logits_of = nnx.jit(lambda model, tokens: model.logits(model(tokens)[0]))
     for batch in eval_batches(heldout, 8, 32, 0):
-        logits = np.asarray(model.logits(model(jnp.asarray(batch["tokens"]))[0]))
+        logits = np.asarray(logits_of(model, jnp.asarray(batch["tokens"])))
         targets = batch["loss_mask"][:, 1:]
         hits += int(((logits[:, :-1].argmax(-1) == batch["tokens"][:, 1:]) & targets).sum())
         count += int(targets.sum())
