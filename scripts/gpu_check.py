@@ -6,6 +6,7 @@ results/GPU/bench_kernels.json. Exits with 1 if a test failed or none passed, or
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -71,13 +72,19 @@ def main() -> int:
 def run_tests(seconds: float) -> dict:
     """Counts and names of what failed, read from pytest's lines, so that they stand when time runs out too."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    processors = os.cpu_count() or 1
+    if importlib.util.find_spec("xdist") is not None and processors >= 4:  # most of the time is compiling
+        command += ["-n", str(min(8, processors // 2))]
     found = run(command, TESTS_SHARE * seconds)
     return summary(command, found) | counts(found["output"])
 
 
 def counts(output: str) -> dict:
-    """Of `pytest -v`: how many passed, failed and were skipped, and what failed."""
-    outcomes = re.findall(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", output, re.MULTILINE)
+    """Of `pytest -v`, with or without -n: how many passed, failed and were skipped, and what failed."""
+    outcome = "(PASSED|FAILED|ERROR|SKIPPED)"
+    alone = re.findall(rf"^(\S+::.+?) {outcome}\b", output, re.MULTILINE)
+    of_workers = re.findall(rf"^\[gw\d+\] \[ *\d+%\] {outcome} (\S+::.+?) *$", output, re.MULTILINE)
+    outcomes = [*alone, *((name, outcome) for outcome, name in of_workers)]
     failed = [name for name, outcome in outcomes if outcome in ("FAILED", "ERROR")]
     return {
         "passed": sum(outcome == "PASSED" for _, outcome in outcomes),

@@ -28,8 +28,15 @@ def test_without_a_gpu_it_says_so_in_one_line():
         pytest.skip("there is a GPU")
 
 
-def test_outcomes_are_counted_without_the_summary(gpu_check):
-    output = """collected 4 items
+WORKERS = """8 workers [4 items]
+tests/kernels/test_on_gpu.py::test_value[scratch-a few rows]\x20
+[gw0] [ 25%] PASSED tests/kernels/test_on_gpu.py::test_value[scratch-a few rows]\x20
+[gw3] [ 50%] FAILED tests/kernels/test_on_gpu.py::test_value[mosaic-PASSED rows]\x20
+[gw1] [ 75%] SKIPPED tests/kernels/test_on_gpu.py::test_value[mosaic-fp4]\x20
+[gw0] [100%] ERROR tests/kernels/test_on_gpu.py::test_pack[mosaic]\x20
+FAILED tests/kernels/test_on_gpu.py::test_value[mosaic-PASSED rows] - AssertionError
+"""
+ONE = """collected 4 items
 tests/kernels/test_on_gpu.py::test_value[scratch-a few rows] PASSED   [ 25%]
 tests/kernels/test_on_gpu.py::test_value[mosaic-PASSED rows] FAILED   [ 50%]
 tests/kernels/test_on_gpu.py::test_value[mosaic-fp4] SKIPPED (refused: ...) [ 75%]
@@ -37,6 +44,10 @@ tests/kernels/test_on_gpu.py::test_pack[mosaic] ERROR [100%]
 =========================== short test summary info ============================
 FAILED tests/kernels/test_on_gpu.py::test_value[mosaic-PASSED rows] - AssertionError
 """
+
+
+@pytest.mark.parametrize("output", [ONE, WORKERS])
+def test_outcomes_are_counted_without_the_summary(gpu_check, output):
     failures = ["test_value[mosaic-PASSED rows]", "test_pack[mosaic]"]
     assert gpu_check.counts(output) == {
         "passed": 1,
