@@ -43,6 +43,7 @@ def test_several_cards(results):
     assert "NVIDIA H200" in result["out"] and "NVIDIA RTX A6000" in result["out"] and "it fits" in result["out"]
     plans = json.loads((Path(results["folder"]) / "cards" / "plan.json").read_text())
     assert [plan["gpu"] for plan in plans] == ["h200", "A6000"]
+    assert plans[0]["device_kind"] == "NVIDIA H200"
     keys = {
         "gpu", "fits", "device_peak_bytes", "device_bytes", "pinned_host_bytes", "load_host_peak_bytes",
         "step_seconds_roofline", "tokens_per_step",
