@@ -5,7 +5,7 @@ bytes/s and FLOP/s are held against. On a GPU the kernels join (scratch, triton;
 where it can be imported; on a CPU there are the XLA forms. A form that refuses a weight or fails stands in the table
 with what it said. --tune (GPU) measures every backend and Triton's tile sizes first, and writes the table that
 kernel=auto reads, product by product: run again, it goes on with those that are missing. Several may tune beside each
-other, each its own products: only compiling overlaps.
+other, each its own products: only compiling Triton's kernels overlaps.
 """
 
 import json

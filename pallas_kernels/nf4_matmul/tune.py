@@ -4,16 +4,16 @@ The search starts from the heuristic's tiles and varies two fields at a time aro
 some 40 programs to compile instead of the 1,728 of the whole product. What differs between one pair of fields and the
 next is not seen. A program that computes something else than the reference is never ranked.
 
-Most of the time goes into compiling. Several processes may tune side by side: what runs on the GPU, runs under a lock
-that they share, so that nobody is timed beside another.
+Most of the time goes into compiling Triton's kernels. Several processes may tune side by side: what runs on the GPU,
+runs under a lock that they share, so that nobody is timed beside another. So does the compiling of the other backends,
+in which XLA times matrix products on the GPU.
 """
 
 import fcntl
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +31,7 @@ def alone(gpu_name: str) -> Iterator[None]:
     """Holds the lock of those that tune this GPU on this machine."""
     path = config.table_file(gpu_name).with_suffix(".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with Path(path).open("w") as file:
+    with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -126,7 +126,9 @@ class _Trials:
             module = importlib.import_module("pallas_kernels.nf4_matmul.triton_backend")
             products = jax.jit(partial(_with_tiles, getattr(module, self._case.op), codec, choice.tiles))
         try:
-            program = products.lower(self._x, self._packed).compile()
+            lowered = products.lower(self._x, self._packed)
+            with nullcontext() if choice.tiles else alone(self._gpu_name):
+                program = lowered.compile()
             with alone(self._gpu_name):
                 found = program(self._x, self._packed)[0].astype(jnp.float32)
                 worst = float(jnp.max(jnp.abs(found - self._expected))) / self._size

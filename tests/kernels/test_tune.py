@@ -1,5 +1,7 @@
 """Tuning: a wrong program is never ranked, the fastest right one is found in few compilations, time can run out."""
 
+import fcntl
+
 import jax.numpy as jnp
 import pytest
 
@@ -50,6 +52,14 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "copies_that_pass_the_cache", lambda case, on_gpu: 1)
     state.compiled = []
     return state
+
+
+def test_those_who_tune_take_turns(machine):
+    lock = config.table_file("a GPU").with_suffix(".lock")
+    with tune.alone("a GPU"), lock.open("w") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with tune.alone("a GPU"):
+        pass
 
 
 @pytest.mark.parametrize("op", config.OPS)
