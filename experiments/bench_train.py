@@ -52,6 +52,8 @@ def main() -> None:
     config = CONFIG.value
     check_values(config, "cpu" if gpu_memory is None else "gpu")
     spec = read_spec(config)
+    if MEMBERS.value is not None:
+        _check_pack(config, spec)
     if cap is not None and gpu_memory is not None:
         memory_cap.set_cap(cap, gpu_memory, f"--gpu_bytes={GPU_BYTES.value}")
     rival = _torch(spec, cap) if TORCH.value else None
@@ -123,6 +125,14 @@ def _measure(spec: "RunSpec") -> "Measured":
 
     with tqdm(total=WARMUP.value + STEPS.value, desc="steps", unit="step", leave=False, delay=2) as bar:
         return measure(CONFIG.value, spec, STEPS.value, WARMUP.value, bar.update, CONFIG.value.train.seed)
+
+
+def _check_pack(config: Any, spec: "RunSpec") -> None:
+    """Raises InputError, before anything is measured, for what no pack trains."""
+    from qlora_jax.train.pack import refuse_paging, refuse_whole_matrices
+
+    refuse_paging(config.optimizer)
+    refuse_whole_matrices(spec.model.lora, config.data)
 
 
 def _measure_pack(spec: "RunSpec", members: int) -> "MeasuredPack":

@@ -63,6 +63,24 @@ def export_member(result: MemberResult, out: Path) -> None:
     write_arrays(out, result.adapter, result.lora, result.base)
 
 
+def refuse_paging(optimizer: Any) -> None:
+    """Raises InputError where the config's optimizer pages always."""
+    if paging(optimizer) == "always":
+        raise InputError(
+            "optimizer.paging is always (or the optimizer's name says so), but a pack's state stays on the device: "
+            "set optimizer.paging=auto and a name without paged_, or train one by one"
+        )
+
+
+def refuse_whole_matrices(lora_config: lora.LoRAConfig, data: Any) -> None:
+    """Raises InputError where more than adapters would train."""
+    if lora_config.modules_to_save or data.added_tokens or data.added_special_tokens:
+        raise InputError(
+            "a pack trains adapters alone, but lora.modules_to_save or data.added_tokens train whole matrices: "
+            "leave them out, or train such a run by itself (experiments.train)"
+        )
+
+
 class PackRunner:
     """Trains packs, and keeps what they share: frozen models, tokenized data and compiled programs.
 
@@ -89,11 +107,7 @@ class PackRunner:
         for config in configs:
             check_config(config)
             refuse_loggers(config.train.loggers)
-        if paging(configs[0].optimizer) == "always":
-            raise InputError(
-                "optimizer.paging is always (or the optimizer's name says so), but a pack's state stays on the device: "
-                "set optimizer.paging=auto and a name without paged_, or train one by one"
-            )
+        refuse_paging(configs[0].optimizer)
         base = self.warm.base(configs[0], say)
         members = [self._plan(config, plain, base, say) for config, plain in zip(configs, plains, strict=True)]
         sizes = sorted({member.data.batches.batch_size for member in members})
@@ -111,11 +125,7 @@ class PackRunner:
 
     def _plan(self, config: Any, plain: dict[str, Any], base: Base, say: Callable[[str], None]) -> PlannedMember:
         lora_config = read_lora_config(config.lora, adds_tokens=False, tied=base.sizes.tied)
-        if lora_config.modules_to_save or config.data.added_tokens or config.data.added_special_tokens:
-            raise InputError(
-                "a pack trains adapters alone, but lora.modules_to_save or data.added_tokens train whole matrices: "
-                "leave them out, or train such a run by itself (experiments.train)"
-            )
+        refuse_whole_matrices(lora_config, config.data)
         targets = lora.select_targets(lora_config.targets, base.sizes.L)
         data, heldout = self.warm.data(config, base, say)
         steps, grad_accum = step_counts(config, data)
