@@ -8,7 +8,7 @@ import time
 import pytest
 
 from qlora_jax.errors import InputError
-from qlora_jax.evaluate.judge.client import Patience, completions_url, is_local
+from qlora_jax.evaluate.judge.client import Endpoint, Patience, completions_url, is_local
 from qlora_jax.evaluate.judge.pairs import Answers, Question, compare
 from qlora_jax.evaluate.judge.prompts import PROMPTS, REVIEWERS, read_prompts
 from qlora_jax.evaluate.judge.run import Judging, Outcome, finished, judge_all
@@ -16,7 +16,7 @@ from qlora_jax.evaluate.judge.store import VerdictFile
 from tests.judge_server import Behaviour, Reaction, by_words, judging, verdict, well_behaved
 
 KEY = "sk-aVerySecretWord"
-PATIENCE = Patience(timeout=0.4, retries=3, backoff=0.01, longest=2.0)
+PATIENCE = Patience(timeout=3, retries=3, backoff=0.01, longest=2.0)
 HTTP_DATE = email.utils.formatdate(time.time() - 60, usegmt=True)  # in the past: no wait
 
 
@@ -63,7 +63,7 @@ def once(reaction: Reaction) -> Behaviour:
         Reaction(body=b"[" * 100_000),
         Reaction(body=b"\xff\xfe"),
         Reaction(body=b""),
-        Reaction("1", seconds=0.6),  # over the time limit
+        Reaction("1", seconds=4),  # over the time limit
         Reaction(reset=True),
     ],
     ids=lambda reaction: repr(reaction)[:60],
@@ -93,13 +93,22 @@ def test_retry_after_holds_back_all_requests(tmp_path) -> None:
     assert len(rows) == 8 and sum(moment < 0.39 for moment in begun) == 2  # both of the first, then none for 0.4 s
 
 
-def test_waits_double(tmp_path) -> None:
-    patience = Patience(timeout=1, retries=3, backoff=0.1, longest=9)
+def test_waits_double(tmp_path, monkeypatch) -> None:
+    asked_for, sleep = [], Endpoint._sleep
+
+    async def noted(endpoint: Endpoint, seconds: float) -> None:
+        asked_for.extend([seconds] if seconds > 0 else [])
+        await sleep(endpoint, seconds)
+
+    monkeypatch.setattr(Endpoint, "_sleep", noted)
+    patience = Patience(timeout=3, retries=3, backoff=0.1, longest=9)
     outcome, server, _ = run(
         tmp_path / "v.jsonl", lambda *_: Reaction(status=500), 1, 1, max_failures=1, patience=patience
     )
-    waits = [after - before for before, after in zip(server.times, server.times[1:], strict=False)]
-    assert len(waits) == 3 and all(0.05 * 2**i <= wait < 0.1 * 2**i + 0.1 for i, wait in enumerate(waits)), waits
+    waited = [after - before for before, after in zip(server.times, server.times[1:], strict=False)]
+    assert len(asked_for) == len(waited) == 3
+    assert all(0.05 * 2**i <= seconds <= 0.1 * 2**i for i, seconds in enumerate(asked_for)), asked_for
+    assert all(here >= seconds - 0.01 for here, seconds in zip(waited, asked_for, strict=True)), (waited, asked_for)
     assert "HTTP 500" in str(outcome.fatal)
 
 

@@ -234,7 +234,7 @@ def test_a_killed_run_goes_on_and_pays_only_for_what_was_on_its_way_twice(folder
 
 
 def test_ctrl_c_saves_what_is_on_its_way(folder) -> None:
-    with judging(lambda _, request: Reaction(by_words(request), seconds=0.05)) as server:
+    with judging(lambda _, request: Reaction(by_words(request), seconds=0.3)) as server:
         arguments = command(folder, server.base_url, "stopped.jsonl", "--concurrency=4")
         # a key for other servers is not given to one on this machine
         process = start(arguments, OPENAI_API_KEY=KEY)
@@ -251,12 +251,11 @@ def test_ctrl_c_saves_what_is_on_its_way(folder) -> None:
 
 
 def test_a_second_ctrl_c_ends_it_at_once(folder) -> None:
-    with judging(lambda _, request: Reaction(by_words(request), seconds=3)) as server:
+    with judging(lambda _, request: Reaction(by_words(request), seconds=90)) as server:
         process = start(command(folder, server.base_url, "left.jsonl"))
         wait_for(server, 8)
-        begun = time.monotonic()
         for _ in range(2):
             process.send_signal(signal.SIGINT)
             time.sleep(0.3)
-        process.communicate(timeout=30)
-        assert process.returncode == 130 and time.monotonic() - begun < 2.5
+        process.communicate(timeout=60)  # sooner than the first answer
+        assert process.returncode == 130
