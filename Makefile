@@ -15,9 +15,9 @@ unexport PYTHONHOME
 quickstart: venv
 	@$(PYTHON_IN_VENV) -m experiments.quickstart $(ARGS)
 
-# A file's tests stay in one process, which then sets its fixtures up once
+# A file's tests stay in one process, which then sets its fixtures up once; in their order the longest file is not the last
 test: lint
-	$(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # On a machine with an NVIDIA GPU, after installing an extra (cuda13 or cuda12): right first, then how fast; 8 minutes.
 # With another Python that has the packages: python scripts/gpu_check.py
