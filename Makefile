@@ -15,7 +15,8 @@ unexport PYTHONHOME
 quickstart: venv
 	@$(PYTHON_IN_VENV) -m experiments.quickstart $(ARGS)
 
-# A file's tests stay in one process, which then sets its fixtures up once; in their order the longest file is not the last
+# A file's tests stay in one process, which then sets its fixtures up once. Files go in their order: xdist's own has those
+# with few tests last, which are the longest, and one process then waits for the other
 test: lint
 	$(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 

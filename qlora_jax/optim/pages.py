@@ -12,7 +12,6 @@ In a pack every array has one more leading axis, of A adapters; all of them are 
 along the axis after it.
 """
 
-import contextlib
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -213,7 +212,9 @@ def separability(tx: optax.GradientTransformation, params: Any = None) -> str:
     # states in blocks (of 4096 or a divisor) may be cut between rows only where rows are whole blocks
     in_blocks = all(leaf.size // max(leaf.shape[0], 1) % 4096 == 0 for leaf in leaves)
     shapes = [(2, *_probed_row(leaf.ndim - 1, (128, 160) if in_blocks else (136, 144))) for leaf in leaves]
-    dtypes = [leaf.dtype for leaf in leaves]
+    like = [jax.ShapeDtypeStruct(shape, leaf.dtype) for shape, leaf in zip(shapes, leaves, strict=True)]
+    # JAX compiles control flow outside jit anew at every call: over a minute here for optax.MultiSteps
+    branches = has_control_flow(tx, jax.tree.unflatten(treedef, like))
 
     @cache
     def draw(seed: int) -> list[jax.Array]:
@@ -234,14 +235,9 @@ def separability(tx: optax.GradientTransformation, params: Any = None) -> str:
 
         state = tx.init(pick(draw(0)))
         for k in range(number):
-            with step_by_step():
+            with jax.disable_jit(branches):
                 out, state = tx.update(pick(draw(k + 1)), state, pick(draw(0)))
             yield [np.asarray(u, np.float32) for u in jax.tree.leaves(out)]
-
-    probed = jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(*pair) for pair in zip(shapes, dtypes, strict=True)])
-    traced = str(jax.make_jaxpr(tx.update)(probed, jax.eval_shape(tx.init, probed), probed))
-    # JAX compiles control flow (optax.MultiSteps has some) anew at every call: a minute and more for all of them
-    step_by_step = jax.disable_jit if re.search(r"\b(cond|scan|while)\[", traced) else contextlib.nullcontext
 
     everything = dict.fromkeys(range(len(leaves)), slice(0, 2))
     whole: dict[int, list[np.ndarray]] = {}
@@ -264,6 +260,12 @@ def separability(tx: optax.GradientTransformation, params: Any = None) -> str:
     if not agrees([slice(0, 2)]):
         return "whole"
     return "rows" if agrees([slice(0, 1), slice(1, 2)]) else "leaves"
+
+
+def has_control_flow(tx: optax.GradientTransformation, params: Any) -> bool:
+    """Whether the update of such parameters (arrays or shapes) has branches or loops, in what it calls included."""
+    traced = jax.make_jaxpr(tx.update)(params, jax.eval_shape(tx.init, params), params)
+    return re.search(r"\b(cond|scan|while)\[", str(traced)) is not None
 
 
 def _probed_row(ndim: int, matrix: tuple[int, int]) -> tuple[int, ...]:

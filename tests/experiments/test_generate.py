@@ -236,8 +236,8 @@ def test_a_piped_chat(folder) -> None:
 def test_a_chat_at_a_terminal(tmp_path) -> None:
     """A person's way: a long answer is interrupted, the chat goes on, and Ctrl-D ends it with status 0.
 
-    Like a person, it presses Ctrl-C again where nothing comes: input() misses a signal that arrives just before it
-    waits, and Linux drops what a program prints while the terminal handles the key (1 of 10,000 in both).
+    One Ctrl-C may have to be pressed again: of 40,000 sent to Python's input() alone as its prompt appeared, 3 had no
+    answer.
     """
     model = write_tiny_checkpoint(tmp_path / "model", context=2**17)  # an answer of minutes
     command = [sys.executable, "-m", "experiments.generate", f"--model={model}", "--max_new_tokens=100000"]
@@ -275,12 +275,15 @@ def test_a_chat_at_a_terminal(tmp_path) -> None:
     def type_in(text: str) -> None:
         os.write(terminal, text.encode())
 
+    lost = 0
+
     def interrupt_until(pattern: str) -> None:
-        for _ in range(10):
+        nonlocal lost
+        type_in("\x03")
+        if not wait_for(pattern, seconds=60):
+            lost += 1
             type_in("\x03")
-            if wait_for(pattern, seconds=10):
-                return
-        raise AssertionError(f"{pattern!r} did not come: {seen!r}")
+            expect(pattern)
 
     try:
         expect("> ")
@@ -296,7 +299,7 @@ def test_a_chat_at_a_terminal(tmp_path) -> None:
         expect("unknown command /nonsense")
         expect("> ")
         type_in("\x04")
-        assert process.wait(60) == 0
+        assert process.wait(60) == 0 and lost <= 1
         (message, answer) = json.loads((tmp_path / "said.jsonl").read_text())["messages"]
         assert message["content"] == "Hello there" and answer["content"]
     finally:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from qlora_jax.optim.pages import Pages, separability, state_bytes
+from qlora_jax.optim.pages import Pages, has_control_flow, separability, state_bytes
 from tests.optim.transformations import TRANSFORMATIONS, tree
 
 
@@ -13,6 +13,11 @@ from tests.optim.transformations import TRANSFORMATIONS, tree
 def test_how_far_an_update_may_be_cut(name):
     tx, expected = TRANSFORMATIONS[name]
     assert separability(tx, tree(0)) == expected
+
+
+@pytest.mark.parametrize(("name", "expected"), [("adamw", False), ("adafactor", False), ("accumulating adam", True)])
+def test_control_flow_is_found(name, expected):
+    assert has_control_flow(TRANSFORMATIONS[name][0], tree(0)) == expected
 
 
 def test_clip_that_bites_later_than_the_first_update():
