@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cli
+from experiments.support import cli
 
 FIRST = flags.DEFINE_string("first", None, "file of verdicts (a judge's, say), or a folder of them", required=True)
 SECOND = flags.DEFINE_string(
@@ -26,9 +26,9 @@ OUT = flags.DEFINE_string("out", None, "folder for agreement.json")
 
 def main() -> int:
     from qlora_jax.errors import InputError
-    from qlora_jax.evaluate import agreement
-    from qlora_jax.evaluate.verdicts import ANY, Verdict, read_verdicts, select
-    from qlora_jax.io.export import write_json
+    from qlora_jax.evaluate.tournament import agreement
+    from qlora_jax.evaluate.tournament.verdicts import ANY, Verdict, read_verdicts, select
+    from qlora_jax.files import write_json
 
     out = None if OUT.value is None else Path(OUT.value).expanduser()
     if out is not None and out.exists() and not out.is_dir():

@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli
+from experiments.support import cli
 
 CONFIG = cli.config_flag()
 ROWS = flags.DEFINE_integer(
@@ -27,9 +27,9 @@ OUT = flags.DEFINE_string("out", None, "JSON file for the figures")
 
 
 def main() -> int:
-    from qlora_jax.data.benchmark import make, tokenize, write_rows
+    from qlora_jax.bench.data import make, tokenize, write_rows
     from qlora_jax.errors import InputError
-    from qlora_jax.io.export import write_json
+    from qlora_jax.files import write_json
 
     c = CONFIG.value
     if c.data.batches or not c.data.path:

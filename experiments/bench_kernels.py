@@ -20,7 +20,7 @@ from typing import Any
 from absl import flags
 from tqdm import tqdm
 
-from experiments import cli
+from experiments.support import cli
 
 SHAPES = flags.DEFINE_list("shapes", None, "Names MODEL/LAYER, or MODEL for all of its layers. Without it: a few.")
 ROWS = flags.DEFINE_list("rows", None, "Rows of x. Without it: 1, 16, 256, 2048, 8192 on a GPU; 16, 256 on a CPU.")
@@ -44,9 +44,10 @@ def main() -> None:
     import jax
     import jax.numpy as jnp
 
-    from experiments import bench_bitsandbytes, versions
+    from experiments.support import versions
     from pallas_kernels.nf4_matmul import Codec, api, config, measure
     from pallas_kernels.nf4_matmul.shapes import SHAPES as ALL_SHAPES
+    from qlora_jax.bench import bitsandbytes as bench_bitsandbytes
     from qlora_jax.errors import InputError
     from qlora_jax.quant.codebooks import absmax_map, codebook
     from qlora_jax.quant.tensor import check_block_size
@@ -166,7 +167,8 @@ def _write(report: dict) -> Path | None:
 
 
 def _backends(on_gpu: bool) -> tuple[str, ...]:
-    from pallas_kernels.nf4_matmul import config, triton_backend
+    from pallas_kernels.nf4_matmul import config
+    from pallas_kernels.nf4_matmul.triton import backend as triton_backend
 
     if not on_gpu:
         return ("xla",)
@@ -180,7 +182,8 @@ def _deadline(minutes: float | None) -> float:
 
 def _tune(cases: dict, codecs: dict, repeats: int) -> None:
     """Adds the fastest choice of every case that the GPU's table has not, until --tune_minutes are over."""
-    from pallas_kernels.nf4_matmul import config, triton_backend, tune
+    from pallas_kernels.nf4_matmul import config, tune
+    from pallas_kernels.nf4_matmul.triton import backend as triton_backend
 
     gpu = triton_backend.current_gpu()
     path = config.table_file(gpu.name)

@@ -20,8 +20,8 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli
-from experiments.config_file import REPOSITORY
+from experiments.support import cli
+from experiments.support.config_file import REPOSITORY
 
 CONFIG = cli.config_flag("configs/quickstart.py")
 MEMBERS = flags.DEFINE_integer("members", 8, "Adapters in the pack.", lower_bound=1)
@@ -44,7 +44,7 @@ def main() -> None:
         found = measure(config, MEMBERS.value, PROCESSES.value, Path(scratch))
     print_table(found)
     if OUT.value:
-        from qlora_jax.io.export import write_json
+        from qlora_jax.files import write_json
 
         write_json(Path(OUT.value), found)
         print(f"written: {OUT.value}")
@@ -54,7 +54,7 @@ def measure(config: Any, members: int, processes: int, scratch: Path) -> dict[st
     """{"pack", "pack_first", "loop", "process": {"seconds", "cpu_seconds"} a model, "ratios", ...}."""
     import jax
 
-    from qlora_jax.train.pack import PackRunner, train_pack
+    from qlora_jax.packs.pack import PackRunner, train_pack
 
     seconds: dict[str, dict[str, float]] = {}
     runner = PackRunner()
@@ -122,7 +122,7 @@ class WarmLoop:
         from flax import nnx
 
         from qlora_jax import lora
-        from qlora_jax.data.batches import eval_batches
+        from qlora_jax.feed.batches import eval_batches
 
         prepared = self.prepared
         model = nnx.merge(prepared.graph, prepared.adapter, prepared.base)
@@ -166,7 +166,7 @@ def random_sibling(folder: Path, out: Path) -> Path:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from qlora_jax.io.export import write_json
+    from qlora_jax.files import write_json
     from qlora_jax.io.load import expected_shapes, load_config
     from qlora_jax.models.config import read_json
 

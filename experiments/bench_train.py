@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 from tqdm import tqdm
 
-from experiments import cli
+from experiments.support import cli
 
 if TYPE_CHECKING:
+    from qlora_jax.bench.packs import MeasuredPack
+    from qlora_jax.bench.train import Measured
     from qlora_jax.plan.memory import Phase
-    from qlora_jax.plan.spec import RunSpec
     from qlora_jax.plan.utilization import Utilization
-    from qlora_jax.train.benchmark import Measured
-    from qlora_jax.train.pack_benchmark import MeasuredPack
+    from qlora_jax.train.spec import RunSpec
 
 CONFIG = cli.config_flag()
 GPU_BYTES = flags.DEFINE_string("gpu_bytes", None, "Memory that may be taken of the GPU, as 48GiB or 48GB.")
@@ -43,9 +43,9 @@ flags.DEFINE_alias("gpu-bytes", "gpu_bytes")
 
 
 def main() -> None:
-    from experiments import memory_cap
-    from qlora_jax.plan.spec import read_spec
+    from qlora_jax.bench import memory_cap
     from qlora_jax.train.setup import check_values
+    from qlora_jax.train.spec import read_spec
 
     cap = None if GPU_BYTES.value is None else memory_cap.parse_bytes(GPU_BYTES.value, "--gpu_bytes")
     gpu_memory = memory_cap.gpu_memory_bytes()
@@ -79,11 +79,11 @@ def main() -> None:
 
 
 def _torch(spec: "RunSpec", cap: int | None) -> dict[str, Any]:
-    from experiments import bench_torch
+    from qlora_jax.bench import torch_side
 
-    wanted = bench_torch.specification(CONFIG.value, spec, STEPS.value, WARMUP.value, cap)
+    wanted = torch_side.specification(CONFIG.value, spec, STEPS.value, WARMUP.value, cap)
     print("torch first, in a process of its own; then JAX", flush=True)
-    rival = bench_torch.run(TORCH_PYTHON.value, wanted)
+    rival = torch_side.run(TORCH_PYTHON.value, wanted)
     if "error" in rival:
         print(f"torch is left out: {rival['error']}", flush=True)
     return rival
@@ -93,7 +93,7 @@ def _applied(cap: int | None) -> int | None:
     """The cap, or None where this process computes on no GPU. Raises InputError where JAX does not keep to it."""
     import jax
 
-    from experiments import memory_cap
+    from qlora_jax.bench import memory_cap
     from qlora_jax.train.memory import memory_limit
 
     if cap is None:
@@ -121,7 +121,7 @@ def _say_what(spec: "RunSpec") -> None:
 
 
 def _measure(spec: "RunSpec") -> "Measured":
-    from qlora_jax.train.benchmark import measure
+    from qlora_jax.bench.train import measure
 
     with tqdm(total=WARMUP.value + STEPS.value, desc="steps", unit="step", leave=False, delay=2) as bar:
         return measure(CONFIG.value, spec, STEPS.value, WARMUP.value, bar.update, CONFIG.value.train.seed)
@@ -129,14 +129,14 @@ def _measure(spec: "RunSpec") -> "Measured":
 
 def _check_pack(config: Any, spec: "RunSpec") -> None:
     """Raises InputError, before anything is measured, for what no pack trains."""
-    from qlora_jax.train.pack import refuse_paging, refuse_whole_matrices
+    from qlora_jax.packs.pack import refuse_paging, refuse_whole_matrices
 
     refuse_paging(config.optimizer)
     refuse_whole_matrices(spec.model.lora, config.data)
 
 
 def _measure_pack(spec: "RunSpec", members: int) -> "MeasuredPack":
-    from qlora_jax.train.pack_benchmark import measure_pack
+    from qlora_jax.bench.packs import measure_pack
 
     with tqdm(total=WARMUP.value + STEPS.value, desc="steps of the pack", unit="step", leave=False, delay=2) as bar:
         return measure_pack(CONFIG.value, spec, members, STEPS.value, WARMUP.value, bar.update, CONFIG.value.train.seed)
@@ -198,7 +198,7 @@ def _report(
 ) -> dict[str, Any]:
     import jax
 
-    from experiments import versions
+    from experiments.support import versions
     from qlora_jax.settings import resolved
     from qlora_jax.train.memory import memory_limit
 

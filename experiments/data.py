@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cli
+from experiments.support import cli
 
 CONFIG = cli.config_flag()
 SHOW = flags.DEFINE_integer("show", 5, "examples to print, the first of those trained on", lower_bound=0)
@@ -26,18 +26,18 @@ PNG = flags.DEFINE_string("png", None, "PNG file for lengths and padding")
 
 
 def main() -> int:
-    from qlora_jax.data.added_tokens import extended_tokenizer
-    from qlora_jax.data.batches import FileBatches
-    from qlora_jax.data.describe import histogram, show_example
-    from qlora_jax.data.figures import draw_data
-    from qlora_jax.data.load import load_data
-    from qlora_jax.data.padding import padding, padding_by_method
-    from qlora_jax.data.store import lengths_of, targets_of
-    from qlora_jax.data.tokenizer import Tokenizer
     from qlora_jax.errors import InputError
-    from qlora_jax.io.export import write_json
+    from qlora_jax.feed.batches import FileBatches
+    from qlora_jax.feed.describe import histogram, show_example
+    from qlora_jax.feed.figures import draw_data
+    from qlora_jax.feed.load import load_data
+    from qlora_jax.feed.padding import padding, padding_by_method
+    from qlora_jax.feed.store import lengths_of, targets_of
+    from qlora_jax.files import write_json
     from qlora_jax.io.folder import resolve
     from qlora_jax.io.load import load_config
+    from qlora_jax.text.added_tokens import extended_tokenizer
+    from qlora_jax.text.tokenizer import Tokenizer
     from qlora_jax.train.setup import added_tokens
 
     c = CONFIG.value

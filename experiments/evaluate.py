@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from experiments import cli, harness_task, mmlu_task
-from experiments.model_flags import Loaded, model_flags
+from experiments.support import cli, harness_task, mmlu_task
+from experiments.support.model_flags import Loaded, model_flags
 
 if TYPE_CHECKING:
-    from qlora_jax.data.tokenizer import Tokenizer
+    from qlora_jax.text.tokenizer import Tokenizer
 
 TASKS = ("perplexity", "mmlu", "lm-eval")
 
@@ -41,7 +41,7 @@ OUT = flags.DEFINE_string("out", None, "JSON file for the result")
 
 def main() -> int:
     from qlora_jax.errors import InputError
-    from qlora_jax.io.export import write_json
+    from qlora_jax.files import write_json
 
     if TASK.value not in TASKS:
         raise InputError(f"unknown task {TASK.value!r}; known: {', '.join(TASKS)}")

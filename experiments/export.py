@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from tqdm import tqdm
 
-from experiments import cli
+from experiments.support import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run of experiments.train.")
 OUT = flags.DEFINE_string("out", None, "Folder to make.", required=True)

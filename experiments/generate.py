@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from experiments import cli
-from experiments.model_flags import model_flags
+from experiments.support import cli
+from experiments.support.model_flags import model_flags
 
 if TYPE_CHECKING:
-    from qlora_jax.data.tokenizer import Tokenizer
     from qlora_jax.generate.answer_file import AnswerFile
     from qlora_jax.generate.answers import Prepared
     from qlora_jax.generate.sampling import Sampling
     from qlora_jax.models.llama import Llama
+    from qlora_jax.text.tokenizer import Tokenizer
 
 MODEL = model_flags()
 PROMPT = flags.DEFINE_string("prompt", None, 'text to continue, or to answer; "" begins with BOS alone')
@@ -194,7 +194,7 @@ def model_id() -> str:
 
 def converse(setup: Setup, template: str) -> int:
     """Reads messages and commands from stdin until its end."""
-    from experiments.conversation import Conversation
+    from experiments.support.conversation import Conversation
     from qlora_jax.generate.chat import Chat
 
     chat = Chat(setup.model, setup.tokenizer, template, setup.sampling, setup.eos_ids, note, STOP.value, SYSTEM.value)

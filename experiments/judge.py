@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from experiments import cli
+from experiments.support import cli
 
 if TYPE_CHECKING:
     from qlora_jax.evaluate.judge.cost import Tokens

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 
-from experiments import cli
+from experiments.support import cli
 
 if TYPE_CHECKING:
     from qlora_jax.plan.gpus import PlannedGpu

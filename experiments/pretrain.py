@@ -7,7 +7,7 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from experiments import cli
+from experiments.support import cli
 
 CONFIG = cli.config_flag("configs/pretrain.py")
 OUT = flags.DEFINE_string("out", None, "Folder to write the Hugging Face checkpoint to.", required=True)
@@ -36,7 +36,7 @@ def hf_config(config, vocab_size: int) -> dict:
 
 
 def main() -> None:
-    from experiments.embedded import packing, tokenizer
+    from experiments.support.embedded import packing, tokenizer
     from qlora_jax.train.pretrain import pretrain
 
     config = CONFIG.value

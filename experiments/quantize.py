@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from experiments import cli
+from experiments.support import cli
 
 MODEL = flags.DEFINE_string("model", None, "Checkpoint folder, gs:// or s3:// address, or a hub name.", required=True)
 REVISION = flags.DEFINE_string("revision", "main", "Branch, tag or commit of a hub name.")

@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli
+from experiments.support import cli
 
 CONFIG = cli.config_flag("configs/quickstart.py")
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder for everything that is written.")
@@ -23,7 +23,7 @@ def main() -> None:
     begun = time.perf_counter()
     import jax
 
-    from qlora_jax.io.export import write_json
+    from qlora_jax.files import write_json
     from qlora_jax.train.memory import peak_host_bytes
 
     config, workdir = CONFIG.value, Path(WORKDIR.value)
@@ -98,11 +98,11 @@ def train(config: Any, format: str, workdir: Path) -> dict[str, Any]:
 def answers(config: Any, rows: list[dict], adapter: Path | None) -> list[str]:
     """Greedy answers to the held-out instructions."""
     from qlora_jax.data.prompts import alpaca_prompt
-    from qlora_jax.data.tokenizer import Tokenizer
     from qlora_jax.generate.decode import generate
     from qlora_jax.io.folder import resolve
     from qlora_jax.io.load import QuantSpec, load_model
     from qlora_jax.io.peft import load_adapter
+    from qlora_jax.text.tokenizer import Tokenizer
 
     folder = resolve(config.model.path)
     quant = QuantSpec(config.quant.format, config.quant.block_size, config.quant.double_quant)

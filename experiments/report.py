@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cli
+from experiments.support import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a sweep or of a run.", required=True)
 OUT = flags.DEFINE_string("out", None, "Folder for the report; by default the workdir.")

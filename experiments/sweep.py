@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from experiments import cli
+from experiments.support import cli
 
 if TYPE_CHECKING:
     from qlora_jax.plan.gpus import PlannedGpu
@@ -111,7 +111,7 @@ def _enter(ledger: "Ledger", points: "Points | None") -> None:
     """The grid into the ledger (of a search there is none), and what it is run with."""
     import platform
 
-    from experiments.versions import commit, installed
+    from experiments.support.versions import commit, installed
 
     added = 0 if points is None else ledger.add(points.points)
     again = ledger.retry_failed() if RETRY_FAILED.value else 0
@@ -141,9 +141,9 @@ def _is_missing(ledger: "Ledger", points: "list[Point]") -> bool:
 
 
 def _packs(points: "list[Point]", limit: int) -> "list[Pack]":
+    from qlora_jax.packs.pack import pack_key
     from qlora_jax.sweep.cost import pack_bytes
     from qlora_jax.sweep.packs import make_packs
-    from qlora_jax.train.pack import pack_key
 
     return make_packs(points, pack_key, PACK_SIZE.value, pack_bytes, limit)
 

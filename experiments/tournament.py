@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from experiments import cli
+from experiments.support import cli
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from qlora_jax.evaluate.verdicts import Verdict
+    from qlora_jax.evaluate.tournament.verdicts import Verdict
 
 VERDICTS = flags.DEFINE_string("verdicts", None, "file of verdicts, or a folder of them", required=True)
 BENCHMARK = flags.DEFINE_string("benchmark", None, "whose verdicts count; needed where there are several")
@@ -47,8 +47,8 @@ ABOUT_K = (
 
 def main() -> int:
     from qlora_jax.errors import InputError
-    from qlora_jax.evaluate.categories import with_categories
-    from qlora_jax.evaluate.verdicts import read_verdicts, select
+    from qlora_jax.evaluate.tournament.categories import with_categories
+    from qlora_jax.evaluate.tournament.verdicts import read_verdicts, select
 
     out = Path(OUT.value).expanduser()
     if out.exists() and not out.is_dir():
@@ -75,12 +75,13 @@ def play(verdicts: "list[Verdict]", out: Path) -> None:
     import numpy as np
     from tqdm import tqdm
 
-    from qlora_jax.evaluate import figures, tables
-    from qlora_jax.evaluate.bradley_terry import bradley_terry
-    from qlora_jax.evaluate.categories import shares_won
-    from qlora_jax.evaluate.elo import check_settings, elo
-    from qlora_jax.evaluate.games import games_of
-    from qlora_jax.io.export import write_json
+    from qlora_jax.evaluate import tables
+    from qlora_jax.evaluate.tournament import figures
+    from qlora_jax.evaluate.tournament.bradley_terry import bradley_terry
+    from qlora_jax.evaluate.tournament.categories import shares_won
+    from qlora_jax.evaluate.tournament.elo import check_settings, elo
+    from qlora_jax.evaluate.tournament.games import games_of
+    from qlora_jax.files import write_json
 
     check_settings(K.value, ORDERINGS.value, START.value)
     games = games_of(verdicts, TIES.value)
@@ -134,10 +135,11 @@ def play(verdicts: "list[Verdict]", out: Path) -> None:
 
 def compare(verdicts: "list[Verdict]", out: Path) -> None:
     """The table of the relative protocol."""
-    from qlora_jax.evaluate import figures, tables
-    from qlora_jax.evaluate.categories import points_over
-    from qlora_jax.evaluate.relative import find_reference, relative
-    from qlora_jax.io.export import write_json
+    from qlora_jax.evaluate import tables
+    from qlora_jax.evaluate.tournament import figures
+    from qlora_jax.evaluate.tournament.categories import points_over
+    from qlora_jax.evaluate.tournament.relative import find_reference, relative
+    from qlora_jax.files import write_json
 
     reference = find_reference(verdicts, REFERENCE.value)
     found = relative(verdicts, reference, SEED.value)
@@ -169,7 +171,8 @@ def write_categories(
     limits: tuple[float, float],
 ) -> None:
     """The table and the heat map by category, where verdicts have one."""
-    from qlora_jax.evaluate import figures, tables
+    from qlora_jax.evaluate import tables
+    from qlora_jax.evaluate.tournament import figures
 
     if not categories:
         return

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cli
+from experiments.support import cli
 
 CONFIG = cli.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one folder, one config.", required=True)

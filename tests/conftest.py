@@ -79,6 +79,33 @@ def shared_data() -> Path:
     return folder
 
 
+# What more than one folder's tests share; imported where it is used, for the tests for a GPU need pytest alone.
+
+
+@pytest.fixture(scope="session")
+def byte_folder(tmp_path_factory) -> Path:
+    """Folder of a tokenizer with one token a byte (tests/byte_tokenizer.py)."""
+    from tests.byte_tokenizer import write_byte_tokenizer
+
+    return write_byte_tokenizer(tmp_path_factory.mktemp("byte_tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(byte_folder):
+    """The tokenizer of `byte_folder`."""
+    from qlora_jax.text.tokenizer import Tokenizer
+
+    return Tokenizer.from_folder(byte_folder)
+
+
+@pytest.fixture
+def tiny_config(golden, tmp_path):
+    """A config of six small steps (tests/tiny_run.py)."""
+    from tests import tiny_run
+
+    return tiny_run.tiny_config(golden, tmp_path)
+
+
 @pytest.fixture(scope="session")
 def run_commands() -> Callable[[list[list[str]]], list[dict]]:
     """Runs commands, each a module's name or a script's path and its arguments, in one process, in the repository.

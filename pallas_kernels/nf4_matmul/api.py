@@ -1,10 +1,10 @@
 """The op: y = x W^T for a packed W, differentiable in x, with the packed arrays as its only residuals.
 
-"xla" dequantizes a weight and leaves the product to XLA: every device, every shape; the default. "scratch" (scratch.py:
-NVIDIA GPUs from Ampere on) does the same with a kernel that dequantizes. "triton" (triton_backend.py: those GPUs) and
-"mosaic" (mosaic_hopper.py: Hopper) dequantize inside the product. Shapes that kernels refuse take "xla". "auto" takes
-what the GPU's tuned table (config.py) names as the fastest for an op, a shape and a number of rows, and "xla" where
-nothing was measured. `path` tells which way a product goes.
+"xla" dequantizes a weight and leaves the product to XLA: every device, every shape; the default. "scratch"
+(triton/scratch.py: NVIDIA GPUs from Ampere on) does the same with a kernel that dequantizes. "triton"
+(triton/backend.py: those GPUs) and "mosaic" (mosaic/hopper.py: Hopper) dequantize inside the product. Shapes that
+kernels refuse take "xla". "auto" takes what the GPU's tuned table (config.py) names as the fastest for an op, a shape
+and a number of rows, and "xla" where nothing was measured. `path` tells which way a product goes.
 
 Three computations of the forward product. "full" multiplies in x's dtype; the default. "fp8" and "fp8_row" round both
 operands to 8 bits, x with a scale for every 64 in-features or for every row (fp8.py): with backend "triton" in a kernel
@@ -18,51 +18,22 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from pallas_kernels.nf4_matmul import config, fp8, reference
+from pallas_kernels.nf4_matmul import config, fp8
+from pallas_kernels.nf4_matmul.dense import dense_matmul
+from pallas_kernels.nf4_matmul.operands import Codec, Packed, dequantize
 from pallas_kernels.nf4_matmul.shapes import Shape
 
 # backend -> its module, imported when it is chosen
-_KERNELS = {"triton": "triton_backend", "scratch": "scratch", "mosaic": "mosaic_hopper"}
-_FP8_KERNELS = {"triton": "triton_fp8_backend"}
+_KERNELS = {"triton": "triton.backend", "scratch": "triton.scratch", "mosaic": "mosaic.hopper"}
+_FP8_KERNELS = {"triton": "triton.fp8_backend"}
 _PACKAGES = {"triton": "jax-triton", "scratch": "jax-triton"}  # what they need beside jax
 BACKENDS = ("auto", "xla", *_KERNELS)
 COMPUTE = ("full", "fp8", "fp8_row")
 log = logging.getLogger(__name__)
-
-
-class Codec(NamedTuple):
-    """What is fixed when a program is compiled. Tables are tuples so that a codec can be hashed."""
-
-    shape: tuple[int, int]  # (O, I)
-    block_size: int  # values that share one absmax
-    table: tuple[float, ...]  # 16 values
-    absmax_map: tuple[float, ...]  # 256 values, read only with double quantization
-    backend: str = "xla"  # one of BACKENDS
-    compute: str = "full"  # of the forward product: one of COMPUTE
-    fuse_lora: bool = False  # lora.matmul_lora adds the adapter inside the kernel; backend "triton" alone
-
-
-class Packed(NamedTuple):
-    """The arrays of one weight; see reference.py for the layout."""
-
-    codes: jax.Array  # uint8 [ceil(O * I / 2)]
-    absmax: jax.Array  # float32 [C'], or uint8 [C'] with double quantization
-    nested_absmax: jax.Array | None  # float32 [ceil(C' / 256)]
-    offset: jax.Array | None  # float32 []
-
-
-def dequantize(packed: Packed, codec: Codec, dtype: jnp.dtype) -> jax.Array:
-    """W [O, I] in dtype, bit-exact with bitsandbytes' definition."""
-    absmax_map = np.asarray(codec.absmax_map, np.float32)
-    absmax = reference.dequantize_absmax(packed.absmax, packed.nested_absmax, packed.offset, absmax_map)
-    table = np.asarray(codec.table, np.float32)
-    return reference.dequantize(packed.codes, absmax, table, codec.shape, codec.block_size, dtype)
 
 
 def path(codec: Codec, dtype: jnp.dtype, op: config.Op | None = None, rows: int | None = None) -> str:
@@ -165,12 +136,12 @@ def _product(op: config.Op, x: jax.Array, packed: Packed, codec: Codec) -> jax.A
         is_tuned = config.is_tuned(_device_kind(), op, Shape(*codec.shape), codec.block_size)
         if is_tuned and codec.compute == "full":
             # which one is fastest, is known once all rows are counted
-            return _fused(partial(_fastest_kernel, op), codec)(x, packed)
+            return fused(partial(_fastest_kernel, op), codec)(x, packed)
         codec = codec._replace(backend="xla")
     backend = path(codec, x.dtype)
     if backend == "xla" and codec.compute == "full":
         return _dense(op, x, packed, codec)
-    return _fused(_kernel(op, codec._replace(backend=backend)), codec)(x, packed)
+    return fused(_kernel(op, codec._replace(backend=backend)), codec)(x, packed)
 
 
 def _fastest_kernel(op: config.Op, x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
@@ -199,37 +170,6 @@ def _not_before(x: jax.Array, packed: Packed) -> tuple[jax.Array, Packed]:
     return x, packed._replace(absmax=absmax)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def dense_matmul(x: jax.Array, w: jax.Array, contract: int, dtype: Any = None) -> jax.Array:
-    """x [..., K] times w over w's dimension `contract`, summed in float32; float32 inputs are not rounded to TF32.
-
-    The result is of `dtype`, or x's. Its gradient's products take operands of x's dtype too: left to JAX, a float32
-    cotangent would meet w in 16 bits, and XLA:GPU would write w out in 32.
-    """
-    return _dot(x, w, (((x.ndim - 1,), (contract,)), ((), ()))).astype(dtype or x.dtype)
-
-
-def _dense_forward(x, w, contract, dtype):
-    return dense_matmul(x, w, contract, dtype), (x, w)
-
-
-def _dense_backward(contract, dtype, residuals, dy):
-    x, w = residuals
-    rows = tuple(range(x.ndim - 1))
-    dy = dy.astype(x.dtype)
-    dx = _dot(dy, w, (((x.ndim - 1,), (1 - contract,)), ((), ()))).astype(x.dtype)
-    operands = (dy, x) if contract == 1 else (x, dy)
-    return dx, _dot(*operands, ((rows, rows), ((), ()))).astype(w.dtype)
-
-
-dense_matmul.defvjp(_dense_forward, _dense_backward)
-
-
-def _dot(a: jax.Array, b: jax.Array, dims: Any) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _forward(x, packed, codec):
     return matmul(x, packed, codec), packed
 
@@ -239,7 +179,7 @@ def _backward(codec, packed, dy):
     return _product("backward", dy, packed, codec), None
 
 
-def _fused(kernel: Callable, codec: Codec) -> Callable[[jax.Array, Packed], jax.Array]:
+def fused(kernel: Callable, codec: Codec) -> Callable[[jax.Array, Packed], jax.Array]:
     """The kernel on [..., K]: every axis but the last is rows, and so is that of a vmap over x (a pack of adapters)."""
 
     @jax.custom_batching.custom_vmap

@@ -24,7 +24,6 @@ Forward only. In dx = dy W the scale of a block changes along the summed dimensi
 
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +31,7 @@ import ml_dtypes
 import numpy as np
 
 from pallas_kernels.nf4_matmul import reference
-
-if TYPE_CHECKING:
-    from pallas_kernels.nf4_matmul.api import Codec, Packed
+from pallas_kernels.nf4_matmul.operands import Codec, Packed
 
 RUN = 64  # in-features that share a scale of W, and in "fp8" of x; fewer where blocks are smaller
 LARGEST = 448.0  # of float8_e4m3fn
@@ -42,7 +39,7 @@ LARGEST_ENTRY = (240.0, 256.0, 288.0, 320.0, 352.0, 384.0, 416.0, 448.0)  # the 
 TINY = float(np.finfo(np.float32).tiny)  # a scale below would be flushed to zero
 
 
-def run_length(codec: "Codec") -> int:
+def run_length(codec: Codec) -> int:
     """In-features that share a scale of x: all, or else as many as divide the block size, a power of two from 32."""
     return codec.shape[1] if codec.compute == "fp8_row" else min(RUN, codec.block_size)
 
@@ -80,7 +77,7 @@ def quantize(x: jax.Array, run: int) -> tuple[jax.Array, jax.Array]:
     return values.reshape(padded.shape)[:, :in_features], scales
 
 
-def forward(x: jax.Array, packed: "Packed", codec: "Codec") -> jax.Array:
+def forward(x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
     """y [M, O] = x [M, I] W^T in x's dtype, both operands rounded to 8 bits: every device, every shape.
 
     The scales are multiplied into float32 operands: they are the same for all of a run, so that only the order of
@@ -95,7 +92,7 @@ def forward(x: jax.Array, packed: "Packed", codec: "Codec") -> jax.Array:
     return y.astype(x.dtype)
 
 
-def dequantize(packed: "Packed", codec: "Codec") -> jax.Array:
+def dequantize(packed: Packed, codec: Codec) -> jax.Array:
     """W [O, I] float32 as the 8-bit product sees it: from the rounded table."""
     absmax_map = np.asarray(codec.absmax_map, np.float32)
     absmax = reference.dequantize_absmax(packed.absmax, packed.nested_absmax, packed.offset, absmax_map)

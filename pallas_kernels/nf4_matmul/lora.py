@@ -14,8 +14,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.nf4_matmul import api, triton_backend
-from pallas_kernels.nf4_matmul.api import Codec, Packed, dense_matmul, matmul
+from pallas_kernels.nf4_matmul import api
+from pallas_kernels.nf4_matmul.api import matmul
+from pallas_kernels.nf4_matmul.dense import dense_matmul
+from pallas_kernels.nf4_matmul.operands import Codec, Packed
+from pallas_kernels.nf4_matmul.triton import backend as triton_backend
 
 
 def matmul_lora(
@@ -111,7 +114,7 @@ def _backward(codec, residuals, dy):
     if dropped is None:
         dx, d_dropped = _fused(triton_backend.backward_lora, codec)(dy, du, a.astype(dy.dtype), packed), None
     else:
-        dx = api._fused(triton_backend.backward, codec)(dy, packed)
+        dx = api.fused(triton_backend.backward, codec)(dy, packed)
         d_dropped = dense_matmul(du, a.astype(dy.dtype), contract=0)
     return dx, d_dropped, _over_rows(du, adapted, a.dtype), _over_rows(dy, u, b.dtype), None, None
 

@@ -15,9 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.nf4_matmul import api, config, triton_fp8_backend
+from pallas_kernels.nf4_matmul import api, config
+from pallas_kernels.nf4_matmul.dense import dense_matmul
 from pallas_kernels.nf4_matmul.lora import matmul_lora
+from pallas_kernels.nf4_matmul.operands import Codec, Packed, dequantize
 from pallas_kernels.nf4_matmul.shapes import Shape
+from pallas_kernels.nf4_matmul.triton import fp8_backend as triton_fp8_backend
 
 EIGHT_BIT = ("triton fp8", "triton fp8_row")  # the forms on 8-bit operands
 Run = Callable[[], Any]  # starts a computation; what it returns has been computed when jax.block_until_ready says so
@@ -49,12 +52,12 @@ class Timing:
     bytes: int
 
 
-def random_packed(codec: api.Codec, seed: int) -> api.Packed:
+def random_packed(codec: Codec, seed: int) -> Packed:
     """Random codes and double-quantized scales: speed does not depend on values."""
     rng = np.random.default_rng(seed)
     values = codec.shape[0] * codec.shape[1]
     scales = -(-values // codec.block_size)
-    return api.Packed(
+    return Packed(
         jnp.asarray(rng.integers(0, 256, -(-values // 2), dtype=np.uint8)),
         jnp.asarray(rng.integers(0, 256, scales, dtype=np.uint8)),
         jnp.asarray(rng.uniform(0.01, 0.02, -(-scales // 256)), jnp.float32),
@@ -62,19 +65,19 @@ def random_packed(codec: api.Codec, seed: int) -> api.Packed:
     )
 
 
-def forms(case: Case, codec: api.Codec, copies: int, backends: tuple[str, ...]) -> dict[str, tuple[Run, int]]:
+def forms(case: Case, codec: Codec, copies: int, backends: tuple[str, ...]) -> dict[str, tuple[Run, int]]:
     """The product's forms by name, each with the bytes that it moves: ours by backend, dense, dequantize then dot."""
     packed = [random_packed(codec, seed) for seed in range(copies)]
     dtype = jnp.dtype(case.dtype)
     columns = case.shape.in_features if case.op == "forward" else case.shape.out_features
     x = jax.random.normal(jax.random.key(0), (case.rows, columns), dtype)
-    dequantize = jax.jit(lambda p: api.dequantize(p, codec, dtype))
-    dense = [dequantize(p) for p in packed]
+    unpack = jax.jit(lambda p: dequantize(p, codec, dtype))
+    dense = [unpack(p) for p in packed]
     contract = 1 if case.op == "forward" else 0
-    multiply = jax.jit(lambda x, weights: [api.dense_matmul(x, w, contract) for w in weights])
+    multiply = jax.jit(lambda x, weights: [dense_matmul(x, w, contract) for w in weights])
 
     def dequantize_then_dot() -> list[jax.Array]:
-        return [multiply(x, [dequantize(p)])[0] for p in packed]
+        return [multiply(x, [unpack(p)])[0] for p in packed]
 
     packed_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(packed[0]))
     found: dict[str, tuple[Run, int]] = {}
@@ -93,7 +96,7 @@ def eight_bit_forms(case: Case) -> tuple[str, ...]:
     return EIGHT_BIT
 
 
-def eight_bit_error(case: Case, codec: api.Codec, form: str) -> float:
+def eight_bit_error(case: Case, codec: Codec, form: str) -> float:
     """Root mean square of the 8-bit product less the full one on the same backend, over that of the full one."""
     x = jax.random.normal(jax.random.key(0), (case.rows, case.shape.in_features), jnp.dtype(case.dtype))
     packed, eight_bit = [random_packed(codec, seed=0)], _form(codec, form)
@@ -102,13 +105,13 @@ def eight_bit_error(case: Case, codec: api.Codec, form: str) -> float:
     return float(jnp.sqrt(jnp.mean(jnp.square(found - full)) / jnp.mean(jnp.square(full))))
 
 
-def _form(codec: api.Codec, name: str) -> api.Codec:
+def _form(codec: Codec, name: str) -> Codec:
     """The codec of a form called "triton" or "triton fp8"."""
     backend, _, compute = name.partition(" ")
     return codec._replace(backend=backend, compute=compute or "full")
 
 
-def lora_forms(case: Case, codec: api.Codec, copies: int, rank: int) -> dict[str, tuple[Run, int]]:
+def lora_forms(case: Case, codec: Codec, copies: int, rank: int) -> dict[str, tuple[Run, int]]:
     """The product with an adapter by the Triton kernels, its low-rank term beside the kernel and inside it.
 
     Backward is dx alone. The small product u = scale * x A^T (scale * dy B) counts in both forms; every copy of the
@@ -134,7 +137,7 @@ def lora_forms(case: Case, codec: api.Codec, copies: int, rank: int) -> dict[str
 
 
 def _product_lora(
-    op: config.Op, x: jax.Array, packed: api.Packed, a: jax.Array, b: jax.Array, codec: api.Codec
+    op: config.Op, x: jax.Array, packed: Packed, a: jax.Array, b: jax.Array, codec: Codec
 ) -> jax.Array:
     if op == "forward":
         return matmul_lora(x, packed, codec, a, b, 0.25)
@@ -142,12 +145,12 @@ def _product_lora(
     return jax.vjp(lambda primal: matmul_lora(primal, packed, codec, a, b, 0.25), zeros)[1](x)[0]
 
 
-def products(op: config.Op, codec: api.Codec) -> Callable[[jax.Array, list[api.Packed]], list[jax.Array]]:
+def products(op: config.Op, codec: Codec) -> Callable[[jax.Array, list[Packed]], list[jax.Array]]:
     """A program that computes the product with each of several weights, by the codec's backend."""
     return jax.jit(lambda x, packed: [_product(op, x, p, codec) for p in packed])
 
 
-def _product(op: config.Op, x: jax.Array, packed: api.Packed, codec: api.Codec) -> jax.Array:
+def _product(op: config.Op, x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
     if op == "forward":
         return api.matmul(x, packed, codec)
     zeros = jnp.zeros((x.shape[0], codec.shape[1]), x.dtype)  # the product with them is removed: nothing reads it
@@ -191,7 +194,7 @@ class Ceilings:
         matrix = jax.random.normal(jax.random.key(0), (width, width), jnp.dtype(dtype))
         self._buffer = jnp.ones(2**28 if on_gpu else 2**24, jnp.float32)
         self._negate = jax.jit(lambda a: -a, donate_argnums=0)  # in place: new pages would be timed on CPUs
-        multiply = jax.jit(lambda a: api.dense_matmul(a, a, 1))
+        multiply = jax.jit(lambda a: dense_matmul(a, a, 1))
         self.runs: dict[str, Run] = {"copy": self._copy, "matmul": partial(multiply, matrix)}
         self._bytes, self._flops = 2 * self._buffer.nbytes, 2 * width**3
 

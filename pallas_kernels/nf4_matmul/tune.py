@@ -21,7 +21,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.nf4_matmul import api, config, measure
 from pallas_kernels.nf4_matmul.config import Choice
+from pallas_kernels.nf4_matmul.dense import dense_matmul
 from pallas_kernels.nf4_matmul.measure import Case, Run
+from pallas_kernels.nf4_matmul.operands import Codec, Packed, dequantize
 
 TOLERANCE = 0.05  # of the root mean square; a wrong index is off by about 1, the roundings of 16 bits by 0.01
 
@@ -45,7 +47,7 @@ class Tuned(NamedTuple):
 
 def tune(
     case: Case,
-    codec: api.Codec,
+    codec: Codec,
     gpu: config.Gpu,
     repeats: int,
     say: Callable[[str], None],
@@ -96,7 +98,7 @@ class _Trials:
     """Compiled and checked programs by choice."""
 
     def __init__(
-        self, case: Case, codec: api.Codec, gpu_name: str, say: Callable[[str], None], is_over: Callable[[], bool]
+        self, case: Case, codec: Codec, gpu_name: str, say: Callable[[str], None], is_over: Callable[[], bool]
     ) -> None:
         self.say, self._gpu_name = say, gpu_name
         self.runs: dict[Choice, Run] = {}
@@ -106,8 +108,8 @@ class _Trials:
         self._packed = [measure.random_packed(codec, seed) for seed in range(self._copies)]
         columns = case.shape.in_features if case.op == "forward" else case.shape.out_features
         self._x = jax.random.normal(jax.random.key(0), (case.rows, columns), jnp.dtype(case.dtype))
-        w = api.dequantize(self._packed[0], codec, jnp.dtype(jnp.float32))
-        self._expected = api.dense_matmul(self._x.astype(jnp.float32), w, 1 if case.op == "forward" else 0)
+        w = dequantize(self._packed[0], codec, jnp.dtype(jnp.float32))
+        self._expected = dense_matmul(self._x.astype(jnp.float32), w, 1 if case.op == "forward" else 0)
         self._size = float(jnp.sqrt(jnp.mean(jnp.square(self._expected))))
 
     def add(self, choice: Choice) -> None:
@@ -123,7 +125,7 @@ class _Trials:
             return
         products: Any = measure.products(self._case.op, codec)
         if choice.tiles is not None:
-            module = importlib.import_module("pallas_kernels.nf4_matmul.triton_backend")
+            module = importlib.import_module("pallas_kernels.nf4_matmul.triton.backend")
             products = jax.jit(partial(_with_tiles, getattr(module, self._case.op), codec, choice.tiles))
         try:
             lowered = products.lower(self._x, self._packed)
@@ -162,6 +164,6 @@ def _name(choice: Choice) -> str:
 
 
 def _with_tiles(
-    kernel: Callable, codec: api.Codec, tiles: config.Tiles, x: jax.Array, packed: list[api.Packed]
+    kernel: Callable, codec: Codec, tiles: config.Tiles, x: jax.Array, packed: list[Packed]
 ) -> list[jax.Array]:
     return [kernel(x, p, codec, tiles) for p in packed]

@@ -1,1 +1,5 @@
-"""From a data set's file to padded batches: read, formats, examples, split, batches; `load` is the whole way."""
+"""From a file's row to an example: tokens, and a mask of what is learned.
+
+read (streamed; hub, json_text, rows) → formats (registry; instructions, conversations and chats on fields, prompts)
+→ examples or chat_examples; known (sets by name).
+"""

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.data.chat_spans import Spans, assistant_spans
-from qlora_jax.data.chat_tokens import ChatTokens, encode_spans
 from qlora_jax.data.examples import Example
-from qlora_jax.data.fields import Chat
 from qlora_jax.data.rows import Problems
-from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import InputError
+from qlora_jax.text.chat import Chat
+from qlora_jax.text.chat_spans import Spans, assistant_spans
+from qlora_jax.text.chat_tokens import ChatTokens, encode_spans
+from qlora_jax.text.tokenizer import Tokenizer
 
 TEMPLATES = ("auto", "paper", "chat")
 _CHATS = ("messages", "sharegpt")  # formats without a prompt of the paper's

@@ -18,8 +18,9 @@ from qlora_jax.data.conversations import (
     oasst1_turns,
     role_of,
 )
-from qlora_jax.data.fields import Chat, Pair, bad, kind, objects, text
+from qlora_jax.data.fields import Pair, bad, kind, objects, text
 from qlora_jax.data.rows import Row
+from qlora_jax.text.chat import Chat
 
 _OPENAI = OPENAI_ROLES | {"tool": "tool"}
 _SHAREGPT = SHAREGPT_ROLES | {"tool": "tool", "observation": "tool"}

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from qlora_jax.data.formats import Text
-from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import InputError
+from qlora_jax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -18,22 +18,6 @@ class Pair(NamedTuple):
     message: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Chat:
-    """A conversation for a chat template.
-
-    Attributes:
-      messages: turns {"role": "system" | "user" | "assistant" | "tool", "content"}, and "tool_calls", "tool_call_id",
-        "name", "reasoning_content" where the row has them. The last is the assistant's.
-      tools: descriptions of functions that the assistant may call, or None.
-      where: the place of its row.
-    """
-
-    messages: list[dict[str, Any]]
-    tools: list[Any] | None
-    where: str
-
-
 def text(row: Row, field: str, optional: bool = False, blank: bool = False) -> str:
     """The text of a field. `optional`: missing, null and blank give ""; `blank`: it must be there but may be blank.
 

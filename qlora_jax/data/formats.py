@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from qlora_jax.data import chats, conversations, instructions
-from qlora_jax.data.fields import Chat, Pair
+from qlora_jax.data.fields import Pair
 from qlora_jax.data.rows import Problems, Row
 from qlora_jax.errors import InputError
+from qlora_jax.text.chat import Chat
 
 FORMATS: dict[str, Callable[[Row], list[Pair]]] = {
     "alpaca": instructions.alpaca,

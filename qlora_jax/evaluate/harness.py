@@ -16,12 +16,12 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import InputError
 from qlora_jax.evaluate.scoring import ScoredTokens, token_scores
 from qlora_jax.generate.decode import complete
 from qlora_jax.generate.sampling import Sampling
 from qlora_jax.models.llama import Llama
+from qlora_jax.text.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 256  # where a task does not say
 GENERATED_TOGETHER = 16  # prompts, where no batch size is given

@@ -1,1 +1,5 @@
-"""Text from a model: decoding with a KV cache, sampling, prompts and chat."""
+"""Text from a model.
+
+prompting (ids and text, stops), requests (files of prompts) → decode (KV cache, batches), sampling, seeds (what
+draws depend on) → answers and answer_file (JSONL that resumes), chat, transcript.
+"""

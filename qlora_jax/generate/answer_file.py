@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.errors import InputError
-from qlora_jax.io.export import take_lock, write_json
+from qlora_jax.files import take_lock, write_json
 from qlora_jax.settings import differing_keys
 
 MEND = "choose another --out, or begin anew with --overwrite"

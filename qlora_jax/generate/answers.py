@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import InputError
 from qlora_jax.generate.answer_file import MEND
 from qlora_jax.generate.decode import Completion, check_prompt, complete_batches
@@ -19,6 +18,7 @@ from qlora_jax.generate.prompting import MANY_TURNS, Answer, Request, answer_tex
 from qlora_jax.generate.sampling import Sampling
 from qlora_jax.generate.seeds import Draws, draws_of_all
 from qlora_jax.models.llama import Llama
+from qlora_jax.text.tokenizer import Tokenizer
 
 
 class Prepared(NamedTuple):

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Generator, Sequence
 
-from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.generate.decode import Decoding, check_prompt, room_for
 from qlora_jax.generate.prompting import MANY_TURNS, Answer, Request, prompt_ids, system_turn
 from qlora_jax.generate.sampling import Sampling
 from qlora_jax.generate.seeds import draws_of
 from qlora_jax.models.llama import Llama
+from qlora_jax.text.tokenizer import Tokenizer
 
 STEPS = 8  # tokens between two pieces of text
 

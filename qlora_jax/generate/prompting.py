@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.data.prompts import GUANACO_LABELS, alpaca_prompt, guanaco_prompt, user_message
-from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import InputError
+from qlora_jax.text.chat_prompt import encode_chat
+from qlora_jax.text.tokenizer import Tokenizer
 
 TEMPLATES = ("plain", "alpaca", "guanaco", "chat")
 MANY_TURNS = ("guanaco", "chat")  # templates that show the model what was said before
@@ -92,7 +93,7 @@ def prompt_ids(
     if template == "guanaco":
         return tokenizer.encode(guanaco_prompt(turns), bos=True)
     if template == "chat":
-        return tokenizer.encode_chat(turns)
+        return encode_chat(tokenizer, turns)
     raise InputError(f"unknown template {template!r}; known: {', '.join(TEMPLATES)}")
 
 

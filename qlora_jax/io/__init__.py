@@ -1,1 +1,6 @@
-"""Files: Hugging Face checkpoints in and out, PEFT adapters, orbax checkpoints of a run."""
+"""Models and adapters on disk and in stores.
+
+folder (find, open), header and source (safetensors by byte ranges), remote (gs://, s3://), fingerprint → load
+(stream and quantize) with place (onto the device, piece by piece), peaks (what that takes) → write (quantized
+folders), shards; peft; merge; export.
+"""

@@ -1,83 +1,16 @@
-"""Writing Hugging Face folders: whole checkpoints in 16 or 32 bits, and the atomic writes everything else uses."""
+"""Writing whole checkpoints as Hugging Face folders, in 16 or 32 bits."""
 
-import errno
-import fcntl
-import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
 from qlora_jax.errors import InputError
+from qlora_jax.files import save_tensors, write_json
 from qlora_jax.models.llama import EMBEDDING, FINAL_NORM, HEAD, LAYER, LINEARS, NORMS, Llama
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-
-
-@contextmanager
-def atomic_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place when the block ends well; otherwise nothing is left behind.
-
-    What a killed process left is cleared by the next call: `.out.partial`, and `.out.old`, which is put back where it
-    was killed between the two renames. Raises InputError when a process that is alive writes to the same place.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
-    building.mkdir(exist_ok=True)
-    lock = os.open(building, os.O_RDONLY)  # a lock goes with the process that holds it, however that ends
-    try:
-        if not take_lock(lock, building):
-            raise InputError(f"{out} is being written by another process: wait for it, or choose another folder")
-        try:
-            if old.exists() and not out.exists():
-                old.rename(out)
-            shutil.rmtree(old, ignore_errors=True)
-            for entry in building.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            yield building
-        except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
-            raise
-        if out.exists():
-            out.rename(old)
-        building.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        os.close(lock)
-
-
-def take_lock(handle: int, path: Path) -> bool:
-    """Takes the lock of an open file or folder; false where another process has it, or `path` is no longer it."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except (BlockingIOError, FileNotFoundError):
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        return True  # a network disk without locks: two writers at once are not told apart there
-
-
-def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """A safetensors file, in the mode of the user's umask: safetensors makes files that only their owner can read."""
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(mode)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all: written beside and renamed."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def write_checkpoint(out: Path, hf_config: dict, model: Llama, dtype: str = "bfloat16") -> None:

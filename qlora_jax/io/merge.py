@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.errors import InputError
+from qlora_jax.files import write_json
 from qlora_jax.io import peft
-from qlora_jax.io.export import DTYPES, write_json
+from qlora_jax.io.export import DTYPES
 from qlora_jax.io.folder import TensorFiles
 from qlora_jax.io.load import QuantSpec, check_tensors, expected_shapes, load_config, stored_quant
 from qlora_jax.io.remote import name_of

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from qlora_jax import lora
 from qlora_jax.errors import InputError
-from qlora_jax.io.export import atomic_folder, save_tensors, write_json
+from qlora_jax.files import atomic_folder, save_tensors, write_json
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.config import read_json
 from qlora_jax.models.layers import Frozen

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from qlora_jax.errors import InputError
-from qlora_jax.io.export import atomic_folder, save_tensors, write_json
+from qlora_jax.files import atomic_folder, save_tensors, write_json
 from qlora_jax.io.folder import COMPANIONS
 from qlora_jax.io.header import Place, make_header
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qlora_jax.errors import InputError
-from qlora_jax.io.export import DTYPES, write_json
+from qlora_jax.files import write_json
+from qlora_jax.io.export import DTYPES
 from qlora_jax.io.folder import TensorFiles
 from qlora_jax.io.header import numpy_dtype
 from qlora_jax.io.load import (

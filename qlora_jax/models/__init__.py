@@ -1,1 +1,6 @@
-"""Decoders: one file per architecture, one table per family from Hugging Face keys to ours."""
+"""The decoder.
+
+config (sizes from config.json), known and sizes → llama (table of names, block, decoder) on layers (Linear,
+RMSNorm, rotary) and attention (whole or in chunks), chunks (a layer chunk by chunk); vocabulary (rows of new
+tokens).
+"""

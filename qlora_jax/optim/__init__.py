@@ -1,1 +1,1 @@
-"""Optimizers: optax transformations, schedules, and state that is paged between host and device."""
+"""Optimizers: schedules (config → optax), pages (what may be cut), paged (movement), eightbit (8-bit moments)."""

@@ -1,1 +1,5 @@
-"""Will it fit: memory and time of a config on a GPU that is not here, from the compiled program itself."""
+"""Will it fit, how fast: a config's programs compiled for a GPU that is not here.
+
+gpus (cards; here: this machine's) → topology (a described device) → program (what is compiled) → memory, roofline →
+plan, pack, longest, advice; buffers (XLA's report); utilization.
+"""

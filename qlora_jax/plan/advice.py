@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from qlora_jax.plan.spec import RunSpec
+from qlora_jax.train.spec import RunSpec
 
 
 class Change(NamedTuple):

@@ -25,18 +25,13 @@ from qlora_jax.models.layers import Frozen
 from qlora_jax.models.llama import LINEARS
 from qlora_jax.optim.pages import Pages
 from qlora_jax.plan.gpus import PlannedGpu
-from qlora_jax.plan.program import (
-    AbstractModel,
-    abstract_model,
-    compile_evaluation,
-    compile_gradient,
-    compile_update,
-)
-from qlora_jax.plan.spec import RunSpec
+from qlora_jax.plan.program import compile_evaluation, compile_gradient, compile_update
 from qlora_jax.quant.tensor import QuantizedTensor
 from qlora_jax.train.backward import block_input_bytes
 from qlora_jax.train.memory import MEMORY_FRACTION
 from qlora_jax.train.residency import decide
+from qlora_jax.train.shapes import AbstractModel, abstract_model
+from qlora_jax.train.spec import RunSpec
 
 KINDS = (
     "codes",

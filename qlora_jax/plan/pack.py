@@ -14,15 +14,8 @@ import jax.numpy as jnp
 
 from qlora_jax.models.layers import DropoutRate
 from qlora_jax.models.sizes import linear_weights
-from qlora_jax.plan.gpus import PlannedGpu
-from qlora_jax.plan.memory import base_bytes, usable_bytes
-from qlora_jax.plan.program import AbstractModel, BatchShape, abstract_model
-from qlora_jax.plan.roofline import roofline
-from qlora_jax.plan.spec import RunSpec, read_spec
-from qlora_jax.plan.topology import compile_for, on_gpu
-from qlora_jax.train.backward import compiler_options
-from qlora_jax.train.pack_run import STEPS_A_CALL
-from qlora_jax.train.pack_step import (
+from qlora_jax.packs.run import STEPS_A_CALL
+from qlora_jax.packs.step import (
     Member,
     MemberState,
     Steps,
@@ -30,7 +23,14 @@ from qlora_jax.train.pack_step import (
     make_pack_evaluation,
     make_steps,
 )
+from qlora_jax.plan.gpus import PlannedGpu
+from qlora_jax.plan.memory import base_bytes, usable_bytes
+from qlora_jax.plan.roofline import roofline
+from qlora_jax.plan.topology import compile_for, on_gpu
+from qlora_jax.train.backward import compiler_options
 from qlora_jax.train.setup import check_values
+from qlora_jax.train.shapes import AbstractModel, BatchShape, abstract_model
+from qlora_jax.train.spec import RunSpec, read_spec
 
 
 @dataclasses.dataclass(frozen=True)

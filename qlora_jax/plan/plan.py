@@ -13,9 +13,9 @@ from qlora_jax.plan.advice import Change, first_that_fits
 from qlora_jax.plan.gpus import PlannedGpu
 from qlora_jax.plan.memory import Memory, fits, plan_memory, usable_bytes
 from qlora_jax.plan.roofline import Roofline, roofline
-from qlora_jax.plan.spec import RunSpec, read_spec
 from qlora_jax.settings import flatten
 from qlora_jax.train.setup import check_values
+from qlora_jax.train.spec import RunSpec, read_spec
 
 EFFICIENCIES = (1.0, 0.6, 0.4)  # of the roofline, for which tokens/s are stated
 

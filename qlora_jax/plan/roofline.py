@@ -16,7 +16,7 @@ state over the bus, both ways.
 import dataclasses
 
 from qlora_jax.plan.gpus import PlannedGpu
-from qlora_jax.plan.spec import RunSpec
+from qlora_jax.train.spec import RunSpec
 
 PASSES = 3  # over the base: forward, recomputed, dx
 BUS_BYTES_PER_SECOND = 25e9  # PCIe 4.0 x16, one direction, as large copies from pinned memory reach it

@@ -10,7 +10,7 @@ import dataclasses
 from qlora_jax.models.sizes import linear_weights
 from qlora_jax.plan.gpus import PlannedGpu, gpu_of_kind
 from qlora_jax.plan.roofline import step_flops
-from qlora_jax.plan.spec import RunSpec
+from qlora_jax.train.spec import RunSpec
 
 
 @dataclasses.dataclass(frozen=True)

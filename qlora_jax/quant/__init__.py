@@ -1,1 +1,3 @@
-"""4-bit formats: quantize, dequantize, and the interchange with bitsandbytes."""
+"""4-bit formats: codebooks (tables), blockwise (quantizing), tensor (QuantizedTensor), bitsandbytes and native (on
+disk).
+"""

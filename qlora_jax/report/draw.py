@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.evaluate.figures import pyplot, save
+from qlora_jax.evaluate.tournament.figures import pyplot, save
 from qlora_jax.report.compare import Block, Share, means, over_seeds
 from qlora_jax.report.source import Curve
 

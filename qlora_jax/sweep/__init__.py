@@ -1,1 +1,5 @@
-"""Sweeps: a grid of configs, packs of its points, what runs them, and the ledger of what came out."""
+"""Grids of configs.
+
+grid → check → packs (cost) → engine (local, cluster: Ray; runner: packs/pack) → ledger → tabulate; search, compare,
+view.
+"""

@@ -77,7 +77,7 @@ def _main(how: str, folder: Path) -> None:
         finetune(configs[0], resolved(configs[0]), folder / "run", lambda line: None)
         print(0.0)  # its caller's clock counts
         return
-    from qlora_jax.train.pack import PackRunner
+    from qlora_jax.packs.pack import PackRunner
 
     runner = PackRunner()
     packs = [configs] if how == "pack" else [[config] for config in configs]

@@ -30,11 +30,11 @@ from qlora_jax.models.llama import LINEARS, sizes
 from qlora_jax.models.sizes import linear_bytes, linear_weights
 from qlora_jax.optim.schedules import OPTIMIZERS
 from qlora_jax.plan.gpus import PlannedGpu
-from qlora_jax.plan.program import BatchShape
 from qlora_jax.plan.roofline import roofline
-from qlora_jax.plan.spec import RunSpec, read_spec
 from qlora_jax.sweep.grid import Point
 from qlora_jax.train.memory import host_memory_bytes
+from qlora_jax.train.shapes import BatchShape
+from qlora_jax.train.spec import RunSpec, read_spec
 
 # bytes of optimizer state a parameter; 8-bit moments with their scales
 _STATE = {"adamw": 8.0, "lion": 4.0, "adamw8bit": 2.1, "lion8bit": 1.1, "sgd": 4.0}

@@ -11,7 +11,7 @@ from qlora_jax.sweep.grid import Point
 
 @dataclasses.dataclass(frozen=True)
 class Pack:
-    key: str  # equal for points that can share a program: train/pack.pack_key
+    key: str  # equal for points that can share a program: packs/pack.pack_key
     points: tuple[Point, ...]
 
     @property
@@ -43,7 +43,7 @@ def make_packs(
     """Groups points into packs: a pure function of its arguments, so a resumed sweep has the packs it had.
 
     Args:
-      key: train/pack.pack_key.
+      key: packs/pack.pack_key.
       pack_size: points a pack at most.
       takes: predicts bytes on the device of a pack of these points; `limit` is what there is. A point that does not fit
         alone is a pack of its own: predictions are upper bounds, and the run says what is true.

@@ -1,4 +1,4 @@
-"""What a sweep's workers run: packs of adapters on one frozen base (train/pack), warm from pack to pack."""
+"""What a sweep's workers run: packs of adapters on one frozen base (packs/pack), warm from pack to pack."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ def make_runner(keep_adapters: bool = False) -> RunPack:
     A pack that is to write checkpoints before its end keeps them in its folder, and goes on from them; they are deleted
     at its end. With `keep_adapters` members/HASH/ there is the folder of each run, PEFT adapter included.
     """
-    from qlora_jax.train.pack import PackRunner
+    from qlora_jax.packs.pack import PackRunner
 
     runner = PackRunner()
 

@@ -1,1 +1,6 @@
-"""Finetuning: loss, step, loop."""
+"""One run.
+
+setup (config → objects; spec and shapes: the same in sizes) → loop → loss (chunked), backward (layer by layer),
+step (the gradient), residency (what state stays on the device) → checkpoints, workdir, loggers; memory; mmlu (asked
+on the way); pretrain.
+"""

@@ -1,7 +1,7 @@
 """Checkpoints of a run, by orbax: adapter and optimizer pages, written in the background, whole or not at all.
 
 The step number is all else a run needs: batches (packed ones too) and dropout are pure functions of (seed, step), so
-it is the whole state of the input pipeline (data/pipeline.py).
+it is the whole state of the input pipeline (feed/pipeline.py).
 
 What lives on the device (the adapter, pages that stay there, scalars) is copied before `save` returns, since training
 updates it in place. Optimizer pages in host memory are written from where they lie: nothing passes through the device,

@@ -20,15 +20,15 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from qlora_jax.data.added_tokens import write_tokenizer
 from qlora_jax.data.examples import Example
-from qlora_jax.data.pipeline import prefetched, step_dataset
 from qlora_jax.errors import InputError
+from qlora_jax.feed.pipeline import prefetched, step_dataset
 from qlora_jax.io.peft import write_adapter
 from qlora_jax.optim.paged import PagedOptimizer
 from qlora_jax.optim.pages import Pages
 from qlora_jax.optim.schedules import paging
 from qlora_jax.settings import config_hash
+from qlora_jax.text.added_tokens import write_tokenizer
 from qlora_jax.train.backward import compiler_options
 from qlora_jax.train.checkpoints import Checkpoints
 from qlora_jax.train.loggers import Loggers

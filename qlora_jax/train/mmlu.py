@@ -12,12 +12,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import InputError
-from qlora_jax.evaluate import mmlu
-from qlora_jax.evaluate.mmlu_data import SPLITS, Question, load_questions
-from qlora_jax.evaluate.mmlu_prompts import Prompts, fitting, make_prompts
+from qlora_jax.evaluate.mmlu import accuracy as mmlu
+from qlora_jax.evaluate.mmlu.data import SPLITS, Question, load_questions
+from qlora_jax.evaluate.mmlu.prompts import Prompts, fitting, make_prompts
 from qlora_jax.evaluate.scoring import length_batches, make_option_logits
+from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.memory import Program
 
 

@@ -13,12 +13,10 @@ from flax import nnx
 
 from pallas_kernels import nf4_matmul
 from qlora_jax import lora
-from qlora_jax.data.added_tokens import AddedTokens, extended_tokenizer, find_added
-from qlora_jax.data.batches import FileBatches
 from qlora_jax.data.chat_examples import TEMPLATES
-from qlora_jax.data.load import LoadedData, load_data
-from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import InputError
+from qlora_jax.feed.batches import FileBatches
+from qlora_jax.feed.load import LoadedData, load_data
 from qlora_jax.io import peft
 from qlora_jax.io.folder import resolve
 from qlora_jax.io.load import QuantSpec, load_config, load_model
@@ -31,6 +29,8 @@ from qlora_jax.models.vocabulary import grow
 from qlora_jax.optim.paged import PAGING
 from qlora_jax.optim.pages import state_bytes
 from qlora_jax.optim.schedules import make_optimizer, make_schedule, paging
+from qlora_jax.text.added_tokens import AddedTokens, extended_tokenizer, find_added
+from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train import mmlu
 from qlora_jax.train.loggers import check_loggers
 from qlora_jax.train.mmlu import Asked

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qlora_jax.errors import InputError
-from qlora_jax.io.export import write_json
+from qlora_jax.files import write_json
 from qlora_jax.models.config import read_json
 from qlora_jax.settings import differing_keys
 

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
 from qlora_jax.data.chat_examples import ChatCuts, tokenize_chats
-from qlora_jax.data.fields import Chat
-from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import InputError
 from qlora_jax.generate.prompting import Request, prompt_ids
+from qlora_jax.text.chat import Chat
+from qlora_jax.text.chat_prompt import encode_chat
+from qlora_jax.text.tokenizer import Tokenizer
 from tests.chat_templates import CHATML, CONTROLS, FAMILIES, LLAMA2, MARKED_WHOLE, SYSTEM, TOOLS, TWO_TURNS
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4\ufdd5"))
@@ -131,10 +132,10 @@ def test_any_conversation_is_masked_exactly(families, family, turns):
     example = one(tokenizer, messages)
     answers = [answer.strip() if trims else answer for _, answer in turns]
     assert learned_texts(tokenizer, example) == [answer + end for answer in answers]
-    prompt = tokenizer.encode_chat(messages[:1])
+    prompt = encode_chat(tokenizer, messages[:1])
     assert example.tokens[: len(prompt)].tolist() == prompt and not example.loss_mask[: len(prompt)].any()
     # letters of a control token inside a message are letters: the template's are all there are
-    written = tokenizer.encode_chat([{**message, "content": "x"} for message in messages], False)
+    written = encode_chat(tokenizer, [{**message, "content": "x"} for message in messages], False)
     controls = [[int(n) for n in ids if int(n) in tokenizer.controls] for ids in (example.tokens, written)]
     assert controls[0] == controls[1]
 
@@ -145,7 +146,7 @@ def test_a_token_across_the_prompts_end_is_cut_there(families):
     assert joined != tokenizer.encode("assistant\n") + tokenizer.encode("\n")  # "\n\n" is one token
     messages = [TWO_TURNS[0], {"role": "assistant", "content": "\nyes"}]
     example = one(tokenizer, messages)
-    prompt = tokenizer.encode_chat(messages[:1])
+    prompt = encode_chat(tokenizer, messages[:1])
     assert example.tokens[: len(prompt)].tolist() == prompt
     assert tokenizer.encode("\n\n")[0] not in example.tokens
     assert learned_texts(tokenizer, example) == ["\nyes<|im_end|>"]
@@ -159,7 +160,7 @@ def test_sentencepiece_without_a_tokenizer_json(llama_model):
         f"{TWO_TURNS[3]['content']} </s>",
     ]
     for number in (2, 4):
-        prompt = llama_model.encode_chat(messages[:number])
+        prompt = encode_chat(llama_model, messages[:number])
         assert example.tokens[: len(prompt)].tolist() == prompt and example.loss_mask[len(prompt)]
     assert (example.tokens == llama_model.bos_id).sum() == 2 and (example.tokens == llama_model.eos_id).sum() == 2
 
@@ -173,7 +174,7 @@ def test_the_real_llama_2(shared_data, tmp_path, kind):
     assert [text.strip() for text in learned_texts(tokenizer, example)] == [
         f"{TWO_TURNS[n]['content']} </s>" for n in (1, 3)
     ]
-    prompt = tokenizer.encode_chat([SYSTEM, *TWO_TURNS[:3]])
+    prompt = encode_chat(tokenizer, [SYSTEM, *TWO_TURNS[:3]])
     assert example.tokens[: len(prompt)].tolist() == prompt
 
 
@@ -189,7 +190,7 @@ def test_an_answer_apart_from_its_prompt_gets_no_space(golden, tmp_path, kind):
     example = one(tokenizer, TORN)
     assert len(tokenizer.encode("the story.")) == 3  # "story" is one token
     assert tokenizer.decode(example.tokens) == "the story." and learned_texts(tokenizer, example) == ["ry.</s>"]
-    prompt = tokenizer.encode_chat(TORN[:1])
+    prompt = encode_chat(tokenizer, TORN[:1])
     assert example.tokens[: len(prompt)].tolist() == prompt
 
 
@@ -219,7 +220,7 @@ def test_tools(golden, tmp_path):
         '<tool_call>add {"a": 2, "b": 2}</tool_call><|im_end|>',
         "It is 4.<|im_end|>",
     ]
-    assert (example.tokens == tokenizer.encode_chat([TWO_TURNS[0]])[0]).sum() == 5  # five headers
+    assert (example.tokens == encode_chat(tokenizer, [TWO_TURNS[0]])[0]).sum() == 5  # five headers
 
 
 def test_too_long_chats_keep_an_end(families):

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from qlora_jax.data.examples import tokenize_example, tokenize_examples
 from qlora_jax.data.formats import Text
-from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import InputError
+from qlora_jax.text.tokenizer import Tokenizer
 
 BOS, EOS = 256, 257  # of the byte tokenizer
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

@@ -8,12 +8,12 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
 
-from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import InputError
 from qlora_jax.evaluate.harness import HarnessModel
 from qlora_jax.evaluate.perplexity import perplexity
 from qlora_jax.generate.decode import generate
 from qlora_jax.io.load import load_model
+from qlora_jax.text.tokenizer import Tokenizer
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 CONTEXT = 64

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.text.tokenizer import Tokenizer
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 

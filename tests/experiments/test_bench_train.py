@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import bench_torch
+from qlora_jax.bench import torch_side
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPT = REPOSITORY / "experiments" / "bench_train_torch.py"
+SCRIPT = REPOSITORY / "qlora_jax" / "bench" / "torch_script.py"
 SMALL = [
     "--config=configs/quickstart.py",
     "--config.data.max_source_len=16",
@@ -171,7 +171,7 @@ def test_what_the_rival_dies_of_is_said(tmp_path, script, error):
     if script:
         python.write_text(f"#!/bin/sh\n{script}\n")
         python.chmod(0o755)
-    assert bench_torch.run(str(python), {})["error"].endswith(error)
+    assert torch_side.run(str(python), {})["error"].endswith(error)
 
 
 @pytest.mark.parametrize(

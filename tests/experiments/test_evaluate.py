@@ -26,7 +26,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder, run_commands, golden) -> dict:
     """Name -> result of each command; all run in one process."""
-    from qlora_jax.data.tokenizer import Tokenizer
+    from qlora_jax.text.tokenizer import Tokenizer
 
     text, out = f"--text={folder}/text.txt", f"--out={folder}/out/"
     np.save(folder / "ids.npy", Tokenizer.from_folder(folder).encode((folder / "text.txt").read_text()))

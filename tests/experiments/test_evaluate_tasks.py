@@ -11,11 +11,11 @@ import jinja2
 import pytest
 import yaml
 
-from experiments.harness_task import check_extra, load_tasks
+from experiments.support.harness_task import check_extra, load_tasks
 from qlora_jax.data.prompts import alpaca_prompt
 from qlora_jax.errors import InputError
 from tests.conftest import REPOSITORY
-from tests.evaluate.mmlu_files import COUNTS, SUBJECTS, write_checkpoint, write_owners_folder
+from tests.evaluate.mmlu.mmlu_files import COUNTS, SUBJECTS, write_checkpoint, write_owners_folder
 
 lm_eval = pytest.importorskip("lm_eval")
 importlib.import_module("lm_eval.tasks")

@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from configs.sweeps import paper
+from qlora_jax.packs.pack import pack_key
 from qlora_jax.settings import flatten
 from qlora_jax.sweep import compare
 from qlora_jax.sweep.grid import axis, expand
 from qlora_jax.sweep.ledger import FILE, contents, reading
 from qlora_jax.sweep.packs import make_packs
-from qlora_jax.train.pack import pack_key
 from tests.sweep import fake
 from tests.tiny_checkpoint import write_tiny_checkpoint
 

@@ -149,9 +149,9 @@ def test_mistakes_are_one_line(results, folder, assert_one_line_error, name, wor
 
 
 def test_oa_column_of_the_paper(shared_data) -> None:
-    from qlora_jax.evaluate.elo import elo
-    from qlora_jax.evaluate.games import games_of
-    from qlora_jax.evaluate.verdicts import read_verdicts, select
+    from qlora_jax.evaluate.tournament.elo import elo
+    from qlora_jax.evaluate.tournament.games import games_of
+    from qlora_jax.evaluate.tournament.verdicts import read_verdicts, select
 
     verdicts = select(read_verdicts(shared_data / "oa_bench" / "pairwise_gpt4.csv").verdicts, "threeclass", "oa")
     ratings = elo(games_of(verdicts), k=32, orderings=4_000, seed=0)

@@ -2,12 +2,12 @@
 
 import pytest
 
-from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import InputError
 from qlora_jax.generate.chat import Chat
 from qlora_jax.generate.decode import complete
 from qlora_jax.generate.prompting import Request, answer_text, prompt_ids
 from qlora_jax.generate.sampling import Sampling
+from qlora_jax.text.tokenizer import Tokenizer
 
 GREEDY = Sampling(20, 0.0)
 

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from qlora_jax.data.examples import tokenize_example
 from qlora_jax.data.prompts import GUANACO_SYSTEM, alpaca_prompt
-from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import InputError
 from qlora_jax.generate.prompting import Answer, Request, answer_text, check_stops, prompt_ids
+from qlora_jax.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

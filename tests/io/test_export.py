@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from qlora_jax.errors import InputError
-from qlora_jax.io.export import atomic_folder, write_checkpoint, write_json
+from qlora_jax.files import atomic_folder, write_json
+from qlora_jax.io.export import write_checkpoint
 from qlora_jax.io.load import QuantSpec, load_model
 
 UNQUANTIZED = QuantSpec("none")

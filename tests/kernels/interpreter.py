@@ -19,11 +19,15 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
-from pallas_kernels.nf4_matmul import Codec, Packed, config, scratch, triton_backend, triton_fp8, triton_fp8_backend
+from pallas_kernels.nf4_matmul import Codec, Packed, config
 from pallas_kernels.nf4_matmul.shapes import Shape
-from pallas_kernels.nf4_matmul.triton_backward import backward_kernel
-from pallas_kernels.nf4_matmul.triton_dequantize import dequantize_kernel
-from pallas_kernels.nf4_matmul.triton_forward import forward_kernel
+from pallas_kernels.nf4_matmul.triton import backend as triton_backend
+from pallas_kernels.nf4_matmul.triton import fp8 as triton_fp8
+from pallas_kernels.nf4_matmul.triton import fp8_backend as triton_fp8_backend
+from pallas_kernels.nf4_matmul.triton import scratch
+from pallas_kernels.nf4_matmul.triton.backward import backward_kernel
+from pallas_kernels.nf4_matmul.triton.dequantize import dequantize_kernel
+from pallas_kernels.nf4_matmul.triton.forward import forward_kernel
 from tests.kernels import ptx
 
 LOCK = threading.Lock()  # what is patched is the process's
@@ -75,7 +79,7 @@ def matmul_fp8(x: jax.Array, packed: Packed, codec: Codec, tiles: config.Tiles) 
 
 
 def dequantize(packed: Packed, codec: Codec, dtype: str) -> np.ndarray:
-    """W [O, I] in dtype, computed as scratch.py launches it."""
+    """W [O, I] in dtype, computed as triton/scratch.py launches it."""
     out = np.full(codec.shape, np.nan, jnp.dtype(dtype))
     arguments = _named(scratch.operands(packed, codec)) | {"out": out} | scratch.constants(codec)
     run(dequantize_kernel, (scratch.programs(codec),), arguments)

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 import qlora_jax as qj
-from experiments.model_flags import KERNELS
+from experiments.support.model_flags import KERNELS
 from pallas_kernels import nf4_matmul
-from pallas_kernels.nf4_matmul import api, config, scratch, triton_backend
+from pallas_kernels.nf4_matmul import api, config, dense_matmul, dequantize
 from pallas_kernels.nf4_matmul.shapes import Shape
+from pallas_kernels.nf4_matmul.triton import backend as triton_backend
+from pallas_kernels.nf4_matmul.triton import scratch
 
 SHAPE = Shape(128, 64)
 is_installed = api._is_installed
@@ -25,8 +27,8 @@ def launches(monkeypatch, tmp_path):
 
     def launch(backend, op, x, packed, codec):
         seen.append((backend, op, x.shape[0]))
-        w = api.dequantize(packed, codec, x.dtype)
-        return api.dense_matmul(x, w, 1 if op == "forward" else 0)
+        w = dequantize(packed, codec, x.dtype)
+        return dense_matmul(x, w, 1 if op == "forward" else 0)
 
     for name, module in (("triton", triton_backend), ("scratch", scratch)):
         for op in config.OPS:

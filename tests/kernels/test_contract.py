@@ -16,8 +16,10 @@ from jax.ad_checkpoint import print_saved_residuals
 
 import qlora_jax as qj
 from pallas_kernels import nf4_matmul
-from pallas_kernels.nf4_matmul import Codec, Packed, config, scratch, triton_backend
+from pallas_kernels.nf4_matmul import Codec, Packed, config
 from pallas_kernels.nf4_matmul.shapes import Shape
+from pallas_kernels.nf4_matmul.triton import backend as triton_backend
+from pallas_kernels.nf4_matmul.triton import scratch
 
 GPU = config.Gpu("a GPU", 86, 1)
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-12}

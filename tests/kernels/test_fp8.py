@@ -11,8 +11,10 @@ from jax.ad_checkpoint import print_saved_residuals
 
 import qlora_jax as qj
 from pallas_kernels import nf4_matmul
-from pallas_kernels.nf4_matmul import Codec, Packed, config, fp8, triton_backend, triton_fp8_backend
+from pallas_kernels.nf4_matmul import Codec, Packed, config, fp8
 from pallas_kernels.nf4_matmul.shapes import Shape
+from pallas_kernels.nf4_matmul.triton import backend as triton_backend
+from pallas_kernels.nf4_matmul.triton import fp8_backend as triton_fp8_backend
 
 H200 = config.Gpu("NVIDIA H200", 90, 132)
 A100 = config.Gpu("NVIDIA A100-SXM4-80GB", 80, 108)

@@ -15,8 +15,9 @@ from jax.ad_checkpoint import print_saved_residuals
 
 import qlora_jax as qj
 from pallas_kernels import nf4_matmul
-from pallas_kernels.nf4_matmul import Packed, config, lora, measure, triton_backend
+from pallas_kernels.nf4_matmul import Packed, config, lora, measure
 from pallas_kernels.nf4_matmul.shapes import Shape
+from pallas_kernels.nf4_matmul.triton import backend as triton_backend
 from qlora_jax.models.layers import Dropout, Linear
 
 GPU = config.Gpu("a GPU", 86, 1)

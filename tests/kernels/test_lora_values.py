@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from pallas_kernels.nf4_matmul import config, dequantize  # noqa: E402
 from pallas_kernels.nf4_matmul.config import Tiles  # noqa: E402
-from pallas_kernels.nf4_matmul.triton_backend import LowRank  # noqa: E402
+from pallas_kernels.nf4_matmul.triton.backend import LowRank  # noqa: E402
 from tests.kernels import interpreter  # noqa: E402
 from tests.kernels.weights import whole_numbers  # noqa: E402
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.nf4_matmul import Codec, config, measure, triton_backend
+from pallas_kernels.nf4_matmul import Codec, config, measure
 from pallas_kernels.nf4_matmul.shapes import Shape
+from pallas_kernels.nf4_matmul.triton import backend as triton_backend
 
 GPU = config.Gpu("a GPU", 80, 10)
 CODEC = Codec((64, 128), 64, tuple(k / 8 - 1 for k in range(16)), tuple(k / 255 for k in range(256)))

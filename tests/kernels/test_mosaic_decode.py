@@ -6,7 +6,7 @@ import pytest
 
 import qlora_jax as qj
 from pallas_kernels.nf4_matmul import dequantize
-from pallas_kernels.nf4_matmul.mosaic_decode import assembly, decode, look_up_by_selects, scale_planes
+from pallas_kernels.nf4_matmul.mosaic.decode import assembly, decode, look_up_by_selects, scale_planes
 from tests.kernels import ptx
 
 DTYPES = [jnp.bfloat16, jnp.float16]

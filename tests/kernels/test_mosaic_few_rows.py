@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import qlora_jax as qj
-from pallas_kernels.nf4_matmul import Codec, Packed, dequantize, mosaic_few_rows, mosaic_hopper
+from pallas_kernels.nf4_matmul import Codec, Packed, dequantize
+from pallas_kernels.nf4_matmul.mosaic import few_rows as mosaic_few_rows
+from pallas_kernels.nf4_matmul.mosaic import hopper as mosaic_hopper
 from pallas_kernels.nf4_matmul.shapes import SHAPES, Shape
 from tests.kernels import ptx_program
 from tests.kernels.test_mosaic_lowering import lower

@@ -11,7 +11,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="needs triton's assembler and disassembler")
 
-from pallas_kernels.nf4_matmul.mosaic_few_rows_ptx import BYTE_ROWS, GROUP, TILES  # noqa: E402
+from pallas_kernels.nf4_matmul.mosaic.few_rows_ptx import BYTE_ROWS, GROUP, TILES  # noqa: E402
 from tests.kernels.test_mosaic_compile import H200  # noqa: E402
 
 TOOLS = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin"

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.nf4_matmul import Codec, Packed, config, mosaic_hopper
+from pallas_kernels.nf4_matmul import Codec, Packed, config
+from pallas_kernels.nf4_matmul.mosaic import hopper as mosaic_hopper
 from pallas_kernels.nf4_matmul.shapes import SHAPES
 
 

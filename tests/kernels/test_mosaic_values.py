@@ -16,7 +16,8 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 import qlora_jax as qj
 from pallas_kernels import nf4_matmul
-from pallas_kernels.nf4_matmul import Codec, Packed, config, dequantize, mosaic_hopper
+from pallas_kernels.nf4_matmul import Codec, Packed, config, dequantize
+from pallas_kernels.nf4_matmul.mosaic import hopper as mosaic_hopper
 from tests.kernels.weights import whole_numbers
 
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)

@@ -13,7 +13,9 @@ import pytest
 
 import qlora_jax as qj
 from pallas_kernels import nf4_matmul
-from pallas_kernels.nf4_matmul import api, fp8, scratch, triton_fp8_backend
+from pallas_kernels.nf4_matmul import api, fp8
+from pallas_kernels.nf4_matmul.triton import fp8_backend as triton_fp8_backend
+from pallas_kernels.nf4_matmul.triton import scratch
 
 pytestmark = [
     pytest.mark.gpu,

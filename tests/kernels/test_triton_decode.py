@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from pallas_kernels.nf4_matmul.triton_decode import ASSEMBLY, CONSTRAINTS, table_words  # noqa: E402
+from pallas_kernels.nf4_matmul.triton.decode import ASSEMBLY, CONSTRAINTS, table_words  # noqa: E402
 from tests.kernels import ptx  # noqa: E402
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}

@@ -7,7 +7,8 @@ import pytest
 triton = pytest.importorskip("triton")
 
 import qlora_jax as qj  # noqa: E402
-from pallas_kernels.nf4_matmul import Codec, Packed, scratch  # noqa: E402
+from pallas_kernels.nf4_matmul import Codec, Packed  # noqa: E402
+from pallas_kernels.nf4_matmul.triton import scratch  # noqa: E402
 from tests.kernels import interpreter, triton_compile  # noqa: E402
 
 SHAPES = {

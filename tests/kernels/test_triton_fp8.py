@@ -9,10 +9,11 @@ import pytest
 
 pytest.importorskip("triton")
 
-from pallas_kernels.nf4_matmul import Codec, config, dequantize, triton_fp8_backend  # noqa: E402
+from pallas_kernels.nf4_matmul import Codec, config, dequantize  # noqa: E402
 from pallas_kernels.nf4_matmul.config import Tiles  # noqa: E402
 from pallas_kernels.nf4_matmul.shapes import SHAPES, Shape  # noqa: E402
-from pallas_kernels.nf4_matmul.triton_fp8 import ASSEMBLY, CONSTRAINTS, table_words  # noqa: E402
+from pallas_kernels.nf4_matmul.triton import fp8_backend as triton_fp8_backend  # noqa: E402
+from pallas_kernels.nf4_matmul.triton.fp8 import ASSEMBLY, CONSTRAINTS, table_words  # noqa: E402
 from tests.kernels import interpreter, ptx  # noqa: E402
 from tests.kernels.triton_compile import Machine, compile_fp8  # noqa: E402
 from tests.kernels.weights import whole_numbers  # noqa: E402

@@ -5,8 +5,10 @@ import fcntl
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.nf4_matmul import Codec, api, config, measure, scratch, triton_backend, tune
+from pallas_kernels.nf4_matmul import Codec, config, dense_matmul, dequantize, measure, tune
 from pallas_kernels.nf4_matmul.shapes import Shape
+from pallas_kernels.nf4_matmul.triton import backend as triton_backend
+from pallas_kernels.nf4_matmul.triton import scratch
 
 GPU = config.Gpu("a GPU", 80, 10)
 CODEC = Codec((64, 128), 64, tuple(k / 8 - 1 for k in range(16)), tuple(k / 255 for k in range(256)))
@@ -35,7 +37,7 @@ def machine(monkeypatch, tmp_path):
         state.compiled.append(name)
         if name in state.broken:
             raise RuntimeError("out of registers\nand more")
-        y = api.dense_matmul(x, api.dequantize(packed, codec, x.dtype), 1 if op == "forward" else 0)
+        y = dense_matmul(x, dequantize(packed, codec, x.dtype), 1 if op == "forward" else 0)
         return y.at[0, 0].add(5 * jnp.std(y)) if name in state.wrong else y
 
     def interleaved(runs, repeats, copies):

@@ -12,10 +12,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pallas_kernels.nf4_matmul import Codec, config, scratch, triton_backend, triton_fp8, triton_fp8_backend
-from pallas_kernels.nf4_matmul.triton_backward import backward_kernel
-from pallas_kernels.nf4_matmul.triton_dequantize import dequantize_kernel
-from pallas_kernels.nf4_matmul.triton_forward import forward_kernel
+from pallas_kernels.nf4_matmul import Codec, config
+from pallas_kernels.nf4_matmul.triton import backend as triton_backend
+from pallas_kernels.nf4_matmul.triton import fp8 as triton_fp8
+from pallas_kernels.nf4_matmul.triton import fp8_backend as triton_fp8_backend
+from pallas_kernels.nf4_matmul.triton import scratch
+from pallas_kernels.nf4_matmul.triton.backward import backward_kernel
+from pallas_kernels.nf4_matmul.triton.dequantize import dequantize_kernel
+from pallas_kernels.nf4_matmul.triton.forward import forward_kernel
 
 CUOBJDUMP = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTER = {"bfloat16": "*bf16", "float16": "*fp16"}

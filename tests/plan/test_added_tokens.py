@@ -9,11 +9,11 @@ from configs import base
 from qlora_jax.plan.gpus import PlannedGpu
 from qlora_jax.plan.memory import base_bytes
 from qlora_jax.plan.plan import make_plan
-from qlora_jax.plan.program import abstract_model
 from qlora_jax.plan.roofline import step_flops
-from qlora_jax.plan.spec import read_spec
 from qlora_jax.settings import resolved
 from qlora_jax.train.loop import finetune
+from qlora_jax.train.shapes import abstract_model
+from qlora_jax.train.spec import read_spec
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 CPU = PlannedGpu("a CPU", (0, 0), 0, 2**40, 1e10, 1e11, 0, 0.0, is_here=True)

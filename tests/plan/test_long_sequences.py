@@ -10,8 +10,9 @@ from qlora_jax.models.config import ModelConfig
 from qlora_jax.plan import topology
 from qlora_jax.plan.buffers import compile_with_values
 from qlora_jax.plan.gpus import GPUS
-from qlora_jax.plan.program import BatchShape, ModelSpec, abstract_model, compile_gradient
+from qlora_jax.plan.program import compile_gradient
 from qlora_jax.train.backward import block_input_bytes
+from qlora_jax.train.shapes import BatchShape, ModelSpec, abstract_model
 
 if not topology.is_installed():
     pytest.skip("needs XLA:GPU's compiler: pip install jax-cuda13-plugin", allow_module_level=True)

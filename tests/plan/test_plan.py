@@ -14,10 +14,10 @@ from qlora_jax.plan.gpus import GPUS, PlannedGpu, planned_gpu
 from qlora_jax.plan.memory import usable_bytes
 from qlora_jax.plan.plan import make_plan
 from qlora_jax.plan.roofline import roofline
-from qlora_jax.plan.spec import read_spec
 from qlora_jax.settings import resolved
 from qlora_jax.train.loop import finetune
 from qlora_jax.train.memory import MEMORY_FRACTION
+from qlora_jax.train.spec import read_spec
 
 CPU = PlannedGpu("a CPU", (0, 0), 0, 2**40, 1e10, 1e11, 0, 0.0, is_here=True)
 

@@ -8,12 +8,12 @@ import pytest
 
 from configs import base
 from qlora_jax.errors import InputError
+from qlora_jax.packs.pack import train_pack
 from qlora_jax.plan import pack
 from qlora_jax.plan.gpus import PlannedGpu
 from qlora_jax.plan.pack import PackPlan, largest_pack, plan_pack, steps_program
-from qlora_jax.plan.program import abstract_model
-from qlora_jax.plan.spec import read_spec
-from qlora_jax.train.pack import train_pack
+from qlora_jax.train.shapes import abstract_model
+from qlora_jax.train.spec import read_spec
 
 CPU = PlannedGpu("a CPU", (0, 0), 0, 2**40, 1e10, 1e11, 0, 0.0, is_here=True)
 

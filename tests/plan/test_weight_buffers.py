@@ -11,7 +11,8 @@ from qlora_jax.models.config import ModelConfig
 from qlora_jax.plan import topology
 from qlora_jax.plan.buffers import Value, compile_with_values, most_bytes_at_once
 from qlora_jax.plan.gpus import GPUS
-from qlora_jax.plan.program import BatchShape, ModelSpec, abstract_model, compile_gradient
+from qlora_jax.plan.program import compile_gradient
+from qlora_jax.train.shapes import BatchShape, ModelSpec, abstract_model
 
 if not topology.is_installed():
     pytest.skip("needs XLA:GPU's compiler: pip install jax-cuda13-plugin", allow_module_level=True)

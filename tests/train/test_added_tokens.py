@@ -10,13 +10,13 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from configs import base
-from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import InputError
 from qlora_jax.io.load import QuantSpec, load_config, load_model
 from qlora_jax.io.merge import merge_folder
 from qlora_jax.io.peft import load_adapter, write_adapter
 from qlora_jax.models.layers import Frozen
 from qlora_jax.settings import resolved
+from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.loop import Run, finetune
 from qlora_jax.train.setup import prepare
 from qlora_jax.train.workdir import Workdir

@@ -11,12 +11,12 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from qlora_jax.errors import InputError
+from qlora_jax.packs.pack import PackRunner
 from qlora_jax.settings import resolved
 from qlora_jax.sweep.check import check_points
 from qlora_jax.sweep.grid import axis, expand
 from qlora_jax.train.loggers import Loggers, check_loggers
 from qlora_jax.train.loop import Run, finetune
-from qlora_jax.train.pack import PackRunner
 
 PLAIN = {"lora": {"rank": 2, "targets": ["q_proj"]}, "train": {"steps": 4}}
 

@@ -5,19 +5,19 @@ import json
 import pytest
 from safetensors.numpy import load_file
 
-from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import InputError
-from qlora_jax.evaluate import mmlu
-from qlora_jax.evaluate.mmlu_data import load_questions
-from qlora_jax.evaluate.mmlu_prompts import make_prompts
+from qlora_jax.evaluate.mmlu import accuracy as mmlu
+from qlora_jax.evaluate.mmlu.data import load_questions
+from qlora_jax.evaluate.mmlu.prompts import make_prompts
 from qlora_jax.evaluate.scoring import option_logits_of
 from qlora_jax.io.load import QuantSpec, load_model
 from qlora_jax.io.peft import load_adapter
 from qlora_jax.settings import resolved
+from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train import loop
 from qlora_jax.train.loop import finetune
 from qlora_jax.train.setup import check_config
-from tests.evaluate.mmlu_files import write_checkpoint, write_owners_folder
+from tests.evaluate.mmlu.mmlu_files import write_checkpoint, write_owners_folder
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ Numbers that stand inside sentences are never read: they may be steps of a solut
 import re
 from collections.abc import Iterator
 
-from qlora_jax.evaluate.verdicts import UNPARSED
+from qlora_jax.evaluate.tournament.verdicts import UNPARSED
 
 LOWEST, HIGHEST = 1.0, 10.0
 

@@ -12,7 +12,7 @@ from qlora_jax.evaluate.judge.pairs import Comparison
 from qlora_jax.evaluate.judge.parse import relative_score, threeclass_score
 from qlora_jax.evaluate.judge.prompts import Prompt, Prompts
 from qlora_jax.evaluate.judge.store import SETTINGS, VerdictFile
-from qlora_jax.evaluate.verdicts import UNPARSED
+from qlora_jax.evaluate.tournament.verdicts import UNPARSED
 from qlora_jax.settings import config_hash
 
 

@@ -1,6 +1,6 @@
 """The file of verdicts: JSONL to which each verdict is appended at once, and what of it a later run can use.
 
-A row is a judge file's row (evaluate/verdicts) and says how it came about: protocol, prompts (hash of the prompt's
+A row is a judge file's row (tournament/verdicts) and says how it came about: protocol, prompts (hash of the prompt's
 words), temperature, max_tokens, request (hash of all that was sent), finish_reason and the tokens that were paid for.
 """
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.evaluate.agreement import Share, both_orders, position_bias
-from qlora_jax.evaluate.verdicts import FIRST, SECOND, TIE, UNPARSED, Verdict
+from qlora_jax.evaluate.tournament.agreement import Share, both_orders, position_bias
+from qlora_jax.evaluate.tournament.verdicts import FIRST, SECOND, TIE, UNPARSED, Verdict
 
 
 def as_verdicts(rows: Sequence[dict[str, Any]]) -> list[Verdict]:

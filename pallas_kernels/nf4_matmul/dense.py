@@ -1,0 +1,38 @@
+"""The product with a weight in 16 or 32 bits, as XLA computes it."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def dense_matmul(x: jax.Array, w: jax.Array, contract: int, dtype: Any = None) -> jax.Array:
+    """x [..., K] times w over w's dimension `contract`, summed in float32; float32 inputs are not rounded to TF32.
+
+    The result is of `dtype`, or x's. Its gradient's products take operands of x's dtype too: left to JAX, a float32
+    cotangent would meet w in 16 bits, and XLA:GPU would write w out in 32.
+    """
+    return _dot(x, w, (((x.ndim - 1,), (contract,)), ((), ()))).astype(dtype or x.dtype)
+
+
+def _dense_forward(x, w, contract, dtype):
+    return dense_matmul(x, w, contract, dtype), (x, w)
+
+
+def _dense_backward(contract, dtype, residuals, dy):
+    x, w = residuals
+    rows = tuple(range(x.ndim - 1))
+    dy = dy.astype(x.dtype)
+    dx = _dot(dy, w, (((x.ndim - 1,), (1 - contract,)), ((), ()))).astype(x.dtype)
+    operands = (dy, x) if contract == 1 else (x, dy)
+    return dx, _dot(*operands, ((rows, rows), ((), ()))).astype(w.dtype)
+
+
+dense_matmul.defvjp(_dense_forward, _dense_backward)
+
+
+def _dot(a: jax.Array, b: jax.Array, dims: Any) -> jax.Array:
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)

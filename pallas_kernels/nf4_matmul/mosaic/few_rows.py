@@ -1,0 +1,88 @@
+"""y = x W^T on Hopper for up to 16 rows of x, where reading the packed bytes is the bound.
+
+The kernel's work is one text of PTX (few_rows_ptx.py): Pallas' own operations reach neither a look-up in shared
+memory by lane nor a fragment of mma as it lies in global memory. Pallas gives it its grid, shared memory and arrays.
+No GPU has run it: tests emulate the text, and compile it for an H200 (2.2 instructions a weight up to 8 rows, 2.5 up to
+16; whether it then reads at the memory's speed is unproven).
+"""
+
+import dataclasses
+
+import jax
+import jax.experimental.mosaic.gpu as mgpu
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+from pallas_kernels.nf4_matmul.mosaic.few_rows_ptx import GROUP, Program
+from pallas_kernels.nf4_matmul.operands import Codec, Packed
+
+WARPS = 16 * 132  # that run at once on an H200 by registers; each multiprocessor then has 64 KiB of codes under way
+FULL = 0.9  # of their places in the last wave that programs should take
+
+
+def forward(x: jax.Array, packed: Packed, codec: Codec, split: int | None = None) -> jax.Array:
+    """y [M, O] = x [M, I] W^T in x's dtype, summed in float32.
+
+    Args:
+      x: [M, I], 1 to 16 rows, bfloat16 or float16.
+      packed, codec: a weight that mosaic_hopper.unsupported takes.
+      split: programs that share one sum, at most I / 128; by default as many as fill a GPU.
+    """
+    program = make_program(x.shape[0], x.dtype, codec, packed.nested_absmax is not None, split)
+    arrays = [x, packed.codes, *scale_arrays(packed, codec)]
+    out_type = (program.split, *x.shape[:1], codec.shape[0])
+    out = plgpu.kernel(
+        lambda *refs: _kernel(program, *refs),
+        out_type=jax.ShapeDtypeStruct(out_type, jnp.float32 if program.split > 1 else x.dtype),
+        grid=program.grid,
+        grid_names=("tile", "split"),
+        num_threads=program.warps // 4,
+        thread_name="warpgroup",
+        scratch_types=[plgpu.SMEM((program.shared_bytes,), jnp.uint8)],
+    )(*[array.reshape(-1) for array in arrays])
+    return out.sum(0).astype(x.dtype)
+
+
+def scale_arrays(packed: Packed, codec: Codec) -> list[jax.Array]:
+    """The scales as they are stored, and what expands those of 8 bits: nested scales, map, offset."""
+    if packed.nested_absmax is None or packed.offset is None:
+        return [packed.absmax]
+    return [packed.absmax, packed.nested_absmax, jnp.asarray(codec.absmax_map, jnp.float32), packed.offset]
+
+
+def make_program(rows: int, dtype: jnp.dtype, codec: Codec, nested: bool, split: int | None = None) -> Program:
+    """The program of a call; `split` as in `forward`. Raises ValueError for a number of rows that it is not for."""
+    if not 1 <= rows <= 16:
+        raise ValueError(f"x has {rows} rows, this kernel takes 1 to 16: call mosaic_hopper.forward")
+    program = Program(rows, codec.shape, codec.block_size, jnp.dtype(dtype).name, codec.table, nested, 1)
+    return dataclasses.replace(program, split=split or _split(program))
+
+
+def _split(program: Program) -> int:
+    """The least split with which the programs about fill the GPU, or else the one that fills it best; unmeasured."""
+    at_once, tiles = WARPS // program.warps, program.grid[0]
+    largest = max(1, program.shape[1] // GROUP // program.warps)  # a group for every warp
+    fill = {split: tiles * split / (-(-tiles * split // at_once) * at_once) for split in range(1, largest + 1)}
+    return next((split for split in fill if fill[split] >= FULL), max(fill, key=fill.__getitem__))
+
+
+def _kernel(program: Program, *refs) -> None:
+    *arrays, out, shared = refs
+    tile, split = jax.lax.axis_index("tile"), jax.lax.axis_index("split")
+    begin, end = program.columns(split)
+    references, numbers = (*arrays, out, shared), (tile, split, begin, end)
+
+    @plgpu.inline_mgpu(
+        arg_types=(*[plgpu.RefType()] * len(references), *[plgpu.Layout.WG_SPLAT(())] * len(numbers)), return_type=()
+    )
+    def run(_, *operands):
+        pointers = [mgpu.utils.memref_ptr(reference) for reference in operands[: len(references)]]
+        *inputs, out, shared = pointers
+        inputs += [inputs[-1]] * (6 - len(inputs))  # stand for scales' arrays that are not read
+        words = [number.registers.item() for number in operands[len(references) :]]
+        shared = llvm.ptrtoint(ir.IntegerType.get_signless(32), shared)
+        mgpu.utils.inline_ptx(program.text(), *inputs, out, shared, *words, has_side_effects=True, convergent=True)
+
+    run(*references, *numbers)

@@ -1,0 +1,38 @@
+"""A packed weight as the op takes it: its arrays, what is fixed about it, and what they mean."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.nf4_matmul import reference
+
+
+class Codec(NamedTuple):
+    """What is fixed when a program is compiled. Tables are tuples so that a codec can be hashed."""
+
+    shape: tuple[int, int]  # (O, I)
+    block_size: int  # values that share one absmax
+    table: tuple[float, ...]  # 16 values
+    absmax_map: tuple[float, ...]  # 256 values, read only with double quantization
+    backend: str = "xla"  # one of api.BACKENDS
+    compute: str = "full"  # of the forward product: one of api.COMPUTE
+    fuse_lora: bool = False  # lora.matmul_lora adds the adapter inside the kernel; backend "triton" alone
+
+
+class Packed(NamedTuple):
+    """The arrays of one weight; see reference.py for the layout."""
+
+    codes: jax.Array  # uint8 [ceil(O * I / 2)]
+    absmax: jax.Array  # float32 [C'], or uint8 [C'] with double quantization
+    nested_absmax: jax.Array | None  # float32 [ceil(C' / 256)]
+    offset: jax.Array | None  # float32 []
+
+
+def dequantize(packed: Packed, codec: Codec, dtype: jnp.dtype) -> jax.Array:
+    """W [O, I] in dtype, bit-exact with bitsandbytes' definition."""
+    absmax_map = np.asarray(codec.absmax_map, np.float32)
+    absmax = reference.dequantize_absmax(packed.absmax, packed.nested_absmax, packed.offset, absmax_map)
+    table = np.asarray(codec.table, np.float32)
+    return reference.dequantize(packed.codes, absmax, table, codec.shape, codec.block_size, dtype)

@@ -1,0 +1,1 @@
+"""MMLU: data (the owners' or the hub's files), subjects, prompts → accuracy."""

@@ -1,0 +1,155 @@
+"""The tokenizer of a checkpoint folder: text to ids and back, whichever files the folder has.
+
+Encoding adds nothing by itself and plain text never turns into control tokens; BOS and EOS come in where the
+caller asks for them. A chat template's own control tokens are recognised, those inside a message are not.
+"""
+
+import datetime
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_jax.errors import InputError
+from qlora_jax.text import chat_template, tokenizer_files
+from qlora_jax.text.chat_guard import Guard
+from qlora_jax.text.decode_stream import DecodeStream
+from qlora_jax.text.tokenizer_backends import Backend, Encoding, JsonBackend, SentencePieceBackend
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Attributes:
+      vocab_size: one more than the highest id.
+      bos_id: id of the begin token; None for a model that has none.
+      eos_id: id that ends a training example.
+      eos_ids: every id at which generation stops, `eos_id` first.
+      chat_template: Jinja source, or None.
+      controls: id -> text of every control token.
+    """
+
+    def __init__(self, backend: Backend, settings: tokenizer_files.Settings) -> None:
+        self._backend = backend
+        self._settings = settings
+        self.vocab_size = backend.vocab_size
+        self.bos_id = settings.bos_id
+        self.eos_id = settings.eos_ids[0]
+        self.eos_ids = settings.eos_ids
+        self.chat_template = settings.chat_template
+        self.controls = {number: text for text, number in backend.specials.items()}
+        self._guard = Guard(list(backend.specials))
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, model: str | Path | None = None) -> "Tokenizer":
+        """Reads tokenizer.json, or tokenizer.model where there is none, and the settings beside it.
+
+        `model`: the folder whose config.json and generation_config.json say what the tokenizer's files leave open, if
+        that is another (an adapter's folder has a tokenizer and no model).
+
+        Raises:
+          InputError: neither file is there, one is damaged, or no end token is known.
+        """
+        folder = Path(folder).expanduser()
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder; expected one with tokenizer.json or tokenizer.model")
+        files = tokenizer_files.read(folder, None if model is None else Path(model).expanduser())
+        backend: Backend
+        if (folder / "tokenizer.json").is_file():
+            backend = JsonBackend(folder / "tokenizer.json", files.control_tokens())
+        elif (folder / "tokenizer.model").is_file():
+            backend = SentencePieceBackend(folder / "tokenizer.model", files.added_tokens())
+        else:
+            raise InputError(f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model there")
+        return cls(backend, files.settings(backend))
+
+    def id_of(self, text: str) -> int | None:
+        """Id of the token with exactly this text; None where the vocabulary has none."""
+        return self._backend.id_of(text)
+
+    def is_control(self, text: str) -> bool:
+        """Whether it is a control token's text, which plain text never turns into."""
+        return text in self._backend.specials
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Ids of a plain text; `bos` and `eos` put those tokens around it (no BOS for a model without one)."""
+        before = [self.bos_id] if bos and self.bos_id is not None else []
+        return before + self._backend.encode_plain([text])[0] + ([self.eos_id] if eos else [])
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many plain texts, nothing added, on all cores."""
+        return self._backend.encode_plain(texts) if texts else []
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of a text in which the control tokens' texts stand for the control tokens, as transformers reads it."""
+        return self._backend.encode_marked([text])[0].ids
+
+    def content(self) -> bytes:
+        """All that decides what a text becomes: equal for equal tokenizers, wherever their files are."""
+        s = self._settings
+        settings = [s.bos_id, list(s.eos_ids), sorted(s.special_tokens.items()), s.chat_template]
+        return self._backend.content() + json.dumps(settings).encode()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; control tokens leave nothing, bytes that are no UTF-8 become U+FFFD."""
+        return self._backend.decode([int(i) for i in ids])
+
+    def stream(self, context: Sequence[int] = ()) -> DecodeStream:
+        """Decodes ids as they come. `context`: the ids before them, where the text goes on from it."""
+        return DecodeStream(self.decode, context, frozenset(self._backend.specials.values()) | set(self.eos_ids))
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """The conversation {"role", "content"}, ... as text; control tokens inside a message are not guarded.
+
+        Raises:
+          InputError: the folder has no chat template, or it refuses the conversation.
+        """
+        return self._render(messages, add_generation_prompt).text
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Any] | None = None,
+        now: datetime.date | None = None,
+    ) -> chat_template.Rendered:
+        """The conversation as text with its generation marks, for `unguard`. `messages` come from `guard_chat`;
+        `now`: the day for templates that write it, None is today."""
+        return self._render(messages, add_generation_prompt, self._guard.guard(tools), now)
+
+    def guard_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Messages with the control tokens' texts inside them guarded. Raises InputError for noncharacters."""
+        return [
+            {name: value if name == "role" else self._guard.guard(value) for name, value in message.items()}
+            for message in messages
+        ]
+
+    def unguard(self, text: str, cuts: Sequence[int] = ()) -> tuple[str, list[int], bool]:
+        """A text of `render_chat` and rising places in it -> the same for `encode_unguarded`, and how the text names
+        its control tokens. Raises InputError when the template takes a guarded text apart."""
+        return self._guard.unguard(text, cuts)
+
+    def encode_unguarded(self, texts: Sequence[tuple[str, bool]]) -> list[Encoding]:
+        """Encodings of texts of `unguard`, nothing added, on all cores."""
+        encodings: dict[int, Encoding] = {}
+        for numbered in (False, True):
+            chosen = [n for n, (_, named) in enumerate(texts) if named == numbered]
+            found = self._backend.encode_marked([texts[n][0] for n in chosen], numbered) if chosen else []
+            encodings |= zip(chosen, found, strict=True)
+        return [encodings[n] for n in range(len(texts))]
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Any] | None = None,
+        now: datetime.date | None = None,
+    ) -> chat_template.Rendered:
+        where = str(self._settings.folder)
+        if self.chat_template is None:
+            raise InputError(
+                f"{where} has no chat template (chat_template in tokenizer_config.json, or "
+                "chat_template.jinja): this model was not trained for chat in a form of its own"
+            )
+        special = self._settings.special_tokens
+        return chat_template.render(self.chat_template, messages, add_generation_prompt, special, where, tools, now)

@@ -1,0 +1,205 @@
+"""Two kinds of tokenizer files behind one interface: tokenizer.json (tokenizers), tokenizer.model (SentencePiece).
+
+Both turn plain text into ids with nothing added, and never read a control token out of it: a data set that
+contains the letters "</s>" means those letters, not the end of the sequence. Marked text, which a chat template
+writes, has control tokens, and its tokens come with their places in the text.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from qlora_jax.errors import InputError
+from qlora_jax.text.chat_guard import special_pattern, token_names, token_pattern
+
+# Encodings of this many texts exist at a time: the library's objects are some hundred times the size of the ids.
+_CHUNK = 1024
+
+_FLAGS = ("single_word", "lstrip", "rstrip")  # of an added token
+
+_USUAL_BOS = ("<s>", "<|begin_of_text|>", "<bos>")
+_USUAL_EOS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
+
+
+class Encoding(NamedTuple):
+    """Ids of a text, and where each begins and ends in it, in characters. Begins never fall. Tokens that are bytes of
+    one character share its place or stand before it without a width, as does a space that the tokenizer adds."""
+
+    ids: list[int]
+    begins: list[int]
+    ends: list[int]
+
+
+class Backend(Protocol):
+    """What Tokenizer needs of a tokenizer file.
+
+    `specials` has the text of every control token with its id; `bos_id` and `eos_id` are what the file itself knows
+    of them, for folders where no other file says more.
+    """
+
+    vocab_size: int
+    specials: dict[str, int]
+    bos_id: int | None
+    eos_id: int | None
+
+    def id_of(self, token: str) -> int | None: ...
+
+    def encode_plain(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def encode_marked(self, texts: Sequence[str], numbered: bool = False) -> list[Encoding]:
+        """Encodings of texts in which the control tokens' texts stand for the control tokens; `numbered`: their names
+        of chat_guard.token_names, in the order of `specials`, do, and their texts are plain text."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def content(self) -> bytes:
+        """All that decides the ids: equal for equal tokenizers."""
+        ...
+
+
+class JsonBackend:
+    """tokenizer.json, read by the `tokenizers` library."""
+
+    def __init__(self, file: Path, control_tokens: set[str]) -> None:
+        """`control_tokens`: texts that are control tokens even where the file does not mark them special."""
+        import tokenizers
+
+        try:
+            spec = json.loads(file.read_text(encoding="utf-8"))
+            for token in spec.get("added_tokens", []):
+                token["special"] = token["special"] or token["content"] in control_tokens
+            # It would add tokens, which is left to the caller, and take blanks out of the tokens' places.
+            spec["post_processor"] = None
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(f"{file}: not a readable tokenizer: {error}") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._numbered: Any = None  # the same tokenizer, made when a text needs it
+        self._spec = spec
+        self.specials = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if t["special"]}
+        # This kind of file does not say which of its control tokens begins or ends a text: go by the usual names.
+        self.bos_id = next((self.specials[token] for token in _USUAL_BOS if token in self.specials), None)
+        self.eos_id = next((self.specials[token] for token in _USUAL_EOS if token in self.specials), None)
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def id_of(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
+        self._tokenizer.encode_special_tokens = True  # as letters
+        ids: list[list[int]] = []
+        for start in range(0, len(texts), _CHUNK):
+            chunk = list(texts[start : start + _CHUNK])
+            ids.extend(e.ids for e in self._tokenizer.encode_batch_fast(chunk, add_special_tokens=False))
+        return ids
+
+    def encode_marked(self, texts: Sequence[str], numbered: bool = False) -> list[Encoding]:
+        tokenizer, own = self._with_numbers() if numbered else (self._tokenizer, {})
+        tokenizer.encode_special_tokens = numbered
+        encodings = []
+        for start in range(0, len(texts), _CHUNK):
+            for found in tokenizer.encode_batch(list(texts[start : start + _CHUNK]), add_special_tokens=False):
+                begins, ends = zip(*found.offsets, strict=True) if found.ids else ((), ())
+                ids = [own.get(number, number) for number in found.ids] if own else found.ids
+                encodings.append(Encoding(ids, list(begins), list(ends)))
+        return encodings
+
+    def _with_numbers(self) -> tuple[Any, dict[int, int]]:
+        """The tokenizer with a second token for every control token, which its number stands for; second id -> id."""
+        import tokenizers
+
+        if self._numbered is None:
+            tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self._spec))
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            flags = {t["content"]: {name: t[name] for name in _FLAGS} for t in self._spec["added_tokens"]}
+            names = token_names(len(self.specials))
+            tokenizer.add_tokens(
+                [
+                    tokenizers.AddedToken(name, normalized=False, special=False, **flags[special])
+                    for name, special in zip(names, self.specials, strict=True)
+                ]
+            )
+            own = dict(zip(map(tokenizer.token_to_id, names), self.specials.values(), strict=True))
+            self._numbered = tokenizer, own
+        return self._numbered
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def content(self) -> bytes:
+        return self._tokenizer.to_str().encode()
+
+
+class SentencePieceBackend:
+    """tokenizer.model, read by the `sentencepiece` library."""
+
+    def __init__(self, file: Path, added: dict[str, int]) -> None:
+        """`added`: control tokens that the files beside it add to the model's own, text -> id."""
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise InputError(
+                f"{file.parent} has a tokenizer.model and no tokenizer.json; reading it needs sentencepiece: "
+                "pip install sentencepiece"
+            ) from error
+        try:
+            self._model: Any = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        except (RuntimeError, OSError) as error:
+            raise InputError(f"{file}: not a readable SentencePiece model: {error}") from error
+        count = self._model.get_piece_size()
+        control = (i for i in range(count) if self._model.is_control(i))
+        self.specials = {self._model.id_to_piece(i): i for i in control} | added
+        self._skipped = set(self.specials.values())
+        self.bos_id, self.eos_id = (i if i >= 0 else None for i in (self._model.bos_id(), self._model.eos_id()))
+        self._count = count
+        self.vocab_size = max([count - 1, *self.specials.values()]) + 1
+
+    def id_of(self, token: str) -> int | None:
+        if token in self.specials:
+            return self.specials[token]
+        found = self._model.piece_to_id(token)
+        return found if self._model.id_to_piece(found) == token else None
+
+    def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._model.encode(list(texts), out_type=int)
+
+    def encode_marked(self, texts: Sequence[str], numbered: bool = False) -> list[Encoding]:
+        names = token_names(len(self.specials)) if numbered else list(self.specials)
+        own = dict(zip(names, self.specials.values(), strict=True))
+        pattern = token_pattern() if numbered else special_pattern(names)
+        return [self._encode_pieces(pattern.split(text), own) for text in texts]
+
+    def _encode_pieces(self, pieces: Sequence[str], own: dict[str, int]) -> Encoding:
+        """Plain text and control tokens by turns; each plain piece is encoded for itself."""
+        encoding = Encoding([], [], [])
+        at = 0
+        for number, piece in enumerate(pieces):
+            if number % 2:
+                ids, offsets = [own[piece]], [(0, len(piece))]
+            else:
+                ids, offsets = self._encode_with_offsets(piece)
+            encoding.ids.extend(ids)
+            encoding.begins.extend(at + begin for begin, _ in offsets)
+            encoding.ends.extend(at + end for _, end in offsets)
+            at += len(piece)
+        return encoding
+
+    def _encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        try:
+            found = self._model.encode(text, return_type="offset_mapping")
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                "this sentencepiece does not tell the tokens' places in a text, which a chat needs to tell its turns "
+                "apart: pip install 'sentencepiece>=0.2.3'"
+            ) from error
+        return found["ids"], found["offsets"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._model.decode([int(i) for i in ids if i < self._count and i not in self._skipped])
+
+    def content(self) -> bytes:
+        return self._model.serialized_model_proto() + json.dumps(sorted(self.specials.items())).encode()

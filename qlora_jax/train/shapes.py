@@ -1,0 +1,90 @@
+"""A run's model and batches as shapes: what a plan compiles, and what random weights fill."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qlora_jax import lora
+from qlora_jax.io.load import QuantSpec
+from qlora_jax.models import llama
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.llama import LINEARS, NORMS, Llama
+from qlora_jax.quant.tensor import quantize
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """What of a config decides the model's arrays and programs."""
+
+    sizes: ModelConfig
+    quant: QuantSpec
+    lora: lora.LoRAConfig
+    compute_dtype: str = "bfloat16"
+    kept_dtype: str = "bfloat16"  # of what is not quantized: embedding, head, and linear layers of an unquantized base
+    remat: str = "block"
+    attention: str = "auto"
+    kernel: str = "auto"
+    compute: str = "full"
+    fuse_lora: bool = False
+    sequence_chunk: int = 0
+
+    @property
+    def is_16bit(self) -> bool:
+        return self.compute_dtype != "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractModel:
+    """`lora.split` of a model that has shapes only."""
+
+    graph: Any
+    adapter: Any
+    base: Any
+
+    def merged(self) -> Llama:
+        """The model itself, of ShapeDtypeStructs."""
+        return nnx.merge(self.graph, self.adapter, self.base)
+
+
+def abstract_model(spec: ModelSpec) -> AbstractModel:
+    """The model that `train/setup.prepare` would load, as shapes and dtypes."""
+    config = spec.sizes
+    stored = jnp.dtype(spec.kept_dtype)
+    how = {"backend": spec.kernel, "compute": spec.compute, "fuse_lora": spec.fuse_lora}
+
+    def build() -> Llama:
+        weights: dict[str, Any] = {
+            "embedding": jnp.zeros((config.V, config.D), stored),
+            "norm": jnp.zeros(config.D, jnp.float32),
+            "layers": {name: jnp.zeros((config.L, config.D), jnp.float32) for name in NORMS},
+        }
+        if not config.tied:
+            weights["head"] = jnp.zeros((config.V, config.D), stored)
+        for name, letters in LINEARS.items():
+            one: Any = jnp.zeros(llama.sizes(config, letters), stored)
+            if spec.quant.format != "none":
+                one = quantize(one, spec.quant.format, spec.quant.block_size, spec.quant.double_quant)
+                one = dataclasses.replace(one, **how)
+            weights["layers"][name] = jax.tree.map(lambda x: jnp.zeros((config.L, *x.shape), x.dtype), one)
+        model = Llama(config, weights, spec.compute_dtype, spec.remat, spec.attention, spec.sequence_chunk)
+        lora.attach(model, spec.lora, jax.random.key(0))
+        return model
+
+    return AbstractModel(*lora.split(nnx.eval_shape(build)))
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShape:
+    """Tokens of an optimizer step: G micro-batches of B sequences of T tokens."""
+
+    G: int
+    B: int
+    T: int
+    packed: bool = False  # several examples in a row: the programs take segments
+
+    @property
+    def tokens(self) -> int:
+        return self.G * self.B * self.T

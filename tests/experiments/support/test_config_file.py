@@ -1,0 +1,85 @@
+"""Resolved configs, their hashes and their differences."""
+
+import json
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments.support.config_file import load_config, override
+from qlora_jax.errors import InputError
+from qlora_jax.settings import config_hash, differing_keys, resolved
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3)
+sections = st.dictionaries(st.sampled_from("abc"), leaves | st.lists(leaves, max_size=2), max_size=3)
+configs = st.dictionaries(st.sampled_from(["train", "model", "x"]), sections, max_size=3)
+
+
+@pytest.fixture
+def config(tmp_path):
+    text = (
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n"
+        "    return ConfigDict({'train': {'steps': 10, 'x': 1.0}, 'lora': {'targets': ('a', 'b')}, 'note': None})\n"
+    )
+    (tmp_path / "c.py").write_text(text)
+    return load_config(str(tmp_path / "c.py"))
+
+
+def test_config_is_locked(config) -> None:
+    with pytest.raises(AttributeError):
+        config.train.stepz = 3
+
+
+def test_override_keeps_the_lock_and_the_types(config) -> None:
+    override(config, [("train.steps", "12"), ("train.x", "2"), ("lora.targets", "c")])
+    assert config.is_locked and config.train.is_locked
+    assert config.lora.targets == ("c",)
+    assert (type(config.train.steps), type(config.train.x)) == (int, float)
+    with pytest.raises(InputError, match="only be set in the config file"):
+        override(config, [("note", "x")])
+
+
+def test_resolved_is_json(config) -> None:
+    plain = resolved(config)
+    assert list(plain) == ["lora", "train", "note"]
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["lora"]["targets"] == ["a", "b"]
+
+
+def test_resolved_names_what_json_cannot_hold(config) -> None:
+    with config.unlocked():
+        config.train.function = sys.exit
+    with pytest.raises(InputError, match=r"train\.function"):
+        resolved(config)
+
+
+@given(configs, configs)
+def test_configs_differ_exactly_if_their_hashes_do(a: dict, b: dict) -> None:
+    a = {name: section for name, section in a.items() if section}
+    b = {name: section for name, section in b.items() if section}
+    assert bool(differing_keys(a, b)) == (config_hash(a) != config_hash(b))
+
+
+@given(configs)
+def test_hash_survives_json_and_order(config: dict) -> None:
+    backwards = {name: dict(reversed(section.items())) for name, section in reversed(config.items())}
+    assert config_hash(json.loads(json.dumps(backwards))) == config_hash(config)
+
+
+def test_hash_is_of_canonical_json() -> None:
+    # sha256sum of the 32 bytes {"a":{"b":[1,2.0]},"c":"\u00e9"}
+    expected = "7a1f7db05849e8cc4781813f5718bc763a64ee20a994bb33d0903cf5e4a3139c"
+    assert config_hash({"c": "é", "a": {"b": [1, 2.0]}}) == expected
+
+
+def test_differences_are_named() -> None:
+    there = {"train": {"steps": 10, "old": 1}, "lora": {"targets": ["a"]}}
+    here = {"lora": {"targets": ["a", "b"]}, "train": {"steps": 20, "new": True}}
+    assert differing_keys(there, here) == [
+        'lora.targets: ["a"] there, ["a","b"] here',
+        "train.steps: 10 there, 20 here",
+        "train.old: 1 there, missing here",
+        "train.new: missing there, true here",
+    ]
