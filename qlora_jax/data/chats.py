@@ -1,41 +1,30 @@
 """Rows as conversations for a chat template: every format, each turn as the row has it and nothing around it.
 
-A set of instructions gives a user's turn and an answer. Of a conversation the turns after the last answer are left out;
-without an answer there is no chat. Tools' results are turns of their own, calls of tools belong to the
+A set of instructions gives a user's turn and an answer. Of a conversation the turns after the last answer that is
+learned are left out; without one there is no chat. Tools' results are turns of their own, calls of tools belong to the
 assistant's turn.
 """
 
-import json
 from collections.abc import Callable
-from typing import Any
 
-from qlora_jax.data.conversations import (
-    OPENAI_ROLES,
-    SHAREGPT_ROLES,
-    Turn,
-    content_of,
-    hh_rlhf_turns,
-    oasst1_turns,
-    role_of,
-)
-from qlora_jax.data.fields import Pair, bad, kind, objects, text
+from qlora_jax.data.conversations import hh_rlhf_turns, oasst1_turns
+from qlora_jax.data.fields import Pair, bad, is_empty, items, kind
+from qlora_jax.data.instructions import alpaca as alpaca_pairs
 from qlora_jax.data.rows import Row
+from qlora_jax.data.turns import Turn, chat_tools, chat_turns, is_learned, system_turn
 from qlora_jax.text.chat import Chat
-
-_OPENAI = OPENAI_ROLES | {"tool": "tool"}
-_SHAREGPT = SHAREGPT_ROLES | {"tool": "tool", "observation": "tool"}
-_TEXTS = ("name", "tool_call_id", "reasoning_content")  # more fields of a message that templates know
 
 
 def from_pairs(read: Callable[[Row], list[Pair]]) -> Callable[[Row], list[Chat]]:
-    """The reader of a set of instructions, as one that gives chats of a question and an answer."""
+    """The reader of a set of instructions, as one that gives chats of a question and an answer, after the row's system
+    message where it has one."""
 
     def chats(row: Row) -> list[Chat]:
         found = []
         for pair in read(row):
             question = pair.source if pair.message is None else pair.message
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": pair.target}]
-            found.append(Chat(turns, None, row.where))
+            found.append(Chat([*system_turn(row), *turns], None, row.where))
         return found
 
     return chats
@@ -50,75 +39,54 @@ oasst1 = from_turns(oasst1_turns)
 hh_rlhf = from_turns(hh_rlhf_turns)
 
 
-def messages(row: Row) -> list[Chat]:
-    """OpenAI's form: {messages: [{role, content, tool_calls?, ...}], tools?}. Arguments of calls are objects in
-    templates, so text that is JSON becomes one; so does a list of tools that is text.
+def alpaca(row: Row) -> list[Chat]:
+    """{instruction, input?, output, system?, history?: [[question, answer]]}, as LLaMA-Factory has them: the history's
+    answers are learned too."""
+    before = [
+        {"role": role, "content": content}
+        for pair in _history(row)
+        for role, content in zip(("user", "assistant"), pair, strict=True)
+    ]
+    found = []
+    for chat in from_pairs(alpaca_pairs)(row):
+        head = len(chat.messages) - 2
+        found.append(Chat([*chat.messages[:head], *before, *chat.messages[head:]], chat.tools, chat.where))
+    return found
 
-    Raises:
-      InputError: a role other than system, developer, user, assistant and tool, or content that is not text.
+
+def messages(row: Row) -> list[Chat]:
+    """OpenAI's form: {messages: [{role, content, tool_calls?, weight?, ...}], tools?, system?} (data/turns).
+
+    Arguments of calls are objects in templates, so text that is JSON becomes one; so does a list of tools that is text.
     """
-    turns = []
-    for message in objects(row, "messages"):
-        turn: dict[str, Any] = {"role": role_of(message, "role", _OPENAI)}
-        calls = message.fields.get("tool_calls")
-        silent = calls and message.fields.get("content") is None
-        turn["content"] = "" if silent else content_of(message)
-        for name in _TEXTS:
-            if message.fields.get(name) is not None:
-                turn[name] = text(message, name, blank=True)
-        if calls:
-            turn["tool_calls"] = _calls(message)
-        turns.append(turn)
-    return _chat(row, turns)
+    return _chat(row, chat_turns(row, "messages"))
 
 
 def sharegpt(row: Row) -> list[Chat]:
-    """ShareGPT's form: {conversations: [{from, value}], tools?}.
-
-    Raises:
-      InputError: a speaker other than system, human (user), gpt (chatgpt, assistant) and tool (observation).
-    """
-    return _chat(
-        row,
-        [
-            {"role": role_of(message, "from", _SHAREGPT), "content": text(message, "value", blank=True)}
-            for message in objects(row, "conversations")
-        ],
-    )
+    """ShareGPT's form: {conversations: [{from, value, train?, ...}], tools?, system?} (data/turns)."""
+    return _chat(row, chat_turns(row, "conversations"))
 
 
-def _chat(row: Row, turns: list[dict[str, Any]]) -> list[Chat]:
-    while turns and not _answers(turns[-1]):
+def _chat(row: Row, turns: list[Turn]) -> list[Chat]:
+    while turns and not (_answers(turns[-1]) and is_learned(turns[-1])):
         turns = turns[:-1]
-    return [Chat(turns, _tools(row), row.where)] if turns else []
+    if not turns:
+        return []
+    learn = tuple(turn["role"] == "assistant" and is_learned(turn) for turn in turns)
+    all_learned = all(learned or turn["role"] != "assistant" for turn, learned in zip(turns, learn, strict=True))
+    said = [{name: value for name, value in turn.items() if name != "learn"} for turn in turns]
+    return [Chat(said, chat_tools(row), row.where, None if all_learned else learn)]
 
 
-def _answers(turn: dict[str, Any]) -> bool:
+def _answers(turn: Turn) -> bool:
     return turn["role"] == "assistant" and bool(turn["content"].strip() or turn.get("tool_calls"))
 
 
-def _calls(message: Row) -> list[dict[str, Any]]:
-    calls = []
-    for call in objects(message, "tool_calls"):
-        fields = {name: value for name, value in call.fields.items() if value is not None}
-        function = fields.get("function")
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            fields["function"] = function | {"arguments": _json(message, "tool_calls", function["arguments"])}
-        calls.append(fields)
-    return calls
-
-
-def _tools(row: Row) -> list[Any] | None:
-    tools = row.fields.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        tools = _json(row, "tools", tools)
-    if tools and not isinstance(tools, list):
-        bad(row, "tools", f"expected a list in the field tools, found {kind(tools)}")
-    return tools or None
-
-
-def _json(row: Row, field: str, value: str) -> Any:
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        bad(row, field, f"expected JSON in the field {field}, found {value[:40]!r}: {error}")
+def _history(row: Row) -> list[list[str]]:
+    if is_empty(row.fields.get("history")):
+        return []
+    pairs = items(row, "history")
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            bad(row, "history", f"expected lists of a question and an answer in the field history, found {kind(pair)}")
+    return pairs

@@ -4,29 +4,20 @@ For chat templates `data/chats` takes the same turns.
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from qlora_jax.data.fields import Pair, bad, kind, objects, text
+from qlora_jax.data.fields import Pair, bad, kind, text
 from qlora_jax.data.prompts import GUANACO_LABELS, HH_LABELS, guanaco_conversation
 from qlora_jax.data.rows import Problems, Row
+from qlora_jax.data.turns import Turn, is_learned, plain_turns
 from qlora_jax.errors import InputError
 
 _OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
-OPENAI_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-}
 _GUANACO_TURN = re.compile("(" + "|".join(re.escape(label) for label in GUANACO_LABELS.values()) + ")")
 _HH_TURN = re.compile("(" + "|".join(re.escape(label) for label in HH_LABELS.values()) + ")")
-
-Turn = dict[str, str]  # {"role": "system" | "user" | "assistant", "content"}
 
 
 def oasst1(row: Row) -> list[Pair]:
@@ -80,28 +71,13 @@ def _hh_parts(row: Row) -> tuple[str, list[str]]:
 
 def messages(row: Row) -> list[Pair]:
     """OpenAI's form: {messages: [{role, content}]}, in Guanaco's conversation form. Content is text, or a list of text
-    parts {type: "text", text}.
-
-    Raises:
-      InputError: a role other than system, developer, user and assistant, or content that is not text.
-    """
-    turns = []
-    for message in objects(row, "messages"):
-        turns.append({"role": role_of(message, "role", OPENAI_ROLES), "content": content_of(message)})
-    return _guanaco(_one_system(row, "messages", turns))
+    parts {type: "text", text}; names and content may be ShareGPT's (data/turns)."""
+    return _guanaco(_one_system(row, "messages", plain_turns(row, "messages")))
 
 
 def sharegpt(row: Row) -> list[Pair]:
-    """ShareGPT's form: {conversations: [{from, value}]}, in Guanaco's conversation form.
-
-    Raises:
-      InputError: a speaker other than system, human (user) and gpt (chatgpt, assistant).
-    """
-    turns = []
-    for message in objects(row, "conversations"):
-        role = role_of(message, "from", SHAREGPT_ROLES)
-        turns.append({"role": role, "content": text(message, "value", blank=True)})
-    return _guanaco(_one_system(row, "conversations", turns))
+    """ShareGPT's form: {conversations: [{from, value}]}, in Guanaco's conversation form; or OpenAI's names there."""
+    return _guanaco(_one_system(row, "conversations", plain_turns(row, "conversations")))
 
 
 def gather_messages(rows: Sequence[Row]) -> list[Row]:
@@ -159,13 +135,18 @@ def _is_single(row: Row) -> bool:
 
 
 def _guanaco(turns: list[Turn]) -> list[Pair]:
-    """The conversation up to its last answer that is not blank; a system turn at its head is the source."""
+    """The conversation up to its last answer that is learned and not blank; a system turn at its head is the source.
+
+    A turn that is not to be learned is given, with its label, up to the next turn's label.
+    """
     source = ""
     if turns and turns[0]["role"] == "system":
         source, turns = f"{turns[0]['content'].strip()}\n", turns[1:]
-    while turns and (turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip()):
+    while turns and not (turns[-1]["role"] == "assistant" and turns[-1]["content"].strip() and is_learned(turns[-1])):
         turns = turns[:-1]
-    return [Pair(source, guanaco_conversation(turns))] if turns else []
+    begins = [0, *itertools.accumulate(len(guanaco_conversation([turn])) + len("\n") for turn in turns)]
+    given = tuple(span for turn, span in zip(turns, itertools.pairwise(begins), strict=True) if not is_learned(turn))
+    return [Pair(source, guanaco_conversation(turns), given=given)] if turns else []
 
 
 def _one_system(row: Row, field: str, turns: list[Turn]) -> list[Turn]:
@@ -182,18 +163,6 @@ def role_of(message: Row, field: str, roles: dict[str, str]) -> str:
         expected = f"{', '.join(known[:-1])} or {known[-1]}"
         bad(message, field, f"expected {expected} in the field {field}, found {found!r}")
     return roles[found]
-
-
-def content_of(message: Row) -> str:
-    """The text of an OpenAI message; parts of a list are joined."""
-    value = message.fields.get("content")
-    if not isinstance(value, list):
-        return text(message, "content", blank=True)
-    parts = objects(message, "content")
-    for part in parts:
-        if part.fields.get("type") != "text":
-            bad(part, "type", f'expected content parts of type "text", found {part.fields.get("type")!r}')
-    return "".join(text(part, "text", blank=True) for part in parts)
 
 
 def _best_path(row: Row, node: Any) -> list[Turn]:

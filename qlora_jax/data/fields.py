@@ -3,19 +3,24 @@
 import dataclasses
 from typing import Any, NamedTuple, NoReturn
 
+from qlora_jax.data.json_text import loads
 from qlora_jax.data.rows import Row
 from qlora_jax.errors import InputError
 
-_KINDS = {str: "text", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
+_KINDS = {
+    str: "text", list: "a list", dict: "an object", bool: "true or false", type(None): "null", bytes: "bytes",
+}  # fmt: skip
 
 
 class Pair(NamedTuple):
     """An example as text: what is given, and what is learned. `target` is never blank. `message`: what a user would
-    say in a chat, where `source` puts a prompt around it; None where `source` is that itself."""
+    say in a chat, where `source` puts a prompt around it; None where `source` is that itself. `given`: the characters
+    [begin, end) of `target` that are not learned all the same, rising; its last character is."""
 
     source: str
     target: str
     message: str | None = None
+    given: tuple[tuple[int, int], ...] = ()
 
 
 def text(row: Row, field: str, optional: bool = False, blank: bool = False) -> str:
@@ -29,6 +34,9 @@ def text(row: Row, field: str, optional: bool = False, blank: bool = False) -> s
         return ""
     if field not in row.fields:
         bad(row, field, f'no field "{field}"')
+    if isinstance(value, bytes):
+        mend = 'write the column as text (pyarrow: column.cast("string"))'
+        bad(row, field, f"expected text in the field {field}, found bytes, as a binary column has them: {mend}")
     if not isinstance(value, str):
         bad(row, field, f"expected text in the field {field}, found {kind(value)}")
     if not value.strip() and not optional and not blank:
@@ -41,21 +49,54 @@ def text(row: Row, field: str, optional: bool = False, blank: bool = False) -> s
     return value
 
 
-def objects(row: Row, field: str) -> list[Row]:
-    """The objects of a list, each as a row at the place of its own; null is an empty list.
+def answered(source: str, answer: str, message: str | None = None) -> list[Pair]:
+    """The pair, or none where the answer is blank: a row without an answer has nothing to learn."""
+    return [Pair(source, answer, message)] if answer.strip() else []
+
+
+def items(row: Row, field: str) -> list[Any]:
+    """A list, or the list that is written in the field as JSON text; null and blank text are an empty one.
 
     Raises:
-      InputError: the field is missing, no list, or holds something else than objects.
+      InputError: the field is missing, or no list.
     """
     if field not in row.fields:
         bad(row, field, f'no field "{field}"')
     values = row.fields[field] or []
-    if not isinstance(values, list):
+    if isinstance(values, str):
+        values = parsed(row, field, values) if values.strip().startswith(("[", "{")) else values.strip() or []
+    if values and not isinstance(values, list):
         bad(row, field, f"expected a list in the field {field}, found {kind(values)}")
+    return values or []
+
+
+def objects(row: Row, field: str) -> list[Row]:
+    """The objects of a list (`items`), each as a row at the place of its own.
+
+    Raises:
+      InputError: the field is missing, no list, or holds something else than objects.
+    """
+    values = items(row, field)
     for value in values:
         if not isinstance(value, dict):
             bad(row, field, f"expected objects in the list {field}, found {kind(value)}")
     return [dataclasses.replace(row, fields=value) for value in values]
+
+
+def parsed(row: Row, field: str, value: str) -> Any:
+    """What a text in the field says as JSON. Raises InputError where it is none."""
+    try:
+        return loads(value)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        bad(row, field, f"expected JSON in the field {field}, found {value[:40]!r}: {reason}")
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a field says nothing: null, blank text, an empty list or object."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or value == [] or value == {}
 
 
 def bad(row: Row, field: str, reason: str) -> NoReturn:

@@ -1,8 +1,8 @@
 """From the rows of a data set to texts: what is given, and what is learned.
 
-A format is one function of a row that gives its examples, entered in FORMATS by its name in the config. It raises
-InputError naming file, line and field when the row is not of the format, and gives none for a row that rightly has
-nothing to learn.
+A format is a function of a row that gives its examples, entered in FORMATS by its name in the config with the columns
+that it reads. It raises InputError naming file, line and field when the row is not of the format, and gives none for a
+row that rightly has nothing to learn.
 """
 
 import dataclasses
@@ -10,32 +10,65 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from qlora_jax.data import chats, conversations, instructions
-from qlora_jax.data.fields import Pair
+from qlora_jax.data.columns import SYSTEM, TOOLS, refuse_unread
+from qlora_jax.data.fields import Pair, is_empty
 from qlora_jax.data.rows import Problems, Row
 from qlora_jax.errors import InputError
 from qlora_jax.text.chat import Chat
 
-FORMATS: dict[str, Callable[[Row], list[Pair]]] = {
-    "alpaca": instructions.alpaca,
-    "input-output": instructions.input_output,
-    "oasst1": conversations.oasst1,
-    "hh-rlhf": conversations.hh_rlhf,
-    "self-instruct": instructions.self_instruct,
-    "unnatural-instructions": instructions.unnatural_instructions,
-    "flan-v2": instructions.flan_v2,
-    "chip2": instructions.chip2,
-    "longform": instructions.input_output,
-    "dolly": instructions.dolly,
-    "messages": conversations.messages,
-    "sharegpt": conversations.sharegpt,
-}
 
-# The formats that are conversations, for a chat template; the others give a question and its answer.
-_CHATS: dict[str, Callable[[Row], list[Chat]]] = {
-    "oasst1": chats.oasst1,
-    "hh-rlhf": chats.hh_rlhf,
-    "messages": chats.messages,
-    "sharegpt": chats.sharegpt,
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One form of rows.
+
+    Attributes:
+      pairs: a row's examples in the paper's form. chats: its conversations for a chat template; None: a question and
+        its answer, as `pairs` has them.
+      reads: the columns that both read. chats_read: those that `chats` reads besides.
+      passes: columns that carry meaning elsewhere (data/columns) and none here.
+    """
+
+    pairs: Callable[[Row], list[Pair]]
+    reads: tuple[str, ...]
+    chats: Callable[[Row], list[Chat]] | None = None
+    chats_read: tuple[str, ...] = SYSTEM
+    passes: tuple[str, ...] = ()
+
+    def read_pairs(self, row: Row) -> list[Pair]:
+        """Raises InputError as `pairs` does, and for a column that carries meaning and is not read."""
+        made = self.pairs(row)
+        mend = "set data.template=chat, which reads it"
+        refuse_unread(row, (*self.reads, *self.passes), "the paper's form of this format", self.chats_read, mend)
+        return made
+
+    def read_chats(self, row: Row) -> list[Chat]:
+        """Raises InputError as `read_pairs` does."""
+        made = (self.chats or chats.from_pairs(self.pairs))(row)
+        refuse_unread(row, (*self.reads, *self.chats_read, *self.passes), "this format")
+        return made
+
+
+_INPUT_OUTPUT = Format(instructions.input_output, ("input", "output"))
+# what rows of chats have besides are copies of their turns, as in Magpie's data and UltraChat
+_COPIES = ("instruction", "input", "context")
+
+FORMATS: dict[str, Format] = {
+    "alpaca": Format(instructions.alpaca, ("instruction", "input", "output"), chats.alpaca, (*SYSTEM, "history")),
+    "input-output": _INPUT_OUTPUT,
+    "oasst1": Format(conversations.oasst1, ("prompt", "text", "replies", "role"), chats.oasst1, (), passes=("labels",)),
+    "hh-rlhf": Format(conversations.hh_rlhf, ("chosen",), chats.hh_rlhf, (), passes=("rejected",)),
+    "self-instruct": Format(
+        instructions.self_instruct, ("prompt", "completion", "target", "instruction", "instances"), passes=("input",)
+    ),
+    "unnatural-instructions": Format(
+        instructions.unnatural_instructions, ("instruction", "instances", "reformulations")
+    ),
+    "flan-v2": Format(instructions.flan_v2, (*instructions.FLAN_COLUMNS, "inputs", "targets")),
+    "chip2": Format(instructions.chip2, ("text",)),
+    "longform": _INPUT_OUTPUT,
+    "dolly": Format(instructions.dolly, ("instruction", "context", "response", "prompt", "answer")),
+    "messages": Format(conversations.messages, ("messages", *SYSTEM), chats.messages, TOOLS, passes=_COPIES),
+    "sharegpt": Format(conversations.sharegpt, ("conversations", *SYSTEM), chats.sharegpt, TOOLS, passes=_COPIES),
 }
 
 # Columns of .tsv files that come without a header, by format.
@@ -47,11 +80,12 @@ _GATHER: dict[str, Callable[[Sequence[Row]], list[Row]]] = {"oasst1": conversati
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A pair and the place of its row."""
+    """A pair and the place of its row; `given` as of Pair."""
 
     source: str
     target: str
     where: str
+    given: tuple[tuple[int, int], ...] = ()
 
 
 def check_format(format: str) -> None:
@@ -78,40 +112,46 @@ def stream_texts(rows: Iterable[Row], format: str) -> Iterator[list[Text]]:
       InputError: an unknown format, or the first bad row (file, line, reason) with the count of the others, and the
         formats that can read that row, when all rows were read.
     """
-    for row, pairs in _read_all(rows, format, FORMATS):
-        yield [Text(pair.source, pair.target, row.where) for pair in pairs]
+    for row, pairs in _read_all(rows, format, Format.read_pairs):
+        yield [Text(pair.source, pair.target, row.where, pair.given) for pair in pairs]
 
 
 def stream_chats(rows: Iterable[Row], format: str) -> Iterator[list[Chat]]:
     """The conversations of each row, for a chat template; see `stream_texts`."""
-    readers = {name: _CHATS.get(name) or chats.from_pairs(read) for name, read in FORMATS.items()}
-    return (made for _, made in _read_all(rows, format, readers))
+    return (made for _, made in _read_all(rows, format, Format.read_chats))
 
 
-def _read_all(rows: Iterable[Row], format: str, readers: dict[str, Callable[[Row], Any]]) -> Iterator[tuple[Row, Any]]:
+def _read_all(rows: Iterable[Row], format: str, read: Callable[[Format, Row], Any]) -> Iterator[tuple[Row, Any]]:
     check_format(format)
     problems = Problems()
     first_bad: Row | None = None
     for row in _GATHER[format](list(rows)) if format in _GATHER else rows:
         try:
-            made = readers[format](row)
+            made = read(FORMATS[format], row)
         except InputError as error:
             problems.add(str(error))
             first_bad = first_bad or row
             continue
         if first_bad is None:
             yield row, made
-    problems.raise_if_any(_fitting(first_bad, readers) if first_bad else "")
+    problems.raise_if_any(_fitting(first_bad, format, read) if first_bad else "")
 
 
-def _fitting(row: Row, readers: dict[str, Callable[[Row], Any]]) -> str:
-    """The formats that read a row, as the end of an error."""
-    names = [name for name, read in readers.items() if name != "longform" and _reads(read, row)]
+def _fitting(row: Row, asked: str, read: Callable[[Format, Row], Any]) -> str:
+    """The formats that read a row, as the end of an error: none that would leave out what the asked one reads, or what
+    another of them does."""
+    said = {name for name, value in row.fields.items() if not is_empty(value)}
+    fitting = {
+        name: said & set(format.reads)
+        for name, format in FORMATS.items()
+        if name != "longform" and said & set(FORMATS[asked].reads) <= set(format.reads) and _reads(format, row, read)
+    }
+    names = [name for name, mine in fitting.items() if not any(mine < others for others in fitting.values())]
     return f"; data.format={' or '.join(names)} reads it" if names else ""
 
 
-def _reads(read: Callable[[Row], Any], row: Row) -> bool:
+def _reads(format: Format, row: Row, read: Callable[[Format, Row], Any]) -> bool:
     try:
-        return bool(read(row))
+        return bool(read(format, row))
     except InputError:
         return False

@@ -1,9 +1,10 @@
 """Rows of instruction sets: an instruction is given, its answer is learned.
 
-Each function takes a row as the set's owners publish it and gives its examples.
+Each function takes a row as the set's owners publish it and gives its examples. A row whose answer is there and blank
+gives none (Alpaca's own file has some).
 """
 
-from qlora_jax.data.fields import Pair, bad, objects, text
+from qlora_jax.data.fields import Pair, answered, bad, objects, text
 from qlora_jax.data.prompts import (
     alpaca_prompt,
     chain_of_thought_answer,
@@ -24,12 +25,12 @@ def alpaca(row: Row) -> list[Pair]:
     """{instruction, input?, output}: Alpaca's prompt, and the output. Alpaca and alpaca-clean."""
     instruction = text(row, "instruction")
     given = text(row, "input", optional=True)
-    return [Pair(alpaca_prompt(instruction, given), text(row, "output"), user_message(instruction, given))]
+    return answered(alpaca_prompt(instruction, given), _answer(row, "output"), user_message(instruction, given))
 
 
 def input_output(row: Row) -> list[Pair]:
     """{input, output}: as they are. The input may be empty. LongForm, and any set that brings its own prompts."""
-    return [Pair(text(row, "input", blank=True), text(row, "output"))]
+    return answered(text(row, "input", blank=True), _answer(row, "output"))
 
 
 def self_instruct(row: Row) -> list[Pair]:
@@ -44,15 +45,12 @@ def self_instruct(row: Row) -> list[Pair]:
         for instance in objects(row, "instances"):
             given = text(instance, "input", optional=True)
             prompt, message = self_instruct_prompt(instruction, given), user_message(instruction, given)
-            pairs.append(Pair(prompt, text(instance, "output"), message))
+            pairs += answered(prompt, _answer(instance, "output"), message)
         return pairs
     if "prompt" not in row.fields:
         bad(row, "prompt", 'no field "prompt" (with completion) or "instances" (with instruction)')
     answer = "target" if "target" in row.fields and "completion" not in row.fields else "completion"
-    completion = text(row, answer).removesuffix(_GPT3_END)
-    if not completion.strip():
-        bad(row, answer, f"the field {answer} is empty but for {_GPT3_END}")
-    return [Pair(text(row, "prompt"), completion)]
+    return answered(text(row, "prompt"), _answer(row, answer).removesuffix(_GPT3_END))
 
 
 def unnatural_instructions(row: Row) -> list[Pair]:
@@ -69,7 +67,7 @@ def unnatural_instructions(row: Row) -> list[Pair]:
         prompt = unnatural_prompt(
             text(instance, "instruction_with_input"), text(instance, "constraints", optional=True)
         )
-        pairs.append(Pair(prompt, text(instance, "output"), prompt.strip()))
+        pairs += answered(prompt, _answer(instance, "output"), prompt.strip())
     return pairs
 
 
@@ -77,7 +75,7 @@ def flan_v2(row: Row) -> list[Pair]:
     """{question, answer, rationale}, chain of thought, with line breaks written as `\\n`; or {inputs, targets} as they
     are, the rows of the whole collection with its templates filled in."""
     if "inputs" in row.fields:
-        return [Pair(text(row, "inputs"), text(row, "targets"))]
+        return answered(text(row, "inputs"), _answer(row, "targets"))
     if "question" not in row.fields:
         bad(row, "question", 'no field "question" (chain of thought) or "inputs" (the collection)')
     question, answer, rationale = (text(row, column).replace("\\n", "\n").strip() for column in FLAN_COLUMNS)
@@ -88,11 +86,11 @@ def flan_v2(row: Row) -> list[Pair]:
 def dolly(row: Row) -> list[Pair]:
     """{instruction, context?, response}: Alpaca's prompt, the context as its input; or {prompt, answer} as they are."""
     if "prompt" in row.fields:
-        return [Pair(text(row, "prompt"), text(row, "answer"))]
+        return answered(text(row, "prompt"), _answer(row, "answer"))
     if "instruction" not in row.fields:
         bad(row, "instruction", 'no field "instruction" (with response) or "prompt" (with answer)')
     instruction, context = text(row, "instruction"), text(row, "context", optional=True)
-    return [Pair(alpaca_prompt(instruction, context), text(row, "response"), user_message(instruction, context))]
+    return answered(alpaca_prompt(instruction, context), _answer(row, "response"), user_message(instruction, context))
 
 
 def chip2(row: Row) -> list[Pair]:
@@ -108,4 +106,8 @@ def chip2(row: Row) -> list[Pair]:
     question = question.removeprefix(_CHIP2_HUMAN)
     if len(answers) > 1 or "\n<human>: " in whole:
         bad(row, "text", "expected one question and one answer, found a longer conversation; cut it into rows")
-    return [Pair(question, answers[0])] if answers[0].strip() else []
+    return answered(question, answers[0])
+
+
+def _answer(row: Row, field: str) -> str:
+    return text(row, field, blank=True)

@@ -1,4 +1,5 @@
-"""JSON with line numbers: where in the file every row begins, which `json.loads` does not tell.
+"""JSON with line numbers: where in the file every row begins, which `json.loads` does not tell. A key that stands twice
+in one object is an error here: which of the two is meant nobody knows, and `json.loads` drops the first.
 
 Three shapes are in use under the name .json: a list of objects, an object whose "data" is such a list, and one
 object a line. All three are read here; the last is also what .jsonl means.
@@ -12,8 +13,18 @@ from typing import Any, NoReturn
 from qlora_jax.data.rows import Problems, Row
 from qlora_jax.errors import InputError
 
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return made
+
+
 _SPACE = re.compile(r"[ \t\r\n]*")
-_DECODER = json.JSONDecoder()
+_DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
 
 
@@ -59,6 +70,11 @@ class _Scanner:
 
     def fail(self, reason: str) -> NoReturn:
         raise InputError(f"{self.file}, line {self.line()}: {reason}")
+
+
+def loads(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError as json.loads does, and for a key that stands twice."""
+    return _DECODER.decode(text)
 
 
 def json_rows(file: str, text: str) -> list[Row]:
@@ -118,6 +134,8 @@ def _data_rows(scanner: _Scanner) -> list[Row]:
         key = scanner.value()
         if not isinstance(key, str):
             scanner.fail(f"expected a key in double quotes, found {_kind(key)}")
+        if key in others or (key == "data" and rows is not None):
+            scanner.fail(f"the key {key!r} stands twice in one object")
         scanner.expect(":")
         if key == "data" and scanner.skip_space() == "[":
             rows = _list_rows(scanner)
@@ -156,7 +174,7 @@ def line_rows(file: str, lines: Iterable[str]) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line.removesuffix("\n"))
+            value = loads(line.removesuffix("\n"))
         except (ValueError, RecursionError) as error:
             problems.add(f"{file}, line {number}: {_reason(error)}")
             continue

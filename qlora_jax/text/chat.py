@@ -13,8 +13,10 @@ class Chat:
         "name", "reasoning_content" where the row has them. The last is the assistant's.
       tools: descriptions of functions that the assistant may call, or None.
       where: the place of its row.
+      learn: None: all answers are learned; else one bool a message, of the assistant's which are.
     """
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None
     where: str
+    learn: tuple[bool, ...] | None = None

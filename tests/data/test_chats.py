@@ -98,7 +98,7 @@ def test_messages_with_tools():
     [
         (
             {"messages": [{"role": "robot", "content": ""}]},
-            "expected system, .* or tool in the field role, found 'robot'",
+            "expected system, .* tool, observation, function or function_call in the field role, found 'robot'",
         ),
         ({"messages": [{"role": "user"}]}, 'no field "content"'),
         ({"messages": turns("Q", "A"), "tools": "{"}, "expected JSON in the field tools, found '{'"),

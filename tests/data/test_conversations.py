@@ -82,7 +82,11 @@ def test_single_messages_become_trees():
         ("messages", {"conversations": []}, 'no field "messages"; fields found: conversations'),
         ("messages", {"messages": {}}, None),
         ("messages", {"messages": "x"}, "expected a list in the field messages, found text"),
-        ("messages", {"messages": [{"role": "tool", "content": "x"}]}, "expected system, developer, user or assistant"),
+        (
+            "messages",
+            {"messages": [{"role": "tool", "content": "x"}]},
+            "has no place for a turn of the role tool: set data.template=chat",
+        ),
         (
             "messages",
             {"messages": [{"role": "user", "content": None}]},
@@ -102,7 +106,7 @@ def test_single_messages_become_trees():
         (
             "sharegpt",
             {"conversations": [{"from": "bot", "value": "x"}]},
-            "expected system, human, user, gpt, chatgpt or",
+            "expected system, developer, user, human, assistant, gpt or chatgpt in the field from, found 'bot'",
         ),
         (
             "sharegpt",

@@ -88,12 +88,30 @@ def test_dolly_chip2_and_longform():
     assert formatted("longform", {"input": "Q", "output": "A", "source": "s"}) == ([("Q", "A")], 0)
 
 
+@pytest.mark.parametrize("answer", ["", " \n"])
+def test_a_row_with_a_blank_answer_has_nothing_to_learn(answer):
+    """Alpaca's own file has such rows."""
+    instance = {"instruction_with_input": "I", "output": answer}
+    rows = {
+        "alpaca": {"instruction": "I", "output": answer},
+        "input-output": {"input": "I", "output": answer},
+        "self-instruct": {"prompt": "P", "completion": f"{answer}<|endoftext|>"},
+        "unnatural-instructions": {"instruction": "I", "instances": [instance]},
+        "flan-v2": {"inputs": "I", "targets": answer},
+        "dolly": {"instruction": "I", "response": answer},
+        "chip2": {"text": f"<human>: Q\n<bot>: {answer}"},
+    }
+    for format, row in rows.items():
+        assert formatted(format, row) == ([], 1), format
+    tasks = {"instruction": "I", "instances": [{"output": answer}, {"output": "O"}]}
+    assert formatted("self-instruct", tasks) == ([("I\nOutput: ", "O")], 0)
+
+
 @pytest.mark.parametrize(
     ("format", "fields", "reason"),
     [
         ("self-instruct", {"instruction": "I"}, 'no field "prompt" (with completion) or "instances"'),
         ("self-instruct", {"prompt": "P"}, 'no field "completion"; fields found: prompt'),
-        ("self-instruct", {"prompt": "P", "completion": "<|endoftext|>"}, "is empty but for <|endoftext|>"),
         ("self-instruct", {"instruction": "I", "instances": "x"}, "expected a list in the field instances, found text"),
         ("self-instruct", {"instruction": "I", "instances": ["x"]}, "expected objects in the list instances, found te"),
         (

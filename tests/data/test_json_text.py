@@ -69,6 +69,10 @@ def test_line_separators_inside_strings_do_not_end_a_line():
         ('{"a": 1}\n{"a" 2}\n', 2, "not valid JSON"),
         ('{"a": 1}\n[1]\n', 2, "expected an object, found a list"),
         ("[{" + '"a":' + "9" * 5000 + "}]", 1, "not valid JSON"),
+        ('[{"a": 1},\n{"b": 1, "b": 2}]', 2, "the key 'b' stands twice in one object"),
+        ('{"a": 1}\n{"b": {"c": 1, "c": 1}}', 2, "the key 'c' stands twice in one object"),
+        ('{"data": [{"a": 1}],\n"data": []}', 2, "the key 'data' stands twice in one object"),
+        ('{"x": 1, "x": 2,\n"data": [{"a": 1}]}', 1, "the key 'x' stands twice in one object"),
     ],
 )
 def test_errors_name_line_and_reason(text, line, reason):

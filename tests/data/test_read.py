@@ -53,6 +53,16 @@ def test_places(tmp_path):
     assert read_rows(str(write(tmp_path / "a.parquet")))[1].where == f"{tmp_path / 'a.parquet'}, row 2"
 
 
+def test_letters_that_other_readers_stumble_over(tmp_path):
+    """U+0000 is a letter, and a byte order mark is none, whatever the kind of file."""
+    rows = [{"input": "a\0b", "output": "two\r\nlines\u2028three"}]
+    for name in ("a.json", "a.jsonl", "a.csv", "a.tsv", "a.parquet"):
+        path = write(tmp_path / name, rows)
+        if name != "a.parquet":
+            path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        assert [row.fields for row in read_rows(str(path))] == rows, name
+
+
 def test_byte_order_mark_and_unpacked_gz(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(ROWS).encode())
