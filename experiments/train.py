@@ -19,10 +19,12 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one folder, o
 def main() -> int:
     from qlora_jax.settings import resolved
     from qlora_jax.train.loop import Stopped, finetune
+    from qlora_jax.train.memory import out_of_memory_said
 
     workdir = Path(WORKDIR.value)
     try:
-        summary = finetune(CONFIG.value, resolved(CONFIG.value), workdir)
+        with out_of_memory_said():
+            summary = finetune(CONFIG.value, resolved(CONFIG.value), workdir)
     except Stopped as stopped:
         print(stopped)
         return 143  # 128 + SIGTERM

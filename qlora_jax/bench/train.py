@@ -8,8 +8,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ from qlora_jax.optim.paged import PagedOptimizer
 from qlora_jax.optim.pages import Pages
 from qlora_jax.optim.schedules import make_optimizer, paging
 from qlora_jax.train.backward import compiler_options
-from qlora_jax.train.memory import Program, memory_limit, peak_device_bytes, peak_host_bytes
+from qlora_jax.train.memory import Program, memory_limit, out_of_memory_said, peak_device_bytes, peak_host_bytes
 from qlora_jax.train.residency import RESERVED, decide
 from qlora_jax.train.shapes import BatchShape
 from qlora_jax.train.spec import RunSpec
@@ -72,20 +71,6 @@ def measure(
     """
     with out_of_memory_said():
         return Bench(config, spec, seed).run(steps, warmup, tick)
-
-
-@contextmanager
-def out_of_memory_said() -> Iterator[None]:
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        limit = memory_limit()
-        room = "" if limit is None else f" of {limit / 2**30:.2f} GiB"
-        raise InputError(
-            f"out of device memory{room}: {str(error).splitlines()[0]} (experiments.plan says what would fit)"
-        ) from error
 
 
 class Bench:

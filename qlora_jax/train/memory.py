@@ -3,9 +3,13 @@
 import os
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
+
+from qlora_jax.errors import InputError
 
 MEMORY_FRACTION = 0.95  # of a GPU, for JAX's allocator; XLA_CLIENT_MEM_FRACTION says otherwise
 
@@ -34,6 +38,24 @@ class Program:
                 used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
                 self.peak_bytes = max(self.peak_bytes, used - memory.alias_size_in_bytes)
         return self._compiled[key]
+
+
+@contextmanager
+def out_of_memory_said() -> Iterator[None]:
+    """Raises InputError with what would help where the device's memory is full. The longest rows are the first, so
+    that is soon."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        limit = memory_limit()
+        room = "" if limit is None else f" of {limit / 2**30:.2f} GiB"
+        raise InputError(
+            f"out of device memory{room}: {str(error).splitlines()[0]} (experiments.plan says what would fit: shorter "
+            "rows by data.max_source_len and data.max_target_len, fewer at a time by train.grad_accum and "
+            "eval.batch_size, ...)"
+        ) from error
 
 
 def memory_limit() -> int | None:
