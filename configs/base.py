@@ -64,15 +64,20 @@ def get_config() -> ConfigDict:
     c.data.added_tokens = ()
     c.data.added_special_tokens = ()  # the same for control tokens, as "<|im_start|>": chat templates write them, their
     # letters in a text stay letters
-    c.data.max_source_len = 384  # tokens of the prompt, BOS included
-    c.data.max_target_len = 128  # tokens of the answer, EOS included. A chat template's whole chat has room for both
-    # together: a longer one ends after the last answer that fits; if none does, the first is cut and keeps its end
+    # Tokens of the prompt, BOS included, and of the answer, EOS included. What is longer is cut, and a cut answer is
+    # learned without an end. 0 takes them as long as they are: then the model's context is what both together may have.
+    # A chat in a chat template has room for both lengths together, or for the context; a longer one ends after the last
+    # answer that fits. Memory grows with the longest row, which comes first; a run's report names it
+    c.data.max_source_len = 0
+    c.data.max_target_len = 0
     c.data.train_on_source = False  # also learn the prompt (chat template: all tokens but the first)
     c.data.group_by_length = True  # batches of similar lengths: less padding
-    c.data.pad_to_multiple_of = 64  # tokens; bounds the number of compiled shapes
+    c.data.pad_to_multiple_of = 64  # tokens; bounds the number of compiled shapes (above 1,024 tokens steps are longer:
+    # eight for each doubling)
     c.data.packing = False  # several examples in each row (first-fit), which do not see each other: one compiled shape,
     # hardly any padding; train.batch_size then counts rows, group_by_length does nothing. Not with attention = cudnn
-    c.data.pack_length = 0  # tokens of a packed row; 0 is max_source_len + max_target_len, rounded up as above
+    c.data.pack_length = 0  # tokens of a packed row; 0 is max_source_len + max_target_len, or the longest example where
+    # one of them is 0, rounded up as above
     c.data.max_examples = 0  # 0 takes all
     c.data.eval_path = ""  # file of held-out examples; "" holds out a seeded split of the data
     c.data.eval_examples = 100  # examples held out; 0 holds out none of a split, and takes all of eval_path
@@ -110,7 +115,7 @@ def get_config() -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.every = 0  # steps between evaluations of the held-out split; 0 evaluates at the end only,
     # others also before the first step
-    c.eval.batch_size = 16  # sequences
+    c.eval.batch_size = 4  # sequences; the longest come first
     c.eval.mmlu_data = ""  # MMLU: the owners' folder, a hub data set (cais/mmlu) or a file of questions; "" asks none
     c.eval.mmlu_split = "val"  # val | test | dev
     c.eval.mmlu_shots = 5  # example questions before each

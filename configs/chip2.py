@@ -1,5 +1,4 @@
-"""Chip2 of OIG, question and answer without their labels as the paper's code has it, with Alpaca's lengths. Steps and
-batch are base.py's.
+"""Chip2 of OIG, question and answer without their labels as the paper's code has it. Steps and batch are base.py's.
 
 python -m experiments.train --config=configs/chip2.py --config.model.path=DIR
 --config.data.path=chip2 --workdir=RUN
@@ -13,6 +12,4 @@ from configs import base
 def get_config() -> ConfigDict:
     c = base.get_config()
     c.data.format = "chip2"  # text: "<human>: question\n<bot>: answer"
-    c.data.max_source_len = 384  # tokens
-    c.data.max_target_len = 128  # tokens
     return c.lock()

@@ -13,7 +13,6 @@ def get_config() -> ConfigDict:
     c = base.get_config()
     c.data.format = "oasst1"  # trees, or the flattened rows of openassistant-guanaco
     c.data.max_source_len = 16  # tokens; the source is BOS alone
-    c.data.max_target_len = 512  # tokens; the whole conversation is the target
+    c.data.max_target_len = 512  # tokens; the whole conversation is the target, and the paper cuts it here
     c.optimizer.paging = "always"  # the paper's paged optimizer
-    c.eval.batch_size = 4  # sequences
     return c.lock()

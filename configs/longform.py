@@ -1,4 +1,4 @@
-"""LongForm: instructions for long texts. Steps and batch are base.py's; the lengths are chosen for long answers.
+"""LongForm: instructions for long texts. Steps and batch are base.py's.
 
 python -m experiments.train --config=configs/longform.py --config.model.path=DIR
 --config.data.path=longform --workdir=RUN
@@ -12,7 +12,4 @@ from configs import base
 def get_config() -> ConfigDict:
     c = base.get_config()
     c.data.format = "longform"  # input, output
-    c.data.max_source_len = 512  # tokens
-    c.data.max_target_len = 1024  # tokens
-    c.eval.batch_size = 4  # sequences
     return c.lock()

@@ -1,4 +1,4 @@
-"""Unnatural Instructions, the core data, with Alpaca's lengths. Steps and batch are base.py's.
+"""Unnatural Instructions, the core data. Steps and batch are base.py's.
 
 python -m experiments.train --config=configs/unnatural.py --config.model.path=DIR
 --config.data.path=unnatural-instructions --workdir=RUN
@@ -12,6 +12,4 @@ from configs import base
 def get_config() -> ConfigDict:
     c = base.get_config()
     c.data.format = "unnatural-instructions"  # instruction, instances; with reformulations, those too
-    c.data.max_source_len = 384  # tokens
-    c.data.max_target_len = 128  # tokens
     return c.lock()

@@ -47,9 +47,10 @@ def main() -> int:
     if c.data.batches:
         raise InputError("data.batches is a file of ready batches, without texts to show; give data.path")
     folder = resolve(c.model.path, c.model.revision)
-    V, added = load_config(folder).V, added_tokens(c.data, folder)
+    model, added = load_config(folder), added_tokens(c.data, folder)
     tokenizer = Tokenizer.from_folder(folder) if added is None else extended_tokenizer(added)
-    data = load_data(c.data, tokenizer, c.train.batch_size, V if added is None else added.rows(V))
+    V = model.V if added is None else added.rows(model.V)
+    data = load_data(c.data, tokenizer, c.train.batch_size, V, model.context)
     assert not isinstance(data.batches, FileBatches)
     examples = data.batches.examples
     color = COLOR.value == "always" or (
@@ -59,7 +60,7 @@ def main() -> int:
         learned = int(example.loss_mask.sum())
         print(f"--- {example.where}: {len(example)} tokens, {learned} of them learned")
         print(f"{show_example(example, tokenizer, color)}\n")
-    for line in [*(added.report(V) if added is not None else []), *data.report]:
+    for line in [*(added.report(model.V) if added is not None else []), *data.report]:
         print(line)
     lengths, targets = lengths_of(examples), targets_of(examples)
     print("lengths of the examples trained on:")

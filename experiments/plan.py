@@ -1,9 +1,10 @@
 """Will it fit: python -m experiments.plan --config=configs/guanaco_65b.py --gpu=a6000 [--out=FILE.json]
 
-Compiles the config's real training programs for a GPU that is not here, from the model's sizes alone: no weights, no
-data and no GPU are needed. Prints device memory by kind, host memory, and the least time of a step; and, where it does
-not fit, the smallest change that does. --gpu=here plans for this machine's own device; with --workdir it is held
-against what a finished run there has measured.
+Compiles the config's real training programs for a GPU that is not here, from the model's sizes alone: no weights and no
+GPU are needed, and data only where data.max_source_len or data.max_target_len is 0, which makes rows as long as its
+longest. Prints device memory by kind, host memory, and the least time of a step; and, where it does not fit, the
+smallest change that does. --gpu=here plans for this machine's own device; with --workdir it is held against what a
+finished run there has measured.
 """
 
 import json

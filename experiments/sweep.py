@@ -3,7 +3,7 @@
 The config file has sweep() beside get_config(): qlora_jax/sweep/grid.py says how a grid is written; or search(), for
 Ray Tune. Points that share a frozen base train together in packs, on every GPU (or CPU) that Ray has. The workdir gets
 ledger.sqlite; run again, what is missing is run, and a grid that has grown adds to it. --dry_run shows points, packs,
-memory and GPU-hours, and needs neither data nor weights nor GPUs.
+memory and GPU-hours, and needs neither weights nor GPUs (nor data, where a config gives the lengths of its rows).
 
 Exit statuses beside those of all commands: 3 if points failed, 143 after SIGTERM.
 """

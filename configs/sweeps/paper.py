@@ -71,7 +71,6 @@ def get_config() -> ConfigDict:
     c.data.path = "alpaca"
     c.optimizer.paging = "auto"  # packs keep the optimizer's state on the device
     c.train.checkpoint_every = 500  # steps
-    c.eval.batch_size = 4  # sequences
     return c.lock()
 
 

@@ -65,8 +65,9 @@ def make(config: Any, is_packed: bool, steps: int) -> dict[str, Any]:
 def _load(config: Any) -> Any:
     folder = resolve(config.model.path, config.model.revision)
     tokenizer = Tokenizer.from_folder(folder)
-    V = load_config(folder).V if (folder / "config.json").is_file() else tokenizer.vocab_size
-    return load_data(config.data, tokenizer, config.train.batch_size, V)
+    model = load_config(folder) if (folder / "config.json").is_file() else None
+    V, context = (tokenizer.vocab_size, None) if model is None else (model.V, model.context)
+    return load_data(config.data, tokenizer, config.train.batch_size, V, context)
 
 
 class _Timed:

@@ -1,7 +1,8 @@
-"""Data sets known by name: where the hub has them, their format, and the lengths to cut their examples to.
+"""Data sets known by name: where the hub has them, their format, and lengths that they are often cut at.
 
-`data.path=NAME` reads a set from the hub; `data.format` and the lengths are the config's, and configs/ has a file for
-each set of the paper.
+`data.path=NAME` reads a set from the hub; `data.format` is the config's, and configs/ has a file for each set of the
+paper. No run takes lengths from here: its rows are whole, or as long as its config says. Plans and grids of a set that
+is not on the machine need lengths beforehand.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from qlora_jax.errors import InputError
 @dataclasses.dataclass(frozen=True)
 class KnownSet:
     """`paths`: hub data sets, read one after the other. Lengths in tokens, as data.max_source_len and max_target_len:
-    OASST1's and Alpaca's are the paper's, the others are those of this project's configs."""
+    OASST1's and Alpaca's are the paper's, the others are like them."""
 
     paths: tuple[str, ...]
     format: str

@@ -22,6 +22,7 @@ from qlora_jax.feed.store import lengths_of
 
 _STRETCH = 50  # batches sorted together
 _CACHED_EPOCHS = 2
+_FINE = 1024  # tokens: up to here every multiple of pad_to_multiple_of is a length of batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Batches:
         pad_id: int,
         seed: int,
     ) -> None:
-        """`pad_to_multiple_of`: T is a multiple of it; `pad_id`: any id, since padding is masked and comes last."""
+        """`pad_to_multiple_of`: of `padded_length`; `pad_id`: any id, since padding is masked and comes last."""
         _check_sizes(batch_size, pad_to_multiple_of)
         if not examples:
             raise InputError("there are no examples to train on")
@@ -80,7 +81,7 @@ class Batches:
     @property
     def max_length(self) -> int:
         """The largest T of any batch, padding included."""
-        return round_up(int(self._lengths.max()), self._multiple)
+        return padded_length(int(self._lengths.max()), self._multiple)
 
     @property
     def longest_example(self) -> int:
@@ -92,13 +93,13 @@ class Batches:
         of all."""
         indices = self._indices(step)
         rows = shard.rows(self.batch_size)
-        length = round_up(int(self._lengths[indices].max()), self._multiple)
+        length = padded_length(int(self._lengths[indices].max()), self._multiple)
         return pad([self.examples[int(i)] for i in indices[rows]], rows.stop - rows.start, length, self._pad_id)
 
     def padded(self, steps: int) -> tuple[int, np.ndarray]:
         """Of the first steps: their examples' tokens, and the T of each step, int [steps]."""
         lengths = self._lengths[self._places(0, steps)].reshape(steps, self.batch_size)
-        return int(lengths.sum()), round_up(lengths.max(axis=1), self._multiple)
+        return int(lengths.sum()), np.array([padded_length(int(n), self._multiple) for n in lengths.max(axis=1)])
 
     def describe(self, step: int) -> str:
         """The files and lines of a step's examples."""
@@ -230,7 +231,7 @@ def eval_batches(
     by_length = np.argsort(-lengths, kind="stable")
     for start in range(0, len(by_length), batch_size):
         rows = by_length[start : start + batch_size]
-        length = round_up(int(lengths[rows[0]]), pad_to_multiple_of)
+        length = padded_length(int(lengths[rows[0]]), pad_to_multiple_of)
         yield pad([examples[int(i)] for i in rows], batch_size, length, pad_id)
 
 
@@ -252,6 +253,15 @@ def describe(places: Iterable[str]) -> str:
         file_and_unit, _, number = place.rpartition(" ")
         numbers.setdefault(file_and_unit, []).append(number)
     return "; ".join(f"{place}{'s' * (len(at) > 1)} {', '.join(at)}" for place, at in numbers.items())
+
+
+def padded_length(length: int, multiple: int) -> int:
+    """T of a batch whose longest row has `length` tokens: a multiple of `multiple`. Each T is a program to compile, so
+    rows of over _FINE tokens have only some eight of them for each doubling of the length, and more padding: less than
+    an eighth."""
+    if length > _FINE:
+        multiple = round_up(1 << ((length - 1).bit_length() - 4), multiple)
+    return round_up(length, multiple)
 
 
 def round_up(length: Any, multiple: int) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from qlora_jax.data.chat_examples import ChatCuts, tokenize_chats, uses_chat_template
-from qlora_jax.data.examples import Example, Truncated, tokenize_examples
+from qlora_jax.data.examples import Example, Lengths, Truncated, tokenize_examples
 from qlora_jax.data.formats import COLUMNS, check_format, stream_chats, stream_texts
 from qlora_jax.data.read import data_files, stream_rows
 from qlora_jax.data.rows import Row
@@ -62,7 +62,9 @@ class LoadedData:
         return eval_batches(examples, batch_size, self.multiple, self.pad_id)
 
 
-def load_data(config: Any, tokenizer: Tokenizer | None, batch_size: int, vocab_size: int) -> LoadedData:
+def load_data(
+    config: Any, tokenizer: Tokenizer | None, batch_size: int, vocab_size: int, context: int | None = None
+) -> LoadedData:
     """Everything from the config's `data` section to batches.
 
     Args:
@@ -71,6 +73,8 @@ def load_data(config: Any, tokenizer: Tokenizer | None, batch_size: int, vocab_s
       tokenizer: of the model; may be None with `batches`.
       batch_size: sequences an optimizer step, B; a file of ready batches brings its own.
       vocab_size: rows of the model's embedding; every token id must be lower.
+      context: tokens that the model was made for: what examples are cut to where the config gives no lengths. None is
+        not known: then they are whole.
 
     Raises:
       InputError: whatever is wrong with config or data, in one line.
@@ -83,36 +87,51 @@ def load_data(config: Any, tokenizer: Tokenizer | None, batch_size: int, vocab_s
     for name in ("max_examples", "seed", "pack_length"):
         if getattr(config, name) < 0:
             raise InputError(f"data.{name} is {getattr(config, name)}, expected 0 or more")
-    entry = _read(config, config.path, config.max_examples, tokenizer, vocab_size)
+    lengths = Lengths.of(config, context)
+    entry = _read(config, config.path, config.max_examples, tokenizer, vocab_size, lengths)
     train: Sequence[Example] = entry.store
     heldout: Sequence[Example]
     if config.eval_path:
-        heldout = _read(config, config.eval_path, config.eval_examples, tokenizer, vocab_size).store
+        heldout = _read(config, config.eval_path, config.eval_examples, tokenizer, vocab_size, lengths).store
     else:
         train, heldout = split(train, config.eval_examples, config.seed)
     pad_id = next(number for number in range(PAD_ID, vocab_size) if number not in tokenizer.eos_ids)
-    batches = make_batches(config, train, batch_size, pad_id)
+    longest = max(int(lengths_of(examples).max(initial=0)) for examples in (train, heldout))
+    batches = make_batches(config, train, batch_size, longest, pad_id)
     if isinstance(batches, PackedBatches) and heldout:
         check_fits(heldout, batches.max_length)
     report = _report(config, entry, train, heldout, batches)
     return LoadedData(batches, heldout, report, entry.facts["truncated"], pad_id, config.pad_to_multiple_of)
 
 
+def longest_example(config: Any, tokenizer: Tokenizer, vocab_size: int, context: int) -> int:
+    """Tokens of the longest example that `load_data` gives, trained on or held out; it goes through the same cache."""
+    lengths = Lengths.of(config, context)
+    sets = [(config.path, config.max_examples)]
+    if config.eval_path:
+        sets.append((config.eval_path, config.eval_examples))
+    entries = [_read(config, path, limit, tokenizer, vocab_size, lengths) for path, limit in sets]
+    return max(int(entry.store.lengths.max()) for entry in entries)
+
+
 def make_batches(
-    config: Any, train: Sequence[Example], batch_size: int, pad_id: int = PAD_ID
+    config: Any, train: Sequence[Example], batch_size: int, longest: int, pad_id: int = PAD_ID
 ) -> Batches | PackedBatches:
-    """As the config's `data` section packs or groups them."""
+    """As the config's `data` section packs or groups them; `longest`: tokens of the longest example, held-out ones
+    counted too."""
     if config.packing:
-        return PackedBatches(train, batch_size, pack_length(config), pad_id, config.seed)
+        return PackedBatches(train, batch_size, pack_length(config, longest), pad_id, config.seed)
     return Batches(train, batch_size, config.group_by_length, config.pad_to_multiple_of, pad_id, config.seed)
 
 
-def _read(config: Any, path: str, limit: int, tokenizer: Tokenizer, vocab_size: int) -> Entry:
+def _read(config: Any, path: str, limit: int, tokenizer: Tokenizer, vocab_size: int, lengths: Lengths) -> Entry:
     """The first `limit` examples (0: all) of a data set, from the cache or through it."""
     settings = {key: value for key, value in config.to_dict().items() if key not in _AFTERWARDS} | {"limit": limit}
+    if not lengths.are_given:
+        settings["context"] = lengths.context
     files = data_files(path, config.revision)
     chat = uses_chat_template(config.template, config.format, tokenizer)
-    tokenize = _chat_tokenizer(config, tokenizer) if chat else _pair_tokenizer(config, tokenizer)
+    tokenize = (_chat_tokenizer if chat else _pair_tokenizer)(config, tokenizer, lengths)
 
     def build(file: Path) -> dict[str, Any]:
         counted = _Counts(ChatCuts() if chat else Truncated())
@@ -120,11 +139,9 @@ def _read(config: Any, path: str, limit: int, tokenizer: Tokenizer, vocab_size: 
         made = (stream_chats if chat else stream_texts)(rows, config.format)
         totals = write_examples(file, counted.examples(made, limit, tokenize))
         cuts = counted.cuts
-        if not totals.examples and isinstance(cuts, ChatCuts) and cuts.dropped:
-            raise InputError(
-                f"{path}: none of its {cuts.dropped:,} chats has room for an answer in data.max_source_len + "
-                f"data.max_target_len = {config.max_source_len + config.max_target_len} tokens; make them larger"
-            )
+        if not totals.examples and cuts.dropped:
+            what = "chats has room for an answer" if chat else "examples has room for a token to learn"
+            raise InputError(f"{path}: none of its {cuts.dropped:,} {what} in {lengths}; make it larger")
         if not totals.examples:
             raise InputError(f"{path}: none of its {counted.found} rows has anything to learn")
         return dataclasses.asdict(totals) | {
@@ -133,7 +150,7 @@ def _read(config: Any, path: str, limit: int, tokenizer: Tokenizer, vocab_size: 
             "made": counted.made,
             "chat": chat,
             "truncated": {name: count for name, count in dataclasses.asdict(cuts).items() if isinstance(count, int)},
-            "cuts": cuts.report(config),
+            "cuts": _cut_lines(cuts, lengths),
         }
 
     entry = cached(key_of(files, tokenizer.content(), settings), build)
@@ -146,18 +163,33 @@ def _read(config: Any, path: str, limit: int, tokenizer: Tokenizer, vocab_size: 
     return entry
 
 
-def _pair_tokenizer(config: Any, tokenizer: Tokenizer) -> Callable[..., tuple[list[Example], Any]]:
-    lengths = config.max_source_len, config.max_target_len
-    return lambda texts: tokenize_examples(texts, tokenizer, *lengths, config.train_on_source)
+def _pair_tokenizer(config: Any, tokenizer: Tokenizer, lengths: Lengths) -> Callable[..., tuple[list[Example], Any]]:
+    return lambda texts: tokenize_examples(texts, tokenizer, lengths, config.train_on_source)
 
 
-def _chat_tokenizer(config: Any, tokenizer: Tokenizer) -> Callable[..., tuple[list[Example], Any]]:
+def _chat_tokenizer(config: Any, tokenizer: Tokenizer, lengths: Lengths) -> Callable[..., tuple[list[Example], Any]]:
+    if not lengths.are_given and (lengths.max_source_len or lengths.max_target_len):
+        raise InputError(
+            f"data.max_source_len is {lengths.max_source_len} and data.max_target_len {lengths.max_target_len}, but "
+            "the turns of a chat have room for both together: give both, or leave both at 0"
+        )
     try:
         day = datetime.date.fromisoformat(config.template_date)
     except ValueError as error:
         raise InputError(f"data.template_date is {config.template_date!r}; expected a day as YYYY-MM-DD") from error
-    room = config.max_source_len + config.max_target_len
-    return lambda chats: tokenize_chats(chats, tokenizer, room, config.train_on_source, day)
+    return lambda chats: tokenize_chats(chats, tokenizer, lengths.room, config.train_on_source, day)
+
+
+def _cut_lines(cuts: Truncated | ChatCuts, lengths: Lengths) -> list[str]:
+    if isinstance(cuts, Truncated) or lengths.are_given:
+        return cuts.report(lengths)
+    lines = dataclasses.replace(cuts, shortened=0, cut=0, dropped=0).report(lengths)
+    if cuts.shortened or cuts.cut or cuts.dropped:
+        lines.append(
+            f"data: cut to length ({lengths}): {cuts.shortened:,} chats end at an earlier answer, {cuts.cut:,} first "
+            f"answers cut, {cuts.dropped:,} chats without room dropped"
+        )
+    return lines
 
 
 @dataclasses.dataclass
@@ -220,7 +252,7 @@ def _report(
         lines.append(f"data: {facts['left_out']:,} rows left out: no answer to learn")
     if 0 < config.max_examples < facts["made"]:
         lines.append(f"data: only the first {config.max_examples:,} by data.max_examples")
-    lines += facts["cuts"]
+    lines += [*facts["cuts"], _longest_line([train, heldout])]
     lines.append(
         f"data: train on {len(train):,} examples, {total:,} tokens, {targets:,} of them targets; "
         f"{len(heldout):,} held out; {batches.steps_per_epoch:,} steps an epoch"
@@ -228,3 +260,12 @@ def _report(
     lines.append(f"data: {padding_line(batches)}")
     lines.append(f"data: tokens {'kept' if entry.is_new else 'read from what is kept'} in {entry.folder}")
     return lines
+
+
+def _longest_line(examples: Sequence[Sequence[Example]]) -> str:
+    """The longest example, whose batch takes the most memory, and how far it stands out."""
+    longest = max(filter(len, examples), key=lambda some: int(lengths_of(some).max()))
+    lengths = lengths_of(longest)
+    at = int(np.argmax(lengths))
+    most = int(np.quantile(np.concatenate([lengths_of(some) for some in examples if len(some)]), 0.99, method="higher"))
+    return f"data: the longest example has {lengths[at]:,} tokens ({longest[at].where}); 99% have at most {most:,}"

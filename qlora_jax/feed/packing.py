@@ -13,15 +13,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qlora_jax.data.examples import Example
+from qlora_jax.data.examples import Example, Lengths
 from qlora_jax.errors import InputError
 from qlora_jax.feed.batches import WHOLE, Orders, Shard, describe, round_up
 from qlora_jax.feed.store import lengths_of
 
 
-def pack_length(data: Any) -> int:
-    """Tokens of a packed row, by the config's `data` section."""
-    return data.pack_length or round_up(data.max_source_len + data.max_target_len, data.pad_to_multiple_of)
+def pack_length(data: Any, longest: int) -> int:
+    """Tokens of a packed row, by the config's `data` section: pack_length; or what an example may have at most, where
+    the config says it, else the `longest` of the data set; rounded up."""
+    lengths = Lengths.of(data)
+    return data.pack_length or round_up(lengths.room if lengths.are_given else longest, data.pad_to_multiple_of)
 
 
 class Plan(NamedTuple):
@@ -166,6 +168,6 @@ def check_fits(examples: Sequence[Example], T: int) -> np.ndarray:
     if lengths[longest] > T:
         raise InputError(
             f"{examples[longest].where}: {lengths[longest]} tokens do not fit into packed rows of {T}: make "
-            "data.pack_length longer, or data.max_source_len or data.max_target_len lower"
+            "data.pack_length longer (0 holds the longest), or set data.max_source_len and data.max_target_len lower"
         )
     return lengths

@@ -53,8 +53,8 @@ def padding_by_method(data: Any, examples: Sequence[Example], batch_size: int) -
         "shuffled": padding(Batches(examples, batch_size, False, *rest)),
         "grouped by length": padding(Batches(examples, batch_size, True, *rest)),
     }
-    T = pack_length(data)
-    if lengths_of(examples).max() <= T:
+    longest = int(lengths_of(examples).max())
+    if longest <= (T := pack_length(data, longest)):
         found[f"packed to {T}"] = padding(PackedBatches(examples, batch_size, T, 0, data.seed))
     return found
 

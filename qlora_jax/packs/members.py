@@ -26,15 +26,26 @@ FREE = (
     "optimizer.max_grad_norm", "train.seed", "train.steps", "train.log_every",
 )  # fmt: skip
 
+_TEXTS = ("path", "revision", "format", "template")  # keys of data that decide what its rows say
+
 
 def pack_key(plain: dict[str, Any]) -> str:
     """Configs (settings.resolved) with equal keys may train in one pack, and are worth it: rows of like length, and all
     or none of them with dropout. A hash in hex."""
-    data = plain["data"]
-    longest = (data["packing"] and data["pack_length"]) or data["max_source_len"] + data["max_target_len"]
-    length = data["batches"] or 1 << (longest - 1).bit_length()
-    worth = {"has_dropout": plain["lora"]["dropout"] > 0, "length": length}
+    worth = {"has_dropout": plain["lora"]["dropout"] > 0, "length": _length(plain["data"])}
     return config_hash(_required(plain) | worth)
+
+
+def _length(data: dict[str, Any]) -> Any:
+    """Equal for rows of like length: a power of two; or, where the data set alone says how long they are, what names
+    its texts."""
+    if data["batches"]:
+        return data["batches"]
+    lengths = (data["max_source_len"], data["max_target_len"])
+    longest = (data["packing"] and data["pack_length"]) or (all(lengths) and sum(lengths))
+    if longest:
+        return 1 << (longest - 1).bit_length()
+    return [data[key] for key in _TEXTS], lengths
 
 
 def check_equal(plains: Sequence[dict[str, Any]]) -> None:

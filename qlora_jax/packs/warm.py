@@ -76,7 +76,8 @@ class Warm:
         """A config's data, one object for equal settings, and a hash of its held-out examples."""
 
         def read() -> tuple[LoadedData, str]:
-            loaded = load_data(config.data, base.tokenizer, config.train.batch_size, base.sizes.V)
+            sizes = base.sizes
+            loaded = load_data(config.data, base.tokenizer, config.train.batch_size, sizes.V, sizes.context)
             for line in loaded.report:
                 say(line)
             return loaded, _heldout_hash(loaded)

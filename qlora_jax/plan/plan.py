@@ -73,7 +73,8 @@ def make_plan(
     """Plans the run that `config` (as configs/base.py) describes.
 
     Args:
-      config: a ConfigDict; nothing it names is read but the sizes of the model.
+      config: a ConfigDict; nothing it names is read but the sizes of the model, and data that alone says how long its
+        rows are.
       gpu: of GPUS, or `gpu_here()`.
       say: takes lines on what is being compiled.
       length: tokens of the longest row, where the data has none as long as the config allows.

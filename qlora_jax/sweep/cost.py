@@ -1,4 +1,5 @@
-"""What a pack takes on a GPU: bytes and the least time, from its configs alone; nothing is read, loaded or compiled.
+"""What a pack takes on a GPU: bytes and the least time, from its configs alone. Nothing is loaded or compiled; data is
+read only where it alone says how long its rows are.
 
     base       packed codes and scales, embeddings, head, norms: once, whatever the pack's size
     a member   float32 adapter, gradient and optimizer state, at the pack's largest rank, all on the device; block
@@ -48,6 +49,7 @@ _SIZELESS = {
     "data": ("seed", "path", "revision", "format", "train_on_source", "group_by_length", "max_examples"),
     "eval": ("every",),
 }
+_ORDER_ALONE = ("seed", "group_by_length")  # of data, where it is the data set that says how long rows are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,7 @@ def _shape(text: str) -> _Shape:
     plain = json.loads(text)
     for section, keys in _SIZELESS.items():
         if section in plain:
-            plain[section] |= {key: _NEUTRAL[key] for key in keys if key in _NEUTRAL}
+            plain[section] = {key: _NEUTRAL[key] for key in keys if key in _NEUTRAL} | plain[section]
     spec = read_spec(ConfigDict(plain))
     model, batch = spec.model, spec.batch
     config, itemsize = model.sizes, 2 if model.is_16bit else 4
@@ -94,8 +96,11 @@ _NEUTRAL = {
 
 
 def _of(plain: dict[str, Any]) -> _Shape:
+    data = plain["data"]
+    has_length = data["batches"] or (data["max_source_len"] and data["max_target_len"])
+    sizeless = _SIZELESS if has_length else _SIZELESS | {"data": _ORDER_ALONE}
     kept = {
-        section: {key: value for key, value in plain[section].items() if key not in _SIZELESS.get(section, ())}
+        section: {key: value for key, value in plain[section].items() if key not in sizeless.get(section, ())}
         for section in _SECTIONS
     }
     return _shape(json.dumps(kept, sort_keys=True))

@@ -14,6 +14,7 @@ from flax import nnx
 from pallas_kernels import nf4_matmul
 from qlora_jax import lora
 from qlora_jax.data.chat_examples import TEMPLATES
+from qlora_jax.data.examples import Lengths
 from qlora_jax.errors import InputError
 from qlora_jax.feed.batches import FileBatches
 from qlora_jax.feed.load import LoadedData, load_data
@@ -112,6 +113,7 @@ def check_values(config: Any, backend: str | None = None) -> None:
             f"train.batch_size {config.train.batch_size} cannot be cut into train.grad_accum {config.train.grad_accum} "
             "equal micro-batches; make it a multiple"
         )
+    Lengths.of(config.data)
     mmlu.check(config.eval)
     paging(config.optimizer)
     lora.select_modules(config.lora.modules_to_save, adds_tokens=False, tied=False)
@@ -197,7 +199,7 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
         _say_tokens(added, model_config.V, lora_config, say)
     elif not config.data.batches:
         tokenizer = Tokenizer.from_folder(folder)
-    data = load_data(config.data, tokenizer, config.train.batch_size, V)
+    data = load_data(config.data, tokenizer, config.train.batch_size, V, model_config.context)
     for line in data.report:
         say(line)
     asked = mmlu.read(config, tokenizer or folder, model_config.context, V, say) if config.eval.mmlu_data else None

@@ -1,18 +1,23 @@
-"""What a config asks for, in sizes: no weights and no data are read."""
+"""What a config asks for, in sizes: no weights are read, and data only where it alone says how long its rows are."""
 
 import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
+from qlora_jax.data.examples import Lengths
+from qlora_jax.data.known import KNOWN_SETS
 from qlora_jax.errors import InputError
-from qlora_jax.feed.batches import FileBatches, round_up
+from qlora_jax.feed.batches import FileBatches, padded_length
+from qlora_jax.feed.load import longest_example
 from qlora_jax.feed.packing import pack_length
 from qlora_jax.io.folder import fetch_config
 from qlora_jax.io.load import QuantSpec, load_config
 from qlora_jax.models.config import ModelConfig, read_json
 from qlora_jax.models.known import KNOWN, known_config
 from qlora_jax.quant import native
+from qlora_jax.text.added_tokens import extended_tokenizer
+from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.setup import added_tokens, read_lora_config
 from qlora_jax.train.shapes import BatchShape, ModelSpec
 
@@ -30,7 +35,12 @@ class RunSpec:
 def read_spec(config: Any, length: int | None = None) -> RunSpec:
     """Sizes of the run that `config` (as configs/base.py) describes, at its longest sequences, or at those of `length`.
 
-    Raises InputError for a model whose sizes are neither in its folder, nor known here, nor to be had from the hub.
+    Where the config does not say how long examples may be, the longest of the data set is found as a run finds it, and
+    what was tokenized for that is kept for the run.
+
+    Raises:
+      InputError: a model whose sizes are neither in its folder, nor known here, nor to be had from the hub; or rows
+        whose lengths neither the config says nor a local file and tokenizer.
     """
     sizes, form, dtype = _model_sizes(config.model.path, config.model.revision)
     rows, adds_tokens = _rows(config, sizes.V)
@@ -51,10 +61,10 @@ def read_spec(config: Any, length: int | None = None) -> RunSpec:
         m.fuse_lora,
         m.sequence_chunk,
     )
-    rows, length = config.train.batch_size, length or _longest(config.data)
-    if config.data.batches:
-        batches = FileBatches(config.data.batches)
+    rows, batches = config.train.batch_size, FileBatches(config.data.batches) if config.data.batches else None
+    if batches is not None:
         rows, length = batches.batch_size, batches.max_length
+    length = length or longest_row(config, sizes)
     G = math.gcd(config.train.grad_accum, rows)
     has_evaluation = bool(config.data.eval_examples or config.data.eval_path) and not config.data.batches
     packed = config.data.packing
@@ -79,10 +89,41 @@ def _rows(config: Any, V: int) -> tuple[int, bool]:
     return added.rows(V), bool(added.new)
 
 
-def _longest(data: Any) -> int:
-    if data.packing:
-        return pack_length(data)
-    return round_up(data.max_source_len + data.max_target_len, data.pad_to_multiple_of)
+def longest_row(config: Any, sizes: ModelConfig) -> int:
+    """Tokens of the longest row of a batch, padding included; `sizes`: of the model, added tokens counted in V."""
+    data = config.data
+    lengths = Lengths.of(data)
+    longest = lengths.room if lengths.are_given else 0
+    if not longest and not (data.packing and data.pack_length):
+        longest = _longest_example(config, sizes)
+    return pack_length(data, longest) if data.packing else padded_length(longest, data.pad_to_multiple_of)
+
+
+def _longest_example(config: Any, sizes: ModelConfig) -> int:
+    """Of a local data set, by a local tokenizer; nothing is fetched."""
+    data, folder = config.data, Path(config.model.path).expanduser()
+    if missing := _missing(data, folder):
+        known = KNOWN_SETS.get(data.path)
+        common = "" if known is None else f" ({known.max_source_len} and {known.max_target_len} are common for it)"
+        raise InputError(
+            f"how long rows are is not known: data.max_source_len = {data.max_source_len} and data.max_target_len = "
+            f"{data.max_target_len} take them from the data set, and {missing}; give both lengths{common}"
+        )
+    added = added_tokens(data, folder)
+    tokenizer = Tokenizer.from_folder(folder) if added is None else extended_tokenizer(added)
+    return longest_example(data, tokenizer, sizes.V, sizes.context)
+
+
+def _missing(data: Any, folder: Path) -> str:
+    """What is not here of that which tells how long rows are; "" where all is."""
+    if not data.path:
+        return "data.path is empty"
+    for path in (data.path, data.eval_path):
+        if path and not Path(path).expanduser().is_file():
+            return f"{path} is no file on this machine"
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return f"{folder} is no folder with a tokenizer on this machine"
+    return ""
 
 
 def _kept(stored: str, compute_dtype: str) -> str:

@@ -181,5 +181,7 @@ def test_names():
 def test_the_configs_of_the_known_sets(file, name):
     data = importlib.import_module(f"configs.{file}").get_config().data
     known = KNOWN_SETS[name]
-    found = data.format, data.max_source_len, data.max_target_len
-    assert found == (known.format, known.max_source_len, known.max_target_len)
+    assert data.format == known.format
+    # rows are whole, but for the paper's Guanaco
+    lengths = (known.max_source_len, known.max_target_len) if name == "oasst1" else (0, 0)
+    assert (data.max_source_len, data.max_target_len) == lengths

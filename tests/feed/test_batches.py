@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from qlora_jax.data.examples import Example
 from qlora_jax.errors import InputError
-from qlora_jax.feed.batches import Batches, FileBatches, eval_batches
+from qlora_jax.feed.batches import Batches, FileBatches, eval_batches, padded_length
 
 PAD = 99
 
@@ -28,6 +28,24 @@ LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=60)
 SETTINGS = st.fixed_dictionaries(
     {"batch_size": st.integers(1, 9), "group_by_length": st.booleans(), "seed": st.integers(0, 3)}
 )
+
+
+@given(st.integers(1, 200_000), st.sampled_from([1, 7, 8, 16, 64, 100, 2048]))
+def test_the_lengths_of_batches_are_few(length, multiple):
+    T = padded_length(length, multiple)
+    assert length <= T and T % multiple == 0 and padded_length(T, multiple) == T
+    assert padded_length(length + 1, multiple) >= T
+    if length <= 1024:
+        assert T - length < multiple
+    else:  # less than an eighth, or than a multiple
+        assert T - length < max(length / 8, multiple) + multiple
+        powers = [1 << n for n in range(11, 18)]
+        assert all(len({padded_length(n, multiple) for n in range(p // 2 + 1, p + 1, 61)}) <= 10 for p in powers)
+
+
+def test_lengths_of_batches_by_hand():
+    found = [padded_length(n, 64) for n in (1, 64, 65, 1000, 1024, 1025, 1153, 2048, 2049, 4097, 8192)]
+    assert found == [64, 64, 128, 1024, 1024, 1152, 1280, 2048, 2304, 4608, 8192]
 
 
 def make(lengths, settings, multiple=8):

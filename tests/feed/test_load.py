@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from qlora_jax.errors import InputError
 from qlora_jax.feed.batches import Batches, FileBatches, eval_batches
-from qlora_jax.feed.load import load_data
+from qlora_jax.feed.load import load_data, longest_example
 from qlora_jax.text.tokenizer import Tokenizer
 from tests.chat_templates import CHATML, TWO_TURNS
 from tests.data.test_chat_examples import with_template
@@ -165,6 +165,23 @@ def test_real_alpaca_with_a_real_tokenizer(shared_data):
     assert all(len(example) <= 512 for example in trained_on(data))
 
 
+def test_no_answer_of_todays_alpaca_is_cut(tmp_path, shared_data):
+    """Answers as long as today's: at the paper's lengths 486 of 999 lost their end."""
+    from configs import alpaca
+
+    shutil.copyfile(shared_data / "tokenizers" / "llama2_32k" / "tokenizer.json", tmp_path / "tokenizer.json")
+    tokenizer, section = Tokenizer.from_folder(tmp_path), alpaca.get_config().data
+    section.path, section.eval_examples = str(shared_data / "alpaca" / "alpaca_en_demo.json"), 0
+    data = load_data(section, tokenizer, 16, 32000, 2048)
+    assert data.truncated == {"sources": 0, "targets": 0, "dropped": 0} and data.batches.longest_example == 799
+    assert all(example.tokens[-1] == tokenizer.eos_id for example in trained_on(data))
+    section.max_source_len, section.max_target_len = 384, 128
+    data = load_data(section, tokenizer, 16, 32000, 2048)
+    assert data.truncated == {"sources": 0, "targets": 486, "dropped": 0}
+    ended = sum(example.tokens[-1] == tokenizer.eos_id for example in trained_on(data))
+    assert ended == 999 - 486
+
+
 def test_real_trees_with_a_real_tokenizer(tmp_path, shared_data):
     shutil.copyfile(shared_data / "tokenizers" / "llama2_32k" / "tokenizer.model", tmp_path / "tokenizer.model")
     tokenizer = Tokenizer.from_folder(tmp_path)
@@ -243,8 +260,92 @@ def test_which_template(tmp_path, golden, path):
         text(config(path=path, template="chatml"))
     with pytest.raises(InputError, match="data.template_date is '26 Jul'; expected a day as YYYY-MM-DD"):
         text(chat_config(tmp_path, [row], template_date="26 Jul"))
-    with pytest.raises(InputError, match=r"expected at least 3 \(a prompt, a token, its end\)"):
-        text(chat_config(tmp_path, [row], max_source_len=1, max_target_len=1))
+
+
+def test_rows_without_lengths_are_whole_up_to_the_context(path, byte_tokenizer):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("\n" + json.dumps({"input": "q" * 50, "output": "a" * 100}))
+        file.write("\n" + json.dumps({"input": "q" * 300, "output": "a"}))
+    section = config(path=path, max_source_len=0, max_target_len=0, eval_examples=0)
+
+    def read(context, **changes):
+        section.update(changes)
+        data = load_data(section, byte_tokenizer, 4, 259, context)
+        return data, {e.where.rpartition(" ")[2]: e for e in trained_on(data)}
+
+    data, whole = read(1000)
+    assert len(whole) == 22 and len(whole["21"]) == 152 and len(whole["22"]) == 303
+    assert whole["21"].tokens[-1] == whole["22"].tokens[-1] == byte_tokenizer.eos_id
+    assert data.report[1] == f"data: the longest example has 303 tokens ({path}, line 22); 99% have at most 303"
+    assert data.truncated == {"sources": 0, "targets": 0, "dropped": 0} and data.batches.max_length == 304
+    assert [len(e) for e in trained_on(load_data(section, byte_tokenizer, 4, 259))] == [*map(len, whole.values())]
+
+    data, cut = read(100)
+    assert len(cut) == 21 and len(cut["21"]) == 100 and cut["21"].tokens[-1] == ord("a") and cut["21"].loss_mask[-1]
+    assert data.truncated == {"sources": 0, "targets": 1, "dropped": 1}
+    assert data.report[1:3] == [
+        "data: cut to length: 1 targets (the model's context of 100 tokens), which are learned without an end",
+        "data: 1 examples left out: nothing to learn within the model's context of 100 tokens",
+    ]
+    # one length alone, and the context's share of the other
+    data, one = read(100, max_source_len=10)
+    assert [len(one[n]) for n in ("21", "22")] == [100, 12] and data.truncated["sources"] == 22
+    data, one = read(100, max_source_len=0, max_target_len=20)
+    assert len(one["21"]) == 71 and "22" not in one
+    # given lengths are kept whatever the context
+    assert max(map(len, read(10, max_source_len=60, max_target_len=20)[1].values())) == 71
+    with pytest.raises(InputError, match="none of its 22 examples has room for a token .* context of 5 tokens; make"):
+        read(5, max_source_len=0, max_target_len=0)
+
+
+def test_the_longest_example_is_known_without_a_run(path, tmp_path, byte_tokenizer, monkeypatch):
+    other = tmp_path / "heldout.jsonl"
+    other.write_text(json.dumps({"input": "unseen", "output": "a" * 80}))
+    section = config(path=path, max_source_len=0, max_target_len=0)
+    assert longest_example(section, byte_tokenizer, 259, 1000) == 1 + len("question 7" + "a much longer answer") + 1
+    section.eval_path = str(other)
+    assert longest_example(section, byte_tokenizer, 259, 1000) == 88
+    assert longest_example(section, byte_tokenizer, 259, 50) == 50
+    # what was read for that is there for the run
+    monkeypatch.setattr("qlora_jax.feed.load.write_examples", None)
+    assert "read from what is kept" in load_data(section, byte_tokenizer, 4, 259, 1000).report[-1]
+
+
+def test_packed_rows_hold_the_longest(path, tmp_path, byte_tokenizer):
+    section = config(path=path, max_source_len=0, max_target_len=0, packing=True)
+    data = load_data(section, byte_tokenizer, 4, 259, 1000)
+    assert data.batches.max_length == 32
+    other = tmp_path / "heldout.jsonl"
+    other.write_text(json.dumps({"input": "unseen", "output": "a" * 80}))
+    section.eval_path = str(other)
+    data = load_data(section, byte_tokenizer, 4, 259, 1000)
+    assert data.batches.max_length == 88
+    assert next(data.eval_batches(data.heldout, 1))["tokens"].shape == (1, 88)
+    section.pack_length = 40
+    with pytest.raises(InputError, match="heldout.jsonl, line 1: 88 tokens do not fit into packed rows of 40"):
+        load_data(section, byte_tokenizer, 4, 259, 1000)
+
+
+def test_chats_have_the_context_together(tmp_path, golden):
+    long = {"role": "assistant", "content": "word " * 60}
+    tokenizer, question = chat_tokenizer(tmp_path, golden), TWO_TURNS[0]
+    rows = [TWO_TURNS[:2], [*TWO_TURNS[:3], long], [{"role": "user", "content": "x " * 90}, TWO_TURNS[1]]]
+    section = chat_config(tmp_path, rows, max_source_len=0, max_target_len=0)
+    whole = load_data(section, tokenizer, 2, 500, 1000)
+    assert len(trained_on(whole)) == 3 and "cut to length" not in "".join(whole.report)
+    data = load_data(section, tokenizer, 2, 500, 64)
+    assert len(trained_on(data)) == 2
+    assert (
+        "data: cut to length (the model's context of 64 tokens): 1 chats end at an earlier answer, 0 first answers "
+        "cut, 1 chats without room dropped"
+    ) in data.report
+    assert any("generation does not stop" in line for line in data.report)
+    with pytest.raises(InputError, match="none of its 1 chats has room for an answer in the model's context of 4 tok"):
+        load_data(
+            chat_config(tmp_path, [[question, long]], max_source_len=0, max_target_len=0), tokenizer, 2, 500, 4
+        )
+    with pytest.raises(InputError, match="data.max_source_len is 40 and data.max_target_len 0, but .* give both, or"):
+        load_data(chat_config(tmp_path, rows, max_target_len=0), tokenizer, 2, 500, 64)
 
 
 def test_padding_is_never_an_end_token(tmp_path, golden):

@@ -216,9 +216,18 @@ def test_keys_of_packs(config, members):
     key = lambda config: pack_key(resolved(config))  # noqa: E731
     assert key(config) == key(members[0]) == key(members[3])
     assert key(config) == key(members[2]) != key(varied(members[2], lora__dropout=0.0))
-    short, long = (varied(config, data__batches="", data__max_source_len=n) for n in (20, 384))
+    short, long = (
+        varied(config, data__batches="", data__max_source_len=n, data__max_target_len=128) for n in (20, 384)
+    )
     assert key(short) == key(varied(short, data__path="somewhere", data__seed=3, data__max_source_len=60))
     assert key(short) != key(long)
+    # where the data set says how long rows are, members have one set
+    whole = varied(config, data__batches="", data__path="a.json")
+    assert key(whole) == key(varied(whole, data__seed=3, data__max_examples=9, data__train_on_source=True))
+    others = {"path": "b.json", "format": "dolly", "template": "chat", "max_target_len": 9}
+    assert all(key(whole) != key(varied(whole, **{f"data__{name}": value})) for name, value in others.items())
+    packed = varied(whole, data__packing=True, data__pack_length=100)
+    assert key(packed) == key(varied(packed, data__path="b.json", data__pack_length=128)) != key(whole)
     eight, other = (varied(config, optimizer__name="adamw8bit", lora__rank=r) for r in (4, 2))
     assert key(eight) != key(other)
 

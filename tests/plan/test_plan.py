@@ -1,6 +1,7 @@
 """Plans of small models: kinds that add up, what a run measures, advice, and the arithmetic of the roofline."""
 
 import importlib
+import json
 import os
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.errors import InputError
+from qlora_jax.feed.load import load_data
 from qlora_jax.plan import longest
 from qlora_jax.plan.advice import Change, changes, first_that_fits
 from qlora_jax.plan.gpus import GPUS, PlannedGpu, planned_gpu
@@ -15,6 +17,7 @@ from qlora_jax.plan.memory import usable_bytes
 from qlora_jax.plan.plan import make_plan
 from qlora_jax.plan.roofline import roofline
 from qlora_jax.settings import resolved
+from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.loop import finetune
 from qlora_jax.train.memory import MEMORY_FRACTION
 from qlora_jax.train.spec import read_spec
@@ -119,6 +122,45 @@ def test_models_whose_sizes_nobody_knows(quickstart, monkeypatch):
     quickstart.model.path = ""
     with pytest.raises(InputError, match="model.path is empty"):
         read_spec(quickstart)
+
+
+def test_rows_are_as_long_as_the_data_where_the_config_does_not_say(quickstart, tmp_path):
+    quickstart.data.max_source_len = quickstart.data.max_target_len = 0
+    tokenizer = Tokenizer.from_folder(quickstart.model.path)
+    data = load_data(quickstart.data, tokenizer, 16, tokenizer.vocab_size, 128)
+    longest = max(len(example) for some in (data.batches.examples, data.heldout) for example in some)
+    spec = read_spec(quickstart)
+    assert spec.batch.T == spec.evaluation.T == -(-longest // 16) * 16
+    assert read_spec(quickstart, 48).batch.T == 48
+    quickstart.data.eval_path = ""
+    long = {"instruction": "Count.", "output": "one, two, three " * 60}
+    (tmp_path / "long.json").write_text(json.dumps([long] * 2))
+    quickstart.data.path, quickstart.data.eval_examples = str(tmp_path / "long.json"), 0
+    assert read_spec(quickstart).batch.T == read_spec(quickstart).model.sizes.context == 128
+    quickstart.data.packing = True
+    assert read_spec(quickstart).batch.T == 128
+    quickstart.data.pack_length, quickstart.data.path = 512, ""
+    assert read_spec(quickstart).batch.T == 512  # no data is needed
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "missing"),
+    [
+        ("", None, "data.path is empty; give both lengths"),
+        ("no/such.json", None, "no/such.json is no file on this machine; give both lengths"),
+        ("alpaca", None, r"alpaca is no file on this machine; give both lengths \(384 and 128 are common for it\)"),
+        (None, "huggyllama/llama-7b", "huggyllama/llama-7b is no folder with a tokenizer on this machine"),
+    ],
+)
+def test_where_the_data_is_not_here_lengths_are_asked_for(quickstart, data, model, missing):
+    quickstart.data.max_source_len = 0
+    quickstart.data.path = quickstart.data.path if data is None else data
+    quickstart.model.path = model or quickstart.model.path
+    found = "how long rows are is not known: data.max_source_len = 0 and data.max_target_len = 16 take them from the"
+    with pytest.raises(InputError, match=f"{found} data set, and {missing}"):
+        read_spec(quickstart)
+    quickstart.data.max_source_len = 80
+    assert read_spec(quickstart).batch.T == 96
 
 
 def test_mistakes_cost_no_compiling(xla_gpu, quickstart):

@@ -47,6 +47,7 @@ def test_the_plan_is_what_a_pack_takes(config):
 def test_no_member_has_a_base_of_its_own(config, over):
     """Whatever is done for a member that takes no step: packed codes appear without the axis of members alone."""
     config.data.batches, config.data.path = "", "unread"
+    config.data.max_source_len = config.data.max_target_len = 256
     spec = read_spec(config)
     function, arguments = steps_program(config, spec, abstract_model(spec.model), 5, over)
     text = str(jax.make_jaxpr(function)(*arguments))

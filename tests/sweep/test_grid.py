@@ -8,6 +8,7 @@ from qlora_jax.settings import config_hash, resolved
 from qlora_jax.sweep.cost import pack_bytes
 from qlora_jax.sweep.grid import axis, chain, expand, fixed, group, product, when, zipped
 from qlora_jax.sweep.packs import make_packs, missing
+from qlora_jax.train import spec
 
 
 @pytest.fixture
@@ -114,6 +115,27 @@ def test_what_is_missing_of_a_pack_is_what_it_was(config):
     assert [len(half.points) for half in halves] == [2, 2]
     left = missing(packs, {digest: "done" for digest in halves[0].hashes})
     assert left[0].name == halves[1].name
+
+
+def test_rows_as_long_as_the_data_are_read_once(config, monkeypatch):
+    """A grid over a data set whose lengths the config does not give takes what one with the found length takes."""
+    read = []
+    longest = spec.longest_example
+    monkeypatch.setattr(spec, "longest_example", lambda *a: read.append(a) or longest(*a))
+    grid = product(axis("lora.rank", [4, 8]), axis("train.seed", range(4)), axis("data.seed", [0, 1]))
+    config.data.max_source_len = config.data.max_target_len = 0
+    whole = expand(config, grid).points
+    taken = pack_bytes(whole)
+    assert len(read) == 1
+    T = spec.read_spec(config).batch.T
+    config.data.max_source_len, config.data.max_target_len = T - 10, 10
+    assert taken == pack_bytes(expand(config, grid).points)
+    config.data.max_source_len, config.data.max_target_len = T - 10, 266
+    assert taken < pack_bytes(expand(config, grid).points)
+    config.data.max_source_len = config.data.max_target_len = 0
+    config.data.path = "owner/name"
+    with pytest.raises(InputError, match="owner/name is no file on this machine; give both lengths"):
+        pack_bytes(expand(config, grid).points)
 
 
 def test_packs_predict_memory(config):
