@@ -69,6 +69,7 @@ def get_config() -> ConfigDict:
     c = base.get_config()
     c.model.path = "huggyllama/llama-7b"
     c.data.path = "alpaca"
+    c.data.max_source_len, c.data.max_target_len = 384, 128  # tokens, of SETS
     c.optimizer.paging = "auto"  # packs keep the optimizer's state on the device
     c.train.checkpoint_every = 500  # steps
     return c.lock()
