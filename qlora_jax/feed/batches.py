@@ -259,9 +259,10 @@ def padded_length(length: int, multiple: int) -> int:
     """T of a batch whose longest row has `length` tokens: a multiple of `multiple`. Each T is a program to compile, so
     rows of over _FINE tokens have only some eight of them for each doubling of the length, and more padding: less than
     an eighth."""
+    blocks = -(-length // multiple)
     if length > _FINE:
-        multiple = round_up(1 << ((length - 1).bit_length() - 4), multiple)
-    return round_up(length, multiple)
+        blocks = round_up(blocks, 1 << max((blocks - 1).bit_length() - 4, 0))
+    return blocks * multiple
 
 
 def round_up(length: Any, multiple: int) -> Any:
