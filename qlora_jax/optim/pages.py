@@ -15,7 +15,7 @@ along the axis after it.
 import dataclasses
 import re
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -211,20 +211,26 @@ def separability(tx: optax.GradientTransformation, params: Any = None) -> str:
     leaves, treedef = jax.tree.flatten(params)
     # states in blocks (of 4096 or a divisor) may be cut between rows only where rows are whole blocks
     in_blocks = all(leaf.size // max(leaf.shape[0], 1) % 4096 == 0 for leaf in leaves)
-    shapes = [(2, *_probed_row(leaf.ndim - 1, (128, 160) if in_blocks else (136, 144))) for leaf in leaves]
-    like = [jax.ShapeDtypeStruct(shape, leaf.dtype) for shape, leaf in zip(shapes, leaves, strict=True)]
+    matrix = (128, 160) if in_blocks else (136, 144)
+    return _probe(tx, treedef, tuple(((2, *_probed_row(leaf.ndim - 1, matrix)), leaf.dtype) for leaf in leaves))
+
+
+@lru_cache(maxsize=32)
+def _probe(tx: optax.GradientTransformation, treedef: Any, arrays: tuple[tuple[tuple[int, ...], Any], ...]) -> str:
+    """`separability` for arrays of these shapes and dtypes: a second of updates, once for a transformation."""
+    like = [jax.ShapeDtypeStruct(*array) for array in arrays]
     # JAX compiles control flow outside jit anew at every call: over a minute here for optax.MultiSteps
     branches = has_control_flow(tx, jax.tree.unflatten(treedef, like))
 
     @cache
     def draw(seed: int) -> list[jax.Array]:
         """Parameters (seed 0) or gradients, some arrays and rows larger than others."""
-        rng, arrays = np.random.default_rng(seed), []
-        for number, (shape, leaf) in enumerate(zip(shapes, leaves, strict=True)):
-            rows = np.asarray([1, 3]).reshape(2, *(1 for _ in shape[1:]))
+        rng, drawn = np.random.default_rng(seed), []
+        for number, leaf in enumerate(like):
+            rows = np.asarray([1, 3]).reshape(2, *(1 for _ in leaf.shape[1:]))
             scale = rows * (100 if seed and number % 2 else 1)
-            arrays.append(jnp.asarray(rng.normal(size=shape) * scale, leaf.dtype))
-        return arrays
+            drawn.append(jnp.asarray(rng.normal(size=leaf.shape) * scale, leaf.dtype))
+        return drawn
 
     def updates(group: dict[int, slice], number: int):
         """The first `number` updates, tree leaves each, of the rows in `group` on their own."""
@@ -239,7 +245,7 @@ def separability(tx: optax.GradientTransformation, params: Any = None) -> str:
                 out, state = tx.update(pick(draw(k + 1)), state, pick(draw(0)))
             yield [np.asarray(u, np.float32) for u in jax.tree.leaves(out)]
 
-    everything = dict.fromkeys(range(len(leaves)), slice(0, 2))
+    everything = dict.fromkeys(range(len(like)), slice(0, 2))
     whole: dict[int, list[np.ndarray]] = {}
     for k, out in enumerate(updates(everything, _PATIENCE)):
         if any(u.any() for u in out):
@@ -250,7 +256,7 @@ def separability(tx: optax.GradientTransformation, params: Any = None) -> str:
         return "whole"
 
     def agrees(rows: Sequence[slice]) -> bool:
-        for leaf in range(len(leaves)):
+        for leaf in range(len(like)):
             for part in rows:
                 for k, out in enumerate(updates({leaf: part}, max(whole) + 1)):
                     if k in whole and not _alike(whole[k][leaf][part], out[0]):

@@ -1,5 +1,7 @@
 """Learning-rate schedules and the optax transformation of a config."""
 
+import functools
+from types import SimpleNamespace
 from typing import Any
 
 import optax
@@ -12,6 +14,8 @@ OPTIMIZERS = (
     "adamw", "adamw8bit", "lion", "lion8bit", "sgd",
     "paged_adamw", "paged_adamw8bit", "paged_lion", "paged_lion8bit",
 )  # fmt: skip
+# keys of the section that decide the transformation
+_SETTINGS = ("name", "schedule", "learning_rate", "warmup_steps", "beta1", "beta2", "eps", "weight_decay")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -39,6 +43,13 @@ def make_schedule(name: str, learning_rate: float, steps: int, warmup_steps: int
 
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
     """The `optimizer` section of a config -> optax. Clipping is in train/step.py: it needs the whole gradient."""
+    return _optimizer(steps, tuple((key, config[key]) for key in _SETTINGS))
+
+
+@functools.lru_cache(maxsize=8)
+def _optimizer(steps: int, settings: tuple[tuple[str, Any], ...]) -> optax.GradientTransformation:
+    """Equal settings give the same object, by which what was found out about it is kept (pages.separability)."""
+    config = SimpleNamespace(**dict(settings))
     schedule = make_schedule(config.schedule, config.learning_rate, steps, config.warmup_steps)
     return make_transformation(config, schedule, config.weight_decay)
 

@@ -36,7 +36,7 @@ from qlora_jax.train.memory import Program, memory_limit, peak_device_bytes, pea
 from qlora_jax.train.mmlu import MMLU
 from qlora_jax.train.residency import decide
 from qlora_jax.train.setup import Prepared, prepare
-from qlora_jax.train.step import make_evaluation, make_gradient
+from qlora_jax.train.step import evaluation_of, gradient_of
 from qlora_jax.train.workdir import Workdir, refuse_other_config
 
 
@@ -86,10 +86,10 @@ class Run:
         self.config, self.plain, self.prepared, self.workdir, self.say = config, plain, prepared, workdir, say
         self.adapter = prepared.adapter
         self.gradient = Program(
-            make_gradient(prepared.graph, config.train.loss_chunk, config.optimizer.max_grad_norm),
+            gradient_of(prepared.graph, config.train.loss_chunk, config.optimizer.max_grad_norm),
             compiler_options(config.model.remat),
         )
-        self.evaluation = Program(make_evaluation(prepared.graph, config.train.loss_chunk))
+        self.evaluation = Program(evaluation_of(prepared.graph, config.train.loss_chunk))
         self.mmlu = None if prepared.mmlu is None else MMLU(prepared.graph, prepared.mmlu)
         self.optimizer = self._make_optimizer()
         self.states = self.optimizer.init(self.adapter)
