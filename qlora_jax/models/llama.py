@@ -11,9 +11,8 @@ from pallas_kernels.nf4_matmul import dense_matmul
 from qlora_jax.models.attention import attend_chunk, causal_attention, segment_starts
 from qlora_jax.models.chunks import chunk_size, layer_in_chunks
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.dropout import Dropout, DropoutRate
 from qlora_jax.models.layers import (
-    Dropout,
-    DropoutRate,
     Frozen,
     Linear,
     RMSNorm,

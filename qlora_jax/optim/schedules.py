@@ -1,21 +1,18 @@
 """Learning-rate schedules and the optax transformation of a config."""
 
-import functools
-from types import SimpleNamespace
 from typing import Any
 
 import optax
 
 from qlora_jax.errors import InputError
 from qlora_jax.optim.eightbit import adamw8bit, lion8bit
+from qlora_jax.optim.pages import RowWise
 
 _PAGED = "paged_"
 OPTIMIZERS = (
     "adamw", "adamw8bit", "lion", "lion8bit", "sgd",
     "paged_adamw", "paged_adamw8bit", "paged_lion", "paged_lion8bit",
 )  # fmt: skip
-# keys of the section that decide the transformation
-_SETTINGS = ("name", "schedule", "learning_rate", "warmup_steps", "beta1", "beta2", "eps", "weight_decay")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -43,21 +40,18 @@ def make_schedule(name: str, learning_rate: float, steps: int, warmup_steps: int
 
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
     """The `optimizer` section of a config -> optax. Clipping is in train/step.py: it needs the whole gradient."""
-    return _optimizer(steps, tuple((key, config[key]) for key in _SETTINGS))
-
-
-@functools.lru_cache(maxsize=8)
-def _optimizer(steps: int, settings: tuple[tuple[str, Any], ...]) -> optax.GradientTransformation:
-    """Equal settings give the same object, by which what was found out about it is kept (pages.separability)."""
-    config = SimpleNamespace(**dict(settings))
     schedule = make_schedule(config.schedule, config.learning_rate, steps, config.warmup_steps)
     return make_transformation(config, schedule, config.weight_decay)
 
 
-def make_transformation(config: Any, learning_rate: Any, weight_decay: Any) -> optax.GradientTransformation:
+def make_transformation(config: Any, learning_rate: Any, weight_decay: Any) -> RowWise:
     """optax of the section's name, betas and eps; the rate may be a schedule, and each of the two an array []."""
     if config.name not in OPTIMIZERS:
         raise InputError(f"optimizer.name is {config.name!r}; known: {', '.join(OPTIMIZERS)}")
+    return RowWise(*_transformation(config, learning_rate, weight_decay))
+
+
+def _transformation(config: Any, learning_rate: Any, weight_decay: Any) -> optax.GradientTransformation:
     betas = (config.beta1, config.beta2)
     match config.name.removeprefix(_PAGED):
         case "adamw":
