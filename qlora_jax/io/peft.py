@@ -40,7 +40,7 @@ _MATRICES = {"embed_tokens": f"{_PREFIX}{EMBEDDING}", "lm_head": f"{_PREFIX}{HEA
 _NOT_STACKED: dict[str, int | None] = {key.removesuffix(".weight"): None for key in (EMBEDDING, HEAD)}
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _FLOATS = ("float32", "float16", "bfloat16")
-_MOST_SHOWN = 20  # problems in one message
+_MOST_SHOWN = 8  # problems in one message
 
 
 def write_adapter(
@@ -328,16 +328,19 @@ def take_out(model: Llama, config: LoRAConfig, progress: Callable[[int, int], No
         raise InputError(f"the model's weights lack what {model.residual} took out for an adapter: load it again")
     if not config.residual:
         return
+    check_base(config.residual, any(isinstance(_weight(model, name), QuantizedTensor) for name in config.targets))
+    model.residual = config.residual  # from here on it is no whole base, whatever ends this
     L, total = model.config.L, model.config.L * len(config.targets)
     for place, name in enumerate(config.targets):
-        layer = lora.linear(model, name)
-        stack = layer.weight.get_value()
-        check_base(config.residual, isinstance(stack, QuantizedTensor))
+        stack = _weight(model, name)
         for index in range(L):
             progress(place * L + index, total)
             w = jax.tree.map(lambda x: x[index], stack)  # noqa: B023 (called at once)
             left = residual(w, config.residual, config.rank, config.scale, _MODULE.format(index, name))
             stack = put(stack, left, index, L)
-        layer.weight = Frozen(stack)
-    model.residual = config.residual
+        lora.linear(model, name).weight = Frozen(stack)
     progress(total, total)
+
+
+def _weight(model: Llama, name: str) -> Any:
+    return lora.linear(model, name).weight.get_value()

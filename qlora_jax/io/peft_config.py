@@ -73,16 +73,12 @@ KEYS: dict[str, Any] = {
     "layer_replication": (None, []),
     "megatron_config": (None, {}),
 }
-_NOTHING: tuple[Any, ...] = (
-    None,
-    False,
-    [],
-    {},
-)  # what a new key of a newer peft says where its new thing is not asked for
+# What a newer peft writes under a new key where its new thing is not asked for.
+_NOTHING: tuple[Any, ...] = (None, False, [], {})
 
 _CONVERT = (
-    "convert it in peft: save_pretrained(..., path_initial_model_for_weight_conversion=DIR) writes a plain LoRA of "
-    "twice the rank"
+    "convert it in peft with the adapter that was saved before training: save_pretrained(..., "
+    "path_initial_model_for_weight_conversion=DIR) writes a plain LoRA of twice the rank"
 )
 _MERGE = "merge it in peft (merge_and_unload) and take the result as the model"
 # How init_lora_weights left the base: None as it was, PISSA or OLORA so that it can be made again, else why it cannot.
@@ -106,6 +102,7 @@ _ANY_CASE = ("gaussian", OLORA, "mica")  # which PEFT compares in lower case
 _MOST_BYTES = 1_000_000  # of the file: a pattern for every module of a large model takes a tenth
 _LARGEST_RANK = 2**20
 _LARGEST_ALPHA = 1e30
+_MATRICES = {"embed_tokens": "embed_tokens", "model.embed_tokens": "embed_tokens", "lm_head": "lm_head"}
 _LLAMA_TARGETS = ("q_proj", "v_proj")  # PEFT's choice where target_modules is null
 _LAYER_LISTS = ("layers", "model.layers")  # names of the list of layers, for layers_pattern
 
@@ -190,7 +187,9 @@ def read_config(folder: Path) -> AdapterConfig:
     not computed here: an unknown key counts, unless its value asks for nothing.
     """
     path = folder / CONFIG
-    if path.is_file() and path.stat().st_size > _MOST_BYTES:
+    if not path.is_file():
+        raise InputError(f"{path} is missing; expected a PEFT folder: {CONFIG} and adapter_model.safetensors")
+    if path.stat().st_size > _MOST_BYTES:
         raise InputError(f"{path} has {path.stat().st_size:,} bytes; expected {_MOST_BYTES:,} at most")
     file = _File(str(path), read_json(path))
     if file.raw.get("peft_type") != "LORA":
@@ -294,11 +293,12 @@ class _File:
         return frozenset(indices) or None
 
     def modules_to_save(self) -> tuple[str, ...]:
-        named = {_last(name) for name in self._names("modules_to_save")}  # also "model.embed_tokens"
-        if other := sorted(named - MODULES.keys()):
+        named = self._names("modules_to_save")
+        if other := [name for name in named if name not in _MATRICES]:
             readable = " and ".join(MODULES)
             raise InputError(f"{self.where}: modules_to_save has {_shown(other[0])}; readable are {readable}")
-        return tuple(name for name in MODULES if name in named)
+        saved = {_MATRICES[name] for name in named}
+        return tuple(name for name in MODULES if name in saved)
 
     def pattern(self, key: str) -> dict[str, Any]:
         value = self.raw.get(key)

@@ -158,7 +158,7 @@ def test_values_of_another_kind(read, keys, message):
     [
         ({}, r".*\.(q|v)_proj"),
         ({"target_modules": ["mlp.up_proj", "lm_head", "query_key_value"]}, r".*up_proj|lm_head"),
-        ({"target_modules": ["lm_head", "o_proj"], "modules_to_save": ["model.lm_head"]}, r".*o_proj"),
+        ({"target_modules": ["lm_head", "o_proj"], "modules_to_save": ["model.embed_tokens", "lm_head"]}, r".*o_proj"),
         ({"target_modules": "all-linear"}, r"model.*"),
         ({"target_modules": "All-Linear", "exclude_modules": ["mlp.up_proj", "k_proj"]}, r"model.*\.(?!up|k_)\w+"),
         ({"target_modules": r".*\.(q|k)_proj"}, r".*\.(q|k)_proj"),
