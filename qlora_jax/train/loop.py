@@ -58,13 +58,16 @@ def finetune(config: Any, plain: dict[str, Any], path: Path, say: Callable[[str]
       Stopped: after SIGTERM, once the state is saved.
     """
     refuse_other_config(path, plain)  # again when the folder is opened: here it costs no loading
-    bar = tqdm(desc="loading", unit="tensor", leave=False, delay=2)
+    bar: tqdm | None = None
 
-    def progress(done: int, total: int) -> None:
+    def progress(done: int, total: int) -> None:  # of the model, and then of the residual base that an adapter may need
+        nonlocal bar
+        bar = bar or tqdm(desc="loading", unit="tensor", leave=False, delay=2)
         bar.total = total
         bar.update(done - bar.n)
         if done == total:
             bar.close()
+            bar = None
 
     prepared = prepare(config, say, progress)
     workdir = Workdir(path, plain)
