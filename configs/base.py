@@ -64,7 +64,7 @@ def get_config() -> ConfigDict:
     # others. The tokenizer with them, and with a pad token that is not EOS, is saved beside the adapter
     c.data.added_tokens = ()
     c.data.added_special_tokens = ()  # the same for control tokens, as "<|im_start|>": chat templates write them, their
-    # letters in a text stay letters
+    # letters in a text stay letters (not those of signs around thinking in what a chat's assistant says)
     c.data.max_source_len = 384  # tokens of the prompt, BOS included
     c.data.max_target_len = 128  # tokens of the answer, EOS included. A chat template's whole chat has room for both
     # together: a longer one ends after the last answer that fits; if none does, the first is cut, and has no end

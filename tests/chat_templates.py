@@ -129,6 +129,8 @@ EMPTY = OPENED.replace(
     "{% if loop.index0 > ns.last and thought %}{{ '<think>\n' + thought + '\n</think>\n' }}"
     "{% else %}{{ '<think></think>' }}{% endif %}",
 )
+# as Qwen3.5 without thinking: the prompt closes it at once
+SHUT = OPENED.replace("{{ '<think>\n' }}{% endif %}", "{{ '<think>\n\n</think>\n\n' }}{% endif %}")
 # as DeepSeek: the prompt opens the thinking, and no answer is written with it; arguments of calls are text
 UNSAID = (
     "{{ bos_token }}{% for m in messages %}"
@@ -189,6 +191,7 @@ TURNING = {
     ),
     "opened": (OPENED, ["<|im_end|>"], "{t}\n</think>\n\n{a}<|im_end|>", "\n</think>\n\n{a}<|im_end|>"),
     "empty": (EMPTY, ["<|im_end|>"], "{t}\n</think>\n{a}<|im_end|>", "\n</think>\n{a}<|im_end|>"),
+    "shut": (SHUT, ["<|im_end|>"], "{a}<|im_end|>", "{a}<|im_end|>"),
     "unsaid": (UNSAID, ["</s>"], "{t}\n</think>\n\n{a}</s>", "\n</think>\n\n{a}</s>"),
     "endless": (
         ENDLESS, ["<|endoftext|>", "<|user|>", "<|observation|>"],

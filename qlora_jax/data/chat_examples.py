@@ -58,7 +58,7 @@ class ChatForms:
         if self.apart:
             lines.append(
                 f"data: the template writes an answer otherwise once others follow: {self.parted:,} chats are "
-                f"{self.apart:,} examples, each answer as it is generated (data.packing shares rows among them)"
+                f"{self.apart:,} examples, each answer as it is generated (data.packing puts several in a row)"
             )
         if self.unwritten:
             lines.append(f"data: the template does not write the reasoning of {self.unwritten:,} answers: not learned")

@@ -60,12 +60,9 @@ class Chat:
         decoding = self._read(prompt)
         self._answers += 1
         text, shown = Answer(self._tokenizer, self._template, prompt, self._stops), ""
-        ids: list[int] = []
         try:
             while not decoding.done:
-                new = decoding.step(STEPS)[0]
-                ids += new
-                piece = text.push(new)
+                piece = text.push(decoding.step(STEPS)[0])
                 if text.stopped and not decoding.done:
                     decoding.finish(0, "stop")
                 shown += piece
@@ -85,7 +82,7 @@ class Chat:
                 asked = [*self.turns, {"role": "user", "content": request.message}]
                 said = {"role": "assistant", "content": shown.strip()}
                 if self._template == "chat" and not text.stopped:  # word for word, and its reasoning apart
-                    said = answered(self._tokenizer, [*system_turn(self.system), *asked], prompt, ids)
+                    said = answered(self._tokenizer, [*system_turn(self.system), *asked], prompt, decoding.tokens[0])
                 self.turns = [*asked, said]
 
     def _fitting(self, request: Request) -> list[int]:

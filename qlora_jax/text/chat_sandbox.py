@@ -85,10 +85,11 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def spend(self, characters: int) -> None:
         """Raises TooMuch when a text of so many characters, or a list of so many entries, is one too many."""
-        self._used.characters += characters
+        used = self._used
+        used.characters += characters
         if characters > LONGEST:
             raise TooMuch(f"it makes a text or a list of {characters:,} (the bound is {LONGEST:,})")
-        if self._used.characters > ALTOGETHER:
+        if used.characters > ALTOGETHER:
             raise TooMuch(f"it makes more than {ALTOGETHER:,} characters on its way")
 
     @property
@@ -109,6 +110,9 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: runtime.Context, operator: str, left: Any, right: Any) -> Any:
         """`left operator right`, once its size is known to be within the bounds."""
+        if operator == "+" and type(left) is str and type(right) is str:  # most of them
+            self.spend(len(left) + len(right))
+            return left + right
         if operator == "%" and isinstance(left, str):
             self._check_format(left, *(right if isinstance(right, tuple) else (right,)))
         elif isinstance(left, int) and isinstance(right, int):
@@ -152,7 +156,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def _weighed(self, value: Any) -> Any:
         """The value, where it is not too long as text: lists may hold one list many times."""
-        if not isinstance(value, str | int | float | None):
+        if type(value) is not str and not isinstance(value, int | float):
             self.spend(_size(value))
         return value
 

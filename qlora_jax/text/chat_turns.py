@@ -140,14 +140,18 @@ class Turns:
         if begin is not None:
             return prompt + text[begin:], ""
         message, opening = self._messages[number], self.opening(number)
+        thought, answer = _parted(message)
+        bare = {name: value for name, value in message.items() if name not in REASONING} | {"content": answer}
+        if not opening and thought:  # a prompt that closes the thinking leaves no place for it
+            written = self._render([*self._messages[:number], bare], False).text
+            if written.startswith(prompt):
+                return written, "unwritten"
         if not opening:
             raise InputError(
                 f"the chat template writes the prompt for turn {number + 1} (assistant) differently when the answer "
                 f"follows ({self._difference(prompt, text)}): the model would be asked with another text than it is "
                 f"trained on; {MEND}"
             )
-        thought, answer = _parted(message)
-        bare = {name: value for name, value in message.items() if name not in REASONING} | {"content": answer}
         kind = "" if thought else "closed"
         for reasoning in dict.fromkeys((thought or _PROBE, _PROBE)):
             written = self._render([*self._messages[:number], bare | {"reasoning_content": reasoning}], False).text

@@ -33,11 +33,11 @@ def with_template(folder, source, template, stops=(), **config):
             shutil.copyfile(source / name, folder / name)
     settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template, **config}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer = Tokenizer.from_folder(folder)
-    if not stops:
-        return tokenizer
-    numbers = [tokenizer.id_of(text) for text in stops]
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": numbers}))
+    if stops:
+        added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+        numbers = {token["content"]: token["id"] for token in added}
+        stopping = {"eos_token_id": [numbers[text] for text in stops]}
+        (folder / "generation_config.json").write_text(json.dumps(stopping))
     return Tokenizer.from_folder(folder)
 
 

@@ -106,6 +106,13 @@ def test_tools_that_a_template_does_not_write(tokenizer_with):
         first(tokenizer_with(TOOLS.replace("message.tool_calls or []", "[]")), called)
 
 
+def test_an_end_that_no_file_names_is_said(golden, tmp_path):
+    template = LOOP.replace("BODY", "{{ message.content }}{{ eos_token }}") + PROMPT
+    tokenizer = with_template(tmp_path / "model", golden / "chat", template, ["</s>"], eos_token=None)
+    with pytest.raises(InputError, match=r"\(it writes eos_token, which tokenizer_config.json does not name\), or use"):
+        first(tokenizer)
+
+
 def test_several_marks_in_a_turn_and_marks_in_a_macro(tokenizer_with):
     macro = "{% macro say(text) %}{% generation %}{{ text }}{% endgeneration %}{% endmacro %}"
     body = (

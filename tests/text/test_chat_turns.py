@@ -113,7 +113,7 @@ def test_what_is_said_of_thinking(turning):
     forms = {family: learned(turning[family], Chat(*TURNED["plain"], ""))[1] for family in TURNING}
     assert {family for family in TURNING if forms[family].closed == 2} == {"empty", "unsaid"}
     forms = {family: learned(turning[family], Chat(*TURNED["thinking"], ""))[1] for family in TURNING}
-    assert {family for family in TURNING if forms[family].unwritten == 2} == {"closed", "closed once"}
+    assert {family for family in TURNING if forms[family].unwritten == 2} == {"closed", "closed once", "shut"}
     lines = ChatForms(3, 1, 2, 1, 4).report()
     assert "1 chats are 3 examples" in lines[0] and "reasoning of 2 answers" in lines[1]
     assert "1 answers have none" in lines[2] and "4 chats left out" in lines[3]
@@ -136,7 +136,7 @@ def test_any_conversation(turning, family, turns):
         text = (with_thinking if thought else without).format(t=thought, a=f"{answer}.")
         assert text_with_controls(tokenizer, said) == text
         assert not set(said[:-1]) & set(tokenizer.eos_ids)
-        if family not in ("unsaid", "closed") or not thought:
+        if family not in ("unsaid", "closed", "shut") or not thought:
             message = answered(tokenizer, messages[: 2 * number + 1], prompt, said[:-1])
             assert message == {"role": "assistant"} | messages[2 * number + 1]
 
