@@ -56,6 +56,7 @@ def get_config() -> ConfigDict:
     c.data.template = "auto"  # the text around what a row says: paper (the prompt of its format: Alpaca's, Guanaco's
     # conversation, ...) | chat (the model's own chat template, for every format; the assistant's turns are learned,
     # each with the token that ends it) | auto: chat for messages and sharegpt if the model has a template, else paper
+    c.data.turns = "all"  # which answers of a chat are learned, in a chat template: all | last (of those that may be)
     c.data.template_date = "2024-07-26"  # YYYY-MM-DD, the day that chat templates write as today's, so that a run that
     # goes on another day has the same tokens
     c.data.batches = ""  # int32 .npy file [n, B, T] instead of a data set; labels are the inputs shifted
@@ -63,10 +64,10 @@ def get_config() -> ConfigDict:
     # others. The tokenizer with them, and with a pad token that is not EOS, is saved beside the adapter
     c.data.added_tokens = ()
     c.data.added_special_tokens = ()  # the same for control tokens, as "<|im_start|>": chat templates write them, their
-    # letters in a text stay letters
+    # letters in a text stay letters (not those of signs around thinking in what a chat's assistant says)
     c.data.max_source_len = 384  # tokens of the prompt, BOS included
     c.data.max_target_len = 128  # tokens of the answer, EOS included. A chat template's whole chat has room for both
-    # together: a longer one ends after the last answer that fits; if none does, the first is cut and keeps its end
+    # together: a longer one ends after the last answer that fits; if none does, the first is cut, and has no end
     c.data.train_on_source = False  # also learn the prompt (chat template: all tokens but the first)
     c.data.group_by_length = True  # batches of similar lengths: less padding
     c.data.pad_to_multiple_of = 64  # tokens; bounds the number of compiled shapes

@@ -13,8 +13,10 @@ class Chat:
         "name", "reasoning_content" where the row has them. The last is the assistant's.
       tools: descriptions of functions that the assistant may call, or None.
       where: the place of its row.
+      learn: for each message whether it is learned, where it is the assistant's; None: all are.
     """
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None
     where: str
+    learn: tuple[bool, ...] | None = None
