@@ -56,6 +56,7 @@ def get_config() -> ConfigDict:
     c.data.template = "auto"  # the text around what a row says: paper (the prompt of its format: Alpaca's, Guanaco's
     # conversation, ...) | chat (the model's own chat template, for every format; the assistant's turns are learned,
     # each with the token that ends it) | auto: chat for messages and sharegpt if the model has a template, else paper
+    c.data.turns = "all"  # which answers of a chat are learned, in a chat template: all | last (of those that may be)
     c.data.template_date = "2024-07-26"  # YYYY-MM-DD, the day that chat templates write as today's, so that a run that
     # goes on another day has the same tokens
     c.data.batches = ""  # int32 .npy file [n, B, T] instead of a data set; labels are the inputs shifted
@@ -63,7 +64,7 @@ def get_config() -> ConfigDict:
     # others. The tokenizer with them, and with a pad token that is not EOS, is saved beside the adapter
     c.data.added_tokens = ()
     c.data.added_special_tokens = ()  # the same for control tokens, as "<|im_start|>": chat templates write them, their
-    # letters in a text stay letters
+    # letters in a text stay letters (not those of signs around thinking in what a chat's assistant says)
     # Tokens of the prompt, BOS included, and of the answer, EOS included. What is longer is cut, and a cut answer is
     # learned without an end. 0 takes them as long as they are: then the model's context is what both together may have.
     # A chat in a chat template has room for both lengths together, or for the context; a longer one ends after the last

@@ -87,11 +87,11 @@ def measure_perplexity() -> dict[str, Any]:
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     # token ids can be scored without a tokenizer; config.json knows BOS
     tokenizer = MODEL.tokenizer() if has_tokenizer or TEXT.value is not None else None
-    bos_id = config.bos_id if tokenizer is None else tokenizer.bos_id
+    bos_id = config.bos_id if tokenizer is None else first_token(tokenizer)
     texts = read_texts(tokenizer, MODEL.vocabulary())
     loaded = MODEL.load()
     if bos_id is None:
-        print("this model has no BOS: windows begin with text, and their first token is not scored", file=sys.stderr)
+        print("BOS is not put before a text here: the first token of a window is not scored", file=sys.stderr)
     started = time.perf_counter()
     with tqdm(desc="scoring", unit="window", delay=2) as bar:
 
@@ -114,6 +114,15 @@ def measure_perplexity() -> dict[str, Any]:
         "adapter": MODEL.adapter.value,
         "data": TEXT.value or TOKENS.value,
     }
+
+
+def first_token(tokenizer: "Tokenizer") -> int | None:
+    """What the tokenizer puts before every text, None for nothing."""
+    from qlora_jax.errors import InputError
+
+    if len(tokenizer.prefix) > 1:
+        raise InputError(f"the tokenizer puts {len(tokenizer.prefix)} tokens before a text; windows begin with one")
+    return tokenizer.prefix[0] if tokenizer.prefix else None
 
 
 def read_texts(tokenizer: "Tokenizer | None", V: int) -> list:

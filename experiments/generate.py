@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from qlora_jax.text.tokenizer import Tokenizer
 
 MODEL = model_flags()
-PROMPT = flags.DEFINE_string("prompt", None, 'text to continue, or to answer; "" begins with BOS alone')
+PROMPT = flags.DEFINE_string("prompt", None, 'text to continue, or to answer; "" is BOS alone')
 PROMPTS = flags.DEFINE_string("prompts", None, "file of prompts")
 OUT = flags.DEFINE_string("out", None, "JSONL file for the answers to --prompts; stdout by default")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "throw away the answers that --out has, instead of going on")
@@ -60,7 +60,7 @@ class Setup:
 
 def main() -> int:
     from qlora_jax.errors import InputError
-    from qlora_jax.generate.prompting import Request, check_stops, prompt_ids
+    from qlora_jax.generate.prompting import Request, bos_note, check_stops, prompt_ids
     from qlora_jax.generate.requests import read_requests
     from qlora_jax.generate.sampling import Sampling
 
@@ -83,6 +83,8 @@ def main() -> int:
         return answer_file(tokenizer, sampling, requests)
     one = Request(PROMPT.value or "", form="prompt" if PROMPT.value is not None else "question")
     template = one_template(tokenizer, one)
+    if said := bos_note(tokenizer, template):
+        note(said)
     setup = load(tokenizer, sampling)
     return converse(setup, template) if PROMPT.value is None else answer_one(setup, template, one)
 
@@ -124,6 +126,7 @@ def answer_file(tokenizer: "Tokenizer", sampling: "Sampling", requests: list) ->
     from qlora_jax.errors import InputError
     from qlora_jax.generate.answer_file import AnswerFile
     from qlora_jax.generate.answers import check_answered, prepare
+    from qlora_jax.generate.prompting import bos_note
 
     settings = {
         **MODEL.identity(),
@@ -134,6 +137,8 @@ def answer_file(tokenizer: "Tokenizer", sampling: "Sampling", requests: list) ->
         "model_id": model_id(),
     }
     prepared = prepare(requests, tokenizer, settings, sampling.seed, TEMPLATE.value, SYSTEM.value)
+    for said in sorted({said for prompt in prepared if (said := bos_note(tokenizer, prompt.template))}):
+        note(said)
     if OUT.value is None:
         return write_answers(load(tokenizer, sampling), prepared, None)
     if Path(OUT.value).expanduser().absolute() == Path(str(PROMPTS.value)).expanduser().absolute():

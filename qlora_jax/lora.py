@@ -30,6 +30,7 @@ class LoRAConfig:
     targets: tuple[str, ...] = ("all-linear",)
     use_rslora: bool = False  # scale by alpha / sqrt(rank)
     modules_to_save: tuple[str, ...] = ()  # of MODULES, in that order; these matrices train whole
+    residual: str = ""  # "pissa" or "olora": the base lacks what this start took out of it (qlora_jax.residual)
 
     def __post_init__(self):
         if self.rank < 1:
@@ -141,6 +142,12 @@ def set_adapter(model: Llama, name: str, a: jax.Array, b: jax.Array, scale: floa
     layer = linear(model, name)
     layer.lora_a, layer.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
     layer.lora_scale = scale
+
+
+def drop_adapter(model: Llama, name: str) -> None:
+    """Takes an adapter off a layer, if it carries one."""
+    layer = linear(model, name)
+    layer.lora_a, layer.lora_b = nnx.data(None), nnx.data(None)
 
 
 def train_whole(model: Llama, name: str, value: jax.Array | None = None) -> None:

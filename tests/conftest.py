@@ -2,10 +2,8 @@
 
 import atexit
 import gc
-import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -108,18 +106,13 @@ def tiny_config(golden, tmp_path):
 
 @pytest.fixture(scope="session")
 def run_commands() -> Callable[[list[list[str]]], list[dict]]:
-    """Runs commands, each a module's name or a script's path and its arguments, in one process, in the repository.
+    """Runs commands in this process, in the repository: each a module's name or a script's path and its arguments.
 
     Returns {"status": exit status, "out": stdout, "err": stderr} for each.
     """
+    from tests.run_commands import run
 
-    def run(commands: list[list[str]]) -> list[dict]:
-        script = [sys.executable, str(TESTS / "run_commands.py")]
-        result = subprocess.run(script, input=json.dumps(commands), capture_output=True, text=True, cwd=REPOSITORY)
-        assert result.returncode == 0, result.stderr
-        return json.loads(result.stdout)
-
-    return run
+    return lambda commands: [run(command) for command in commands]
 
 
 @pytest.fixture(scope="session")

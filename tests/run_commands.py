@@ -1,49 +1,35 @@
-"""Runs commands one after the other as a user would, each in a fork of this process: imports are paid for once.
+"""Runs commands in this process, as `python -m` would: flags, modules and settings of each go when it ends.
 
-stdin: JSON list of argument lists, each begun with a module's name or a script's path. stdout: JSON list of
-{"status", "out", "err"}. A command's flags and modules go with its fork.
+What a process has made once serves all its commands: imports, JAX's backend, traced and compiled programs. A test whose
+point is the process itself (signals, exit statuses of the interpreter, terminals) starts one.
 """
 
 import contextlib
 import io
-import json
+import logging
 import os
 import runpy
 import sys
-import tempfile
 import traceback
-import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
-import flax.nnx  # noqa: F401 (what every command imports; nothing here starts a backend, which a fork could not share)
-import jax  # noqa: F401
-import optax  # noqa: F401
-import orbax.checkpoint  # noqa: F401
+from absl import app, flags
+from absl import logging as absl_logging
+from absl.testing import flagsaver
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
+REPOSITORY = Path(__file__).resolve().parents[1]
+app.define_help_flags()  # absl's own flags stay
+_gone: list = []  # modules of earlier commands: absl remembers some by id, which no other module may get
 
 
 def run(command: list[str]) -> dict:
-    """The command in a fork; a fork that dies without a word has its signal as status."""
-    with tempfile.TemporaryFile("w+") as file:
-        child = os.fork()
-        if child == 0:
-            json.dump(run_here(command), file)
-            file.flush()
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        file.seek(0)
-        text = file.read()
-    return json.loads(text) if text else {"status": -(status & 0x7F), "out": "", "err": "died without a word"}
-
-
-def run_here(command: list[str]) -> dict:
+    """{"status", "out", "err"} of a command: a module's name or a script's path, and its arguments."""
     name, *arguments = command
     out, err = io.StringIO(), io.StringIO()
-    sys.argv = [name, *arguments]
     status: object = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with _own_state(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        sys.argv = [name, *arguments]
         try:
             if name.endswith(".py"):
                 runpy.run_path(name, run_name="__main__")
@@ -57,5 +43,32 @@ def run_here(command: list[str]) -> dict:
     return {"status": status, "out": out.getvalue(), "err": err.getvalue()}
 
 
-if __name__ == "__main__":
-    json.dump([run(command) for command in json.load(sys.stdin)], sys.stdout)
+@contextlib.contextmanager
+def _own_state() -> Iterator[None]:
+    """What a command changes for its whole process, put back: flags with the modules that define them, the folder, the
+    environment, arguments, and how much is logged."""
+    saved_flags = flagsaver.save_flag_values(flags.FLAGS)
+    argv, folder, environment = sys.argv, os.getcwd(), dict(os.environ)
+    verbosity, jax_level = absl_logging.get_verbosity(), logging.getLogger("jax").level
+    commands = _commands()
+    for module in commands:
+        del sys.modules[module]
+    os.chdir(REPOSITORY)
+    try:
+        yield
+    finally:
+        os.chdir(folder)
+        sys.argv = argv
+        os.environ.clear()
+        os.environ.update(environment)
+        for module in _commands():
+            _gone.append(sys.modules.pop(module))
+        sys.modules.update(commands)
+        flagsaver.restore_flag_values(saved_flags, flags.FLAGS)
+        absl_logging.set_verbosity(verbosity)
+        logging.getLogger("jax").setLevel(jax_level)
+
+
+def _commands() -> dict:
+    """Modules of the commands that are imported now: each defines flags, and once."""
+    return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "experiments"}

@@ -30,6 +30,7 @@ ORDER = (
     "qlora_jax.io",
     "qlora_jax.optim",
     "qlora_jax.lora",
+    "qlora_jax.residual",
     "qlora_jax.models",
     "qlora_jax",  # the front door: quantizing and multiplying alone
     "qlora_jax.quant",

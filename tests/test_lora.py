@@ -10,7 +10,8 @@ from qlora_jax import lora
 from qlora_jax.errors import InputError
 from qlora_jax.io.load import QuantSpec, load_model
 from qlora_jax.lora import LoRAConfig, select_targets
-from qlora_jax.models.layers import Dropout, Linear
+from qlora_jax.models.dropout import Dropout
+from qlora_jax.models.layers import Linear
 from qlora_jax.models.llama import LINEARS
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]

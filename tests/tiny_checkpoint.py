@@ -8,12 +8,14 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from qlora_jax.io.load import expected_shapes, load_config
+from tests.bos_folder import bos_processor
 
 TOKENIZER = Path(__file__).resolve().parent / "golden" / "tokenizer"
 
 
 def write_tiny_checkpoint(folder: Path, context: int = 128, V: int = 400) -> Path:
-    """Weights large enough that its greedy text is not one token repeated; the tokenizer is the golden one."""
+    """Weights large enough that its greedy text is not one token repeated; the golden tokenizer, which here puts <s>
+    before a text, as Llama's does."""
     folder.mkdir(parents=True)
     config = {
         "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -28,6 +30,7 @@ def write_tiny_checkpoint(folder: Path, context: int = 128, V: int = 400) -> Pat
         values = rng.normal(size=shape) * (3 if "lm_head" in key else 1) / np.sqrt(width)
         tensors[key] = (np.ones(shape) if len(shape) == 1 else values).astype(np.float32)
     save_file(tensors, folder / "model.safetensors")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(TOKENIZER / name, folder / name)
+    shutil.copyfile(TOKENIZER / "tokenizer_config.json", folder / "tokenizer_config.json")
+    spec = json.loads((TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer.json").write_text(json.dumps(spec | {"post_processor": bos_processor(spec)}))
     return folder

@@ -75,15 +75,17 @@ class ModelFlags:
 
         from qlora_jax.io.folder import resolve
         from qlora_jax.io.load import load_model
-        from qlora_jax.io.peft import load_adapter, read_config
+        from qlora_jax.io.peft import load_adapter
+        from qlora_jax.io.peft_config import read_config
         from qlora_jax.io.remote import name_of
+        from qlora_jax.residual import check_base
 
         self._check_kernel()
         folder = self.folder()
         spec = self._spec(folder)
         adapter = resolve(self.adapter.value) if self.adapter.value else None
         if adapter is not None:
-            read_config(adapter)  # a mistake here shows before minutes of loading
+            check_base(read_config(adapter).residual, spec.format != "none")  # before minutes of loading
         dtype = self._dtype()
         with tqdm(desc="loading", unit="tensor", leave=False, delay=2) as bar:
 
@@ -94,8 +96,10 @@ class ModelFlags:
             model = load_model(folder, spec, dtype, kernel=self.kernel.value, progress=progress)
         tuned = ""
         if adapter is not None:
-            config = load_adapter(model, adapter)
+            with tqdm(desc="adapter", unit="weight", leave=False, delay=2) as bar:
+                config = load_adapter(model, adapter, progress)
             tuned = f", adapter {adapter} of rank {config.rank}"
+            tuned += f" on what {config.residual} left of the base" if config.residual else ""
         stored_as = "not quantized" if spec.format == "none" else str(spec)
         print(f"model: {name_of(folder)}, {stored_as}, computing in {dtype}{tuned}", file=sys.stderr)
         return Loaded(folder, model, quant_name(spec))

@@ -12,7 +12,7 @@ import numpy as np
 
 from qlora_jax.bench.synthetic import random_model
 from qlora_jax.errors import InputError
-from qlora_jax.models.layers import DropoutRate
+from qlora_jax.models.dropout import DropoutRate
 from qlora_jax.packs.step import Member, MemberState, Steps, initial_optimizer, make_steps, over_members
 from qlora_jax.train.backward import compiler_options
 from qlora_jax.train.memory import Program, out_of_memory_said, peak_device_bytes

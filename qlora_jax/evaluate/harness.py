@@ -72,14 +72,13 @@ class HarnessModel(TemplateLM):
         return f"{self._name}-{template}".replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids, BOS before them unless add_special_tokens is False, or is None and the text begins with BOS."""
+        """Ids as transformers gives them: after what the tokenizer puts before a text, unless add_special_tokens is
+        False, or is None and the text begins with BOS."""
         ids, V = self._tokenizer.encode_marked(string), self.model.config.V
         if max(ids, default=0) >= V:
             raise InputError(f"token id {max(ids)}, but the model's vocabulary is 0 to {V - 1} (is it its tokenizer?)")
-        bos = self._tokenizer.bos_id
-        if bos is None or add_special_tokens is False or (add_special_tokens is None and ids[:1] == [bos]):
-            return ids
-        return [bos, *ids]
+        begun = add_special_tokens is None and ids[:1] == [self._tokenizer.bos_id]
+        return ids if begun or add_special_tokens is False else [*self._tokenizer.prefix, *ids]
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any

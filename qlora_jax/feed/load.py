@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.data.chat_examples import ChatCuts, tokenize_chats, uses_chat_template
+from qlora_jax.data.chat_examples import ChatCuts, check_turns, tokenize_chats, uses_chat_template
 from qlora_jax.data.examples import Example, Lengths, Truncated, tokenize_examples
 from qlora_jax.data.formats import COLUMNS, check_format, stream_chats, stream_texts
 from qlora_jax.data.read import data_files, stream_rows
@@ -84,6 +84,7 @@ def load_data(
     if tokenizer is None:
         raise InputError("the model's folder has no tokenizer, which data.path needs; only data.batches goes without")
     check_format(config.format)
+    check_turns(config.turns)
     for name in ("max_examples", "seed", "pack_length"):
         if getattr(config, name) < 0:
             raise InputError(f"data.{name} is {getattr(config, name)}, expected 0 or more")
@@ -94,13 +95,13 @@ def load_data(
     if config.eval_path:
         heldout = _read(config, config.eval_path, config.eval_examples, tokenizer, vocab_size, lengths).store
     else:
-        train, heldout = split(train, config.eval_examples, config.seed)
+        train, heldout = split(train, config.eval_examples, config.seed, entry.facts["chat"])
     pad_id = next(number for number in range(PAD_ID, vocab_size) if number not in tokenizer.eos_ids)
     longest = max(int(lengths_of(examples).max(initial=0)) for examples in (train, heldout))
     batches = make_batches(config, train, batch_size, longest, pad_id)
     if isinstance(batches, PackedBatches) and heldout:
         check_fits(heldout, batches.max_length)
-    report = _report(config, entry, train, heldout, batches)
+    report = _report(config, entry, train, heldout, batches, tokenizer)
     return LoadedData(batches, heldout, report, entry.facts["truncated"], pad_id, config.pad_to_multiple_of)
 
 
@@ -131,6 +132,11 @@ def _read(config: Any, path: str, limit: int, tokenizer: Tokenizer, vocab_size: 
         settings["context"] = lengths.context
     files = data_files(path, config.revision)
     chat = uses_chat_template(config.template, config.format, tokenizer)
+    if config.turns != "all" and not chat:
+        raise InputError(
+            f"data.turns is {config.turns!r}, which is for chats in a model's chat template; here data.template="
+            f"{config.template} takes the paper's prompts (data.template=chat takes the model's)"
+        )
     tokenize = (_chat_tokenizer if chat else _pair_tokenizer)(config, tokenizer, lengths)
 
     def build(file: Path) -> dict[str, Any]:
@@ -177,7 +183,7 @@ def _chat_tokenizer(config: Any, tokenizer: Tokenizer, lengths: Lengths) -> Call
         day = datetime.date.fromisoformat(config.template_date)
     except ValueError as error:
         raise InputError(f"data.template_date is {config.template_date!r}; expected a day as YYYY-MM-DD") from error
-    return lambda chats: tokenize_chats(chats, tokenizer, lengths.room, config.train_on_source, day)
+    return lambda chats: tokenize_chats(chats, tokenizer, lengths.room, config.train_on_source, day, config.turns)
 
 
 def _cut_lines(cuts: Truncated | ChatCuts, lengths: Lengths) -> list[str]:
@@ -187,7 +193,7 @@ def _cut_lines(cuts: Truncated | ChatCuts, lengths: Lengths) -> list[str]:
     if cuts.shortened or cuts.cut or cuts.dropped:
         lines.append(
             f"data: cut to length ({lengths}): {cuts.shortened:,} chats end at an earlier answer, {cuts.cut:,} first "
-            f"answers cut, {cuts.dropped:,} chats without room dropped"
+            f"answers cut (learned without an end), {cuts.dropped:,} without room dropped"
         )
     return lines
 
@@ -242,17 +248,22 @@ def _report(
     train: Sequence[Example],
     heldout: Sequence[Example],
     batches: Batches | PackedBatches,
+    tokenizer: Tokenizer,
 ) -> list[str]:
     facts = entry.facts
     targets, total = (int(of(train).sum(dtype=np.int64)) for of in (targets_of, lengths_of))
     lines = [f"data: {config.path} ({config.format}): {facts['rows']:,} rows, {facts['examples']:,} examples"]
     if facts["chat"]:
-        lines.append(f"data: in the model's chat template (data.template={config.template}), its answers alone learned")
+        learned = "the last answer of each" if config.turns == "last" else "its answers alone"
+        lines.append(f"data: in the model's chat template (data.template={config.template}), {learned} learned")
     if facts["left_out"]:
         lines.append(f"data: {facts['left_out']:,} rows left out: no answer to learn")
     if 0 < config.max_examples < facts["made"]:
         lines.append(f"data: only the first {config.max_examples:,} by data.max_examples")
     lines += [*facts["cuts"], _longest_line([train, heldout])]
+    if not facts["chat"] and tokenizer.bos_id is not None and not tokenizer.prefix:
+        bos = tokenizer.controls.get(tokenizer.bos_id, "BOS")
+        lines.append(f"data: prompts begin with {bos!r}, as the paper's do; the tokenizer itself adds nothing")
     lines.append(
         f"data: train on {len(train):,} examples, {total:,} tokens, {targets:,} of them targets; "
         f"{len(heldout):,} held out; {batches.steps_per_epoch:,} steps an epoch"

@@ -71,6 +71,12 @@ class ExampleStore(Sequence[Example]):
         """The examples at `indices`, int [m], in that order."""
         return ExampleStore(self._file, indices if self._indices is None else self._indices[indices])
 
+    def rows(self) -> np.ndarray:
+        """int64 [n]: equal for examples of the same row of a data file."""
+        places, numbers = self._file.column("place").astype(np.int64), self._file.column("number")
+        found = np.where(numbers < 0, -1 - np.arange(len(numbers)), (places << 40) + numbers)
+        return found if self._indices is None else found[self._indices]
+
     def digests(self) -> np.ndarray:
         """uint64 [n]: equal for examples with the same tokens."""
         found = self._file.column("digest")
@@ -218,6 +224,15 @@ def digests_of(examples: Sequence[Example]) -> np.ndarray:
         return examples.digests()
     data = b"".join(hashlib.blake2b(np.ascontiguousarray(e.tokens), digest_size=8).digest() for e in examples)
     return np.frombuffer(data, np.uint64)
+
+
+def rows_of(examples: Sequence[Example]) -> np.ndarray:
+    """int64 [n]: equal for examples of the same row of a data file (of the same `where`, if it ends with a number)."""
+    if isinstance(examples, ExampleStore):
+        return examples.rows()
+    numbers: dict[str, int] = {}
+    named = [example.where if _split_where(example.where)[1] >= 0 else f"\n{n}" for n, example in enumerate(examples)]
+    return np.array([numbers.setdefault(where, len(numbers)) for where in named], np.int64)
 
 
 def take(examples: Sequence[Example], indices: np.ndarray) -> Sequence[Example]:

@@ -7,6 +7,7 @@ from qlora_jax.generate.prompting import MANY_TURNS, Answer, Request, prompt_ids
 from qlora_jax.generate.sampling import Sampling
 from qlora_jax.generate.seeds import draws_of
 from qlora_jax.models.llama import Llama
+from qlora_jax.text.chat_prompt import answered
 from qlora_jax.text.tokenizer import Tokenizer
 
 STEPS = 8  # tokens between two pieces of text
@@ -20,7 +21,7 @@ class Chat:
       say: takes notes for the user (what was forgotten, where an answer was cut).
       stops: texts that end an answer, beside the template's own.
     Attributes:
-      turns: the conversation so far, {"role", "content"}.
+      turns: the conversation so far, {"role", "content", "reasoning_content"?}.
       system: the system line of the next answers, for templates of many turns; None is the template's own.
     """
 
@@ -78,8 +79,11 @@ class Chat:
             raise
         finally:
             if self._template in MANY_TURNS:
-                self.turns.append({"role": "user", "content": request.message})
-                self.turns.append({"role": "assistant", "content": shown.strip()})
+                asked = [*self.turns, {"role": "user", "content": request.message}]
+                said = {"role": "assistant", "content": shown.strip()}
+                if self._template == "chat" and not text.stopped:  # word for word, and its reasoning apart
+                    said = answered(self._tokenizer, [*system_turn(self.system), *asked], prompt, decoding.tokens[0])
+                self.turns = [*asked, said]
 
     def _fitting(self, request: Request) -> list[int]:
         """The prompt's ids, with the oldest turns forgotten where the answer would find no room."""

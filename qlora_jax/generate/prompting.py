@@ -2,10 +2,12 @@
 
 | template | the model is given | the text shown |
 | --- | --- | --- |
-| plain | BOS and the text | the continuation, as it is |
-| alpaca | Alpaca's prompt around the last message | the answer, blanks at both ends cut |
-| guanaco | Guanaco's conversation | the answer up to where the model would speak for the user |
-| chat | the tokenizer's own template | the answer |
+| plain | the text, after BOS where the tokenizer puts it there | the continuation, as it is |
+| alpaca | BOS and Alpaca's prompt around the last message | the answer, blanks at both ends cut |
+| guanaco | BOS and Guanaco's conversation | the answer up to where the model would speak for the user |
+| chat | the tokenizer's own template | the answer, with the signs around its thinking |
+
+alpaca and guanaco begin with BOS as the paper's training does, whatever the tokenizer does by itself.
 """
 
 import dataclasses
@@ -75,7 +77,7 @@ def system_turn(system: str | None) -> list[Turn]:
 def prompt_ids(
     tokenizer: Tokenizer, template: str, request: Request, before: Sequence[Mapping[str, str]] = ()
 ) -> list[int]:
-    """Ids of a prompt, BOS included.
+    """Ids of a prompt, BOS included where there is one; an empty plain prompt is BOS alone.
 
     Args:
       template: one of TEMPLATES.
@@ -87,7 +89,7 @@ def prompt_ids(
     for turn in turns:
         check_unicode(turn["content"])
     if template == "plain":
-        return tokenizer.encode(request.message, bos=True)
+        return tokenizer.encode_from_start(request.message) or tokenizer.encode("", bos=True)
     if template == "alpaca":
         return tokenizer.encode(alpaca_prompt(request.text, request.input), bos=True)
     if template == "guanaco":
@@ -95,6 +97,14 @@ def prompt_ids(
     if template == "chat":
         return encode_chat(tokenizer, turns)
     raise InputError(f"unknown template {template!r}; known: {', '.join(TEMPLATES)}")
+
+
+def bos_note(tokenizer: Tokenizer, template: str) -> str | None:
+    """What to tell the user of a prompt that begins otherwise than the tokenizer begins a text; None if it does not."""
+    if template not in ("alpaca", "guanaco") or tokenizer.bos_id is None or tokenizer.prefix:
+        return None
+    bos = tokenizer.controls.get(tokenizer.bos_id, "BOS")
+    return f"template {template}: prompts begin with {bos!r}, as the paper's do; the tokenizer itself adds nothing"
 
 
 def check_unicode(text: str) -> None:
@@ -117,7 +127,7 @@ class Answer:
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str, prompt: Sequence[int], stops: Sequence[str] = ()):
-        self._stream = tokenizer.stream(prompt)
+        self._stream = tokenizer.stream(prompt, tokenizer.thinking if template == "chat" else {})
         self._stops = (*_STOPS.get(template, ()), *stops)
         self._trim = template != "plain"
         self._begun = False

@@ -23,6 +23,7 @@ from qlora_jax.data.rows import Problems, Row
 from qlora_jax.errors import InputError
 from qlora_jax.generate.prompting import Request, Turn, read_text
 from qlora_jax.generate.sampling import check_seed
+from qlora_jax.text.chat_template import REASONING
 
 KEPT = ("question_id", "id", "message_id", "category", "lang")
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -83,7 +84,9 @@ def _conversation(row: Row, field: str, turns: list[Turn], rest: dict[str, Any])
 
 
 def messages(row: Row) -> list[Turn]:
-    """Turns of a row {"messages": [{role, content}]}. Raises InputError for other roles and content that is no text."""
+    """Turns of a row {"messages": [{role, content, reasoning_content?}]}.
+
+    Raises InputError for other roles and content that is no text."""
     turns: list[Turn] = []
     for message in objects(row, "messages"):
         role = text(message, "role")
@@ -91,7 +94,11 @@ def messages(row: Row) -> list[Turn]:
             bad(message, "role", f"expected {', '.join(_ROLES)} in the field role, found {role!r}")
         if role in ("system", "developer") and turns:
             bad(message, "role", "a system turn that is not the first")
-        turns.append({"role": _ROLES[role], "content": text(message, "content", blank=True)})
+        turn = {"role": _ROLES[role], "content": text(message, "content", blank=True)}
+        for name in REASONING:
+            if message.fields.get(name) is not None:
+                turn[name] = text(message, name, blank=True)
+        turns.append(turn)
     return turns
 
 

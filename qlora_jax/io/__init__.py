@@ -2,5 +2,5 @@
 
 folder (find, open), header and source (safetensors by byte ranges), remote (gs://, s3://), fingerprint → load
 (stream and quantize) with place (onto the device, piece by piece), peaks (what that takes) → write (quantized
-folders), shards; peft; merge; export.
+folders), shards; peft_config → peft; merge; export.
 """

@@ -49,7 +49,7 @@ def read_header(read: Callable[[int, np.ndarray], None]) -> dict[str, Place]:
     if not 2 <= length <= _LARGEST:
         raise ValueError(f"its header would have {length:,} bytes")
     try:
-        entries = json.loads(content(8, 8 + length))
+        entries = json.loads(content(8, 8 + length), object_pairs_hook=_unique)
         entries.pop("__metadata__", None)
         places = {name: _place(entry, 8 + length) for name, entry in entries.items()}
     except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
@@ -65,6 +65,13 @@ def read_header(read: Callable[[int, np.ndarray], None]) -> dict[str, Place]:
     if end > 8 + length:
         content(end - 1, end)
     return places
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"its header has {next(name for name in found if names.count(name) > 1)} twice")
+    return found
 
 
 def _place(entry: Mapping, begin: int) -> Place:

@@ -1,5 +1,7 @@
 """Adapter + base -> a whole checkpoint: W_merged = W + scale * B A, in float32, rounded once; streamed.
 
+Where the adapter started as a part of the base (PiSSA, OLoRA) W is what was left of it (qlora_jax.residual).
+
 Which W: a QLoRA adapter was trained beside the dequantized 4-bit weights and has learnt to undo part of their error, so
 adding it to them reproduces the model that was trained. Added to the original weights it gives another, often close.
 """
@@ -22,12 +24,14 @@ from qlora_jax.io import peft
 from qlora_jax.io.export import DTYPES
 from qlora_jax.io.folder import TensorFiles
 from qlora_jax.io.load import QuantSpec, check_tensors, expected_shapes, load_config, stored_quant
+from qlora_jax.io.peft_config import CONFIG, read_config
 from qlora_jax.io.remote import name_of
 from qlora_jax.io.shards import SHARD_BYTES, ShardWriter, copy_companions, new_folder
 from qlora_jax.io.write import hf_config, linear_keys, read_linear
 from qlora_jax.models.config import ModelConfig, read_json
 from qlora_jax.models.llama import EMBEDDING, HEAD, LAYER, LINEARS, NORMS, Llama, sizes
-from qlora_jax.quant.tensor import dequantize
+from qlora_jax.quant.tensor import QuantizedTensor, dequantize
+from qlora_jax.residual import check_base, residual
 
 INTO = ("dequantized", "original")
 REPORT = "qlora_jax_export.json"
@@ -64,13 +68,13 @@ def read_run(workdir: Path) -> FinishedRun:
 
 def copy_adapter(adapter: Path, out: Path, overwrite: bool = False) -> list[str]:
     """Copies a PEFT folder's files, seen to be whole, and a tokenizer's beside them; returns their names."""
-    peft.read_config(adapter)
+    read_config(adapter)
     peft.matrix_shapes(adapter)
     weights = adapter / peft.WEIGHTS
     with new_folder(out, overwrite, [adapter], needed=weights.stat().st_size) as folder:
-        for name in (peft.CONFIG, peft.WEIGHTS):
+        for name in (CONFIG, peft.WEIGHTS):
             shutil.copyfile(adapter / name, folder / name)
-        return [peft.CONFIG, peft.WEIGHTS, *copy_companions(adapter, folder)]
+        return [CONFIG, peft.WEIGHTS, *copy_companions(adapter, folder)]
 
 
 def merge_folder(
@@ -112,6 +116,7 @@ def merge_folder(
     check_tensors(files, config, stored)
     skeleton = _skeleton(config)
     lora_config, arrays = peft.read_adapter(skeleton, adapter)
+    check_base(lora_config.residual, source.format != "none")
     replaced = {EMBEDDING: "embed_tokens", HEAD: "lm_head"}
     matrices = peft.read_matrices(skeleton, adapter)
     factors = {
@@ -126,17 +131,20 @@ def merge_folder(
     with new_folder(out, overwrite, [base, adapter], needed=parameters * np.dtype(DTYPES[dtype]).itemsize) as folder:
         writer = ShardWriter(folder, shard_bytes)
         for done, key in enumerate(shapes, start=1):
+            w: Any
             if key in linears and source.format != "none":
-                w = np.asarray(_float32_values(read_linear(files, *linears[key], source, stored, config)))
+                w = read_linear(files, *linears[key], source, stored, config)
             elif replaced.get(key) in matrices:
                 w = matrices.pop(replaced[key])
             else:
                 w = files.read(key)
             if key in factors:
-                merged, parts = _merge(w, *factors.pop(key), lora_config.scale, dtype, key)
+                how = lora_config.residual, lora_config.rank, lora_config.scale
+                kept = residual(w, *how, name=key) if lora_config.residual else w
+                merged, parts = _merge(_values(w), _values(kept), *factors.pop(key), lora_config.scale, dtype, key)
                 norms += parts
             else:
-                merged = _rounded(w, dtype, key)
+                merged = _rounded(_values(w), dtype, key)
             writer.add({key: merged})
             progress(done, len(shapes))
         names = writer.finish()
@@ -185,18 +193,27 @@ def _skeleton(config: ModelConfig) -> Llama:
     return Llama(config, weights, jnp.float32)
 
 
+def _values(w: Any) -> np.ndarray:
+    """[O, I]: the weight as it is, or float32 where it is a QuantizedTensor."""
+    return np.asarray(_float32_values(w)) if isinstance(w, QuantizedTensor) else w
+
+
 def _merge(
-    w: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float, dtype: str, key: str
+    w: np.ndarray, kept: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float, dtype: str, key: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """W [O, I], A [R, I], B [O, R] -> rounded W + scale * B A; sums of squares of W, the update, the rounding error."""
+    """W [O, I], what is kept of it beside the adapter [O, I], A [R, I], B [O, R] -> rounded kept + scale * B A.
+
+    And sums of squares: of W, of its update, of the rounding error.
+    """
     merged, squares = np.empty(w.shape, DTYPES[dtype]), np.zeros(3)
     rows = max(1, _CHUNK // w.shape[1])
     for start in range(0, w.shape[0], rows):
-        part = w[start : start + rows].astype(np.float32)
+        part = slice(start, start + rows)
+        before = w[part].astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found once rounded
-            exact = part + np.float32(scale) * (b[start : start + rows] @ a)
-        merged[start : start + rows] = rounded = _rounded(exact, dtype, key)
-        differences = (part, exact - part, rounded.astype(np.float32) - exact)
+            exact = kept[part].astype(np.float32) + np.float32(scale) * (b[part] @ a)
+        merged[part] = rounded = _rounded(exact, dtype, key)
+        differences = (before, exact - before, rounded.astype(np.float32) - exact)
         squares += [float(np.vdot(x, x)) for x in differences]
     return merged, squares
 

@@ -7,41 +7,40 @@ ensure_weight_tying keeps it one. Where tokens were added the tokenizer's files 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from qlora_jax import lora
 from qlora_jax.errors import InputError
 from qlora_jax.files import atomic_folder, save_tensors, write_json
+from qlora_jax.io.header import Place, numpy_dtype, read_header
+from qlora_jax.io.peft_config import CONFIG, AdapterConfig, read_config
+from qlora_jax.io.place import put
+from qlora_jax.io.source import LocalSource
 from qlora_jax.lora import LoRAConfig
-from qlora_jax.models.config import read_json
 from qlora_jax.models.layers import Frozen
 from qlora_jax.models.llama import EMBEDDING, HEAD, LINEARS, Llama
 from qlora_jax.models.vocabulary import set_rows
+from qlora_jax.quant.tensor import QuantizedTensor
+from qlora_jax.residual import check_base, residual
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_KEY = "base_model.model.model.layers.{}.{}.lora_{}.weight"
-_MATRICES = {"embed_tokens": f"base_model.model.{EMBEDDING}", "lm_head": f"base_model.model.{HEAD}"}
+WEIGHTS = "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"  # what peft before 0.6 wrote
+_MODULE = "model.layers.{}.{}"
+_PREFIX = "base_model.model."
+_KEY = _PREFIX + _MODULE + ".lora_{}.weight"
+_MATRICES = {"embed_tokens": f"{_PREFIX}{EMBEDDING}", "lm_head": f"{_PREFIX}{HEAD}"}
+_NOT_STACKED: dict[str, int | None] = {key.removesuffix(".weight"): None for key in (EMBEDDING, HEAD)}
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-# What peft may ask for that would change the result and is not computed here: key -> values that mean "no".
-_UNSUPPORTED = {
-    "use_dora": (None, False),
-    "bias": (None, "none"),
-    "lora_bias": (None, False),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "fan_in_fan_out": (None, False),
-    "layer_replication": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "layers_to_transform": (None, []),
-    "use_qalora": (None, False),
-    "alora_invocation_tokens": (None, []),
-}
+_FLOATS = ("float32", "float16", "bfloat16")
+_MOST_SHOWN = 8  # problems in one message
 
 
 def write_adapter(
@@ -91,7 +90,7 @@ def write_arrays(
         "ensure_weight_tying": is_tied,
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "init_lora_weights": True,
+        "init_lora_weights": config.residual or True,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "modules_to_save": list(trained) or None,
@@ -109,69 +108,95 @@ def write_arrays(
             write_beside(folder)
 
 
-def read_config(folder: Path) -> LoRAConfig:
-    """The LoRA settings of a PEFT folder; targets are the names the file gives (regular expressions included).
-
-    Raises InputError when there is none, or it asks for what is not supported (DoRA, biases, per-layer ranks, ...).
-    """
-    raw = read_json(folder / CONFIG)
-    if raw.get("peft_type") != "LORA":
-        raise InputError(f"{folder / CONFIG}: peft_type is {raw.get('peft_type')!r}; only LORA adapters can be read")
-    asked = [f"{key}={raw[key]!r}" for key, no in _UNSUPPORTED.items() if key in raw and raw[key] not in no]
-    if asked:
-        raise InputError(f"{folder / CONFIG}: {', '.join(asked)} is not supported; plain LoRA adapters can be read")
-    rank, alpha = raw.get("r"), raw.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float):
-        raise InputError(f"{folder / CONFIG}: r is {rank!r} and lora_alpha {alpha!r}; expected numbers")
-    modules = {name.rpartition(".")[2] for name in raw.get("modules_to_save") or ()}  # also "model.embed_tokens"
-    if other := sorted(modules - {*_MATRICES}):
-        raise InputError(f"{folder / CONFIG}: modules_to_save has {other[0]!r}; readable are {' and '.join(_MATRICES)}")
-    targets = raw.get("target_modules") or ()
-    return LoRAConfig(
-        rank=rank,
-        alpha=float(alpha),
-        dropout=float(raw.get("lora_dropout") or 0.0),
-        targets=(targets,) if isinstance(targets, str) else tuple(targets),
-        use_rslora=bool(raw.get("use_rslora")),
-        modules_to_save=tuple(name for name in _MATRICES if name in modules),
-    )
-
-
-def read_adapter(model: Llama, folder: Path) -> tuple[LoRAConfig, dict[str, tuple[Any, Any]]]:
+def read_adapter(model: Llama, folder: Path, to_train: bool = False) -> tuple[LoRAConfig, dict[str, tuple[Any, Any]]]:
     """The LoRA adapter of a PEFT folder, stacked for this model; `read_matrices` has the rest of the folder.
 
+    Layers are stacked, so ranks and scales that differ are made equal: a smaller rank gets zeros, a layer without an
+    adapter nothing but zeros, another scale goes into B. What the adapter computes stays the same.
+
+    Args:
+      model: only read.
+      to_train: refuse what stacking had to change: zeros would train too.
     Returns:
       its config (targets as full names of ours), and {"self_attn.q_proj": (A [L, R, I], B [L, O, R])}, float32.
     Raises:
-      InputError: one message that lists every tensor that is missing, unexpected or misshapen.
+      InputError: one message that lists every tensor that is missing, unexpected or misshapen; or one is not finite.
     """
-    config = read_config(folder)
-    handle = _open(folder)
-    tensors = {key: handle.get_tensor(key) for key in handle.keys() if key not in _MATRICES.values()}  # noqa: SIM118
-    L, problems = model.config.L, []
-    stacked: dict[str, tuple[Any, Any]] = {}
-    for name in LINEARS:
+    settings, tensors = read_config(folder), _Tensors(folder)
+    placed = _placed(settings, model.config.L)
+    if unlike := _unlike(placed, model.config.L):
+        if settings.residual:
+            raise InputError(
+                f"{settings.where}: {unlike}, but init_lora_weights {settings.residual!r} is read where all are alike"
+            )
+        if to_train:
+            raise InputError(f"{settings.where}: {unlike}; training needs one rank and scale, and all layers or none")
+    wanted: dict[str, tuple[int, ...]] = {}
+    for (index, name), (rank, _) in placed.items():
         O, I = lora.shape(model, name)
-        expected = {_KEY.format(i, name, "A"): (config.rank, I) for i in range(L)}
-        expected |= {_KEY.format(i, name, "B"): (O, config.rank) for i in range(L)}
-        if not any(key in tensors for key in expected):
-            continue
-        for key, shape in expected.items():
-            if key not in tensors:
-                problems.append(f"missing {key} (layers are stacked: a projection takes adapters in all {L} or none)")
-            elif tensors[key].shape != shape:
-                problems.append(f"{key} is {list(tensors[key].shape)}, expected {list(shape)}")
-        found = {key: tensors.pop(key, None) for key in expected}
-        if not problems:
-            a, b = (np.stack([found[_KEY.format(i, name, letter)] for i in range(L)]) for letter in "AB")
-            stacked[name] = (jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
-    problems += [f"unexpected {key}" for key in sorted(tensors)]
-    if not problems and not stacked:
-        problems = ["no LoRA tensor of this model"]
-    if problems:
-        shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise InputError(f"{folder / WEIGHTS} does not fit the base model: {shown}")
-    return dataclasses.replace(config, targets=tuple(stacked)), stacked
+        wanted |= {_KEY.format(index, name, "A"): (rank, I), _KEY.format(index, name, "B"): (O, rank)}
+    tensors.check(wanted)
+    config = _common_config(settings, placed)
+    return config, {name: _stack(model, name, tensors, placed, config) for name in config.targets}
+
+
+def _placed(settings: AdapterConfig, L: int) -> dict[tuple[int, str], tuple[int, float]]:
+    """(layer, projection) -> (rank, alpha) of those that carry an adapter."""
+    places = {_MODULE.format(index, name): (index, name) for name in LINEARS for index in range(L)}
+    found = settings.placed(_NOT_STACKED | {module: index for module, (index, _) in places.items()})
+    if outside := [module for module in found if module in _NOT_STACKED]:
+        raise InputError(
+            f"{settings.where}: target_modules picks {outside[0]}; adapters can be read on the linear layers of the "
+            "blocks, and embed_tokens and lm_head whole (modules_to_save)"
+        )
+    if not found:
+        raise InputError(f"{settings.where}: target_modules picks no linear layer of this model")
+    return {places[module]: size for module, size in found.items()}
+
+
+def _unlike(placed: dict[tuple[int, str], tuple[int, float]], L: int) -> str:
+    """How an adapter is not the same in all layers and projections; "" where it is."""
+    for name in LINEARS:
+        count = sum(other == name for _, other in placed)
+        if 0 < count < L:
+            return f"{name} carries an adapter in {count} of {L} layers"
+    sizes = [f"{rank} and {alpha:g}" for rank, alpha in dict.fromkeys(placed.values())]
+    return f"r and lora_alpha are {sizes[0]} here, {sizes[1]} there" if len(sizes) > 1 else ""
+
+
+def _common_config(settings: AdapterConfig, placed: dict[tuple[int, str], tuple[int, float]]) -> LoRAConfig:
+    """The largest rank, and an alpha that gives it the first module's scale."""
+    rank, alpha = next(iter(placed.values()))
+    largest, names = max(other for other, _ in placed.values()), {name for _, name in placed}
+    more = largest / rank
+    return LoRAConfig(
+        rank=largest,
+        alpha=alpha * (math.sqrt(more) if settings.use_rslora else more),
+        dropout=settings.dropout,
+        targets=tuple(name for name in LINEARS if name in names),
+        use_rslora=settings.use_rslora,
+        modules_to_save=settings.modules_to_save,
+        residual=settings.residual,
+    )
+
+
+def _stack(
+    model: Llama, name: str, tensors: "_Tensors", placed: dict[tuple[int, str], tuple[int, float]], config: LoRAConfig
+) -> tuple[jax.Array, jax.Array]:
+    """A [L, R, I] and B [L, O, R] of a projection, R and the scale those of `config`."""
+    (O, I), L, R = lora.shape(model, name), model.config.L, config.rank
+    a, b = np.zeros((L, R, I), np.float32), np.zeros((L, O, R), np.float32)
+    for index in range(L):
+        if (index, name) in placed:
+            rank, alpha = placed[index, name]
+            own_scale = dataclasses.replace(config, rank=rank, alpha=alpha).scale
+            a[index, :rank] = tensors.read(_KEY.format(index, name, "A"))
+            b[index, :, :rank] = tensors.read(_KEY.format(index, name, "B"))
+            with np.errstate(over="ignore", invalid="ignore"):  # seen below
+                b[index] *= np.float32(own_scale / config.scale)
+    if not np.isfinite(b).all():
+        raise InputError(f"{tensors.path}: lora_B of {name} overflows float32 with the alphas of {CONFIG}")
+    return jnp.asarray(a), jnp.asarray(b)
 
 
 def read_matrices(model: Llama, folder: Path) -> dict[str, np.ndarray]:
@@ -179,8 +204,8 @@ def read_matrices(model: Llama, folder: Path) -> dict[str, np.ndarray]:
 
     Raises InputError when they do not fit the model, or each other.
     """
-    handle, config = _open(folder), read_config(folder)
-    shapes = matrix_shapes(folder)
+    tensors, config = _Tensors(folder), read_config(folder)
+    shapes = tensors.matrix_shapes()
     problems = [f"missing {_MATRICES[name]} (modules_to_save)" for name in config.modules_to_save if name not in shapes]
     V, D = model.config.V, model.config.D
     for name, shape in shapes.items():
@@ -192,7 +217,7 @@ def read_matrices(model: Llama, folder: Path) -> dict[str, np.ndarray]:
             problems.append(f"embed_tokens and lm_head would have {' and '.join(map(str, sorted(rows)))} rows")
     if problems:
         raise InputError(f"{folder / WEIGHTS} does not fit the base model: {'; '.join(problems)}")
-    matrices = {name: handle.get_tensor(_MATRICES[name]) for name in shapes}
+    matrices = {name: tensors.read(_MATRICES[name]) for name in shapes}
     embedding, head = matrices.get("embed_tokens"), matrices.get("lm_head")
     if model.head is None and matrices and (embedding is None or head is None or not np.array_equal(embedding, head)):
         raise InputError(
@@ -204,32 +229,118 @@ def read_matrices(model: Llama, folder: Path) -> dict[str, np.ndarray]:
 
 def matrix_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the whole matrices in a PEFT folder: their first number is the model's vocabulary with this adapter."""
-    handle = _open(folder)
-    keys = set(handle.keys())
-    return {name: tuple(handle.get_slice(key).get_shape()) for name, key in _MATRICES.items() if key in keys}
+    return _Tensors(folder).matrix_shapes()
 
 
 def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZERS)
 
 
-def _open(folder: Path) -> Any:
-    try:
-        return safe_open(folder / WEIGHTS, "numpy")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder / WEIGHTS} is missing or damaged: {error}") from error
+class _Tensors:
+    """The tensors of a PEFT folder, by the keys that `write_arrays` gives them.
+
+    Raises InputError when the file is missing, a pickle or damaged, or holds a tensor twice.
+    """
+
+    def __init__(self, folder: Path):
+        self.path, self._source = folder / WEIGHTS, LocalSource(folder)
+        if not self._source.exists(WEIGHTS):
+            pickle = (
+                f"; {_PICKLE} is a pickle, which is never opened: load it in peft and save it again "
+                "(save_pretrained writes safetensors)"
+            )
+            hint = pickle if self._source.exists(_PICKLE) else ""
+            raise InputError(f"{folder} holds no {WEIGHTS}{hint}")
+        try:
+            places = read_header(partial(self._source.read, WEIGHTS))
+        except (ValueError, OSError) as error:
+            raise InputError(f"{self.path} is damaged or cut short: {error}") from error
+        self._places: dict[str, Place] = {}
+        for name, place in places.items():
+            key = name.replace(".default.weight", ".weight")  # with the adapter's name, as a state_dict has it
+            if key in self._places:
+                raise InputError(f"{self.path} holds {key} twice, with and without the adapter's name (default)")
+            self._places[key] = place
+
+    def matrix_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: self._places[key].shape for name, key in _MATRICES.items() if key in self._places}
+
+    def check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises InputError unless the LoRA tensors are exactly these shapes."""
+        problems = []
+        for key, shape in wanted.items():
+            if key not in self._places:
+                problems.append(f"missing {key}")
+            elif self._places[key].shape != shape:
+                problems.append(f"{key} is {list(self._places[key].shape)}, expected {list(shape)}")
+        others = sorted(self._places.keys() - wanted.keys() - {*_MATRICES.values()})
+        problems += [f"unexpected {key}" for key in others]
+        if problems:
+            shown, more = "; ".join(problems[:_MOST_SHOWN]), len(problems) - _MOST_SHOWN
+            shown += f"; and {more} more" if more > 0 else ""
+            raise InputError(f"{self.path} does not fit the base model and {CONFIG}: {shown}")
+
+    def read(self, key: str) -> np.ndarray:
+        """A tensor in its own dtype. Raises InputError unless it holds finite floating-point numbers."""
+        place = self._places[key]
+        if place.dtype not in _FLOATS:
+            raise InputError(f"{self.path}: {key} is {place.dtype}; expected one of {', '.join(_FLOATS)}")
+        array = np.empty(place.shape, numpy_dtype(place.dtype))
+        try:
+            self._source.read(WEIGHTS, place.start, array.reshape(-1).view(np.uint8))
+        except (ValueError, OSError) as error:
+            raise InputError(f"{self.path}: {key} cannot be read: {error}") from error
+        if not np.isfinite(array).all():
+            raise InputError(f"{self.path}: {key} holds NaN or inf; an adapter must be finite")
+        return array
 
 
-def load_adapter(model: Llama, folder: Path) -> LoRAConfig:
+def load_adapter(
+    model: Llama, folder: Path, progress: Callable[[int, int], None] = lambda done, total: None
+) -> LoRAConfig:
     """Puts the adapter of a PEFT folder on the model in place (no dropout until training asks for it).
 
-    Whole matrices take the places of the model's own, in the compute dtype, in which they are used.
+    Whole matrices take the places of the model's own, in the compute dtype, in which they are used. Where the adapter
+    started as a part of the base (PiSSA, OLoRA) the model's weights become what was left of them; `progress` takes
+    (weights done, weights in all) of that.
     """
     config, arrays = read_adapter(model, folder)
-    for name, (a, b) in arrays.items():
-        lora.set_adapter(model, name, a, b, config.scale)
-    for name, matrix in read_matrices(model, folder).items():
+    matrices = read_matrices(model, folder)
+    take_out(model, config, progress)
+    for name in LINEARS:
+        if name in arrays:
+            lora.set_adapter(model, name, *arrays[name], config.scale)
+        else:
+            lora.drop_adapter(model, name)
+    for name, matrix in matrices.items():
         attribute = "embedding" if model.head is None else lora.MODULES[name]
         setattr(model, attribute, Frozen(jnp.asarray(matrix).astype(model.compute_dtype)))
         set_rows(model, len(matrix))
     return config
+
+
+def take_out(model: Llama, config: LoRAConfig, progress: Callable[[int, int], None]) -> None:
+    """Replaces the weights that carry the adapter by their residuals, in place, where config.residual names one.
+
+    Raises InputError where that was done before, or cannot be done with this base.
+    """
+    if model.residual:
+        raise InputError(f"the model's weights lack what {model.residual} took out for an adapter: load it again")
+    if not config.residual:
+        return
+    check_base(config.residual, any(isinstance(_weight(model, name), QuantizedTensor) for name in config.targets))
+    model.residual = config.residual  # from here on it is no whole base, whatever ends this
+    L, total = model.config.L, model.config.L * len(config.targets)
+    for place, name in enumerate(config.targets):
+        stack = _weight(model, name)
+        for index in range(L):
+            progress(place * L + index, total)
+            w = jax.tree.map(lambda x: x[index], stack)  # noqa: B023 (called at once)
+            left = residual(w, config.residual, config.rank, config.scale, _MODULE.format(index, name))
+            stack = put(stack, left, index, L)
+        lora.linear(model, name).weight = Frozen(stack)
+    progress(total, total)
+
+
+def _weight(model: Llama, name: str) -> Any:
+    return lora.linear(model, name).weight.get_value()

@@ -4,14 +4,14 @@ A block's arrays are stacked: inside `lax.scan` each layer sees its own slice, s
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from pallas_kernels.nf4_matmul import dense_matmul, low_rank_term
+from qlora_jax.models.dropout import Dropout
 from qlora_jax.quant.tensor import QuantizedTensor, matmul, matmul_lora
 
 
@@ -21,48 +21,6 @@ class Frozen(nnx.Variable):
 
 class Trained(nnx.LoRAParam):
     """A whole matrix that trains beside the adapters, in float32: it goes wherever they go."""
-
-
-class DropoutRate(NamedTuple):
-    """A dropout rate as arithmetic uses it: numbers, or arrays [] where it is an input of the program (packs)."""
-
-    threshold: Any  # of 65,536 equally likely numbers those below it drop a value
-    kept_scale: Any  # of the values that are kept: 1 / (1 - rate), rounded to float32
-
-    @classmethod
-    def of(cls, rate: "float | DropoutRate") -> "DropoutRate":
-        if isinstance(rate, DropoutRate):
-            return rate
-        return cls(min(round(rate * 65536), 65535), float(np.float32(1 / (1 - rate))))
-
-
-class Dropout:
-    """LoRA dropout of one layer in one step: hands each linear layer its own mask.
-
-    The mask depends on the key, the linear layer's place and each value's own place in x [B, T, I] alone: a recomputed
-    forward pass (remat) draws the same one, as does a batch with more padding, or an adapter on fewer linear layers.
-    """
-
-    def __init__(self, rate: float | DropoutRate, key: jax.Array | None):
-        self.rate = DropoutRate.of(rate)
-        self.key, self.place = key, 0
-        self.is_off = key is None or (isinstance(self.rate.threshold, int) and self.rate.threshold == 0)
-
-    def skip(self) -> None:
-        """Passes by a linear layer without an adapter."""
-        self.place += 1
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, T, I] with a share `rate` of its values zeroed and the others scaled by 1 / (1 - rate)."""
-        if self.is_off or self.key is None:
-            return x
-        self.place += 1
-        rows = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(self.key, self.place), jnp.arange(len(x)))
-        bits = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint16))(rows)  # 16 bits: half the cost
-        keep = bits >= jnp.asarray(self.rate.threshold, jnp.uint16)
-        # behind a barrier a constant is no other factor than an input of the program: XLA would merge it with its like
-        scale = jax.lax.optimization_barrier(jnp.asarray(self.rate.kept_scale, jnp.float32)).astype(x.dtype)
-        return jnp.where(keep, x * scale, jnp.zeros((), x.dtype))
 
 
 class Linear(nnx.Module):

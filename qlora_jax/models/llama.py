@@ -11,9 +11,8 @@ from pallas_kernels.nf4_matmul import dense_matmul
 from qlora_jax.models.attention import attend_chunk, causal_attention, segment_starts
 from qlora_jax.models.chunks import chunk_size, layer_in_chunks
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.dropout import Dropout, DropoutRate
 from qlora_jax.models.layers import (
-    Dropout,
-    DropoutRate,
     Frozen,
     Linear,
     RMSNorm,
@@ -170,6 +169,7 @@ class Llama(nnx.Module):
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.remat, self.attention, self.sequence_chunk = remat, attention, sequence_chunk
         self.dropout_rate: Any = 0.0  # a number, or a DropoutRate of the program's inputs
+        self.residual = ""  # the adapter's start whose part the linear layers lack, if there is one
         self.embedding = Frozen(weights["embedding"])
         self.blocks = Block(config, weights["layers"])
         self.norm = RMSNorm(weights["norm"], config.norm_eps)

@@ -13,9 +13,8 @@ along the axis after it.
 """
 
 import dataclasses
-import re
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +40,10 @@ class Piece:
 
 
 Page = tuple[Piece, ...]  # of different arrays
+
+
+class RowWise(optax.GradientTransformation):
+    """A transformation that is known to update each row of each array for itself: what the probe would find."""
 
 
 class UpdateProgram(NamedTuple):
@@ -206,25 +209,30 @@ def separability(tx: optax.GradientTransformation, params: Any = None) -> str:
       LAMB, states in blocks that rows do not fill); "whole": not at all (a global norm inside the transformation, or
       one that changes nothing in 64 updates). Found by comparing updates of random arrays.
     """
+    if isinstance(tx, RowWise):
+        return "rows"
     if params is None:
         params = [jax.ShapeDtypeStruct((2, 4096, 1), jnp.float32)] * 2
     leaves, treedef = jax.tree.flatten(params)
     # states in blocks (of 4096 or a divisor) may be cut between rows only where rows are whole blocks
     in_blocks = all(leaf.size // max(leaf.shape[0], 1) % 4096 == 0 for leaf in leaves)
-    shapes = [(2, *_probed_row(leaf.ndim - 1, (128, 160) if in_blocks else (136, 144))) for leaf in leaves]
-    like = [jax.ShapeDtypeStruct(shape, leaf.dtype) for shape, leaf in zip(shapes, leaves, strict=True)]
-    # JAX compiles control flow outside jit anew at every call: over a minute here for optax.MultiSteps
-    branches = has_control_flow(tx, jax.tree.unflatten(treedef, like))
+    matrix = (128, 160) if in_blocks else (136, 144)
+    return _probe(tx, treedef, tuple(((2, *_probed_row(leaf.ndim - 1, matrix)), leaf.dtype) for leaf in leaves))
 
+
+@lru_cache(maxsize=32)
+def _probe(tx: optax.GradientTransformation, treedef: Any, arrays: tuple[tuple[tuple[int, ...], Any], ...]) -> str:
+    """`separability` for arrays of these shapes and dtypes: a second of updates, once for a transformation."""
+    like = [jax.ShapeDtypeStruct(*array) for array in arrays]
     @cache
     def draw(seed: int) -> list[jax.Array]:
         """Parameters (seed 0) or gradients, some arrays and rows larger than others."""
-        rng, arrays = np.random.default_rng(seed), []
-        for number, (shape, leaf) in enumerate(zip(shapes, leaves, strict=True)):
-            rows = np.asarray([1, 3]).reshape(2, *(1 for _ in shape[1:]))
+        rng, drawn = np.random.default_rng(seed), []
+        for number, leaf in enumerate(like):
+            rows = np.asarray([1, 3]).reshape(2, *(1 for _ in leaf.shape[1:]))
             scale = rows * (100 if seed and number % 2 else 1)
-            arrays.append(jnp.asarray(rng.normal(size=shape) * scale, leaf.dtype))
-        return arrays
+            drawn.append(jnp.asarray(rng.normal(size=leaf.shape) * scale, leaf.dtype))
+        return drawn
 
     def updates(group: dict[int, slice], number: int):
         """The first `number` updates, tree leaves each, of the rows in `group` on their own."""
@@ -235,11 +243,11 @@ def separability(tx: optax.GradientTransformation, params: Any = None) -> str:
 
         state = tx.init(pick(draw(0)))
         for k in range(number):
-            with jax.disable_jit(branches):
+            with jax.disable_jit():  # else control flow is compiled anew at every call, and each group for itself
                 out, state = tx.update(pick(draw(k + 1)), state, pick(draw(0)))
             yield [np.asarray(u, np.float32) for u in jax.tree.leaves(out)]
 
-    everything = dict.fromkeys(range(len(leaves)), slice(0, 2))
+    everything = dict.fromkeys(range(len(like)), slice(0, 2))
     whole: dict[int, list[np.ndarray]] = {}
     for k, out in enumerate(updates(everything, _PATIENCE)):
         if any(u.any() for u in out):
@@ -250,7 +258,7 @@ def separability(tx: optax.GradientTransformation, params: Any = None) -> str:
         return "whole"
 
     def agrees(rows: Sequence[slice]) -> bool:
-        for leaf in range(len(leaves)):
+        for leaf in range(len(like)):
             for part in rows:
                 for k, out in enumerate(updates({leaf: part}, max(whole) + 1)):
                     if k in whole and not _alike(whole[k][leaf][part], out[0]):
@@ -260,12 +268,6 @@ def separability(tx: optax.GradientTransformation, params: Any = None) -> str:
     if not agrees([slice(0, 2)]):
         return "whole"
     return "rows" if agrees([slice(0, 1), slice(1, 2)]) else "leaves"
-
-
-def has_control_flow(tx: optax.GradientTransformation, params: Any) -> bool:
-    """Whether the update of such parameters (arrays or shapes) has branches or loops, in what it calls included."""
-    traced = jax.make_jaxpr(tx.update)(params, jax.eval_shape(tx.init, params), params)
-    return re.search(r"\b(cond|scan|while)\[", str(traced)) is not None
 
 
 def _probed_row(ndim: int, matrix: tuple[int, int]) -> tuple[int, ...]:

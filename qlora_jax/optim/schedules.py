@@ -6,6 +6,7 @@ import optax
 
 from qlora_jax.errors import InputError
 from qlora_jax.optim.eightbit import adamw8bit, lion8bit
+from qlora_jax.optim.pages import RowWise
 
 _PAGED = "paged_"
 OPTIMIZERS = (
@@ -43,10 +44,14 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
     return make_transformation(config, schedule, config.weight_decay)
 
 
-def make_transformation(config: Any, learning_rate: Any, weight_decay: Any) -> optax.GradientTransformation:
+def make_transformation(config: Any, learning_rate: Any, weight_decay: Any) -> RowWise:
     """optax of the section's name, betas and eps; the rate may be a schedule, and each of the two an array []."""
     if config.name not in OPTIMIZERS:
         raise InputError(f"optimizer.name is {config.name!r}; known: {', '.join(OPTIMIZERS)}")
+    return RowWise(*_transformation(config, learning_rate, weight_decay))
+
+
+def _transformation(config: Any, learning_rate: Any, weight_decay: Any) -> optax.GradientTransformation:
     betas = (config.beta1, config.beta2)
     match config.name.removeprefix(_PAGED):
         case "adamw":

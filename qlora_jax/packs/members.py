@@ -13,7 +13,7 @@ from qlora_jax import lora
 from qlora_jax.errors import InputError
 from qlora_jax.feed.load import LoadedData
 from qlora_jax.lora import LoRAConfig
-from qlora_jax.models.layers import DropoutRate
+from qlora_jax.models.dropout import DropoutRate
 from qlora_jax.models.llama import LINEARS, Llama
 from qlora_jax.optim.schedules import make_schedule
 from qlora_jax.packs.step import Member

@@ -18,6 +18,7 @@ from typing import Any
 from qlora_jax import lora
 from qlora_jax.errors import InputError
 from qlora_jax.io.peft import write_arrays
+from qlora_jax.io.peft_config import read_config
 from qlora_jax.optim.schedules import paging
 from qlora_jax.packs.files import PackFolder
 from qlora_jax.packs.members import PlannedMember, check_equal, learning_rates, pack_key
@@ -81,6 +82,15 @@ def refuse_whole_matrices(lora_config: lora.LoRAConfig, data: Any) -> None:
         )
 
 
+def refuse_residual(init_from: str) -> None:
+    """Raises InputError where a member would need a base of its own."""
+    if init_from and (residual := read_config(Path(init_from)).residual):
+        raise InputError(
+            f"lora.init_from is {init_from}, whose init_lora_weights is {residual!r}: its base lacks what the adapter "
+            "took out, but a pack's members share one base: train such a run by itself (experiments.train)"
+        )
+
+
 class PackRunner:
     """Trains packs, and keeps what they share: frozen models, tokenized data and compiled programs.
 
@@ -126,6 +136,7 @@ class PackRunner:
     def _plan(self, config: Any, plain: dict[str, Any], base: Base, say: Callable[[str], None]) -> PlannedMember:
         lora_config = read_lora_config(config.lora, adds_tokens=False, tied=base.sizes.tied)
         refuse_whole_matrices(lora_config, config.data)
+        refuse_residual(config.lora.init_from)
         targets = lora.select_targets(lora_config.targets, base.sizes.L)
         data, heldout = self.warm.data(config, base, say)
         steps, grad_accum = step_counts(config, data)

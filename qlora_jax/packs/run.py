@@ -89,7 +89,7 @@ class PackRun:
         model = self.base.model()
         shapes = {name: lora.shape(model, name) for name in pack_members.all_targets(self.members)}
         own = [
-            read_start(model, Path(member.config.lora.init_from), member.lora)[0]
+            read_start(model, Path(member.config.lora.init_from), member.lora).arrays
             if member.config.lora.init_from
             else lora.fresh_adapter(model, member.lora, jax.random.key(member.config.train.seed))
             for member in self.members

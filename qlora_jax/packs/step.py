@@ -19,7 +19,7 @@ import optax
 from flax import nnx
 
 from qlora_jax import lora
-from qlora_jax.models.layers import DropoutRate
+from qlora_jax.models.dropout import DropoutRate
 from qlora_jax.models.llama import LINEARS, Llama
 from qlora_jax.optim.schedules import make_transformation
 from qlora_jax.train.loss import summed_loss_and_hits

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.models.layers import DropoutRate
+from qlora_jax.models.dropout import DropoutRate
 from qlora_jax.models.sizes import linear_weights
 from qlora_jax.packs.run import STEPS_A_CALL
 from qlora_jax.packs.step import (

@@ -58,6 +58,15 @@ def traced_for(gpu: PlannedGpu) -> Iterator[None]:
         yield
 
 
+# Nothing runs these programs, and buffers are assigned before machine code is made: it need not be good. Nor is there
+# a card to tune products on. The bytes are the same, in a quarter less of the time.
+_UNRUN = {
+    "xla_backend_optimization_level": 0,
+    "xla_gpu_ptx_compiler_extra_flags": "-O0",
+    "xla_gpu_autotune_level": 0,
+}
+
+
 def compile_for(
     gpu: PlannedGpu,
     function: Any,
@@ -75,8 +84,7 @@ def compile_for(
         except RuntimeError as error:  # of a kernel that is not for this GPU
             raise InputError(f"{gpu.device_kind}: {str(error).splitlines()[0]}") from error
         lowered = traced.lower(lowering_platforms=("cuda",))
-        # nothing runs it: buffers are assigned before LLVM, whose optimizations take a tenth to a fifth of the time
-        return lowered.compile(compiler_options={"xla_backend_optimization_level": 0} | (compiler_options or {}))
+        return lowered.compile(compiler_options=_UNRUN | (compiler_options or {}))
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ _DATA_TYPE = {"quant.format", "quant.double_quant"}
 _MOST_LEVELS = 40  # of a factor; a key with more, each in few runs, is one that a search chose freely
 # what the targets follow from that a run is scored on: of text,
 _TEXT = (
-    "data.format", "data.template", "data.template_date", "data.max_source_len", "data.max_target_len",
+    "data.format", "data.template", "data.turns", "data.template_date", "data.max_source_len", "data.max_target_len",
     "data.train_on_source", "data.batches", "data.added_tokens", "data.added_special_tokens",
 )  # fmt: skip
 _SET = ("data.path", "data.revision", "data.max_examples")

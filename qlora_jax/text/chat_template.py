@@ -1,45 +1,28 @@
 """Chat templates: the Jinja text that a checkpoint brings along to write a conversation as its model was trained on it.
 
-A template is somebody else's program, so it runs in Jinja's sandbox. The environment is the one templates are written
-for (transformers'): block lines leave no trace, `tojson` keeps the text's own characters,
-`{% generation %} ... {% endgeneration %}` marks what the assistant says, and `raise_exception` lets a template refuse
-a conversation.
+They run in the bounded environment of `chat_sandbox`, on the variables that transformers gives them.
 """
 
 import dataclasses
 import datetime
 import functools
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.sandbox
-from jinja2 import nodes, parser
+from jinja2 import nodes
 
 from qlora_jax.errors import InputError
+from qlora_jax.text.chat_sandbox import BEGIN, END, LONGEST, Environment, TooMuch
 
-# Around a marked text while it is on its way through the template. No text has these noncharacters: see
-# chat_guard.guard.
-_BEGIN, _END = "\ufdd4", "\ufdd5"
-_MARK = re.compile(f"[{_BEGIN}{_END}]")
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """Puts _BEGIN and _END around the body of a generation block. `used` on the environment: the template has one."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: parser.Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        self.environment.globals["_marks_generation"] = True
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Callable[[], str]) -> str:
-        return f"{_BEGIN}{caller()}{_END}"
+# A message's reasoning by its names: the first is the one that most templates read, gpt-oss reads the second.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+_MARK = re.compile(f"[{BEGIN}{END}]")
+_SEARCHES = (
+    "split", "rsplit", "partition", "rpartition", "find", "rfind", "index", "count", "replace", "startswith",
+    "endswith", "removeprefix", "removesuffix",
+)  # methods that look for a text  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,23 +34,23 @@ class Rendered:
     marks: list[tuple[int, int]] | None
 
 
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    # Jinja's own filter escapes <, > and & for HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+@functools.lru_cache(maxsize=8)
+def _compile(template: str) -> jinja2.Template:
+    return Environment().from_string(template)
 
 
 @functools.lru_cache(maxsize=8)
-def _compile(template: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    return environment.from_string(template)
+def searched(template: str) -> tuple[str, ...]:
+    """Texts that a template looks for in others (`'x' in content`, `content.split('x')`); none of a broken one."""
+    try:
+        tree = Environment().parse(template)
+    except (jinja2.TemplateError, RecursionError, MemoryError):
+        return ()
+    found = [each.expr for each in tree.find_all(nodes.Compare) if each.ops[0].op in ("in", "notin")]
+    for call in tree.find_all(nodes.Call):
+        if isinstance(call.node, nodes.Getattr) and call.node.attr in _SEARCHES:
+            found += call.args
+    return tuple(node.value for node in found if isinstance(node, nodes.Const) and isinstance(node.value, str))
 
 
 def render(
@@ -83,7 +66,8 @@ def render(
 
     Args:
       template: Jinja source.
-      messages: turns {"role", "content"}.
+      messages: turns {"role", "content", ...}. As transformers does it, what is None is left out, and reasoning is
+        there under the names that templates read.
       add_generation_prompt: end with what stands before the assistant's next answer.
       special_tokens: bos_token, eos_token and others by name, as texts.
       where: the template's folder, for errors.
@@ -91,26 +75,47 @@ def render(
       now: the day for templates that write it; None is today.
 
     Raises:
-      InputError: the template is broken, refuses this conversation, or tears its generation blocks apart.
+      InputError: the template is broken, refuses this conversation, tears its generation blocks apart, or goes over
+        the bounds of `chat_sandbox`.
     """
     day = now or datetime.datetime.now()
     try:
         compiled = _compile(template)
-        text = compiled.render(
-            messages=[dict(message) for message in messages],
+        environment = compiled.environment
+        assert isinstance(environment, Environment)
+        environment.start()
+        pieces, length = [], 0
+        for piece in compiled.generate(
+            messages=[_as_transformers(message) for message in messages],
             tools=tools,
             documents=None,
             add_generation_prompt=add_generation_prompt,
             strftime_now=day.strftime,
             **special_tokens,
-        )
+        ):
+            pieces.append(piece)
+            length += len(piece)
+            if length > LONGEST:
+                raise TooMuch(f"it writes more than {LONGEST:,} characters")
     except jinja2.TemplateSyntaxError as error:
         raise InputError(f"{where}: the chat template is broken at line {error.lineno}: {error.message}") from error
+    except TooMuch as error:
+        raise InputError(f"{where}: the chat template is stopped: {error}") from error
+    except MemoryError as error:
+        raise InputError(f"{where}: the chat template is stopped: it uses up the memory") from error
+    except RecursionError as error:
+        raise InputError(f"{where}: the chat template is stopped: it calls itself, or is nested, too deeply") from error
     except Exception as error:  # a template may fail in any way that a program may
-        raise InputError(f"{where}: the chat template refuses this conversation: {error}") from error
-    if "_marks_generation" not in compiled.environment.globals:
-        return Rendered(text, None)
-    return _take_marks(text, where)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{where}: the chat template refuses this conversation: {reason}") from error
+    text = "".join(pieces)
+    return _take_marks(text, where) if environment.marks else Rendered(text, None)
+
+
+def _as_transformers(message: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((kept[name] for name in REASONING if name in kept), None)
+    return kept if reasoning is None else {"thinking": reasoning, **kept, "reasoning_content": reasoning}
 
 
 def _take_marks(text: str, where: str) -> Rendered:
@@ -118,7 +123,7 @@ def _take_marks(text: str, where: str) -> Rendered:
     for found in _MARK.finditer(text):
         kept += text[last : found.start()]
         last = found.end()
-        if (found[0] == _BEGIN) != (begin is None):
+        if (found[0] == BEGIN) != (begin is None):
             raise InputError(f"{where}: the chat template's generation blocks are nested or torn apart")
         if begin is None:
             begin = len(kept)

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from qlora_jax.errors import InputError
-from qlora_jax.text.chat_spans import Spans
+from qlora_jax.text.chat_rows import Answer, ChatRow
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.text.tokenizer_backends import Encoding
 
@@ -20,84 +20,82 @@ _KEPT = 64  # characters of a prompt's end that is kept with its ids: most are t
 
 @dataclasses.dataclass(frozen=True)
 class ChatTokens:
-    """ids of a whole chat; what is learned of them as [begin, end), rising; `ends`: the places after a turn's last
-    token, where the chat may be cut."""
+    """ids of a row; what is learned of them as [begin, end), rising; `silent`: what is never to be learned; `ends`: the
+    places after the last tokens of turns that are learned, where the row may be cut."""
 
     ids: list[int]
     learned: list[tuple[int, int]]
+    silent: list[tuple[int, int]]
     ends: list[int]
 
 
-def encode_spans(rendered: Sequence[Spans], tokenizer: Tokenizer) -> list[ChatTokens | InputError]:
-    """Tokens of rendered chats, in their order; or, for a chat that cannot be masked exactly, the reason: a turn has no
-    token that ends it, or the tokenizer cannot keep the prompt and the answer apart."""
-    encodings = tokenizer.encode_unguarded([(chat.text, chat.numbered) for chat in rendered])
+def encode_rows(rows: Sequence[ChatRow], tokenizer: Tokenizer) -> list[ChatTokens | InputError]:
+    """Tokens of rows, in their order; or, for one that cannot be masked exactly, the reason: the tokenizer cannot keep
+    a prompt and its answer apart, or does not make a token of what ends a turn."""
+    encodings = tokenizer.encode_unguarded([(row.text, row.numbered) for row in rows])
     prompts: dict[tuple[str, bool], list[int]] = {}
     found: list[ChatTokens | InputError] = []
-    for chat, encoding in zip(rendered, encodings, strict=True):
+    for row, encoding in zip(rows, encodings, strict=True):
         try:
-            found.append(_learn(_Tokens(chat, encoding, tokenizer, prompts)))
+            found.append(_learn(_Tokens(row, encoding, tokenizer, prompts)))
         except InputError as error:
             found.append(error)
     return found
 
 
-def encode_prompt(chat: Spans, tokenizer: Tokenizer) -> list[int]:
-    """Ids of a conversation to generate from, its earlier turns as `encode_spans` has them (as a whole where it refuses
+def encode_prompt(row: ChatRow, tokenizer: Tokenizer) -> list[int]:
+    """Ids of a conversation to generate from, its earlier turns as `encode_rows` has them (as a whole where it refuses
     them)."""
-    encoding = tokenizer.encode_unguarded([(chat.text, chat.numbered)])[0]
-    tokens = _Tokens(chat, encoding, tokenizer, {})
+    encoding = tokenizer.encode_unguarded([(row.text, row.numbered)])[0]
+    tokens = _Tokens(row, encoding, tokenizer, {})
     try:
-        for begin, end in chat.spans:
-            tokens.cut(begin, end)
+        for answer in row.answers:
+            tokens.said(answer)
     except InputError:
         return encoding.ids
     return tokens.ids
 
 
 def _learn(tokens: "_Tokens") -> ChatTokens:
-    learned, ends = [], []
-    spans, marked = tokens.chat.spans, tokens.chat.marked
-    for number, (begin, end) in enumerate(spans, 1):
-        first, stop = tokens.cut(begin, end)
-        after_end = tokens.after_end(first, stop, end)
-        if after_end is not None:
-            ends.append(after_end)
-        elif not marked or number == len(spans):  # marks may be several in a turn
-            shown = tokens.chat.text[begin:end][-24:]
+    learned, silent, ends = [], [], []
+    for answer in tokens.row.answers:
+        said = tokens.said(answer)
+        end = bisect.bisect_left(tokens.begins, answer.end)
+        if not tokens.is_control(end - 1):
             raise InputError(
-                f"the chat template {'marks' if marked else 'writes'} no control token at the end of the assistant's "
-                f"turn (it ends {shown!r}), so the model would not learn to stop; put eos_token there in the template"
-                f"{', inside its generation block' if marked else ''}, or use data.template=paper"
+                "the tokenizer makes no control token of what ends the assistant's turn "
+                f"({tokens.row.text[max(answer.end - 12, 0) : answer.end]!r}); use data.template=paper"
             )
-        learned.append((first, stop if marked else ends[-1]))
-    return ChatTokens(tokens.ids, learned, ends)
+        if answer.learned:
+            learned += said
+            ends.append(end)
+        if answer.silent:
+            silent += said
+    return ChatTokens(tokens.ids, learned, silent, ends)
 
 
 class _Tokens:
-    """The tokens of a chat, cut at places in its text."""
+    """The tokens of a row, cut at places in its text."""
 
     def __init__(
-        self, chat: Spans, encoding: Encoding, tokenizer: Tokenizer, prompts: dict[tuple[str, bool], list[int]]
+        self, row: ChatRow, encoding: Encoding, tokenizer: Tokenizer, prompts: dict[tuple[str, bool], list[int]]
     ) -> None:
-        self.chat = chat
+        self.row = row
         self.ids, self.begins, self.ends = map(list, encoding)
         self._tokenizer, self._prompts = tokenizer, prompts
-        self._controls = tokenizer.controls.keys() | set(tokenizer.eos_ids)
         self._cut = 0  # tokens before this one were encoded apart
 
-    def after_end(self, first: int, stop: int, place: int) -> int | None:
-        """The index after the last control token of [first, stop); None when text follows it, up to `place`."""
-        for last in range(stop - 1, first - 1, -1):
-            if self.ids[last] in self._controls:
-                return None if self.chat.text[self.ends[last] : place].strip() else last + 1
-        return None
+    def is_control(self, place: int) -> bool:
+        """Whether the token at a place is a control token."""
+        return self.ids[place] in self._tokenizer.controls
 
-    def cut(self, begin: int, end: int) -> tuple[int, int]:
-        """The tokens [first, stop) of a span. Raises InputError as `index` does."""
-        first = self.index(begin)
-        # Without marks it is the end token that ends what is learned, not the place where the turn's text ends.
-        return first, self.index(end) if self.chat.marked else bisect.bisect_left(self.begins, end)
+    def said(self, answer: Answer) -> list[tuple[int, int]]:
+        """The tokens [first, stop) of what is said. Raises InputError as `index` does."""
+        edges = {place for span in answer.spans for place in span} - {answer.end}
+        at = {place: self.index(place) for place in sorted({answer.begin, *edges})}
+        # it is the end token that ends what is learned, not the place where the blanks after it end
+        at[answer.end] = bisect.bisect_left(self.begins, answer.end)
+        return [(at[first], at[last]) for first, last in answer.spans]
 
     def index(self, place: int) -> int:
         """The first token of the text from `place` on; what stands before it are the tokens of that text alone.
@@ -107,17 +105,17 @@ class _Tokens:
         """
         first = bisect.bisect_left(self.begins, place)
         # A control token parts the text: what stands before the last one has no say here.
-        section = next((n for n in range(first - 1, self._cut - 1, -1) if self.ids[n] in self._controls), self._cut)
+        section = next((n for n in range(first - 1, self._cut - 1, -1) if self.is_control(n)), self._cut)
         start = self.begins[section] if 0 < section < len(self.begins) else 0
-        prompt = self._encode_prompt(self.chat.text[start:place])
+        prompt = self._encode_prompt(self.row.text[start:place])
         if prompt == self.ids[section:first]:
             return first
-        following = next((n for n in range(first, len(self.ids)) if self.ids[n] in self._controls), len(self.ids))
-        stop = self.begins[following] if following < len(self.ids) else len(self.chat.text)
-        left = self._encode(self.chat.text[start:place])
-        right = self._encode_alone(left.ids, self.chat.text[place:stop], self.ids[section:following])
+        following = next((n for n in range(first, len(self.ids)) if self.is_control(n)), len(self.ids))
+        stop = self.begins[following] if following < len(self.ids) else len(self.row.text)
+        left = self._encode(self.row.text[start:place])
+        right = self._encode_alone(left.ids, self.row.text[place:stop], self.ids[section:following])
         if right is None:
-            around = self.chat.text[max(place - 12, 0) : place], self.chat.text[place : place + 12]
+            around = self.row.text[max(place - 12, 0) : place], self.row.text[place : place + 12]
             raise InputError(
                 f"the tokenizer joins what stands before the assistant's turn with its text ({around[0]!r} and "
                 f"{around[1]!r}), and apart they are not the same text: the turn cannot be masked exactly; let the "
@@ -130,7 +128,7 @@ class _Tokens:
         return self._cut
 
     def _encode_prompt(self, text: str) -> list[int]:
-        key = text, self.chat.numbered
+        key = text, self.row.numbered
         if key not in self._prompts:
             ids = self._encode(text).ids
             if len(text) > _KEPT:
@@ -139,7 +137,7 @@ class _Tokens:
         return self._prompts[key]
 
     def _encode(self, text: str) -> Encoding:
-        return self._tokenizer.encode_unguarded([(text, self.chat.numbered)])[0]
+        return self._tokenizer.encode_unguarded([(text, self.row.numbered)])[0]
 
     def _encode_alone(self, before: list[int], text: str, joined: list[int]) -> Encoding | None:
         """Text encoded by itself, to follow the tokens `before`; None when both are not the text of `joined`."""

@@ -5,6 +5,7 @@ contains the letters "</s>" means those letters, not the end of the sequence. Ma
 writes, has control tokens, and its tokens come with their places in the text.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,6 @@ _CHUNK = 1024
 
 _FLAGS = ("single_word", "lstrip", "rstrip")  # of an added token
 
-_USUAL_BOS = ("<s>", "<|begin_of_text|>", "<bos>")
 _USUAL_EOS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
 
 
@@ -34,14 +34,17 @@ class Encoding(NamedTuple):
 class Backend(Protocol):
     """What Tokenizer needs of a tokenizer file.
 
-    `specials` has the text of every control token with its id; `bos_id` and `eos_id` are what the file itself knows
-    of them, for folders where no other file says more.
+    `specials` has the text of every control token with its id; `prefix`: ids that the file has put before every text,
+    None for a kind of file that does not say; `defaults`: tokens by the names of tokenizer_config.json, and `eos_id`,
+    for folders where no other file says more; `is_bytes`: it is a byte-level tokenizer.
     """
 
     vocab_size: int
     specials: dict[str, int]
-    bos_id: int | None
+    prefix: tuple[int, ...] | None
+    defaults: dict[str, str]
     eos_id: int | None
+    is_bytes: bool
 
     def id_of(self, token: str) -> int | None: ...
 
@@ -62,14 +65,17 @@ class Backend(Protocol):
 class JsonBackend:
     """tokenizer.json, read by the `tokenizers` library."""
 
-    def __init__(self, file: Path, control_tokens: set[str]) -> None:
-        """`control_tokens`: texts that are control tokens even where the file does not mark them special."""
+    def __init__(self, file: Path, control_tokens: set[str], stops: Sequence[int] = ()) -> None:
+        """`control_tokens`, `stops`: texts and ids of control tokens, even if the file does not mark them special."""
         import tokenizers
 
         try:
-            spec = json.loads(file.read_text(encoding="utf-8"))
+            text = file.read_text(encoding="utf-8")
+            spec = json.loads(text)
             for token in spec.get("added_tokens", []):
-                token["special"] = token["special"] or token["content"] in control_tokens
+                is_control = token["content"] in control_tokens or token["id"] in stops
+                token["special"] = token["special"] or is_control
+            self.prefix: tuple[int, ...] | None = _prefix(spec.get("post_processor"))
             # It would add tokens, which is left to the caller, and take blanks out of the tokens' places.
             spec["post_processor"] = None
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
@@ -80,8 +86,9 @@ class JsonBackend:
         self._numbered: Any = None  # the same tokenizer, made when a text needs it
         self._spec = spec
         self.specials = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if t["special"]}
-        # This kind of file does not say which of its control tokens begins or ends a text: go by the usual names.
-        self.bos_id = next((self.specials[token] for token in _USUAL_BOS if token in self.specials), None)
+        self.is_bytes = '"ByteLevel"' in text
+        self.defaults: dict[str, str] = {}
+        # This kind of file does not say which of its control tokens ends a text: go by the usual names.
         self.eos_id = next((self.specials[token] for token in _USUAL_EOS if token in self.specials), None)
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
@@ -134,8 +141,25 @@ class JsonBackend:
         return self._tokenizer.to_str().encode()
 
 
+def _prefix(processor: dict[str, Any] | None) -> tuple[int, ...]:
+    """Ids that a post-processor of tokenizer.json puts before a single text."""
+    kind = (processor or {}).get("type")
+    if processor is None or kind == "ByteLevel":
+        return ()
+    if kind == "Sequence":  # each works on what those before it made
+        return tuple(number for each in reversed(processor["processors"]) for number in _prefix(each))
+    if kind in ("BertProcessing", "RobertaProcessing"):
+        return (processor["cls"][1],)
+    before = itertools.takewhile(lambda piece: "SpecialToken" in piece, processor["single"])
+    tokens = processor["special_tokens"]
+    return tuple(number for piece in before for number in tokens[piece["SpecialToken"]["id"]]["ids"])
+
+
 class SentencePieceBackend:
     """tokenizer.model, read by the `sentencepiece` library."""
+
+    prefix: tuple[int, ...] | None = None
+    is_bytes = False
 
     def __init__(self, file: Path, added: dict[str, int]) -> None:
         """`added`: control tokens that the files beside it add to the model's own, text -> id."""
@@ -154,7 +178,9 @@ class SentencePieceBackend:
         control = (i for i in range(count) if self._model.is_control(i))
         self.specials = {self._model.id_to_piece(i): i for i in control} | added
         self._skipped = set(self.specials.values())
-        self.bos_id, self.eos_id = (i if i >= 0 else None for i in (self._model.bos_id(), self._model.eos_id()))
+        known = {f"{name}_token": getattr(self._model, f"{name}_id")() for name in ("bos", "eos", "unk")}
+        self.defaults = {name: self._model.id_to_piece(number) for name, number in known.items() if number >= 0}
+        self.eos_id = known["eos_token"] if known["eos_token"] >= 0 else None
         self._count = count
         self.vocab_size = max([count - 1, *self.specials.values()]) + 1
 

@@ -1,8 +1,9 @@
 """The settings beside a tokenizer: begin and end tokens, chat template, tokens added to the model's own.
 
 They are spread over tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json and
-added_tokens.json; every folder has some of them. For training the tokenizer's word on its tokens goes first,
-and generation stops at whatever any of them calls an end.
+added_tokens.json; every folder has some of them. What begins a text, and what a template knows by name, is as in
+transformers 5.23 (tests/golden/make_bos.py): the tokenizer's files alone decide it, nothing is guessed. An end token
+every training needs: the tokenizer's word on it goes first, and generation stops at whatever any file calls an end.
 """
 
 import dataclasses
@@ -14,17 +15,23 @@ from qlora_jax.errors import InputError
 from qlora_jax.text.tokenizer_backends import Backend
 
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+# What transformers' classes name where the files do not.
+_DEFAULTS = {"LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What Tokenizer takes from the files. `eos_ids` is never empty; `special_tokens` has texts by name."""
+    """What Tokenizer takes from the files. `prefix`: what the tokenizer itself puts before a text; `eos_ids` is never
+    empty; `special_tokens` has texts by name, for templates; `tool_template`: the one for chats with tools, where it is
+    another."""
 
     folder: Path
     bos_id: int | None
+    prefix: tuple[int, ...]
     eos_ids: tuple[int, ...]
     special_tokens: dict[str, str]
     chat_template: str | None
+    tool_template: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +47,9 @@ class Files:
 
     def token_text(self, name: str) -> tuple[bool, str | None]:
         """Whether a token such as "bos_token" is spoken of (null says that there is none), and its text."""
-        for source in (self.tokenizer_config, self.special_tokens_map):
+        # special_tokens_map.json is of old folders: it goes first, but is not asked where the other lists its tokens
+        is_new = "added_tokens_decoder" in self.tokenizer_config
+        for source in (self.tokenizer_config,) if is_new else (self.special_tokens_map, self.tokenizer_config):
             if name in source:
                 value = source[name]
                 return True, value.get("content") if isinstance(value, dict) else value
@@ -49,6 +58,13 @@ class Files:
     def control_tokens(self) -> set[str]:
         """Texts of the named control tokens."""
         return {text for name in _TOKEN_NAMES for text in (self.token_text(name)[1],) if text}
+
+    def stops(self) -> list[int]:
+        """Ids at which generation stops by generation_config.json, or by config.json where that is silent."""
+        for config in (self.generation_config, self.config):
+            if config.get("eos_token_id") is not None:
+                return _as_list(config["eos_token_id"])
+        return []
 
     def added_tokens(self) -> dict[str, int]:
         """Tokens beyond a SentencePiece model's own, text -> id."""
@@ -60,53 +76,65 @@ class Files:
 
     def settings(self, backend: Backend) -> Settings:
         """Raises InputError when nothing says which token ends a text, or when a named one is not in the vocabulary."""
-        bos_ids = self._ids("bos_token", backend, backend.bos_id)
-        eos_ids = self._ids("eos_token", backend, backend.eos_id)
+        named = self._named(backend)
+        bos_id = self._id_of("bos_token", named, backend)
+        prefix = backend.prefix
+        if prefix is None:  # a SentencePiece model knows no post-processor
+            asked = self.tokenizer_config.get("add_bos_token") is True and bos_id is not None
+            prefix = (bos_id,) if asked and bos_id is not None else ()
+        if bos_id is None and len(prefix) == 1:
+            bos_id = prefix[0]
+        eos_ids = self._ends(named, backend)
         if not eos_ids:
             raise InputError(
                 f"{self.folder}: no file says which token ends a text; expected eos_token in tokenizer_config.json "
                 "or eos_token_id in generation_config.json"
             )
-        texts = {name: text for name in _TOKEN_NAMES for text in (self.token_text(name)[1],) if text}
-        by_id = {number: text for text, number in backend.specials.items()}
-        for name, ids in (("bos_token", bos_ids), ("eos_token", eos_ids)):
-            if name not in texts and ids and ids[0] in by_id:
-                texts[name] = by_id[ids[0]]
-        for number in self._stops():
-            if number not in eos_ids:
-                eos_ids.append(number)
-        return Settings(self.folder, bos_ids[0] if bos_ids else None, tuple(eos_ids), texts, self._template())
+        eos_ids += [number for number in self.stops() if number not in eos_ids]
+        return Settings(self.folder, bos_id, prefix, tuple(eos_ids), named, *self._templates())
 
-    def _ids(self, name: str, backend: Backend, own: int | None) -> list[int]:
-        """The ids of a token in the order of trust; at most one unless a model's config lists several."""
-        spoken, text = self.token_text(name)
-        if text is not None:
-            number = backend.id_of(text)
-            if number is None:
-                raise InputError(f"{self.folder}: {name} {text!r} is not in the tokenizer's vocabulary")
+    def _named(self, backend: Backend) -> dict[str, str]:
+        """Texts of the tokens that transformers knows by a name."""
+        declared = self.tokenizer_config.get("tokenizer_class") or self.config.get("tokenizer_class") or ""
+        defaults = backend.defaults | (_DEFAULTS.get(declared.removesuffix("Fast"), {}) if not backend.is_bytes else {})
+        own = {name: text for name, text in self.tokenizer_config.items() if name.endswith("_token")}
+        found = {}
+        for name in (*_TOKEN_NAMES, *(name for name, text in own.items() if isinstance(text, str))):
+            is_spoken_of, text = self.token_text(name)
+            if not is_spoken_of and backend.id_of(defaults.get(name, "")) is not None:
+                text = defaults[name]
+            if text:
+                found[name] = text
+        return found
+
+    def _ends(self, named: dict[str, str], backend: Backend) -> list[int]:
+        """The end tokens in the order of trust; at most one unless a model's config lists several."""
+        number = self._id_of("eos_token", named, backend)
+        if number is not None:
             return [number]
-        for config in (self.generation_config, self.config):
-            # A tokenizer that says it has no begin token is right, whatever the model's config repeats.
-            if config.get(f"{name}_id") is not None and not (spoken and name == "bos_token"):
-                return _as_list(config[f"{name}_id"])
-        return [] if spoken or own is None else [own]
+        if self.stops():
+            return self.stops()
+        return [] if self.token_text("eos_token")[0] or backend.eos_id is None else [backend.eos_id]
 
-    def _stops(self) -> list[int]:
-        """Ids at which generation stops by generation_config.json, or by config.json where that is silent."""
-        for config in (self.generation_config, self.config):
-            if config.get("eos_token_id") is not None:
-                return _as_list(config["eos_token_id"])
-        return []
+    def _id_of(self, name: str, named: dict[str, str], backend: Backend) -> int | None:
+        if name not in named:
+            return None
+        number = backend.id_of(named[name])
+        if number is None:
+            raise InputError(f"{self.folder}: {name} {named[name]!r} is not in the tokenizer's vocabulary")
+        return number
 
-    def _template(self) -> str | None:
-        file = self.folder / "chat_template.jinja"
-        if file.is_file():
-            return file.read_text(encoding="utf-8")
+    def _templates(self) -> tuple[str | None, str | None]:
+        """The chat template, and the one for chats with tools where it is another."""
         template = self.tokenizer_config.get("chat_template")
+        named: dict[str, str | None] = {"default": template}
         if isinstance(template, list):  # several by name
             named = {entry.get("name"): entry.get("template") for entry in template}
-            template = named.get("default")
-        return template
+        files = {"default": self.folder / "chat_template.jinja"}
+        files["tool_use"] = self.folder / "additional_chat_templates" / "tool_use.jinja"
+        found: dict[str, str | None] = {name: _text(file) for name, file in files.items() if file.is_file()}
+        named = found or named  # the files go first, all together
+        return named.get("default"), named.get("tool_use")
 
 
 def read(folder: Path, model: Path | None = None) -> Files:
@@ -133,6 +161,13 @@ def _object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{file}: expected a JSON object, found a {type(value).__name__}")
     return value
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 (byte {error.start})") from error
 
 
 def _as_list(value: int | list[int]) -> list[int]:

@@ -36,7 +36,7 @@ from qlora_jax.train.memory import Program, memory_limit, peak_device_bytes, pea
 from qlora_jax.train.mmlu import MMLU
 from qlora_jax.train.residency import decide
 from qlora_jax.train.setup import Prepared, prepare
-from qlora_jax.train.step import make_evaluation, make_gradient
+from qlora_jax.train.step import evaluation_of, gradient_of
 from qlora_jax.train.workdir import Workdir, refuse_other_config
 
 
@@ -58,13 +58,16 @@ def finetune(config: Any, plain: dict[str, Any], path: Path, say: Callable[[str]
       Stopped: after SIGTERM, once the state is saved.
     """
     refuse_other_config(path, plain)  # again when the folder is opened: here it costs no loading
-    bar = tqdm(desc="loading", unit="tensor", leave=False, delay=2)
+    bar: tqdm | None = None
 
-    def progress(done: int, total: int) -> None:
+    def progress(done: int, total: int) -> None:  # of the model, and then of the residual base that an adapter may need
+        nonlocal bar
+        bar = bar or tqdm(desc="loading", unit="tensor", leave=False, delay=2)
         bar.total = total
         bar.update(done - bar.n)
         if done == total:
             bar.close()
+            bar = None
 
     prepared = prepare(config, say, progress)
     workdir = Workdir(path, plain)
@@ -86,10 +89,10 @@ class Run:
         self.config, self.plain, self.prepared, self.workdir, self.say = config, plain, prepared, workdir, say
         self.adapter = prepared.adapter
         self.gradient = Program(
-            make_gradient(prepared.graph, config.train.loss_chunk, config.optimizer.max_grad_norm),
+            gradient_of(prepared.graph, config.train.loss_chunk, config.optimizer.max_grad_norm),
             compiler_options(config.model.remat),
         )
-        self.evaluation = Program(make_evaluation(prepared.graph, config.train.loss_chunk))
+        self.evaluation = Program(evaluation_of(prepared.graph, config.train.loss_chunk))
         self.mmlu = None if prepared.mmlu is None else MMLU(prepared.graph, prepared.mmlu)
         self.optimizer = self._make_optimizer()
         self.states = self.optimizer.init(self.adapter)

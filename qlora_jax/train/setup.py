@@ -5,10 +5,11 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from pallas_kernels import nf4_matmul
@@ -21,6 +22,7 @@ from qlora_jax.feed.load import LoadedData, load_data
 from qlora_jax.io import peft
 from qlora_jax.io.folder import resolve
 from qlora_jax.io.load import QuantSpec, load_config, load_model
+from qlora_jax.io.peft_config import read_config
 from qlora_jax.io.remote import name_of
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models import attention
@@ -30,6 +32,7 @@ from qlora_jax.models.vocabulary import grow
 from qlora_jax.optim.paged import PAGING
 from qlora_jax.optim.pages import state_bytes
 from qlora_jax.optim.schedules import make_optimizer, make_schedule, paging
+from qlora_jax.residual import check_base
 from qlora_jax.text.added_tokens import AddedTokens, extended_tokenizer, find_added
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train import mmlu
@@ -193,6 +196,8 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
     added = added_tokens(config.data, folder)
     lora_config = read_lora_config(config.lora, bool(added and added.new), model_config.tied)
     lora.select_targets(lora_config.targets, model_config.L)
+    if config.lora.init_from:
+        check_base(read_config(Path(config.lora.init_from)).residual, quant.format != "none")
     tokenizer, V = None, model_config.V
     if added is not None:
         tokenizer, V = extended_tokenizer(added), added.rows(V)
@@ -224,10 +229,14 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
     if added is not None:
         grow(model, V, added.rows_to_fill(model_config.V), added.real_rows(model_config.V))
     if config.lora.init_from:
-        arrays, matrices = read_start(model, Path(config.lora.init_from), lora_config, added)
-        for name, (a, b) in arrays.items():
+        start = read_start(model, Path(config.lora.init_from), lora_config, added)
+        lora_config = dataclasses.replace(lora_config, residual=start.residual)
+        if start.residual:
+            say(f"model: {start.residual} took its first {lora_config.rank} directions out of the base, as peft does")
+        peft.take_out(model, dataclasses.replace(lora_config, targets=tuple(start.arrays)), progress)
+        for name, (a, b) in start.arrays.items():
             lora.set_adapter(model, name, a, b, lora_config.scale)
-        for name, matrix in matrices.items():
+        for name, matrix in start.matrices.items():
             lora.train_whole(model, name, jnp.asarray(matrix))
     graph, adapter, base = lora.split(model)
     base_bytes = _bytes(base)
@@ -309,12 +318,18 @@ def _say_attention(model: Any, longest: int, say: Callable[[str], None]) -> None
         )
 
 
-def read_start(
-    model: Llama, folder: Path, wanted: LoRAConfig, added: AddedTokens | None = None
-) -> tuple[dict[str, tuple[jax.Array, jax.Array]], dict[str, Any]]:
+class Start(NamedTuple):
+    """What a run starts from."""
+
+    arrays: dict[str, tuple[jax.Array, jax.Array]]  # {"self_attn.q_proj": (A [L, R, I], B [L, O, R])}
+    matrices: dict[str, np.ndarray]  # embed_tokens, lm_head [V, D], those that train whole
+    residual: str  # as LoRAConfig's
+
+
+def read_start(model: Llama, folder: Path, wanted: LoRAConfig, added: AddedTokens | None = None) -> Start:
     """A PEFT folder's adapter and whole matrices, to start from. Its rank, scale, layers and tokens must be the
     config's; a matrix that trains whole and that the folder does not have starts from the base's."""
-    found, arrays = peft.read_adapter(model, folder)
+    found, arrays = peft.read_adapter(model, folder, to_train=True)
     matrices = peft.read_matrices(model, folder)
     names = lora.select_targets(wanted.targets, model.config.L)
     differing = [
@@ -341,7 +356,7 @@ def read_start(
         differing += _other_ids(added, folder)
     if differing:
         raise InputError(f"lora.init_from: {folder} does not match the lora section: {'; '.join(differing)}")
-    return arrays, matrices
+    return Start(arrays, matrices, found.residual)
 
 
 def _other_ids(added: AddedTokens, folder: Path) -> list[str]:

@@ -3,6 +3,7 @@
 The factor is applied where the sums are used, page by page: multiplied here, they would stand in memory twice.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -80,3 +81,9 @@ def make_evaluation(graph: Any, loss_chunk: int) -> Callable[..., tuple[jax.Arra
         return summed_loss(hidden, model.head_weight(), tokens, loss_mask, loss_chunk)
 
     return evaluate
+
+
+# One function for one model: JAX finds what it traced and compiled by the function, so that a second run of a model in
+# one process starts where the first one ended.
+gradient_of = functools.lru_cache(maxsize=8)(make_gradient)
+evaluation_of = functools.lru_cache(maxsize=8)(make_evaluation)

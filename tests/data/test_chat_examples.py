@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
-from qlora_jax.data.chat_examples import ChatCuts, tokenize_chats
+from qlora_jax.data.chat_examples import ChatCuts, ChatForms, tokenize_chats
 from qlora_jax.errors import InputError
 from qlora_jax.generate.prompting import Request, prompt_ids
 from qlora_jax.text.chat import Chat
@@ -25,14 +25,19 @@ WORDS = st.lists(st.sampled_from(["a", " ", "\n", "é", "\U0001f600", "</s>", "<
 SAID = TEXT | WORDS.map("".join)
 
 
-def with_template(folder, source, template, **config):
-    """The tokenizer of `source` with another chat template."""
+def with_template(folder, source, template, stops=(), **config):
+    """The tokenizer of `source` with another chat template; `stops`: texts of tokens at which generation stops."""
     folder.mkdir(exist_ok=True)
     for name in ("tokenizer.json", "tokenizer.model"):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template, **config}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if stops:
+        added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+        numbers = {token["content"]: token["id"] for token in added}
+        stopping = {"eos_token_id": [numbers[text] for text in stops]}
+        (folder / "generation_config.json").write_text(json.dumps(stopping))
     return Tokenizer.from_folder(folder)
 
 
@@ -223,7 +228,7 @@ def test_tools(golden, tmp_path):
     assert (example.tokens == encode_chat(tokenizer, [TWO_TURNS[0]])[0]).sum() == 5  # five headers
 
 
-def test_too_long_chats_keep_an_end(families):
+def test_too_long_chats(families):
     tokenizer = families["chatml"]
     end = next(number for number, text in tokenizer.controls.items() if text == "<|im_end|>")
     whole = one(tokenizer, TWO_TURNS)
@@ -243,13 +248,15 @@ def test_too_long_chats_keep_an_end(families):
         example, counts = cut(max_len)
         assert example.tokens.tolist() == whole.tokens[:first_end].tolist() and counts == (1, 0, 0)
         assert example.loss_mask.tolist() == whole.loss_mask[:first_end].tolist()
-    for max_len in (first_end - 1, learned[0] + 2):
+    for max_len in (first_end - 1, learned[0] + 1):  # a cut answer has no end: nothing ended there
         example, counts = cut(max_len)
-        assert len(example) == max_len and example.tokens[-1] == end and example.loss_mask[-1]
-        assert example.tokens[:-1].tolist() == whole.tokens[: max_len - 1].tolist() and counts == (0, 2, 0)
-    examples, cuts = tokenize_chats([chat], tokenizer, learned[0] + 1)
+        assert example.tokens.tolist() == whole.tokens[:max_len].tolist() and counts == (0, 2, 0)
+        assert end not in example.tokens[learned[0] :] and example.loss_mask[learned[0] :].all()
+    examples, cuts = tokenize_chats([chat], tokenizer, learned[0])
     assert examples == [] and cuts.dropped == 1
-    assert cuts + ChatCuts(1, 2, 3, ("a", "<|im_end|>")) == ChatCuts(1, 2, 4, ("<|im_end|>", "a"))
+    forms = [ChatForms(unknown_ends=("<|im_end|>",)), ChatForms(1, 2, 3, 4, 5, ("a", "<|im_end|>"))]
+    assert cuts == ChatCuts(dropped=1, forms=forms[0])
+    assert cuts + ChatCuts(1, 2, 3, forms[1]) == ChatCuts(1, 2, 4, ChatForms(1, 2, 3, 4, 5, ("<|im_end|>", "a")))
     short = [{"role": "user", "content": ""}, {"role": "assistant", "content": "a"}]
     room = len(one(tokenizer, short))
     kept, cuts = tokenize_chats([chat, Chat(short, None, "here")], tokenizer, room)
@@ -259,8 +266,8 @@ def test_too_long_chats_keep_an_end(families):
 
 def test_an_end_that_generation_does_not_know_is_named(families):
     chats = [Chat(TWO_TURNS, None, "")]
-    assert tokenize_chats(chats, families["chatml"], 999)[1].unknown_ends == ("<|im_end|>",)
-    assert tokenize_chats(chats, families["mistral"], 999)[1].unknown_ends == ()
+    assert tokenize_chats(chats, families["chatml"], 999)[1].forms == ChatForms(unknown_ends=("<|im_end|>",))
+    assert tokenize_chats(chats, families["mistral"], 999)[1].forms == ChatForms()
 
 
 def test_a_template_that_writes_the_day(golden, tmp_path):

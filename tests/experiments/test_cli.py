@@ -21,7 +21,7 @@ import warnings
 from absl import flags
 from absl import logging as absl_logging
 
-from experiments import cli
+from experiments.support import cli
 from qlora_jax.settings import resolved
 from qlora_jax.errors import InputError
 

@@ -62,7 +62,7 @@ def results(run_commands, folder):
     ]
     chat = [*base, f"--config.data.path={folder / 'chats.jsonl'}"]
     model = folder / "model"
-    with_template(model, REPOSITORY / "tests" / "golden" / "chat", CHATML)
+    with_template(model, REPOSITORY / "tests" / "golden" / "chat", CHATML, ["<|im_end|>"])
     shutil.copyfile(REPOSITORY / "assets" / "tiny_llama" / "config.json", model / "config.json")
     commands = {
         "template": [*chat, f"--config.model.path={model}", "--config.data.format=messages", "--show=1"],

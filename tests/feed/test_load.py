@@ -11,7 +11,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.feed.batches import Batches, FileBatches, eval_batches
 from qlora_jax.feed.load import load_data, longest_example
 from qlora_jax.text.tokenizer import Tokenizer
-from tests.chat_templates import CHATML, TWO_TURNS
+from tests.chat_templates import CHATML, RECENT, TWO_TURNS
 from tests.data.test_chat_examples import with_template
 
 
@@ -23,6 +23,7 @@ def config(**changes):
             "format": "input-output",
             "template": "auto",
             "template_date": "2024-07-26",
+            "turns": "all",
             "batches": "",
             "max_source_len": 16,
             "max_target_len": 16,
@@ -212,8 +213,8 @@ def chat_config(tmp_path, rows, **changes):
     return config(**({"path": str(file), "format": "messages"} | lengths | changes))
 
 
-def chat_tokenizer(tmp_path, golden, template=CHATML):
-    return with_template(tmp_path / "chat_tokenizer", golden / "chat", template)
+def chat_tokenizer(tmp_path, golden, template=CHATML, stops=()):
+    return with_template(tmp_path / "chat_tokenizer", golden / "chat", template, stops)
 
 
 def test_chats_in_the_models_template(tmp_path, golden):
@@ -229,12 +230,41 @@ def test_chats_in_the_models_template(tmp_path, golden):
         "data: in the model's chat template (data.template=auto), its answers alone learned",
         "data: 1 rows left out: no answer to learn",
         "data: cut to length (64 tokens, max_source_len + max_target_len): 1 chats end at an earlier answer, "
-        "1 first answers cut, 1 chats without room dropped",
+        "1 first answers cut (learned without an end), 1 without room dropped",
     ]
     assert "the template ends turns with <|im_end|>, where generation does not stop" in data.report[4]
     assert "only the first" not in "".join(data.report)
     heldout = load_data(chat_config(tmp_path, rows, eval_path=section.path), tokenizer, 2, 500).heldout
     assert len(heldout) == 3
+
+
+def test_answers_that_are_examples_of_their_own(tmp_path, golden):
+    """The chats of a template that drops thinking: counted, one side of the split each, and the last answers alone."""
+    tokenizer = chat_tokenizer(tmp_path, golden, RECENT, ["<|im_end|>"])
+    rows = [
+        [{**turn, "content": f"{turn['content']} {number}"} for turn in TWO_TURNS[: 4 if number % 3 else 2]]
+        for number in range(12)
+    ]
+    section = chat_config(tmp_path, rows, max_source_len=300, eval_examples=5, packing=True)
+    data = load_data(section, tokenizer, 2, 500)
+    assert "8 chats are 16 examples, each answer as it is generated" in data.report[2]
+    sides = [{example.where for example in side} for side in (data.batches.examples, data.heldout)]
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 12
+    assert (len(data.batches.examples), len(data.heldout)) == (15, 5) and data.truncated["cut"] == 0
+    last = chat_config(tmp_path, rows, max_source_len=300, turns="last")
+    data = load_data(last, tokenizer, 2, 500)
+    assert len(trained_on(data)) == 12 and "the last answer of each learned" in data.report[1]
+    with pytest.raises(InputError, match="unknown data.turns 'lst'; known: all, last"):
+        load_data(chat_config(tmp_path, rows, turns="lst"), tokenizer, 2, 500)
+    with pytest.raises(InputError, match="data.turns is 'last', which is for chats .*data.template=paper takes"):
+        load_data(chat_config(tmp_path, rows, turns="last", template="paper"), tokenizer, 2, 500)
+
+
+def test_prompts_that_begin_otherwise_than_texts_say_so(tmp_path, golden, path, byte_tokenizer):
+    report = load_data(config(path=path), byte_tokenizer, 4, 259).report
+    assert "data: prompts begin with '<s>', as the paper's do; the tokenizer itself adds nothing" in report
+    none = with_template(tmp_path / "none", golden / "chat", None, bos_token=None)
+    assert "begin with" not in "".join(load_data(config(path=path), none, 4, 500).report)
 
 
 def test_no_room_for_any_answer(tmp_path, golden):
@@ -337,7 +367,7 @@ def test_chats_have_the_context_together(tmp_path, golden):
     assert len(trained_on(data)) == 2
     assert (
         "data: cut to length (the model's context of 64 tokens): 1 chats end at an earlier answer, 0 first answers "
-        "cut, 1 chats without room dropped"
+        "cut (learned without an end), 1 without room dropped"
     ) in data.report
     assert any("generation does not stop" in line for line in data.report)
     with pytest.raises(InputError, match="none of its 1 chats has room for an answer in the model's context of 4 tok"):

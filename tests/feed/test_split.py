@@ -1,5 +1,7 @@
 """The held-out split: complete, disjoint, seeded, and no copy of a held-out example left in training."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from qlora_jax.data.examples import Example
 from qlora_jax.errors import InputError
 from qlora_jax.feed.split import split
+from qlora_jax.feed.store import ExampleStore, rows_of, write_examples
 
 
 def examples_of(values):
@@ -31,6 +34,33 @@ def test_sides_share_nothing_and_lose_nothing(values, eval_examples, seed):
         assert [e.where for e in side] == [e.where for e in examples if e in side]
     again = split(examples, eval_examples, seed)
     assert [e.where for e in again[1]] == [e.where for e in heldout]
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=2, max_size=40), st.integers(1, 20))
+def test_examples_of_a_row_stay_together(values, eval_examples):
+    """So do the rows that share an example, and what those share."""
+    examples = [
+        dataclasses.replace(example, where=f"f, line {row}")
+        for example, (_, row) in zip(examples_of([value for value, _ in values]), values, strict=True)
+    ]
+    try:
+        train, heldout = split(examples, eval_examples, 0, whole_rows=True)
+    except InputError:
+        assume(False)
+    assert len(train) + len(heldout) == len(examples) and 0 < len(heldout) <= eval_examples
+    for part in (lambda e: e.where, lambda e: e.tokens.tobytes()):
+        assert not set(map(part, train)) & set(map(part, heldout))
+
+
+def test_rows_of_a_store(tmp_path):
+    examples = [
+        dataclasses.replace(e, where=w)
+        for e, w in zip(examples_of(range(5)), ["f, line 1", "g, line 1", "f, line 1", "", ""], strict=True)
+    ]
+    totals = write_examples(tmp_path / "examples.arrow", examples)
+    store = ExampleStore.open(tmp_path / "examples.arrow", totals.places)
+    for rows in (rows_of(examples), rows_of(store), rows_of(store.take(np.arange(5)))):
+        assert [int(np.flatnonzero(rows == row)[0]) for row in rows] == [0, 1, 0, 3, 4]
 
 
 def test_exact_number_and_seed():

@@ -1,13 +1,19 @@
 """A chat answers as a fresh decoding of its conversation does, remembers, forgets, and keeps within the context."""
 
+import numpy as np
 import pytest
 
+from qlora_jax.data.chat_examples import tokenize_chats
 from qlora_jax.errors import InputError
 from qlora_jax.generate.chat import Chat
 from qlora_jax.generate.decode import complete
 from qlora_jax.generate.prompting import Request, answer_text, prompt_ids
 from qlora_jax.generate.sampling import Sampling
+from qlora_jax.generate.transcript import read_transcript, write_transcript
+from qlora_jax.text.chat import Chat as ChatData
 from qlora_jax.text.tokenizer import Tokenizer
+from tests.chat_templates import TURNED, TURNING
+from tests.data.test_chat_examples import with_template
 
 GREEDY = Sampling(20, 0.0)
 
@@ -88,6 +94,65 @@ def test_the_oldest_turns_are_forgotten_where_the_context_is_full(tiny_model, to
     assert 2 <= len(chat.turns) < 12 and chat.turns[-2]["content"].startswith("5 ")
     prompt = prompt_ids(tokenizer, "guanaco", Request("5 " + "word " * 60), chat.turns[:-2])
     assert len(prompt) + 20 <= 1024
+
+
+class Scripted:
+    """A decoding that says what it is given."""
+
+    def __init__(self, said: list[int]):
+        self._said, self.tokens = said, [[]]
+
+    @property
+    def done(self) -> bool:
+        return len(self.tokens[0]) == len(self._said)
+
+    def step(self, steps: int) -> list[list[int]]:
+        new = self._said[len(self.tokens[0]) :][:steps]
+        self.tokens[0] += new
+        return [new]
+
+    def finish(self, row: int, reason: str) -> None:
+        self._said = self.tokens[0]
+
+    def ends(self) -> list[tuple[list[int], str]]:
+        return [(self.tokens[0], "eos")]
+
+
+@pytest.mark.parametrize("kind", ["plain", "thinking", "inside"])
+@pytest.mark.parametrize("family", ["recent", "opened", "empty", "unsaid", "endless", "closed", "channels"])
+def test_the_model_is_asked_as_in_training(tiny_model, golden, tmp_path, monkeypatch, family, kind) -> None:
+    """A model that answers as the data does gets, turn by turn, the very prompts of its training."""
+    template, stops, *_ = TURNING[family]
+    tokenizer = with_template(tmp_path / "model", golden / "chat", template, stops)
+    messages, _ = TURNED[kind]
+    system = {"role": "system", "content": "Be brief."}
+    examples, _ = tokenize_chats([ChatData([system, *messages], None, "")], tokenizer, 10_000)
+    turns = []
+    for example in examples:
+        edges = np.flatnonzero(np.diff(example.loss_mask, prepend=False, append=False)).reshape(-1, 2)
+        turns += [(example.tokens[:begin].tolist(), example.tokens[begin:end].tolist()) for begin, end in edges]
+    turns.sort(key=lambda turn: len(turn[0]))
+    asked = []
+
+    def read(chat: Chat, prompt: list[int]) -> Scripted:
+        asked.append(prompt)
+        return Scripted(turns[len(asked) - 1][1][:-1])
+
+    monkeypatch.setattr(Chat, "_read", read)
+    chat = Chat(tiny_model, tokenizer, "chat", GREEDY, [], system="Be brief.")
+    shown = [ask(chat, message["content"]) for message in messages if message["role"] == "user"]
+    if (family, kind) != ("unsaid", "thinking"):  # its words after the reasoning have no blank line before them
+        assert asked == [prompt for prompt, _ in turns]
+    if family in ("recent", "opened", "endless"):
+        assert all(("</think>" in text) for text in shown)  # a control token, shown all the same
+    assert all(
+        message["content"].split("</think>")[-1].strip() in text
+        for message, text in zip(messages[1::2], shown, strict=True)
+    )
+    if family == "recent" and kind == "thinking":
+        assert chat.turns == messages
+        write_transcript(tmp_path / "chat.jsonl", "Be brief.", chat.turns, False)
+        assert read_transcript(str(tmp_path / "chat.jsonl")) == ("Be brief.", messages)
 
 
 def test_a_message_longer_than_the_context_is_refused(tiny_model, tokenizer) -> None:

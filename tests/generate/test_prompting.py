@@ -16,11 +16,6 @@ def tokenizer(golden) -> Tokenizer:
     return Tokenizer.from_folder(golden / "tokenizer")
 
 
-def test_plain_is_bos_and_the_text(tokenizer) -> None:
-    assert prompt_ids(tokenizer, "plain", Request("")) == [1]
-    assert prompt_ids(tokenizer, "plain", Request("Hello")) == tokenizer.encode("Hello", bos=True)
-
-
 def test_alpaca_is_what_training_gives(tokenizer) -> None:
     for context in ("", "a, b"):
         example = tokenize_example(alpaca_prompt("Sort.", context), "x", tokenizer, 1000, 100)
@@ -67,7 +62,7 @@ def test_answers(tokenizer, template, generated, shown, size) -> None:
 class Letters:
     """A tokenizer of one id a character."""
 
-    def stream(self, context):
+    def stream(self, context, written):
         return self
 
     def push(self, ids):

@@ -6,18 +6,24 @@ transformers 5.23.0, tokenizers 0.23.3, jinja2, Python 3.11; no torch.
 
     tokenizer.json, tokenizer_config.json   byte-level BPE of 500 tokens trained on generated sentences, "\\n\\n" and
                 "  " among them; <s>, </s> and the control tokens of tests/chat_templates.py
+    turns.json  [{family, chat, turns}]: chats of TURNED in templates of TURNING; for every turn of the assistant [ids
+                of the conversation before it with the generation prompt, ids up to it]
     cases.json  [{family, messages, text, ids, prompts, mask}]: text and ids of apply_chat_template; prompts: for every
                 turn of the assistant the ids of the conversation before it with the generation prompt; mask: the
                 assistant's tokens by return_assistant_tokens_mask, null for a template without generation blocks
 """
 
+import copy
+import datetime
 import json
 import shutil
 import sys
 from pathlib import Path
 
+import jinja2
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import chat_templates
@@ -55,6 +61,38 @@ def conversations(system: bool) -> list[list[dict[str, str]]]:
     return [*found, [chat_templates.SYSTEM, *turns]] if system else found
 
 
+def turns(tokenizer: PreTrainedTokenizerFast, template: str, messages: list[dict], tools: list | None) -> list:
+    """For a template that fails on arguments as objects they are JSON text."""
+
+    def ids(some: list[dict], prompt: bool) -> list[int]:
+        options = {"chat_template": template, "tools": tools, "add_generation_prompt": prompt, "return_dict": True}
+        return tokenizer.apply_chat_template(some, **options)["input_ids"]
+
+    for as_text in (False, True):
+        some = copy.deepcopy(messages)
+        for call in (call for message in some for call in message.get("tool_calls", [])):
+            if as_text:
+                call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+        try:
+            return [
+                [ids(some[:n], True), ids(some[: n + 1], False)]
+                for n, message in enumerate(some)
+                if message["role"] == "assistant"
+            ]
+        except (TypeError, jinja2.TemplateError):
+            if as_text:
+                raise
+    raise AssertionError
+
+
+class Day(datetime.datetime):
+    """A fixed one for templates that write today's."""
+
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> "Day":
+        return cls(2024, 7, 26)
+
+
 def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir()
@@ -87,6 +125,14 @@ def main() -> None:
                 }
             )
     (FOLDER / "cases.json").write_text("[\n" + ",\n".join(json.dumps(case) for case in cases) + "\n]\n")
+    chat_template_utils.datetime = Day
+    found = [
+        {"family": family, "chat": chat, "turns": turns(tokenizer, template, messages, tools)}
+        for family, (template, *_) in chat_templates.TURNING.items()
+        for chat, (messages, tools) in chat_templates.TURNED.items()
+    ]
+    lines = (json.dumps(case, separators=(",", ":")) for case in found)
+    (FOLDER / "turns.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
     for file in FOLDER.iterdir():
         file.chmod(0o644)
 

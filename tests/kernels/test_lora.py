@@ -18,7 +18,8 @@ from pallas_kernels import nf4_matmul
 from pallas_kernels.nf4_matmul import Packed, config, lora, measure
 from pallas_kernels.nf4_matmul.shapes import Shape
 from pallas_kernels.nf4_matmul.triton import backend as triton_backend
-from qlora_jax.models.layers import Dropout, Linear
+from qlora_jax.models.dropout import Dropout
+from qlora_jax.models.layers import Linear
 
 GPU = config.Gpu("a GPU", 86, 1)
 UNIT_ROUNDOFF = {"bfloat16": 2.0**-9, "float16": 2.0**-12}

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from pallas_kernels.nf4_matmul import dense_matmul
-from qlora_jax.models.layers import Dropout, Linear
+from qlora_jax.models.dropout import Dropout
+from qlora_jax.models.layers import Linear
 from qlora_jax.quant.tensor import matmul, quantize
 
 SCALE = 0.75

@@ -15,7 +15,7 @@ from qlora_jax import lora
 from qlora_jax.io.load import QuantSpec, load_model
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models import llama
-from qlora_jax.models.layers import Dropout
+from qlora_jax.models.dropout import Dropout
 
 FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
 LLAMAS = ("llama1", "llama2", "llama3", "linear_rope", "head_dim")

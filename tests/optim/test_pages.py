@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from qlora_jax.optim.pages import Pages, has_control_flow, separability, state_bytes
+from configs import base
+from qlora_jax.optim.pages import Pages, RowWise, separability, state_bytes
+from qlora_jax.optim.schedules import OPTIMIZERS, make_optimizer
 from tests.optim.transformations import TRANSFORMATIONS, tree
 
 
@@ -15,9 +17,15 @@ def test_how_far_an_update_may_be_cut(name):
     assert separability(tx, tree(0)) == expected
 
 
-@pytest.mark.parametrize(("name", "expected"), [("adamw", False), ("adafactor", False), ("accumulating adam", True)])
-def test_control_flow_is_found(name, expected):
-    assert has_control_flow(TRANSFORMATIONS[name][0], tree(0)) == expected
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if not name.startswith("paged_")])
+def test_what_a_config_names_needs_no_probe(name):
+    """The probe finds what RowWise says, also where rows are no whole blocks of 8-bit state."""
+    config = base.get_config().optimizer
+    config.name, config.weight_decay = name, 0.1
+    tx = make_optimizer(config, 100)
+    params = [jnp.zeros((3, 7, 64))]
+    assert isinstance(tx, RowWise) and separability(tx, params) == "rows"
+    assert separability(optax.GradientTransformation(*tx), params) == "rows"
 
 
 def test_clip_that_bites_later_than_the_first_update():

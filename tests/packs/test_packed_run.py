@@ -10,10 +10,9 @@ from configs import base
 from qlora_jax.errors import InputError
 from qlora_jax.plan import program
 from qlora_jax.settings import resolved
-from qlora_jax.train import loop
+from qlora_jax.train import loop, shapes
 from qlora_jax.train.loop import Run, finetune
 from qlora_jax.train.setup import check_values
-from qlora_jax.train.shapes import abstract_model
 from qlora_jax.train.spec import read_spec
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
@@ -101,7 +100,7 @@ def test_a_plan_has_segments(config, monkeypatch):
     taken = []
     monkeypatch.setattr(program, "on_gpu", lambda gpu, arguments: arguments)
     monkeypatch.setattr(program, "compile_for", lambda gpu, function, *arguments, **_: taken.append(arguments))
-    model = abstract_model(spec.model)
+    model = shapes.abstract_model(spec.model)
     program.compile_gradient(None, model, spec.batch, dropout=False)
     program.compile_evaluation(None, model, spec.evaluation)
     assert [(arguments[-1].shape, arguments[-1].dtype) for arguments in taken] == [

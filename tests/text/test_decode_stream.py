@@ -55,6 +55,12 @@ def test_control_tokens_leave_nothing(byte_tokenizer):
     assert stream.push(257) == "" and stream.flush() == ""
 
 
+def test_control_tokens_that_are_to_be_seen(byte_tokenizer):
+    stream = byte_tokenizer.stream((), {258: "<|turn|>"})
+    assert stream.push([104, 258, 257, 105]) == "h<|turn|>i"
+    assert stream.push([0xC3, 258]) == "\ufffd<|turn|>" and stream.push([0xC3, 0xA9]) == "é"
+
+
 def test_bytes_that_are_no_text_are_shown_in_the_end(byte_tokenizer):
     stream = byte_tokenizer.stream()
     assert stream.push([0xF0, 0x9F]) == ""

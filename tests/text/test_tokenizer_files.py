@@ -28,8 +28,8 @@ def ids(tokenizer):
     return tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids
 
 
-def test_usual_names_when_nothing_else_is_known(load):
-    assert ids(load()) == (BOS, EOS, (EOS,))
+def test_an_end_by_its_usual_name_when_nothing_else_is_known(load):
+    assert ids(load()) == (None, EOS, (EOS,))
 
 
 def test_every_end_of_generation_config_stops(load):
@@ -42,7 +42,7 @@ def test_every_end_of_generation_config_stops(load):
 
 
 def test_model_config_when_the_tokenizer_is_silent(load):
-    assert ids(load(config={"bos_token_id": 5, "eos_token_id": [TURN, EOS]})) == (5, TURN, (TURN, EOS))
+    assert ids(load(config={"bos_token_id": 5, "eos_token_id": [TURN, EOS]})) == (None, TURN, (TURN, EOS))
 
 
 def test_special_tokens_map(load):
@@ -99,8 +99,34 @@ def test_chat_template_in_a_file_of_its_own(tmp_path, load):
 
 
 def test_begin_and_end_are_known_to_the_template_by_name(load):
-    tokenizer = load(tokenizer_config={"chat_template": "{{ bos_token }}|{{ eos_token }}"})
-    assert tokenizer.apply_chat_template([]) == "<s>|</s>"
+    template = {"chat_template": "{{ bos_token }}|{{ eos_token }}"}
+    assert load(tokenizer_config=template).apply_chat_template([]) == "|"  # no file names them
+    named = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
+    assert load(tokenizer_config=template | named).apply_chat_template([]) == "<s>|</s>"
+
+
+def test_a_template_of_its_own_for_chats_with_tools(tmp_path, load):
+    named = [{"name": "tool_use", "template": "with {{ tools[0] }}"}, {"name": "default", "template": "without"}]
+    messages = [{"role": "user", "content": "a"}]
+    tokenizer = load(tokenizer_config={"chat_template": named})
+    assert tokenizer.render_chat(messages, False).text == "without"
+    assert tokenizer.render_chat(messages, False, ["f"]).text == "with f"
+    (tmp_path / "chat_template.jinja").write_text("alone")
+    assert load().render_chat(messages, False, ["f"]).text == "alone"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("beside")
+    assert load().render_chat(messages, False, ["f"]).text == "beside"
+
+
+def test_where_generation_stops_is_a_control_token(tmp_path, load, byte_folder):
+    spec = json.loads((byte_folder / "tokenizer.json").read_text())
+    for token in spec["added_tokens"]:
+        token["special"] = False
+    tokenizer = load(tokenizer_config={"eos_token": "</s>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, TURN]}))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.stops == {"</s>", "<|turn|>"} and tokenizer.encode("<|turn|>") == list(b"<|turn|>")
 
 
 def test_errors(tmp_path, load):

@@ -11,7 +11,7 @@ from qlora_jax import lora
 from qlora_jax.io.load import QuantSpec, load_model
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models import llama
-from qlora_jax.models.layers import Dropout
+from qlora_jax.models.dropout import Dropout
 from qlora_jax.train.backward import block_input_bytes
 from qlora_jax.train.step import make_evaluation, make_gradient
 

@@ -62,7 +62,7 @@ def make_prompts(questions: Questions, shots: int, tokenizer: Tokenizer, context
     Raises:
       InputError: the tokenizer has no single token for each answer after such a prompt, or ids outside the vocabulary.
     """
-    before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    before = list(tokenizer.prefix)
     texts = [prompt_text(question, questions.shots.get(question.subject, [])[:shots]) for question in questions.asked]
     lead, options = answer_tokens(tokenizer, texts)
     room = context - len(before) - len(lead)

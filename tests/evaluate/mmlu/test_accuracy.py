@@ -74,7 +74,7 @@ def test_answers_of_llama(shared_data):
 class Letters:
     """A tokenizer of one token a character, but for the texts in `tokens`."""
 
-    bos_id = None
+    prefix = ()
 
     def __init__(self, tokens):
         self.tokens = tokens

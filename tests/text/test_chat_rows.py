@@ -1,4 +1,4 @@
-"""Templates that cannot be masked exactly are refused with the reason, and those that can in unusual ways are read."""
+"""Chats that cannot be learned exactly are refused with the reason, and those that can in unusual ways are read."""
 
 import json
 
@@ -40,12 +40,17 @@ def first(tokenizer, messages=TWO_TURNS, tools=None):
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
-        (TRIMMED, THOUGHT, r"writes the conversation up to turn 2 \(assistant\) differently when .*cannot be masked"),
         (CHATML.replace("%}{{ '<|im_start|>assistant\n' }}", "%}{{ 'now: ' }}"), TWO_TURNS,
-         "writes the prompt for turn 2"),
-        (ALWAYS_TRIMMED, THOUGHT, r"drops or rewrites the content of turn 2 \(assistant\), '<think>2 and 2</think>4'"),
+         r"writes the prompt for turn 2 \(assistant\) differently when the answer follows \('now: ' becomes '<|im_"),
+        (ALWAYS_TRIMMED, [TWO_TURNS[0], {"role": "assistant", "content": "4</think>, and <think>more</think>5"}],
+         r"drops or rewrites the content of turn 2 \(assistant\), '4</think>, and <think>more</think>5'"),
         (LOOP.replace("messages", "messages[-2:]").replace("BODY", "{{ message.content + '<|im_end|>' }}"), TWO_TURNS,
-         "writes the prompt for turn 2"),
+         "writes the prompt for turn 4"),
+        (LOOP.replace("BODY", "{{ message.content[:-4] + '<|im_end|>' }}") + PROMPT,
+         [TWO_TURNS[0], {"role": "assistant", "content": "no <|im_end|> here"}],
+         r"drops or rewrites the content of turn 2 \(assistant\), 'no <\|im_end\|> here'"),
+        ("{{ raise_exception('a bad ' ~ messages[-1].content) }}", [{"role": "user", "content": "</s>"}, TWO_TURNS[1]],
+         "refuses this conversation: a bad </s>"),
         ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", TWO_TURNS, "nothing for turn 2"),
         (CHATML.replace("messages %}", "messages if message.role != 'system' %}", 1), [SYSTEM, *TWO_TURNS],
          r"drops or rewrites the content of turn 1 \(system\), 'Be brief.'"),
@@ -55,7 +60,7 @@ def first(tokenizer, messages=TWO_TURNS, tools=None):
          "no control token at the end"),
         (MARKED.replace("message['content'] + '<|im_end|>' }}{% endg", "message['content'] }}{% endg"), TWO_TURNS,
          "marks no control token at the end .* inside its generation block"),
-        (MARKED.replace("== 'assistant' %}", "== 'model' %}"), TWO_TURNS, "marks nothing of this conversation"),
+        (MARKED.replace("== 'assistant' %}", "== 'model' %}"), TWO_TURNS, "marks nothing of turn 2 as the assistant's"),
         (MARKED.replace("{% generation %}{{ message['content']", "{{ message['content'] }}{% generation %}{{ ''"),
          TWO_TURNS, "drops or rewrites the content of turn 2"),
         ("{{ raise_exception('no') }}", TWO_TURNS, "refuses this conversation: no"),
@@ -68,15 +73,28 @@ def test_what_cannot_be_masked_is_an_error(tokenizer_with, template, messages, r
     with pytest.raises(InputError, match=reason) as error:
         first(tokenizer_with(template), messages)
     assert str(error.value).startswith("f, line 7: ") and "\n" not in str(error.value)
+    assert "ufdd" not in ascii(str(error.value)) or "U+FDD0" in reason
 
 
 def test_the_other_bad_chats_are_counted(tokenizer_with):
-    chats = [Chat(THOUGHT, None, f"f, line {n}") for n in range(3)] + [Chat(TWO_TURNS, None, "f, line 3")]
+    bad = [{"role": "user", "content": "\ufdd0"}, TWO_TURNS[1]]
+    chats = [Chat(bad, None, f"f, line {n}") for n in range(3)] + [Chat(TWO_TURNS, None, "f, line 3")]
     with pytest.raises(InputError, match=r"^f, line 0: .*\(and 2 more bad rows in this data set\)"):
         tokenize_chats(chats, tokenizer_with(TRIMMED), 10_000)
-    # alone and last, an answer keeps its reasoning
-    example = first(tokenizer_with(TRIMMED), THOUGHT[:2])
-    assert learned_texts(tokenizer_with(TRIMMED), example) == ["<think>2 and 2</think>4<|im_end|>"]
+
+
+def test_thinking_that_is_trimmed(tokenizer_with):
+    """From earlier answers: each is an example. From every answer: the rest is learned, and that is said."""
+    tokenizer = tokenizer_with(TRIMMED)
+    examples, cuts = tokenize_chats([Chat(THOUGHT, None, "f, line 7")], tokenizer, 10_000)
+    assert [learned_texts(tokenizer, example) for example in examples] == [
+        ["<think>2 and 2</think>4<|im_end|>"],
+        [f"{TWO_TURNS[3]['content']}<|im_end|>"],
+    ]
+    assert (cuts.forms.apart, cuts.forms.unwritten) == (2, 0)
+    tokenizer = tokenizer_with(ALWAYS_TRIMMED)
+    (example,), cuts = tokenize_chats([Chat(THOUGHT, None, "f, line 7")], tokenizer, 10_000)
+    assert learned_texts(tokenizer, example)[0] == "4<|im_end|>" and cuts.forms.unwritten == 1
 
 
 def test_tools_that_a_template_does_not_write(tokenizer_with):
@@ -86,6 +104,13 @@ def test_tools_that_a_template_does_not_write(tokenizer_with):
     called = [TWO_TURNS[0], {"role": "assistant", "content": "", "tool_calls": tools}]
     with pytest.raises(InputError, match=r"drops or rewrites the tool_calls of turn 2 \(assistant\), 'add'"):
         first(tokenizer_with(TOOLS.replace("message.tool_calls or []", "[]")), called)
+
+
+def test_an_end_that_no_file_names_is_said(golden, tmp_path):
+    template = LOOP.replace("BODY", "{{ message.content }}{{ eos_token }}") + PROMPT
+    tokenizer = with_template(tmp_path / "model", golden / "chat", template, ["</s>"], eos_token=None)
+    with pytest.raises(InputError, match=r"\(it writes eos_token, which tokenizer_config.json does not name\), or use"):
+        first(tokenizer)
 
 
 def test_several_marks_in_a_turn_and_marks_in_a_macro(tokenizer_with):
@@ -140,9 +165,12 @@ def test_prompts_whose_last_blanks_would_join_the_answer(golden, tmp_path):
 
 
 def test_generation_goes_on_where_training_refuses(tokenizer_with):
-    tokenizer = tokenizer_with(TRIMMED)
-    ids = encode_chat(tokenizer, THOUGHT[:3])
-    assert tokenizer.decode(ids).startswith("user\nWhat is 2 + 2?\nassistant\n4\nuser\n")
+    endless = LOOP.replace("BODY", "{{ message.content + '\n' }}") + PROMPT
+    tokenizer = tokenizer_with(endless)
+    with pytest.raises(InputError, match="no control token at the end"):
+        first(tokenizer, TWO_TURNS)
+    ids = encode_chat(tokenizer, TWO_TURNS[:3])
+    assert tokenizer.decode(ids).startswith("user\nWhat is 2 + 2?\nassistant\n4, as you know.\nuser\n")
 
 
 def test_a_sentencepiece_without_offsets(golden, tmp_path, monkeypatch):
