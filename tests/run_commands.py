@@ -16,7 +16,6 @@ from pathlib import Path
 
 from absl import app, flags
 from absl import logging as absl_logging
-from absl.testing import flagsaver
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 app.define_help_flags()  # absl's own flags stay
@@ -47,7 +46,7 @@ def run(command: list[str]) -> dict:
 def _own_state() -> Iterator[None]:
     """What a command changes for its whole process, put back: flags with the modules that define them, the folder, the
     environment, arguments, and how much is logged."""
-    saved_flags = flagsaver.save_flag_values(flags.FLAGS)
+    known = {name: dict(vars(flags.FLAGS[name])) for name in flags.FLAGS}
     argv, folder, environment = sys.argv, os.getcwd(), dict(os.environ)
     verbosity, jax_level = absl_logging.get_verbosity(), logging.getLogger("jax").level
     commands = _commands()
@@ -64,9 +63,19 @@ def _own_state() -> Iterator[None]:
         for module in _commands():
             _gone.append(sys.modules.pop(module))
         sys.modules.update(commands)
-        flagsaver.restore_flag_values(saved_flags, flags.FLAGS)
+        _restore(known)
         absl_logging.set_verbosity(verbosity)
         logging.getLogger("jax").setLevel(jax_level)
+
+
+def _restore(known: dict[str, dict]) -> None:
+    """Flags as they were; those of libraries that were imported on the way stay, as the libraries do."""
+    FLAGS = flags.FLAGS
+    for name in list(FLAGS):
+        if name in known:
+            vars(FLAGS[name]).update(known[name])
+        elif FLAGS.find_module_defining_flag(name) not in sys.modules:
+            delattr(FLAGS, name)
 
 
 def _commands() -> dict:

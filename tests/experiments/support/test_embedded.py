@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from configs import pretrain, pretrain_mini
-from experiments import embedded as make
-from experiments.support.embedded import corpus, instructions, packing, tokenizer
+from experiments.support.embedded import corpus, instructions, make, packing, tokenizer
 from experiments.support.embedded.facts import RELATIONS, Fact, facts, fill
 from qlora_jax.models.config import parse_config
 
