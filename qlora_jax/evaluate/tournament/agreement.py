@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
-from scipy import stats
 
 from qlora_jax.errors import InputError
 from qlora_jax.evaluate.shares import Share, share
@@ -86,6 +85,8 @@ def system_level(first: Sequence[Verdict], second: Sequence[Verdict], orderings:
     Raises:
       InputError: a source without a parsed verdict.
     """
+    from scipy import stats  # a second of importing, which who reads a judge's files does without
+
     ratings = [elo(games_of(verdicts), orderings=orderings) for verdicts in (first, second)]
     systems = [name for name in ratings[0] if name in ratings[1]]
     values = [[rating[name].elo for name in systems] for rating in ratings]
