@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from qlora_jax import lora
 from qlora_jax.errors import InputError
 from qlora_jax.files import atomic_folder, save_tensors, write_json
+from qlora_jax.finite import check_finite
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.config import read_json
 from qlora_jax.models.layers import Frozen
@@ -147,7 +148,7 @@ def read_adapter(model: Llama, folder: Path) -> tuple[LoRAConfig, dict[str, tupl
     """
     config = read_config(folder)
     handle = _open(folder)
-    tensors = {key: handle.get_tensor(key) for key in handle.keys() if key not in _MATRICES.values()}  # noqa: SIM118
+    tensors = {key: _finite(handle, folder, key) for key in handle.keys() if key not in _MATRICES.values()}  # noqa: SIM118
     L, problems = model.config.L, []
     stacked: dict[str, tuple[Any, Any]] = {}
     for name in LINEARS:
@@ -161,7 +162,7 @@ def read_adapter(model: Llama, folder: Path) -> tuple[LoRAConfig, dict[str, tupl
                 problems.append(f"missing {key} (layers are stacked: a projection takes adapters in all {L} or none)")
             elif tensors[key].shape != shape:
                 problems.append(f"{key} is {list(tensors[key].shape)}, expected {list(shape)}")
-        found = {key: tensors.pop(key, None) for key in expected}
+        found: dict[str, Any] = {key: tensors.pop(key, None) for key in expected}
         if not problems:
             a, b = (np.stack([found[_KEY.format(i, name, letter)] for i in range(L)]) for letter in "AB")
             stacked[name] = (jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
@@ -192,7 +193,7 @@ def read_matrices(model: Llama, folder: Path) -> dict[str, np.ndarray]:
             problems.append(f"embed_tokens and lm_head would have {' and '.join(map(str, sorted(rows)))} rows")
     if problems:
         raise InputError(f"{folder / WEIGHTS} does not fit the base model: {'; '.join(problems)}")
-    matrices = {name: handle.get_tensor(_MATRICES[name]) for name in shapes}
+    matrices = {name: _finite(handle, folder, _MATRICES[name]) for name in shapes}
     embedding, head = matrices.get("embed_tokens"), matrices.get("lm_head")
     if model.head is None and matrices and (embedding is None or head is None or not np.array_equal(embedding, head)):
         raise InputError(
@@ -218,6 +219,13 @@ def _open(folder: Path) -> Any:
         return safe_open(folder / WEIGHTS, "numpy")
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder / WEIGHTS} is missing or damaged: {error}") from error
+
+
+def _finite(handle: Any, folder: Path, key: str) -> np.ndarray:
+    """A tensor of the file. Raises InputError where it holds NaN or infinity."""
+    tensor: np.ndarray = handle.get_tensor(key)
+    check_finite(tensor, f"{folder / WEIGHTS}: {key}", "nothing is computed from it; train it again, or ask who did")
+    return tensor
 
 
 def load_adapter(model: Llama, folder: Path) -> LoRAConfig:
