@@ -68,7 +68,7 @@ def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
     Raises InputError, and writes nothing, where a value is not finite.
     """
     for key, values in tensors.items():
-        check_finite(values, key, f"{path.name} was not written")
+        check_finite(values, key, "such a tensor is not written")
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"})
