@@ -4,6 +4,7 @@ Answers are kept in NAME.questions.jsonl beside --out=NAME.json as they come: th
 """
 
 import hashlib
+import math
 import sys
 import time
 from pathlib import Path
@@ -135,11 +136,16 @@ def _known(record: "AnswerRecord | None", count: int) -> dict[int, list[float]]:
     known = {}
     for line in () if record is None else record.lines:
         number, logits = line.get("question"), line.get("logits")
-        if not isinstance(number, int) or not 0 <= number < count or not isinstance(logits, list) or len(logits) != 4:
+        is_answer = isinstance(logits, list) and len(logits) == 4 and all(map(_is_finite, logits))
+        if not isinstance(number, int) or not 0 <= number < count or not is_answer:
             assert record is not None
             raise InputError(f"{record.path} has a line that is no answer; delete the file to ask again")
         known[number] = logits
     return known
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _prompts_hash(questions: "list[Question]", prompts: "Prompts") -> str:

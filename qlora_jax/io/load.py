@@ -192,7 +192,7 @@ def _has_own_head(folder: Path, _: Any) -> bool:
     if HEAD not in files.shapes or EMBEDDING not in files.shapes or are_equal(files, HEAD, files, EMBEDDING):
         return False
     log.warning(
-        "%s: config.json ties the head to the embedding, but %s there differs from it: not tied", files.folder, HEAD
+        "warning: %s: config.json ties the head to the embedding, but %s differs from it: not tied", files.folder, HEAD
     )
     return True
 
@@ -263,8 +263,8 @@ def load_model(
     mixed = _mixed(config, skipped)
     if mixed:
         log.warning(
-            "%s: llm_int8_skip_modules keeps %s unquantized in some layers; layers are stacked, so here these are held "
-            "unquantized in all of them, with the values that they have there", files.folder, ", ".join(mixed),
+            "warning: %s: llm_int8_skip_modules keeps %s unquantized in some layers; layers are stacked, so here these "
+            "are unquantized in all of them, with the values that they have there", files.folder, ", ".join(mixed),
         )  # fmt: skip
     weights: dict[str, Any] = {"embedding": array(EMBEDDING), "norm": array(FINAL_NORM, jnp.float32), "layers": {}}
     if not config.tied:

@@ -210,6 +210,13 @@ def matrix_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(handle.get_slice(key).get_shape()) for name, key in _MATRICES.items() if key in keys}
 
 
+def check_weights(folder: Path) -> None:
+    """Raises InputError where the folder's weights are damaged, or a value of them is not finite."""
+    handle = _open(folder)
+    for key in handle.keys():  # noqa: SIM118
+        _finite(handle, folder, key)
+
+
 def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZERS)
 

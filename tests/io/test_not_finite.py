@@ -12,7 +12,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.io.folder import TensorFiles
 from qlora_jax.io.header import numpy_dtype, read_header
 from qlora_jax.io.load import QuantSpec, load_model
-from qlora_jax.io.merge import merge_folder
+from qlora_jax.io.merge import copy_adapter, merge_folder
 from qlora_jax.io.peft import WEIGHTS, read_adapter, read_matrices
 from qlora_jax.io.source import LocalSource
 from qlora_jax.io.write import quantize_folder
@@ -134,3 +134,6 @@ def test_an_adapter_that_is_not_finite_is_named(golden, tmp_path, key):
         (read_matrices if whole else read_adapter)(model, folder)
     with pytest.raises(InputError, match=f"{WEIGHTS}: {key} holds NaN"):
         merge_folder(base, folder, tmp_path / "out", QuantSpec("none"))
+    with pytest.raises(InputError, match=f"{WEIGHTS}: {key} holds NaN"):
+        copy_adapter(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
