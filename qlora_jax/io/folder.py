@@ -157,8 +157,11 @@ class TensorFiles:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether there is anything for TensorFiles to open."""
-    return (folder / _INDEX).exists() or remote.source_of(folder).exists(_SINGLE)
+    """Whether all the files are there that TensorFiles would open."""
+    try:
+        return bool(_choose(folder))
+    except InputError:
+        return False
 
 
 def _choose(folder: Path) -> tuple[list[str], list[str]]:

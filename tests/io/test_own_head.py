@@ -100,3 +100,12 @@ def test_sizes_follow(folder, golden, tmp_path):
     config.model.path, config.lora.modules_to_save = str(folder), ("lm_head",)
     spec = read_spec(config).model
     assert not spec.sizes.tied and spec.lora.modules_to_save == ("lm_head",)
+
+
+def test_without_weights_the_config_has_the_word(folder):
+    """Sizes can be planned for from config.json alone, or beside an index whose shards are not there yet."""
+    (folder / "model.safetensors").unlink()
+    assert load_config(folder).tied
+    index = {"weight_map": {EMBEDDING: "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert load_config(folder).tied
