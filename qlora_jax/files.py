@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from qlora_jax.errors import InputError
+from qlora_jax.finite import check_finite
 
 
 @contextmanager
@@ -62,7 +63,12 @@ def take_lock(handle: int, path: Path) -> bool:
 
 
 def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """A safetensors file, in the mode of the user's umask: safetensors makes files that only their owner can read."""
+    """A safetensors file, in the mode of the user's umask: safetensors makes files that only their owner can read.
+
+    Raises InputError, and writes nothing, where a value is not finite.
+    """
+    for key, values in tensors.items():
+        check_finite(values, key, "such a tensor is not written")
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"})
@@ -70,7 +76,7 @@ def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all: written beside and renamed."""
+    """Whole or not at all: written beside and renamed. Raises ValueError for NaN and infinity, which JSON has not."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(partial, path)

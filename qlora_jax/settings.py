@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ def resolved(config: ConfigDict) -> dict[str, Any]:
     """The config as JSON has it: dicts in the order of SECTIONS, lists for tuples.
 
     Raises:
-      InputError: a value that JSON has no form for.
+      InputError: a value that JSON has no form for, such as NaN.
     """
     plain = {name: _plain(value, name) for name, value in config.to_dict().items()}
     return {name: plain[name] for name in (*SECTIONS, *plain) if name in plain}
@@ -28,6 +29,8 @@ def _plain(value: Any, path: str) -> Any:
         return {name: _plain(inner, f"{path}.{name}") for name, inner in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(item, path) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"config key {path} is {value}; expected a finite number")
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise InputError(f"config key {path}: a {type(value).__name__} cannot be written as JSON; use numbers and strings")

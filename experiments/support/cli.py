@@ -176,11 +176,13 @@ def _one_line(error: flags.Error) -> str:
 
 
 def _quieten() -> None:
-    """Keeps libraries' log lines off the terminal, unless --verbosity asks for them."""
+    """Keeps libraries' log lines off the terminal, unless --verbosity asks for them; our warnings are plain lines."""
     if FLAGS["verbosity"].present:
         return
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.getLogger("jax").setLevel(logging.ERROR)
+    logging.getLogger("qlora_jax").setLevel(logging.WARNING)
+    absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
 
 
 def _print_help(program: str) -> None:

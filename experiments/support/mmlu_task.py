@@ -4,6 +4,7 @@ Answers are kept in NAME.questions.jsonl beside --out=NAME.json as they come: th
 """
 
 import hashlib
+import math
 import sys
 import time
 from pathlib import Path
@@ -132,14 +133,21 @@ def _known(record: "AnswerRecord | None", count: int) -> dict[int, list[float]]:
     """Question -> logits, of the lines that a record has."""
     from qlora_jax.errors import InputError
 
-    known = {}
+    known: dict[int, Any] = {}
     for line in () if record is None else record.lines:
         number, logits = line.get("question"), line.get("logits")
-        if not isinstance(number, int) or not 0 <= number < count or not isinstance(logits, list) or len(logits) != 4:
+        if not isinstance(number, int) or not 0 <= number < count or not _is_answer(logits):
             assert record is not None
             raise InputError(f"{record.path} has a line that is no answer; delete the file to ask again")
         known[number] = logits
     return known
+
+
+def _is_answer(logits: Any) -> bool:
+    """Four finite numbers, as mmlu.answer gives them: the largest of anything else would be no choice."""
+    if not isinstance(logits, list) or len(logits) != 4:
+        return False
+    return all(isinstance(logit, int | float) and math.isfinite(logit) for logit in logits)
 
 
 def _prompts_hash(questions: "list[Question]", prompts: "Prompts") -> str:

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from pallas_kernels.finite import largest_magnitude
 from pallas_kernels.nf4_matmul import reference
 from pallas_kernels.nf4_matmul.operands import Codec, Packed
 
@@ -71,7 +72,7 @@ def quantize(x: jax.Array, run: int) -> tuple[jax.Array, jax.Array]:
     scales_per_row = -(-in_features // run)
     padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, scales_per_row * run - in_features)))
     runs = padded.reshape(rows, scales_per_row, run)
-    amax = jnp.max(jnp.abs(runs), axis=-1)
+    amax = largest_magnitude(runs, axis=-1)
     scales = jnp.where(jnp.isfinite(amax), jnp.maximum(amax * (1 / LARGEST), TINY), jnp.nan)
     values = (runs / scales[..., None]).astype(jnp.float8_e4m3fn)
     return values.reshape(padded.shape)[:, :in_features], scales

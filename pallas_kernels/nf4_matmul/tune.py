@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.finite import largest_magnitude
 from pallas_kernels.nf4_matmul import api, config, measure
 from pallas_kernels.nf4_matmul.config import Choice
 from pallas_kernels.nf4_matmul.dense import dense_matmul
@@ -133,7 +134,7 @@ class _Trials:
                 program = lowered.compile()
             with alone(self._gpu_name):
                 found = program(self._x, self._packed)[0].astype(jnp.float32)
-                worst = float(jnp.max(jnp.abs(found - self._expected))) / self._size
+                worst = float(largest_magnitude(found - self._expected)) / self._size
         except Exception as error:  # whatever the compiler says of this choice, the next may do
             self.say(f"left out, does not run: {_name(choice)}: {measure.first_line(error)}")
             return

@@ -18,6 +18,8 @@ from qlora_jax.errors import InputError
 from qlora_jax.evaluate.scoring import ScoredTokens, token_scores
 from qlora_jax.models.llama import Llama
 
+_MOST = 700.0  # nats a token, whose perplexity a float still holds; a guess among 10^300 tokens
+
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
@@ -106,4 +108,6 @@ def perplexity(
         nats, scored = nats - float(score.logprobs[counted].sum(dtype=np.float64)), scored + int(counted.sum())
     if not scored:
         raise InputError("the text has no token to score but BOS")
+    if not nats / scored < _MOST:
+        raise InputError(f"{nats / scored:,.1f} nats a token: the model's weights or adapter are broken")
     return Perplexity(scored, nats / scored, len(cut))

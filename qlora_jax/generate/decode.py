@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pallas_kernels.finite import largest_magnitude
 from qlora_jax.errors import InputError
 from qlora_jax.generate.sampling import Sampling, next_tokens
 from qlora_jax.generate.seeds import Draws, draws_of_all, row_keys
@@ -30,6 +31,7 @@ from qlora_jax.models.llama import Cache, Llama
 PAD_TO = 64  # tokens; prompt lengths and cache sizes are multiples of it
 PREFILL = 256  # tokens of each prompt read at a time
 CHUNK = 16  # decoding steps of a device call when nobody watches; a stop is seen after it
+_BROKEN = -2  # stands where a token would, had the logits been finite
 ROWS = 8  # a batch has a multiple of so many rows where its size allows
 
 
@@ -118,7 +120,8 @@ def complete_batches(
       order: the places to continue, in this order; all by default. Programs and shapes do not depend on it, so the rest
         of a list is continued as it would have been with the whole.
     Raises:
-      InputError: a prompt is empty, has an id outside the vocabulary, or leaves no room in the model's context.
+      InputError: a prompt is empty, has an id outside the vocabulary, or leaves no room in the model's context; or
+        logits are not finite.
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; expected at least 1")
@@ -229,11 +232,20 @@ class Decoding:
         )
 
     def step(self, steps: int) -> list[list[int]]:
-        """Decodes up to `steps` tokens a row and returns the new ones, [] for rows that are done."""
+        """Decodes up to `steps` tokens a row and returns the new ones, [] for rows that are done.
+
+        Raises InputError where a row's logits are not finite: no token follows from them.
+        """
         self._rows, drawn, taken = _decode(self._graph, self._state, self._rows, self._settings, steps)
         self.steps += int(taken)
         new: list[list[int]] = []
         for row, ids in enumerate(np.asarray(drawn)[: len(self.tokens)].tolist()):
+            if _BROKEN in ids:
+                place = len(self._prompts[row]) + len(self.tokens[row]) + ids.index(_BROKEN)
+                raise InputError(
+                    f"the logits after {place:,} tokens (prompt {row + 1} of its batch) hold NaN or inf: the model's "
+                    "weights or adapter are broken"
+                )
             ids = [token for token in ids if token >= 0]
             if ids and ids[-1] in self._eos_ids:
                 self._reasons[row] = "eos"
@@ -295,7 +307,8 @@ def _read(
 
 @partial(jax.jit, static_argnames=("graph", "steps"), donate_argnames="rows")
 def _decode(graph: Any, state: Any, rows: Rows, settings: Settings, steps: int) -> tuple[Rows, jax.Array, jax.Array]:
-    """Up to `steps` tokens a row: int32 [B, steps], -1 where a row drew none; and how many steps were taken."""
+    """Up to `steps` tokens a row: int32 [B, steps], -1 where a row drew none, _BROKEN where its logits were not finite;
+    and how many steps were taken."""
     model = nnx.merge(graph, state)
 
     def unfinished(carry):
@@ -307,13 +320,14 @@ def _decode(graph: Any, state: Any, rows: Rows, settings: Settings, steps: int) 
         keys = jax.vmap(jax.random.fold_in)(settings.keys, rows.counts)
         logits = model.logits(rows.hidden)
         tokens = next_tokens(logits, keys, settings.temperature, settings.top_p, settings.top_k, settings.min_p)
-        drawn = drawn.at[:, step].set(jnp.where(rows.done, -1, tokens))
+        broken = largest_magnitude(logits, axis=-1) == jnp.inf
+        drawn = drawn.at[:, step].set(jnp.where(rows.done, -1, jnp.where(broken, _BROKEN, tokens)))
         ended = jnp.any(tokens[:, None] == settings.eos_ids, axis=1)
         out, cache = model(tokens[:, None], rows.lengths[:, None], rows.cache)
         # a row that is done keeps its length: what it still writes lands past its end, where nothing looks
         counts = rows.counts + ~rows.done
         lengths = rows.lengths + (~rows.done & ~ended)
-        done = rows.done | ended | (counts >= settings.limits)
+        done = rows.done | ended | broken | (counts >= settings.limits)
         return step + 1, Rows(cache, out[:, 0], lengths, counts, done), drawn
 
     drawn = jnp.full((rows.done.shape[0], steps), -1, jnp.int32)

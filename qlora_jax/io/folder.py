@@ -3,17 +3,19 @@
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qlora_jax.errors import InputError
+from qlora_jax.finite import check_finite
 from qlora_jax.io import remote
-from qlora_jax.io.header import Place, numpy_dtype, read_header
+from qlora_jax.io.header import DTYPES, Place, numpy_dtype, read_header
+from qlora_jax.io.remote import name_of
 from qlora_jax.models.config import read_json
 
 PIECE_BYTES = 32 * 2**20  # of a tensor that is read at a time
@@ -32,6 +34,8 @@ COMPANIONS = (
     "merges.txt",
 )
 _ALIGNMENT = 64
+_SCALES = (".absmax", ".nested_absmax", ".offset")  # of quantized weights, as bitsandbytes and quant/native name them
+_MEND = "no model is computed from it; download or write the file again, or ask who made it"
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -86,32 +90,16 @@ def _download(name: str, revision: str, files: list[str]) -> Path:
 class TensorFiles:
     """The tensors of a checkpoint folder: model.safetensors, or shards under model.safetensors.index.json.
 
-    `shapes` and `dtypes` are known from the headers at once. `folder` is what errors call it.
+    `files` names those to read, in place of the folder's choice.
+    `shapes` and `dtypes` are known from the headers at once. `folder` is what errors call it. No value that is not
+    finite, and no negative scale of a quantized weight, gets out of here: each piece is looked at as it is read, which
+    costs less than reading it from memory.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, files: Sequence[str] | None = None):
         self._source = remote.source_of(folder)
         self.folder = self._source.name
-        names: Any = {}
-        if (folder / _INDEX).exists():
-            names = read_json(folder / _INDEX).get("weight_map")
-            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-                raise InputError(f"{self.folder}/{_INDEX} has no weight_map of tensor names to file names")
-            files = sorted(set(names.values()))
-            outside = [name for name in files if Path(name).name != name]
-            if outside:
-                raise InputError(f"{self.folder}/{_INDEX} names {outside[0]!r}; shards must lie in the folder itself")
-            absent = [name for name in files if not self._source.exists(name)]
-            if absent:
-                raise InputError(
-                    f"{self.folder} lacks {', '.join(absent)}, named in its index: download the folder again"
-                )
-        elif self._source.exists(_SINGLE):
-            files = [_SINGLE]
-        else:
-            pickles = [p.name for p in folder.glob("*.bin")]
-            hint = f"; {pickles[0]} is a pickle, which is never opened: convert it to safetensors" if pickles else ""
-            raise InputError(f"{self.folder} holds no {_SINGLE} and no {_INDEX}{hint}")
+        files, promised = _choose(folder) if files is None else (files, [])
         self._places: dict[str, tuple[str, Place]] = {}
         for name in files:
             try:
@@ -121,9 +109,8 @@ class TensorFiles:
             self._places |= {key: (name, place) for key, place in places.items()}
         self.shapes = {key: place.shape for key, (_, place) in self._places.items()}
         self.dtypes = {key: place.dtype for key, (_, place) in self._places.items()}
-        promised = sorted(set(names) - set(self.shapes))
-        if promised:
-            raise InputError(f"{self.folder}: the index promises {promised[0]}, which its file does not hold")
+        if absent := sorted(set(promised) - set(self.shapes)):
+            raise InputError(f"{self.folder}: the index promises {absent[0]}, which its file does not hold")
         self._reader = ThreadPoolExecutor(1, "read-ahead")
 
     def read(self, key: str, index: int | None = None) -> np.ndarray:
@@ -162,7 +149,91 @@ class TensorFiles:
             self._source.read(file, place.start + first * out.itemsize, out.reshape(-1).view(np.uint8))
         except (ValueError, OSError) as error:
             raise InputError(f"{self.folder}/{file}: {key} cannot be read: {error}") from error
+        name = f"{self.folder}/{file}: {key}"
+        check_finite(out, name, _MEND, first, math.prod(self.shapes[key]))
+        if key.endswith(_SCALES) and out.dtype == np.float32 and (out < 0).any():
+            raise InputError(f"{name} holds {out.min()}, a negative scale: {_MEND}")
         return out
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether all the files are there that TensorFiles would open."""
+    try:
+        return bool(_choose(folder))
+    except InputError:
+        return False
+
+
+def _choose(folder: Path) -> tuple[list[str], list[str]]:
+    """The files of weights to read, and the tensors that their index promises.
+
+    Where there are both, model.safetensors counts, as it does for transformers. Raises InputError where it and the
+    index's shards hold different models, and where there is nothing.
+    """
+    source = remote.source_of(folder)
+    named: Any = {}
+    if (folder / _INDEX).exists():
+        named = read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+            raise InputError(f"{source.name}/{_INDEX} has no weight_map of tensor names to file names")
+    shards = sorted(set(named.values()))
+    if outside := [name for name in shards if Path(name).name != name]:
+        raise InputError(f"{source.name}/{_INDEX} names {outside[0]!r}; shards must lie in the folder itself")
+    absent = [name for name in shards if not source.exists(name)]
+    if source.exists(_SINGLE):
+        if not absent and shards not in ([], [_SINGLE]):
+            _refuse_two_models(folder, shards)
+        return [_SINGLE], []
+    if absent:
+        raise InputError(f"{source.name} lacks {', '.join(absent)}, named in its index: download the folder again")
+    if not shards:
+        pickles = [p.name for p in folder.glob("*.bin")]
+        hint = f"; {pickles[0]} is a pickle, which is never opened: convert it to safetensors" if pickles else ""
+        raise InputError(f"{source.name} holds no {_SINGLE} and no {_INDEX}{hint}")
+    return shards, list(named)
+
+
+def _refuse_two_models(folder: Path, shards: list[str]) -> None:
+    key = _first_difference(folder, tuple(shards), signature(folder, (_SINGLE, *shards)))
+    if key is not None:
+        raise InputError(
+            f"{name_of(folder)} holds two models, {_SINGLE} and the shards of {_INDEX}, which differ in {key}: delete "
+            "the one that is not meant (transformers takes the first)"
+        )
+
+
+@cache
+def _first_difference(folder: Path, shards: tuple[str, ...], _: Any) -> str | None:
+    """A tensor that only one of the two models has, or in which they differ; None where they are the same."""
+    single, sharded = TensorFiles(folder, [_SINGLE]), TensorFiles(folder, shards)
+    if other := sorted(single.shapes.keys() ^ sharded.shapes.keys()):
+        return other[0]
+    return next((key for key in single.shapes if not are_equal(single, key, sharded, key)), None)
+
+
+def signature(folder: Path, files: Sequence[str] | None = None) -> tuple:
+    """What tells that files of a folder (all safetensors by default) are the same as before, without reading them.
+
+    Those of a remote folder are taken to stay what they are while this process lives.
+    """
+    paths = [folder / name for name in files] if files else sorted(folder.glob("*.safetensors"))
+    stats = [(path.name, path.stat()) for path in paths if path.is_file()]
+    return tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats)
+
+
+def are_equal(a: TensorFiles, key: str, b: TensorFiles, other: str) -> bool:
+    """Whether two tensors have one shape and the same values. Reads them up to the first piece that differs.
+
+    Tensors of a dtype that no model is stored in are never read: they are equal where shape and dtype are.
+    """
+    dtypes = [a.dtypes[key], b.dtypes[other]]
+    if a.shapes[key] != b.shapes[other] or dtypes[0] not in DTYPES.values() or dtypes[1] not in DTYPES.values():
+        return (a.shapes[key], dtypes[0]) == (b.shapes[other], dtypes[1])
+    sizes = [PIECE_BYTES // 4 * numpy_dtype(dtype).itemsize for dtype in dtypes]
+    pieces = zip(a.pieces(key, sizes[0]), b.pieces(other, sizes[1]), strict=True)
+    if dtypes[0] == dtypes[1]:
+        return all(np.array_equal(x.view(np.uint8), y.view(np.uint8)) for (_, x), (_, y) in pieces)
+    return all(np.array_equal(x.astype(np.float32), y.astype(np.float32)) for (_, x), (_, y) in pieces)
 
 
 def _aligned(count: int, dtype: np.dtype) -> np.ndarray:

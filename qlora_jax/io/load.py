@@ -5,7 +5,10 @@ names and shapes are checked against the headers first, so that one error lists 
 """
 
 import dataclasses
-from collections.abc import Callable
+import logging
+import re
+from collections.abc import Callable, Container
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.errors import InputError
-from qlora_jax.io.folder import TensorFiles
+from qlora_jax.io.folder import TensorFiles, are_equal, has_weights, signature
 from qlora_jax.io.place import put, to_device
 from qlora_jax.io.remote import name_of
 from qlora_jax.models import llama
@@ -21,8 +24,10 @@ from qlora_jax.models.config import ModelConfig, parse_config, read_json
 from qlora_jax.models.llama import EMBEDDING, FINAL_NORM, HEAD, LAYER, LINEARS, NORMS, Llama
 from qlora_jax.quant import bitsandbytes, native
 from qlora_jax.quant.codebooks import codebook
-from qlora_jax.quant.tensor import QuantizedTensor, check_block_size, quantize
+from qlora_jax.quant.tensor import QuantizedTensor, check_block_size, dequantize, quantize
 
+log = logging.getLogger(__name__)
+_values = jax.jit(dequantize, static_argnums=1)
 _FLOATS = ("float32", "float16", "bfloat16")
 _HARMLESS = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry and that follow from config.json
 
@@ -59,14 +64,44 @@ def stored_quant(folder: Path) -> QuantSpec | None:
         return QuantSpec(*native.read_settings(raw, f"{name_of(folder)}/config.json"))
     if method == "bitsandbytes" and raw.get("load_in_4bit"):
         files = TensorFiles(folder)
-        first = LAYER.format(0, next(iter(LINEARS)))
-        parts = {key: files.read(key) for key in files.shapes if key == first or bitsandbytes.part_of(key) == first}
-        q = bitsandbytes.from_bitsandbytes(parts, first)
+        first = next((owner for key in files.shapes if (owner := bitsandbytes.part_of(key))), None)
+        if first is None:
+            raise InputError(f"{name_of(folder)}: config.json says 4 bits (bitsandbytes), but no tensor is quantized")
+        q = _read_bitsandbytes(files, first)
         return QuantSpec(q.format, q.block_size, q.double_quant)
+    if method == "bitsandbytes" and raw.get("load_in_8bit"):
+        raise InputError(
+            f"{name_of(folder)} holds weights in 8 bits (bitsandbytes' LLM.int8), which are not read: name the model "
+            "that they were made from, or write them in 16 bits with transformers (dequantize, then save_pretrained)"
+        )
     raise InputError(
         f"{name_of(folder)} is quantized by {method!r}; readable are bitsandbytes 4-bit folders, our own "
-        "(experiments.quantize) and unquantized ones"
+        "(experiments.quantize) and unquantized ones: name the model that it was made from"
     )
+
+
+def skipped_linears(folder: Path, config: ModelConfig) -> frozenset[str]:
+    """Keys of the linear layers that a bnb-4bit folder keeps in 16 bits: those that llm_int8_skip_modules names.
+
+    As transformers reads it: the beginning of a module's full name up to a dot, or the end of it.
+    """
+    raw = read_json(folder / "config.json").get("quantization_config") or {}
+    names = raw.get("llm_int8_skip_modules") or [] if raw.get("quant_method") == "bitsandbytes" else []
+    where = f"{name_of(folder)}/config.json: llm_int8_skip_modules"
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{where} is {names!r}; expected a list of modules' names")
+    if expressions := [name for name in names if not re.fullmatch(r"[\w.-]+", name)]:
+        raise InputError(f"{where} has {expressions[0]!r}, a regular expression; names of modules are read")
+    modules = (key.removesuffix(".weight") for key in _linear_keys(config))
+    return frozenset(
+        f"{module}.weight"
+        for module in modules
+        if any(f"{module}.".startswith(f"{name.removesuffix('.')}.") or module.endswith(name) for name in names)
+    )
+
+
+def _linear_keys(config: ModelConfig) -> list[str]:
+    return [LAYER.format(index, name) for index in range(config.L) for name in LINEARS]
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -95,21 +130,29 @@ def is_native(files: TensorFiles) -> bool:
     return any(native.is_stack(key) for key in files.shapes)
 
 
-def check_tensors(files: TensorFiles, config: ModelConfig, stored: QuantSpec | None) -> None:
+def is_packed(files: TensorFiles, key: str) -> bool:
+    """Whether a weight is stored as bitsandbytes' 4-bit parts."""
+    return f"{key}.absmax" in files.shapes
+
+
+def check_tensors(
+    files: TensorFiles, config: ModelConfig, stored: QuantSpec | None, skipped: Container[str] = ()
+) -> None:
     """One InputError that lists every missing, unexpected, misshapen or unreadable tensor.
 
-    `stored` is how the linear layers are quantized there; what a bitsandbytes weight's parts hold is checked when read.
+    `stored` is how the linear layers are quantized there, but for the `skipped`; what a bitsandbytes weight's parts
+    hold is checked when read.
     """
     expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
     expected = {key: (shape, _FLOATS) for key, shape in expected_shapes(config).items()}
-    linears = {LAYER.format(index, name) for index in range(config.L) for name in LINEARS}
+    linears = {key for key in _linear_keys(config) if key not in skipped}
     packed: set[str] = set()
     if stored is not None:
-        expected = {key: value for key, value in expected.items() if key not in linears}
         if is_native(files):
             expected |= {key: (shape, (dtype,)) for key, (shape, dtype) in expected_stacks(config, stored).items()}
-        else:
-            packed = linears
+        else:  # bitsandbytes packs the head too where a list of modules to skip leaves it out
+            packed = linears | ({HEAD} if is_packed(files, HEAD) else set())
+        expected = {key: value for key, value in expected.items() if key not in linears | packed}
     owners = {key: bitsandbytes.part_of(key) for key in files.shapes}
     problems = [f"missing {key}, quantized" for key in sorted(packed - set(owners.values()))]
     for key, (shape, dtypes) in expected.items():
@@ -135,7 +178,23 @@ def _one_of(names: tuple[str, ...]) -> str:
 
 
 def load_config(folder: Path) -> ModelConfig:
-    return parse_config(read_json(folder / "config.json"), f"{name_of(folder)}/config.json")
+    """What config.json says; but a head of its own in the weights unties a model, as it does in transformers."""
+    config = parse_config(read_json(folder / "config.json"), f"{name_of(folder)}/config.json")
+    if config.tied and has_weights(folder) and _has_own_head(folder, signature(folder)):
+        return dataclasses.replace(config, tied=False)
+    return config
+
+
+@cache
+def _has_own_head(folder: Path, _: Any) -> bool:
+    """Whether there is a head that differs from the embedding. Where there is one at all both are read."""
+    files = TensorFiles(folder)
+    if HEAD not in files.shapes or EMBEDDING not in files.shapes or are_equal(files, HEAD, files, EMBEDDING):
+        return False
+    log.warning(
+        "warning: %s: config.json ties the head to the embedding, but %s differs from it: not tied", files.folder, HEAD
+    )
+    return True
 
 
 def load_model(
@@ -171,8 +230,8 @@ def load_model(
         raise InputError(
             f"{name_of(folder)} is already quantized ({stored}), not {quant}: ask for what it is, or for its original"
         )
-    files = TensorFiles(folder)
-    check_tensors(files, config, stored)
+    files, skipped = TensorFiles(folder), skipped_linears(folder, config)
+    check_tensors(files, config, stored, skipped)
     total, done = len(expected_shapes(config)), 0
 
     def count(tensors: int = 1) -> None:
@@ -184,18 +243,32 @@ def load_model(
         count()
         return to_device(files, key, dtype or _kept_dtype(files.dtypes[key], compute_dtype))
 
-    def linear(name: str, index: int) -> QuantizedTensor | jax.Array:
+    def linear(name: str, index: int, as_array: bool) -> QuantizedTensor | jax.Array:
         key = LAYER.format(index, name)
-        if quant.format == "none":
-            return array(key)
+        if quant.format == "none" or key in skipped:
+            return array(key, compute_dtype if as_array else None)
         count()
-        if stored is not None:
-            return read_quantized(files, name, index, quant, llama.sizes(config, LINEARS[name]))
-        return quantize(to_device(files, key), quant.format, quant.block_size, quant.double_quant, name=key)
+        if stored is None:
+            where = f"{files.folder}: {key}"
+            return quantize(to_device(files, key), quant.format, quant.block_size, quant.double_quant, name=where)
+        q = read_quantized(files, name, index, quant, llama.sizes(config, LINEARS[name]))
+        return _values(q, jnp.dtype(compute_dtype)) if as_array else q
 
+    def head() -> jax.Array:
+        if not is_packed(files, HEAD):
+            return array(HEAD)
+        count()
+        return _values(read_packed(files, HEAD, quant, (config.V, config.D)), jnp.dtype(compute_dtype))
+
+    mixed = _mixed(config, skipped)
+    if mixed:
+        log.warning(
+            "warning: %s: llm_int8_skip_modules keeps %s unquantized in some layers; layers are stacked, so here these "
+            "are unquantized in all of them, with the values that they have there", files.folder, ", ".join(mixed),
+        )  # fmt: skip
     weights: dict[str, Any] = {"embedding": array(EMBEDDING), "norm": array(FINAL_NORM, jnp.float32), "layers": {}}
     if not config.tied:
-        weights["head"] = array(HEAD)
+        weights["head"] = head()
     for name in LINEARS:
         stack: Any = None
         if stored is not None and is_native(files):
@@ -203,7 +276,7 @@ def load_model(
             count(config.L)
         else:
             for index in range(config.L):
-                stack = put(stack, linear(name, index), index, config.L)
+                stack = put(stack, linear(name, index, name in mixed), index, config.L)
         if isinstance(stack, QuantizedTensor):
             stack = dataclasses.replace(stack, backend=kernel, compute=compute, fuse_lora=fuse_lora)
         weights["layers"][name] = stack
@@ -212,6 +285,12 @@ def load_model(
         weights["layers"][name] = jnp.stack(norms)
     progress(total, total)
     return Llama(config, weights, compute_dtype, remat, attention, sequence_chunk)
+
+
+def _mixed(config: ModelConfig, skipped: Container[str]) -> list[str]:
+    """Linear layers that are skipped in some of the layers and not in others."""
+    counts = {name: sum(LAYER.format(index, name) in skipped for index in range(config.L)) for name in LINEARS}
+    return [name for name, count in counts.items() if 0 < count < config.L]
 
 
 def _kept_dtype(stored: str, compute_dtype: Any) -> Any:
@@ -237,9 +316,12 @@ def read_quantized(
         q = native.abstract(shape, quant.format, quant.block_size, quant.double_quant)
         arrays = {part: jnp.asarray(files.read(native.stack_key(name, part), index)) for part in native.parts(q)}
         return native.filled(q, arrays)
-    key = LAYER.format(index, name)
-    parts = {part: files.read(part) for part in files.shapes if part == key or part.startswith(key + ".")}
-    q = bitsandbytes.from_bitsandbytes(parts, key)
+    return read_packed(files, LAYER.format(index, name), quant, shape)
+
+
+def read_packed(files: TensorFiles, key: str, quant: QuantSpec, shape: tuple[int, ...]) -> QuantizedTensor:
+    """As read_quantized, of a weight in bitsandbytes' form."""
+    q = _read_bitsandbytes(files, key)
     found = QuantSpec(q.format, q.block_size, q.double_quant)
     if found != quant:
         raise InputError(
@@ -248,3 +330,11 @@ def read_quantized(
     if q.shape != shape:
         raise InputError(f"{files.folder}: {key} is {list(q.shape)} once unpacked, expected {list(shape)}")
     return q
+
+
+def _read_bitsandbytes(files: TensorFiles, key: str) -> QuantizedTensor:
+    parts = {part: files.read(part) for part in files.shapes if part == key or part.startswith(key + ".")}
+    try:
+        return bitsandbytes.from_bitsandbytes(parts, key)
+    except InputError as error:
+        raise InputError(f"{files.folder}: {error}") from error

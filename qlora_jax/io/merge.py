@@ -20,10 +20,20 @@ import numpy as np
 
 from qlora_jax.errors import InputError
 from qlora_jax.files import write_json
+from qlora_jax.finite import first_not_finite
 from qlora_jax.io import peft
 from qlora_jax.io.export import DTYPES
 from qlora_jax.io.folder import TensorFiles
-from qlora_jax.io.load import QuantSpec, check_tensors, expected_shapes, load_config, stored_quant
+from qlora_jax.io.load import (
+    QuantSpec,
+    check_tensors,
+    expected_shapes,
+    is_packed,
+    load_config,
+    read_packed,
+    skipped_linears,
+    stored_quant,
+)
 from qlora_jax.io.peft_config import CONFIG, read_config
 from qlora_jax.io.remote import name_of
 from qlora_jax.io.shards import SHARD_BYTES, ShardWriter, copy_companions, new_folder
@@ -67,9 +77,9 @@ def read_run(workdir: Path) -> FinishedRun:
 
 
 def copy_adapter(adapter: Path, out: Path, overwrite: bool = False) -> list[str]:
-    """Copies a PEFT folder's files, seen to be whole, and a tokenizer's beside them; returns their names."""
+    """Copies a PEFT folder's files, seen to be whole and finite, and a tokenizer's beside them; returns their names."""
     read_config(adapter)
-    peft.matrix_shapes(adapter)
+    peft.check_weights(adapter)
     weights = adapter / peft.WEIGHTS
     with new_folder(out, overwrite, [adapter], needed=weights.stat().st_size) as folder:
         for name in (CONFIG, peft.WEIGHTS):
@@ -113,7 +123,7 @@ def merge_folder(
     config, stored = load_config(base), stored_quant(base)
     source = _weights_to_take(base, stored, quant, into)
     files = TensorFiles(base)
-    check_tensors(files, config, stored)
+    check_tensors(files, config, stored, skipped := skipped_linears(base, config))
     skeleton = _skeleton(config)
     lora_config, arrays = peft.read_adapter(skeleton, adapter)
     check_base(lora_config.residual, source.format != "none")
@@ -132,10 +142,12 @@ def merge_folder(
         writer = ShardWriter(folder, shard_bytes)
         for done, key in enumerate(shapes, start=1):
             w: Any
-            if key in linears and source.format != "none":
+            if key in linears and key not in skipped and source.format != "none":
                 w = read_linear(files, *linears[key], source, stored, config)
             elif replaced.get(key) in matrices:
                 w = matrices.pop(replaced[key])
+            elif is_packed(files, key):
+                w = read_packed(files, key, source, shapes[key])
             else:
                 w = files.read(key)
             if key in factors:
@@ -148,7 +160,7 @@ def merge_folder(
             writer.add({key: merged})
             progress(done, len(shapes))
         names = writer.finish()
-        settings = hf_config(read_json(base / "config.json"), dtype) | {"vocab_size": rows}
+        settings = hf_config(read_json(base / "config.json"), dtype, config) | {"vocab_size": rows}
         write_json(folder / "config.json", settings)
         companions = copy_companions(base, folder)
         if peft.has_tokenizer(adapter):
@@ -219,10 +231,10 @@ def _merge(
 
 
 def _rounded(value: np.ndarray, dtype: str, key: str) -> np.ndarray:
-    """value in dtype. Raises InputError when that is not finite."""
+    """value in dtype. Raises InputError when that is not finite; what was read is, so it is too large."""
     with np.errstate(over="ignore"):
         rounded = value.astype(DTYPES[dtype])
-    if not np.isfinite(rounded).all():
-        finite = np.isfinite(value).all()
-        raise InputError(f"{key} {f'overflows {dtype}: use --dtype=bfloat16' if finite else 'holds NaN or inf'}")
+    if first_not_finite(rounded) is not None:
+        mend = "use --dtype=bfloat16" if dtype == "float16" else "the adapter adds numbers that no weight can be"
+        raise InputError(f"{key} overflows {dtype}: {mend}")
     return rounded

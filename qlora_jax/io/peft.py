@@ -20,6 +20,7 @@ import numpy as np
 from qlora_jax import lora
 from qlora_jax.errors import InputError
 from qlora_jax.files import atomic_folder, save_tensors, write_json
+from qlora_jax.finite import check_finite
 from qlora_jax.io.header import Place, numpy_dtype, read_header
 from qlora_jax.io.peft_config import CONFIG, AdapterConfig, read_config
 from qlora_jax.io.place import put
@@ -232,6 +233,13 @@ def matrix_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return _Tensors(folder).matrix_shapes()
 
 
+def check_weights(folder: Path) -> None:
+    """Raises InputError where the folder's weights are damaged, or a value of them is not finite."""
+    tensors = _Tensors(folder)
+    for key in tensors.keys():  # noqa: SIM118 (no mapping)
+        tensors.read(key)
+
+
 def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZERS)
 
@@ -262,6 +270,9 @@ class _Tensors:
                 raise InputError(f"{self.path} holds {key} twice, with and without the adapter's name (default)")
             self._places[key] = place
 
+    def keys(self) -> list[str]:
+        return list(self._places)
+
     def matrix_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: self._places[key].shape for name, key in _MATRICES.items() if key in self._places}
 
@@ -290,8 +301,7 @@ class _Tensors:
             self._source.read(WEIGHTS, place.start, array.reshape(-1).view(np.uint8))
         except (ValueError, OSError) as error:
             raise InputError(f"{self.path}: {key} cannot be read: {error}") from error
-        if not np.isfinite(array).all():
-            raise InputError(f"{self.path}: {key} holds NaN or inf; an adapter must be finite")
+        check_finite(array, f"{self.path}: {key}", "nothing is computed from it; train it again, or ask who did")
         return array
 
 

@@ -22,8 +22,10 @@ from qlora_jax.io.load import (
     check_tensors,
     expected_shapes,
     expected_stacks,
+    is_packed,
     load_config,
     read_quantized,
+    skipped_linears,
     stored_quant,
 )
 from qlora_jax.io.place import to_device
@@ -31,7 +33,7 @@ from qlora_jax.io.remote import name_of
 from qlora_jax.io.shards import SHARD_BYTES, ShardWriter, StackWriter, copy_companions, new_folder
 from qlora_jax.models import llama
 from qlora_jax.models.config import ModelConfig, read_json
-from qlora_jax.models.llama import EMBEDDING, LAYER, LINEARS
+from qlora_jax.models.llama import EMBEDDING, HEAD, LAYER, LINEARS
 from qlora_jax.quant import bitsandbytes, native
 from qlora_jax.quant.tensor import QuantizedTensor, quantize
 
@@ -114,8 +116,8 @@ def quantize_folder(
     Returns:
       the report: bytes before and after, bits a weight of the linear layers (scales included).
     Raises:
-      InputError: the source does not fit its config.json or holds NaN or inf, the form cannot hold the format, or `out`
-        cannot be written.
+      InputError: the source does not fit its config.json, holds NaN or inf or is quantized in part; the form cannot
+        hold the format; or `out` cannot be written.
     """
     if form not in FORMS:
         raise InputError(f"format {form!r}; expected one of {', '.join(FORMS)}")
@@ -125,6 +127,11 @@ def quantize_folder(
         known = " and ".join(bitsandbytes.FORMATS)
         raise InputError(f"bitsandbytes has {known}, not {quant.format}: choose one of them, or --format=native")
     files = TensorFiles(source)
+    if stored is not None and (skipped_linears(source, config) or is_packed(files, HEAD)):
+        raise InputError(
+            f"{name_of(source)} is quantized with llm_int8_skip_modules, so that other layers are in 4 bits than those "
+            "that are written here: use it as it is, or quantize the model that it was made from"
+        )
     check_tensors(files, config, stored)
     shapes, linears = expected_shapes(config), linear_keys(config.L)
     weights = sum(math.prod(shapes[key]) for key in linears)
@@ -144,7 +151,7 @@ def quantize_folder(
             settings = _bnb_settings(quant, kept_dtype)
         else:
             settings = native.settings(quant.format, quant.block_size, quant.double_quant)
-        write_json(folder / "config.json", hf_config(raw, kept_dtype) | {"quantization_config": settings})
+        write_json(folder / "config.json", hf_config(raw, kept_dtype, config) | {"quantization_config": settings})
         report = {
             "source": name_of(source),
             "source_quant": None if stored is None else str(stored),
@@ -223,10 +230,12 @@ def _write_native(job: _Job, folder: Path) -> tuple[list[str], int]:
         return writer.finish(), linear_after
 
 
-def hf_config(raw: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """A source's config.json for a new folder: dtype said once, no quantization, no pointer to code (never copied)."""
-    dropped = ("quantization_config", "auto_map", "dtype", "torch_dtype")
-    return {key: value for key, value in raw.items() if key not in dropped} | {"torch_dtype": dtype}
+def hf_config(raw: dict[str, Any], dtype: str, config: ModelConfig) -> dict[str, Any]:
+    """A source's config.json for a new folder: dtype said once, no quantization, tied only where the model is, and no
+    pointer to code (never copied) or to other files of weights."""
+    dropped = ("quantization_config", "auto_map", "dtype", "torch_dtype", "transformers_weights")
+    kept = {key: value for key, value in raw.items() if key not in dropped} | {"torch_dtype": dtype}
+    return kept | {"tie_word_embeddings": False} if kept.get("tie_word_embeddings") and not config.tied else kept
 
 
 def _bnb_settings(quant: QuantSpec, dtype: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,13 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
     for key in ("attention_bias", "mlp_bias"):
         if raw.get(key):
             raise InputError(f"{where}: {key} is true; Llama models with biases are not supported")
+    file = raw.get("transformers_weights")
+    if file not in (None, "model.safetensors", "model.safetensors.index.json"):
+        raise InputError(f"{where}: transformers_weights is {file!r}; expected model.safetensors, or no such key")
     if raw.get("hidden_act", "silu") != "silu":
         raise InputError(f"{where}: hidden_act is {raw['hidden_act']!r}; the Llama family uses 'silu'")
     theta, scaling = _rope(raw, where)
+    _check_positive("rms_norm_eps", raw.get("rms_norm_eps", 1e-6), where)
     eos = raw.get("eos_token_id")
     return ModelConfig(
         **sizes,
@@ -92,11 +97,29 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
 
 
 def _rope(raw: dict, where: str) -> tuple[float, tuple[tuple[str, Any], ...]]:
-    """(theta, scaling items) from `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`."""
-    parameters = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    """(theta, scaling items) from `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`.
+
+    Where there are both, transformers takes `rope_scaling` alone. That they differ is nobody's wish: it is an error.
+    """
+    found = {key: _read_rope(raw, key, where) for key in ("rope_parameters", "rope_scaling") if raw.get(key)}
+    if len(found) == 2 and found["rope_parameters"] != found["rope_scaling"]:
+        said = " and ".join(f"{key} {json.dumps(raw[key])}" for key in found)
+        raise InputError(
+            f"{where} has {said}, which differ: keep the one that is meant (transformers takes rope_scaling, with "
+            f"theta {found['rope_scaling'][0]:g}, and forgets rope_parameters)"
+        )
+    return next(iter(found.values()), None) or _read_rope(raw, "rope_parameters", where)
+
+
+def _read_rope(raw: dict, where_in: str, where: str) -> tuple[float, tuple[tuple[str, Any], ...]]:
+    """(theta, scaling items) of one of the two keys, or of none."""
+    parameters = dict(raw.get(where_in) or {})
     theta = parameters.pop("rope_theta", raw.get("rope_theta", 10000.0))
     kind = parameters.pop("rope_type", parameters.pop("type", "default"))
     parameters.pop("type", None)
+    if (share := parameters.pop("partial_rotary_factor", raw.get("partial_rotary_factor"))) not in (None, 1):
+        raise InputError(f"{where}: partial_rotary_factor is {share!r}; Llama models turn all of a head")
+    _check_positive("rope_theta", theta, where)
     if kind == "default":
         return float(theta), ()
     needed = {
@@ -110,4 +133,11 @@ def _rope(raw: dict, where: str) -> tuple[float, tuple[tuple[str, Any], ...]]:
     missing = [key for key in needed[kind] if key not in parameters]
     if missing:
         raise InputError(f"{where}: rope scaling {kind!r} lacks {', '.join(missing)}")
+    for key in needed[kind]:
+        _check_positive(key, parameters[key], where)
     return float(theta), (("rope_type", kind), *((key, parameters[key]) for key in needed[kind]))
+
+
+def _check_positive(key: str, value: Any, where: str) -> None:
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise InputError(f"{where}: {key} is {value!r}; expected a positive number")

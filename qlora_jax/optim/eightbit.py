@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from pallas_kernels.finite import largest_magnitude
 from qlora_jax.quant.codebooks import dynamic_map
 
 BLOCK = 256  # values that share one absmax
@@ -127,10 +128,11 @@ def scale_by_lion8bit(b1: float, b2: float) -> optax.GradientTransformation:
 
 
 def quantize(x: jax.Array, signed: bool) -> Quantized:
-    """float32 [L, ...] -> its blocks; not negative unless `signed`. An infinity or NaN spoils its block alone."""
+    """float32 [L, ...] -> its blocks; not negative unless `signed`. An infinity or NaN spoils its block alone: the
+    block's absmax is infinite, and none of its values is finite when it is read back."""
     rows = x.reshape(x.shape[0], -1)
     padded = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % BLOCK))).reshape(x.shape[0], -1, BLOCK)
-    absmax = jnp.max(jnp.abs(padded), axis=2)
+    absmax = largest_magnitude(padded, axis=2)
     absmax = jnp.where(absmax < _SMALLEST_NORMAL, 0, absmax)
     # the barrier keeps XLA from dividing the values instead, which rounds otherwise
     reciprocal = jax.lax.optimization_barrier(1 / jnp.where(absmax == 0, 1, absmax))

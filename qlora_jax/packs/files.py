@@ -7,6 +7,7 @@ from typing import Any
 
 from qlora_jax.errors import InputError
 from qlora_jax.files import atomic_folder, write_json
+from qlora_jax.finite import first_not_finite
 from qlora_jax.io.peft import write_arrays
 from qlora_jax.packs.members import PlannedMember
 from qlora_jax.settings import config_hash
@@ -40,13 +41,17 @@ class PackFolder:
         self._workdir.log({"member": self.hashes[member]} | row)
 
     def write_members(self, members: Sequence[PlannedMember], results: Sequence[Any]) -> None:
-        """members/HASH/ with config.json, metrics.jsonl, adapter/ and summary.json, each whole or not at all."""
+        """members/HASH/ with config.json, metrics.jsonl, adapter/ and summary.json, each whole or not at all.
+
+        No adapter of a member whose last update spoiled it.
+        """
         for member, result in zip(members, results, strict=True):
             with atomic_folder(self.path / "members" / member.hash) as folder:
                 write_json(folder / "config.json", member.plain)
                 lines = "".join(json.dumps(row) + "\n" for row in result.rows)
                 (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
-                write_arrays(folder / "adapter", result.adapter, result.lora, result.base)
+                if all(first_not_finite(array) is None for pair in result.adapter.values() for array in pair):
+                    write_arrays(folder / "adapter", result.adapter, result.lora, result.base)
                 write_json(folder / "summary.json", result.summary)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from qlora_jax import lora
+from qlora_jax.finite import first_not_finite
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.packs import members as pack_members
 from qlora_jax.packs.files import PackFolder
@@ -29,7 +30,7 @@ class MemberResult:
     """What came of a member."""
 
     config_hash: str
-    status: str  # done | not_finite: stopped before the update that would have spoiled it
+    status: str  # done | not_finite: stopped before the update that would have spoiled it, or spoiled by the last one
     reason: str | None  # of not_finite, with its step
     summary: dict[str, Any]  # as a run's summary.json, with final_eval_accuracy, status and members (of the pack)
     rows: list[dict[str, Any]]  # as a run's metrics.jsonl
@@ -173,7 +174,9 @@ class PackRun:
                 if not self._trains(index, step):
                     continue
                 if not (math.isfinite(loss[index, k]) and math.isfinite(norm[index, k])):
-                    self._stop(index, step, float(loss[index, k]), float(norm[index, k]))
+                    where = member.data.batches.describe(step)
+                    what = f"loss {float(loss[index, k])}, gradient norm {float(norm[index, k])}"
+                    self._stop(index, step + 1, f"{what} on batch [{where}]; stopped before the update")
                     continue
                 if (step + 1) % member.config.train.log_every == 0 or step + 1 == member.steps:
                     self._log(
@@ -189,10 +192,10 @@ class PackRun:
                         },
                     )
 
-    def _stop(self, index: int, step: int, loss: float, norm: float) -> None:
-        where = self.members[index].data.batches.describe(step)
-        reason = f"step {step + 1}: loss {loss}, gradient norm {norm} on batch [{where}]; stopped before the update"
-        self.stopped[index] = {"step": step + 1, "status": "not_finite", "reason": reason}
+    def _stop(self, index: int, step: int, what: str) -> None:
+        """Ends a member in its step number `step`, from 1."""
+        reason = f"step {step}: {what}"
+        self.stopped[index] = {"step": step, "status": "not_finite", "reason": reason}
         self._log(index, self.stopped[index])
         self.say(f"member {index} ({self.members[index].hash[:12]}): {reason}; the others go on")
 
@@ -206,7 +209,10 @@ class PackRun:
         """Of the members that go on after this step, as a run does."""
         members = [index for index in range(len(self.members)) if self._trains(index, step)]
         for index, (loss, accuracy) in self._evaluate(members).items():
-            self._log(index, {"step": step, "eval_loss": loss, "eval_accuracy": accuracy})
+            if math.isfinite(loss):
+                self._log(index, {"step": step, "eval_loss": loss, "eval_accuracy": accuracy})
+            else:
+                self.say(f"member {index} ({self.members[index].hash[:12]}): step {step}: held-out loss {loss}")
 
     def _evaluate(self, members: Sequence[int]) -> dict[int, tuple[float, float]]:
         """Held-out loss in nats and share of target tokens that are the likeliest, of those that hold out examples."""
@@ -256,11 +262,19 @@ class PackRun:
             self.folder.checkpoints.close()
         evaluated = self._evaluate(range(len(self.members)))
         arrays = {name: tuple(map(np.asarray, pair)) for name, pair in lora.adapter_arrays(self.state.adapter).items()}
+        for index, member in enumerate(self.members):
+            loss, _ = evaluated.get(index, (0.0, 0.0))
+            is_whole = all(first_not_finite(array[index]) is None for pair in arrays.values() for array in pair)
+            if index not in self.stopped and not (is_whole and math.isfinite(loss)):
+                what = f"held-out loss {loss}" if is_whole else "the adapter holds NaN or inf"
+                self._stop(index, member.steps, f"{what} after the update")
         return [self._result(index, arrays, evaluated.get(index)) for index in range(len(self.members))]
 
     def _result(self, index: int, arrays: dict, evaluated: tuple[float, float] | None) -> MemberResult:
         member = self.members[index]
         mine = {name: (a[index], b[index]) for name, (a, b) in arrays.items()}
+        if evaluated is not None and not math.isfinite(evaluated[0]):
+            evaluated = None
         stopped = self.stopped.get(index)
         rows = [row for row in self.rows[index] if "loss" in row]
         speeds = [row["tokens"] / row["seconds"] for row in rows if row["seconds"]]

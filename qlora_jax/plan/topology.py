@@ -58,8 +58,8 @@ def traced_for(gpu: PlannedGpu) -> Iterator[None]:
         yield
 
 
-# Nothing runs these programs, and buffers are assigned before machine code is made: it need not be good, and there is no
-# card to tune products on. The bytes are the same, in a fifth less of the time. (Without ptxas' optimizations some
+# Nothing runs these programs, and buffers are assigned before machine code is made: it need not be good, and there is
+# no card to tune products on. The bytes are the same, in a fifth less of the time. (Without ptxas' optimizations some
 # products fit no Ampere card, and XLA tries all their tilings before it gives up.)
 _UNRUN = {"xla_backend_optimization_level": 0, "xla_gpu_autotune_level": 0}
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from pallas_kernels.nf4_matmul import NESTED_BLOCK
 from qlora_jax.errors import InputError
+from qlora_jax.finite import check_finite
 from qlora_jax.quant.codebooks import absmax_map, codebook
 from qlora_jax.quant.tensor import QuantizedTensor, check_block_size
 
@@ -61,7 +62,8 @@ def to_bitsandbytes(q: QuantizedTensor, name: str = "weight", dtype: str = "bflo
 def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str = "weight") -> QuantizedTensor:
     """Reads back what bitsandbytes or `to_bitsandbytes` wrote; the stored offset is kept, nothing is quantized again.
 
-    Raises InputError when a part is missing or misshapen, or when the file's tables are not bitsandbytes' own.
+    Raises InputError when a part is missing or misshapen, when a scale is not finite or negative, or when the file's
+    tables are not bitsandbytes' own.
     """
     format = next((f for f in FORMATS if f"{name}.{_STATE}{f}" in tensors), None)
     if format is None:
@@ -84,10 +86,13 @@ def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str = "weight") -
     blocks = -(-n // block_size)
     codes = _part(tensors, name, name, np.uint8, -(-n // 2))
     absmax = _part(tensors, name, f"{name}.absmax", np.uint8 if double_quant else np.float32, blocks)
+    _check_scales(absmax, f"{name}.absmax")
     _check_table(tensors, f"{name}.quant_map", codebook(format).values)
     nested_absmax = None
     if double_quant:
         nested_absmax = _part(tensors, name, f"{name}.nested_absmax", np.float32, -(-blocks // NESTED_BLOCK))
+        _check_scales(nested_absmax, f"{name}.nested_absmax")
+        _check_scales(np.asarray([offset], np.float32), f"nested_offset of {name}")
         _check_table(tensors, f"{name}.nested_quant_map", absmax_map())
     return QuantizedTensor(
         jnp.asarray(_halves(codes, n)),
@@ -119,6 +124,13 @@ def _part(tensors: Mapping[str, np.ndarray], name: str, key: str, dtype: type, s
     if value.dtype != dtype or value.size != size:
         raise InputError(f"{key} is {value.dtype} with {value.size} values; expected {np.dtype(dtype)} with {size}")
     return value.reshape(-1)
+
+
+def _check_scales(scales: np.ndarray, name: str) -> None:
+    """Raises InputError for float32 scales that no weight can have."""
+    check_finite(scales, name, "a scale must be finite")
+    if scales.dtype == np.float32 and (scales < 0).any():
+        raise InputError(f"{name} holds {scales.min()}; a scale is not negative")
 
 
 def _check_table(tensors: Mapping[str, np.ndarray], key: str, expected: tuple[float, ...]) -> None:

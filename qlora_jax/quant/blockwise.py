@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.finite import largest_magnitude
 from pallas_kernels.nf4_matmul import NESTED_BLOCK, Packed
 from qlora_jax.quant.codebooks import Codebook, absmax_map
 
@@ -24,16 +25,21 @@ _TINY = 1e-38  # below the smallest normal number: XLA computes with it as with 
 
 @partial(jax.jit, static_argnames=("book", "block_size", "double_quant"))
 def quantize_packed(w: jax.Array, book: Codebook, block_size: int, double_quant: bool) -> tuple[Packed, jax.Array]:
-    """w [...] any float dtype, n values -> its packed arrays, and float32 [] that is finite when all of w is."""
+    """w [...] any float dtype, n values -> its packed arrays, and float32 [] that is finite when all of w and they are.
+
+    Where a value is not finite its block's scale is infinite, and with double quantization every scale is NaN or
+    infinite, so that what is dequantized shows it.
+    """
     if _in_chunks(w.size, block_size):
         codes, absmax = _pack_in_chunks(w, book, block_size)
     else:
         codes, absmax = _pack(w.reshape(-1), book, block_size)
-    check = jnp.max(absmax)
+    check = largest_magnitude(absmax)
     if not double_quant:
         return Packed(codes, absmax, None, None), check
     offset = _mean(absmax)
     absmax_codes, nested_absmax = _rank_scales(absmax - offset)
+    check = largest_magnitude(jnp.stack([check, offset, largest_magnitude(nested_absmax)]))  # a mean may overflow
     return Packed(codes, absmax_codes, nested_absmax, offset), check
 
 
@@ -87,12 +93,12 @@ def _rank(flat: jax.Array, thresholds: np.ndarray, block_size: int) -> tuple[jax
     """float [n] -> thresholds strictly below each scaled value uint8 [n], absmax float32 [ceil(n / block_size)]."""
     full = flat.shape[0] // block_size * block_size
     blocks = flat[:full].reshape(-1, block_size).astype(jnp.float32)
-    absmax = jnp.max(jnp.abs(blocks), axis=1)
+    absmax = largest_magnitude(blocks, axis=1)
     ranks = _count_below(jnp.clip(blocks * _reciprocal(absmax)[:, None], -1, 1), thresholds).reshape(-1)
     if full == flat.shape[0]:
         return ranks, absmax
     rest = flat[full:].astype(jnp.float32)
-    rest_absmax = jnp.max(jnp.abs(rest))
+    rest_absmax = largest_magnitude(rest)
     rest_ranks = _count_below(jnp.clip(rest / jnp.where(rest_absmax == 0, 1, rest_absmax), -1, 1), thresholds)
     rest_absmax = jnp.where(rest_absmax == 0, _TINY, rest_absmax)
     return jnp.concatenate([ranks, rest_ranks]), jnp.append(absmax, rest_absmax)
@@ -109,7 +115,7 @@ def _rank_scales(centred: jax.Array) -> tuple[jax.Array, jax.Array]:
     thresholds = (values[:-1] + values[1:]) / np.float32(2)
     count = centred.shape[0]
     blocks = jnp.pad(centred, (0, -count % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
-    absmax = jnp.max(jnp.abs(blocks), axis=1)
+    absmax = largest_magnitude(blocks, axis=1)
     codes = _count_below(jnp.clip(blocks * _reciprocal(absmax)[:, None], -1, 1), thresholds)
     codes = jnp.where(absmax[:, None] == 0, jnp.uint8(0), codes)
     return codes.reshape(-1)[:count], absmax

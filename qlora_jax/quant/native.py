@@ -29,7 +29,8 @@ def stack_key(projection: str, part: str) -> str:
 
 def is_stack(key: str) -> bool:
     """Whether a file's key is one of ours."""
-    return key.endswith(tuple(f".weight.{part}" for part in PARTS)) and not key.split(".")[2].isdigit()
+    begin, end = _STACK.partition("{}")[0], tuple(f".weight.{part}" for part in PARTS)
+    return key.startswith(begin) and key.endswith(end) and not key.split(".")[2].isdigit()
 
 
 def settings(format: str, block_size: int, double_quant: bool) -> dict[str, Any]:

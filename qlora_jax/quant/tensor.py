@@ -5,11 +5,15 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import nf4_matmul
 from qlora_jax.errors import InputError
+from qlora_jax.finite import check_finite
 from qlora_jax.quant.blockwise import quantize_packed
 from qlora_jax.quant.codebooks import absmax_map, codebook
+
+_LARGEST = 2.0**126  # 1 / x of anything larger is subnormal, which XLA takes for zero
 
 
 @jax.tree_util.register_dataclass
@@ -79,8 +83,9 @@ def quantize(
     Returns:
       QuantizedTensor of shape [O, I].
     Raises:
-      InputError: w is not two-dimensional or empty, or holds NaN or inf (not checked while tracing: there are no values
-        yet); the format or block size is unknown.
+      InputError: w is not two-dimensional or empty; it holds NaN or inf, or values beyond 2^126 or whose scales'
+        mean overflows; the format or block size is unknown. (While tracing there are no values to check: there a block
+        with NaN or inf dequantizes to values that are not finite, and with double quantization every block does.)
     """
     check_block_size(block_size)
     book = codebook(format)
@@ -89,8 +94,10 @@ def quantize(
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise InputError(f"{name} has dtype {w.dtype}; 4-bit quantization takes a floating-point weight")
     packed, check = quantize_packed(w, book, block_size, double_quant)
-    if not isinstance(check, jax.core.Tracer) and not math.isfinite(float(check)):
-        raise InputError(f"{name} holds {'NaN' if math.isnan(float(check)) else 'inf'}; a frozen weight must be finite")
+    if not isinstance(check, jax.core.Tracer) and not float(check) <= _LARGEST:
+        check_finite(np.asarray(w), name, "a frozen weight must be finite")
+        largest = float(jnp.max(jnp.abs(w)))
+        raise InputError(f"{name} has values of up to {largest:.3g}, too large to be scaled in float32: no weight is")
     return QuantizedTensor(
         packed.codes,
         packed.absmax,

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from pallas_kernels.finite import all_finite
 from qlora_jax.data.examples import Example
 from qlora_jax.errors import InputError
 from qlora_jax.feed.pipeline import prefetched, step_dataset
@@ -137,14 +138,20 @@ class Run:
                 if every and (step + 1) % every == 0 and step + 1 < steps:
                     self._log_mmlu(step + 1)
                 if (step + 1) % self.config.train.checkpoint_every == 0 or step + 1 == steps:
-                    self.checkpoints.save(step + 1, self.adapter, self.states)
+                    self._save(step + 1)
                 if self.stop.is_set() and step + 1 < steps:
                     bar.close()
-                    self.checkpoints.save(step + 1, self.adapter, self.states, wait=True)
+                    self._save(step + 1, wait=True)
                     raise Stopped(
                         f"stopped by SIGTERM after step {step + 1}; saved: the same command goes on from there"
                     )
             bar.close()
+
+    def _save(self, step: int, wait: bool = False) -> None:
+        """A checkpoint of the state after `step` steps: one that a run can go on from, or none."""
+        if not all_finite(self.adapter):
+            raise self._not_finite(step, "the adapter holds NaN or inf after the update", "not saved")
+        self.checkpoints.save(step, self.adapter, self.states, wait)
 
     def _log(self, row: dict[str, Any]) -> None:
         self.workdir.log(row)
@@ -192,8 +199,17 @@ class Run:
             total, count = total + float(nats), count + float(targets)
         return total / max(count, 1)
 
-    def _log_evaluation(self, step: int) -> None:
+    def _heldout_loss(self, step: int) -> float | None:
         loss = self.evaluate(self.prepared.data.heldout)
+        if loss is not None and not math.isfinite(loss):
+            raise InputError(
+                f"the held-out loss after {step} steps is {loss}: a held-out example leads to numbers beyond float32. "
+                "Try a lower optimizer.learning_rate, or look at the held-out examples"
+            )
+        return loss
+
+    def _log_evaluation(self, step: int) -> None:
+        loss = self._heldout_loss(step)
         if loss is not None:
             self._log({"step": step, "eval_loss": loss})
             tqdm.write(f"step {step}: held-out loss {loss:.4f}")
@@ -229,7 +245,7 @@ class Run:
         grads, metrics = self.gradient(self.adapter, prepared.base, tokens, loss_mask, key, *segments)
         loss, norm = float(metrics.loss), float(metrics.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise self._not_finite(step, loss, norm)
+            raise self._not_finite(step + 1, f"loss {loss}, gradient norm {norm}", "stopped before the update")
         self.adapter, self.states = self.optimizer.update(self.adapter, grads, self.states, metrics.factor)
         jax.block_until_ready(self.adapter)
         self.seconds.append(time.perf_counter() - begun)
@@ -244,13 +260,13 @@ class Run:
             "seconds": round(self.seconds[-1], 4),
         }
 
-    def _not_finite(self, step: int, loss: float, norm: float) -> InputError:
+    def _not_finite(self, step: int, what: str, done: str) -> InputError:
+        """Of step number `step`, from 1."""
         self.checkpoints.close()
         kept = self.checkpoints.latest
         good = f"the checkpoint of step {kept} is whole" if kept else "no checkpoint was written yet"
         return InputError(
-            f"step {step + 1}: loss {loss}, gradient norm {norm} on batch "
-            f"[{self.prepared.data.batches.describe(step)}]; stopped before the update, {good}. "
+            f"step {step}: {what} on batch [{self.prepared.data.batches.describe(step - 1)}]; {done}, {good}. "
             "Try a lower optimizer.learning_rate, or look at that batch"
         )
 
@@ -278,7 +294,7 @@ class Run:
         tokenizer = partial(write_tokenizer, added) if added is not None and added.new else None
         base, grown = self.config.model.path, prepared.grown_matrices()
         write_adapter(workdir.adapter, self.adapter, prepared.lora_config, base, grown, tokenizer)
-        eval_loss = self.evaluate(prepared.data.heldout)
+        eval_loss = self._heldout_loss(prepared.steps)
         rows = [row for row in workdir.metrics() if "loss" in row]
         device_bytes, source = self._device_bytes()
         speeds = [row["tokens"] / row["seconds"] for row in rows if row["seconds"]]

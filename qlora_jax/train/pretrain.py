@@ -56,7 +56,7 @@ def pretrain(
     Returns:
       The measurements, as in pretraining.json.
     Raises:
-      InputError: steps, warm-up or sizes that no run can have.
+      InputError: steps, warm-up or sizes that no run can have; a loss, or weights to be saved, that are not finite.
     """
     if not 0 <= config.warmup_steps < config.steps:
         raise InputError(f"warmup_steps is {config.warmup_steps}; expected 0 to below steps ({config.steps})")
@@ -96,6 +96,8 @@ def pretrain(
     for index in range(config.steps):
         tokens = rows[order[index * config.batch_size : (index + 1) * config.batch_size]]
         params, state, value = step(params, state, tokens)
+        if (index % 10 == 9 or index + 1 == config.steps) and not math.isfinite(float(value)):
+            raise InputError(f"step {index + 1}: the loss is {float(value)}; try a lower learning_rate")
         if index % 10 == 9:
             seconds = time.perf_counter() - begun
             report(

@@ -120,8 +120,7 @@ def check_values(config: Any, backend: str | None = None) -> None:
     mmlu.check(config.eval)
     paging(config.optimizer)
     lora.select_modules(config.lora.modules_to_save, adds_tokens=False, tied=False)
-    if config.optimizer.learning_rate <= 0 or config.optimizer.max_grad_norm < 0:
-        raise InputError("optimizer.learning_rate must be positive and optimizer.max_grad_norm 0 (no clipping) or more")
+    _check_optimizer(config.optimizer)
     compute = config.model.compute
     if compute != "full" and config.quant.format == "none":
         raise InputError(
@@ -153,6 +152,22 @@ def check_values(config: Any, backend: str | None = None) -> None:
         )
     if config.mesh.devices != 1:
         raise InputError(f"mesh.devices is {config.mesh.devices}; one run trains on one device")
+
+
+def _check_optimizer(section: Any) -> None:
+    """Numbers of which NaN is none: a comparison with it is never true."""
+    if not (0 < section.learning_rate < math.inf and 0 <= section.max_grad_norm < math.inf):
+        raise InputError("optimizer.learning_rate must be positive and optimizer.max_grad_norm 0 (no clipping) or more")
+    if not 0 <= section.weight_decay < math.inf:
+        raise InputError(f"optimizer.weight_decay is {section.weight_decay}; expected 0 or more")
+    for key in ("beta1", "beta2"):
+        if not 0 <= section[key] < 1:
+            raise InputError(f"optimizer.{key} is {section[key]}; expected 0 to below 1")
+    if not 0 < section.eps < math.inf:
+        raise InputError(
+            f"optimizer.eps is {section.eps}; expected a positive number: gradients of a fresh adapter's A are zero, "
+            "and Adam would divide 0 by 0"
+        )
 
 
 def _check_packing(config: Any) -> None:

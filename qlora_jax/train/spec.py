@@ -12,7 +12,7 @@ from qlora_jax.feed.batches import FileBatches, padded_length
 from qlora_jax.feed.load import longest_example
 from qlora_jax.feed.packing import pack_length
 from qlora_jax.io.folder import fetch_config
-from qlora_jax.io.load import QuantSpec, load_config
+from qlora_jax.io.load import QuantSpec, load_config, skipped_linears
 from qlora_jax.models.config import ModelConfig, read_json
 from qlora_jax.models.known import KNOWN, known_config
 from qlora_jax.quant import native
@@ -151,4 +151,10 @@ def _of_folder(folder: Path) -> tuple[ModelConfig, str, str]:
     raw = read_json(folder / "config.json")
     settings = raw.get("quantization_config")
     form = "unquantized" if settings is None else "native" if settings.get("quant_method") == native.METHOD else "bnb"
-    return load_config(folder), form, raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"
+    config = load_config(folder)
+    if skipped_linears(folder, config):
+        raise InputError(
+            f"{folder}: llm_int8_skip_modules keeps some linear layers in 16 bits, and plans know all of them in one "
+            "form: plan for the model that it was made from"
+        )
+    return config, form, raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"

@@ -70,9 +70,10 @@ class Workdir:
         return [row for row in rows if isinstance(row, dict) and "step" in row]
 
     def log(self, row: dict[str, Any]) -> None:
-        """Appends one line to metrics.jsonl."""
+        """Appends one line to metrics.jsonl. Raises ValueError for NaN and infinity, which JSON has not."""
+        line = json.dumps(row, allow_nan=False)
         with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(line + "\n")
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_json(self.path / "summary.json", summary)

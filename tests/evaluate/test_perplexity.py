@@ -115,3 +115,10 @@ def test_token_files(tmp_path) -> None:
         read_tokens(file, 4)
     with pytest.raises(InputError, match="cannot be read"):
         read_tokens(tmp_path / "absent.npy", 4)
+
+
+def test_a_likelihood_beyond_all_floats_is_an_error(golden) -> None:
+    model = load_model(golden / "llama" / "llama2", compute_dtype="float32")
+    model.norm.weight.set_value(model.norm.weight.get_value() * 1e5)
+    with pytest.raises(InputError, match=r"nats a token: the model's weights or adapter are broken"):
+        perplexity(model, [np.arange(1, 20)], BOS)

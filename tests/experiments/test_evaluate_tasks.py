@@ -6,11 +6,13 @@ import math
 import re
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import jinja2
 import pytest
 import yaml
 
+from experiments.support import mmlu_task
 from experiments.support.harness_task import check_extra, load_tasks
 from qlora_jax.data.prompts import alpaca_prompt
 from qlora_jax.errors import InputError
@@ -151,6 +153,15 @@ def test_harness(results, folder):
 )
 def test_mistakes_are_one_line(results, name, named, assert_one_line_error):
     assert_one_line_error(results[name], named)
+
+
+@pytest.mark.parametrize("logits", [[1, 2, 3, math.nan], [1, 2, math.inf, 3], [1, 2, 3], ["1", 2, 3, 4], None])
+def test_recorded_answers_that_are_none(logits):
+    """The largest of numbers with NaN among them is whichever came first."""
+    good = {"question": 0, "logits": [0.5, 2, -1.0, 0.0]}
+    assert mmlu_task._known(SimpleNamespace(path="a.jsonl", lines=[good]), 2) == {0: good["logits"]}
+    with pytest.raises(InputError, match="a.jsonl has a line that is no answer"):
+        mmlu_task._known(SimpleNamespace(path="a.jsonl", lines=[good, {"question": 1, "logits": logits}]), 2)
 
 
 def test_unknown_tasks(folder, monkeypatch):

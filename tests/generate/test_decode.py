@@ -259,3 +259,36 @@ def test_programs_are_kept_between_calls_and_models(tiny_folder) -> None:
     assert sum(compiled) >= 2
     generate(load_model(tiny_folder, compute_dtype="float32"), prompts[::-1], 12, temperature=0.5, top_p=0.3, seed=8)
     assert programs() == compiled
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error_and_no_token(tiny_model, temperature):
+    """Where a row comes to them, and not before: NaN in the embedding of a token that only one of the prompts has."""
+    graph, state = nnx.split(tiny_model)
+    broken = nnx.merge(graph, state)
+    table = np.asarray(broken.embedding.get_value()).copy()
+    table[7] = np.nan
+    broken.embedding.set_value(jnp.asarray(table))
+    prompts = [[1, 20, 30], [1, 20, 7], [1, 40]]
+    sampling = Sampling(4, temperature, 0.9)
+    whole = complete(tiny_model, [prompts[0], prompts[2]], sampling, [], 2)
+    assert complete(broken, [prompts[0], prompts[2]], sampling, [], 2) == whole
+    with pytest.raises(
+        InputError, match=r"logits after 3 tokens \(prompt . of its batch\) hold NaN or inf: the model's"
+    ):
+        complete(broken, prompts, sampling, [], 3)
+    draws = draws_of_all([prompts[1]], 0)
+    chat = Decoding(broken, [prompts[1]], sampling, [], draws, room_for(broken, 3, 4))
+    with pytest.raises(InputError, match="hold NaN or inf"):
+        chat.step(2)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_logit_that_is_not_finite_is_enough(tiny_model, bad):
+    graph, state = nnx.split(tiny_model)
+    broken = nnx.merge(graph, state)
+    head = np.asarray(broken.head.get_value()).copy()
+    head[399, 5] = bad
+    broken.head.set_value(jnp.asarray(head))
+    with pytest.raises(InputError, match="hold NaN or inf"):
+        greedy(broken, [[1, 20, 30]], 2)

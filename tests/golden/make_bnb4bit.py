@@ -1,4 +1,4 @@
-"""Makes bnb4bit/{nf4_dq,nf4,fp4}/: llama/llama2 quantized by bitsandbytes and saved by transformers, with logits.
+"""Makes bnb4bit/{nf4_dq,nf4,fp4,nf4_skip}/: llama/llama2 quantized by bitsandbytes, saved by transformers, and logits.
 
 transformers 5.23.0, bitsandbytes 0.50.2 (CPU), torch 2.13.0, accelerate 1.15.0, Python 3.11. Run make_llama.py first.
 
@@ -7,6 +7,8 @@ transformers 5.23.0, bitsandbytes 0.50.2 (CPU), torch 2.13.0, accelerate 1.15.0,
 Each folder is what `save_pretrained` of a model loaded with BitsAndBytesConfig(load_in_4bit=True) writes: config.json
 with quantization_config, model.safetensors (every linear layer but lm_head in 4 bits, blocks of 64; embedding, norms
 and head bfloat16), generation_config.json. bitsandbytes' CPU path picks the 8-bit codes of nf4_dq by its table of bins.
+nf4_skip has llm_int8_skip_modules: o_proj and the last layer's feed-forward stay bfloat16, and since the list leaves
+lm_head out, the head is in 4 bits.
 
 logits.npz, float32 arithmetic with the stored tensors dequantized by definition.py, through transformers:
     tokens                  int32 [2, T]
@@ -28,7 +30,13 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 HERE = Path(__file__).parent
 BASE = HERE / "llama" / "llama2"
-VARIANTS = {"nf4_dq": ("nf4", True), "nf4": ("nf4", False), "fp4": ("fp4", False)}
+SKIPPED = ["self_attn.o_proj", "model.layers.1.mlp"]
+VARIANTS = {
+    "nf4_dq": ("nf4", True, None),
+    "nf4": ("nf4", False, None),
+    "fp4": ("fp4", False, None),
+    "nf4_skip": ("nf4", True, SKIPPED),
+}
 
 
 def dequantized_layers(folder: Path) -> dict[str, np.ndarray]:
@@ -60,7 +68,7 @@ def main() -> None:
     torch.set_num_threads(1)
     tokens = np.load(BASE / "logits.npz")["tokens"]
     base_logits = np.load(BASE / "logits.npz")["logits"]
-    for name, (quant_format, double) in VARIANTS.items():
+    for name, (quant_format, double, skipped) in VARIANTS.items():
         folder = HERE / "bnb4bit" / name
         shutil.rmtree(folder, ignore_errors=True)
         config = BitsAndBytesConfig(
@@ -68,6 +76,7 @@ def main() -> None:
             bnb_4bit_quant_type=quant_format,
             bnb_4bit_use_double_quant=double,
             bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=skipped,
         )
         LlamaForCausalLM.from_pretrained(
             BASE, quantization_config=config, device_map="cpu", dtype=torch.bfloat16
@@ -78,7 +87,7 @@ def main() -> None:
         model = load(BASE)
         parameters = dict(model.named_parameters())
         layers = dequantized_layers(folder)
-        assert len(layers) == 7 * model.config.num_hidden_layers
+        assert len(layers) == 7 * model.config.num_hidden_layers - (2 + 3 - 1 if skipped else 0)
         stored = load_torch(folder / "model.safetensors")
         for key, value in parameters.items():
             if key in layers:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from qlora_jax.errors import InputError
 from qlora_jax.io.folder import TensorFiles, resolve
@@ -103,3 +103,62 @@ def test_no_weights_at_all(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(InputError, match="pytorch_model.bin is a pickle, which is never opened"):
         TensorFiles(tmp_path)
+
+
+@pytest.fixture
+def both(sharded) -> Path:
+    """The shards, their index, and all of it in model.safetensors too."""
+    tensors = {key: value for path in sharded.glob("model-*.safetensors") for key, value in load_file(path).items()}
+    save_file(tensors, sharded / "model.safetensors")
+    return sharded
+
+
+def change(file: Path, key: str, values=lambda value: value * 2) -> None:
+    tensors = load_file(file)
+    tensors[key] = values(tensors[key])
+    save_file(tensors, file)
+
+
+def test_two_sources_that_hold_the_same(both):
+    single = {key: value for key, value in load_file(both / "model.safetensors").items()}
+    files = TensorFiles(both)
+    assert files.shapes == {key: value.shape for key, value in single.items()}
+    assert {file for file, _ in files._places.values()} == {"model.safetensors"}
+    change(both / "model.safetensors", "lm_head.weight")  # is looked at again: the file is another now
+    with pytest.raises(InputError, match="two models"):
+        TensorFiles(both)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("model.layers.1.mlp.down_proj.weight", lambda w: np.concatenate([w[:-1], w[-1:] + 1])),  # its last row
+        ("model.norm.weight", lambda w: w[:-1]),
+        ("model.norm.weight", lambda w: w.astype(np.float32) + 1),
+        ("another.weight", None),
+    ],
+)
+@pytest.mark.parametrize("changed", ["model.safetensors", "model-00004-of-00004.safetensors"])
+def test_two_sources_that_differ_are_refused_by_name(both, changed, key, values):
+    if values is None:
+        tensors = load_file(both / changed) | {key: np.zeros(2, np.float32)}
+        save_file(tensors, both / changed)
+    else:
+        holder = next(p for p in both.glob("model-*.safetensors") if key in load_file(p))
+        change(both / "model.safetensors" if changed == "model.safetensors" else holder, key, values)
+    names = r"model\.safetensors and the shards of model\.safetensors\.index\.json"
+    with pytest.raises(InputError, match=f"two models, {names}, which differ in {key}:"):
+        TensorFiles(both)
+
+
+def test_equal_values_in_another_dtype_are_the_same(both):
+    change(both / "model.safetensors", "lm_head.weight", lambda w: w.astype(np.float32))
+    assert TensorFiles(both).dtypes["lm_head.weight"] == "float32"
+
+
+def test_an_index_that_was_left_behind_counts_for_nothing(both):
+    for path in both.glob("model-*.safetensors"):
+        path.unlink()
+    assert len(TensorFiles(both).shapes) == len(load_file(both / "model.safetensors"))
+    rewrite_index(both, lambda names: names.update(dict.fromkeys(names, "model.safetensors")))
+    assert len(TensorFiles(both).shapes) == len(load_file(both / "model.safetensors"))

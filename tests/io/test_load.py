@@ -67,28 +67,8 @@ def test_unknown_architecture(copy):
         load_model(folder)
 
 
-def test_a_head_stored_beside_a_tied_embedding_is_not_used(copy, golden):
-    def store_head(tensors):
-        tensors["lm_head.weight"] = np.zeros_like(tensors["model.embed_tokens.weight"])
-
-    model = load_model(copy("llama/llama3", store_head))
-    assert model.head is None
-    np.testing.assert_array_equal(model.head_weight(), model.embedding.get_value())
-
-
 def test_buffers_of_old_checkpoints_are_no_problem(copy):
     load_model(copy("llama/llama1", lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4)})))
-
-
-def test_what_is_not_finite_is_named(copy):
-    key = LAYER.format(1, "mlp.down_proj")
-
-    def spoil(tensors):
-        tensors[key][3, 5] = np.nan
-
-    folder = copy("llama/llama1", spoil)
-    with pytest.raises(InputError, match=f"{key} holds NaN"):
-        load_model(folder, QuantSpec())
 
 
 def test_what_is_kept_in_which_dtype(golden):
@@ -144,6 +124,13 @@ def test_already_quantized_otherwise(golden):
 def test_quantized_by_something_else(copy):
     folder = copy("llama/llama1", config=lambda c: c.update(quantization_config={"quant_method": "gptq", "bits": 4}))
     with pytest.raises(InputError, match="is quantized by 'gptq'; readable are bitsandbytes 4-bit folders"):
+        load_model(folder)
+
+
+def test_8_bits_are_told_apart_with_the_way_out(copy):
+    eight = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}
+    folder = copy("llama/llama1", config=lambda c: c.update(quantization_config=eight))
+    with pytest.raises(InputError, match=r"holds weights in 8 bits .*that they were made from, or write them"):
         load_model(folder)
 
 

@@ -97,6 +97,7 @@ def test_a_changed_base_is_merged_as_it_is(golden: Path, tmp_path: Path) -> None
         ("llama/llama2", QuantSpec("nf4", 64, True)),  # in shards
         ("llama/llama3", QuantSpec("int4", 32, False)),  # tied embeddings
         ("bnb4bit/fp4", QuantSpec("fp4", 64, False)),  # quantized on disk
+        ("bnb4bit/nf4_skip", QuantSpec("nf4", 64, True)),  # in part, with its head
     ],
 )
 def test_merging_gives_the_logits_of_base_and_adapter(
@@ -172,8 +173,9 @@ def test_a_value_too_large_for_float16_is_an_error(golden: Path, tmp_path: Path,
     with pytest.raises(InputError, match=r"model\.layers\.0\.self_attn\.q_proj\.weight overflows float16"):
         merge_folder(base, adapter, tmp_path / "out", UNQUANTIZED, dtype="float16")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(InputError, match="holds NaN or inf"):
-        merge_folder(base, adapter_for(base, size=np.inf), tmp_path / "out", UNQUANTIZED)
+    for dtype in ("bfloat16", "float32"):
+        with pytest.raises(InputError, match=f"weight overflows {dtype}: the adapter adds numbers that no weight"):
+            merge_folder(base, adapter_for(base, size=9e37), tmp_path / "out", UNQUANTIZED, dtype=dtype)
 
 
 def test_what_does_not_fit_is_refused(golden: Path, tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ def test_what_is_not_finite_is_named(model, adapter, value, dtype):
     def damage(tensors):
         tensors[key] = np.asarray(jnp.asarray(tensors[key]).at[-1, -1].set(value).astype(dtype))
 
-    with pytest.raises(InputError, match=f"{key} holds NaN or inf; an adapter must be finite"):
+    with pytest.raises(InputError, match=f"{key} holds (NaN|inf) .*train it again"):
         read_adapter(model, adapter(damage))
 
 

@@ -161,6 +161,26 @@ def test_only_packed_arrays_are_kept_for_the_backward_pass(backend, launches, ca
     assert kept and all("from the argument packed" in line for line in kept), kept
 
 
+@pytest.mark.parametrize(("rows", "bad"), [(1, np.inf), (40, np.nan)])  # sums are scaled, or weights
+@pytest.mark.parametrize("backend", ["xla", "triton", "scratch"])
+def test_what_is_not_finite_is_not_hidden(backend, bad, rows, launches):
+    """A scale spoils its row of W: a column of y, and the dx of its block. A value of x or dy spoils its row."""
+    q = weight("whole tiles", double_quant=False)
+    codec, spoiled = q.codec._replace(backend=backend), q.packed._replace(absmax=q.packed.absmax.at[7].set(bad))
+    x, dy = normal(rows, 128, dtype="bfloat16", seed=1), normal(rows, 128, dtype="bfloat16", seed=2)
+
+    def both(x, dy, packed):
+        y, pullback = jax.vjp(lambda x: nf4_matmul.matmul(x, packed, codec), x)
+        return [np.isfinite(np.asarray(found, np.float32)) for found in (y, *pullback(dy))]
+
+    y, dx = both(x, dy, spoiled)
+    assert not y[:, 3].any() and np.delete(y, 3, axis=1).all()
+    assert not dx[:, 64:].any() and dx[:, :64].all()
+    y, dx = both(x.at[0, 100].set(bad), dy.at[0, 5].set(bad), q.packed)
+    assert not y[0].any() and y[1:].all()
+    assert not dx[0].any() and dx[1:].all()
+
+
 @pytest.mark.parametrize("backend", ["xla", "triton", "scratch"])
 def test_no_rows(backend):
     q = weight("whole tiles")

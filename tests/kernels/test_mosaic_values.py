@@ -75,6 +75,14 @@ def test_only_weights_and_the_result_are_rounded(op):
     assert np.all(np.abs(found - exact) <= 2.0**-8 * (np.abs(exact) + sum_error) + sum_error)
 
 
+def test_a_scale_that_is_not_finite_is_not_hidden():
+    rng = np.random.default_rng(0)
+    q = qj.quantize(jnp.asarray(rng.normal(size=(256, 256)), jnp.float32), double_quant=False)
+    spoiled = q.packed._replace(absmax=q.packed.absmax.at[7].set(jnp.nan))  # of row 1, its last block
+    found = matmul("forward", jnp.asarray(rng.normal(size=(128, 256)), jnp.bfloat16), spoiled, q.codec)
+    assert np.isnan(found[:, 1]).all() and np.isfinite(np.delete(found, 1, axis=1)).all()
+
+
 def test_behind_the_dispatch_and_its_gradient(monkeypatch):
     """What a train step calls: matmul with backend "mosaic", forward and backward."""
     q = qj.quantize(jnp.asarray(np.random.default_rng(2).normal(size=(256, 256)), jnp.float32))

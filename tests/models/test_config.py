@@ -59,11 +59,33 @@ def test_unknown_architecture_lists_the_known(llama3):
             "type 'yarn' is not supported; known: default, linear",
         ),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "'llama3' lacks low_freq_factor"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            r"has rope_parameters \{.*\} and rope_scaling \{.*\}, which",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "type 'yarn' is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; Llama models turn all"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; expected a positive number"),
+        ({"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta is inf; expected a positive number"),
+        ({"rope_parameters": {"type": "linear", "factor": 0}}, "factor is 0; expected a positive number"),
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights is 'other.safetensors'"),
     ],
 )
 def test_refused(llama3, changes, message):
     with pytest.raises(InputError, match=message):
         parse_config(llama3 | changes, "f")
+
+
+def test_two_rope_settings_that_say_the_same(llama3):
+    """transformers takes rope_scaling, and theta from beside it; what it would take is what rope_parameters says."""
+    expected = parse_config(llama3, "f")
+    parameters = dict(llama3["rope_parameters"])
+    theta = parameters.pop("rope_theta")
+    assert parse_config(llama3 | {"rope_scaling": parameters, "rope_theta": theta}, "f") == expected
+    assert parse_config(llama3 | {"rope_scaling": llama3["rope_parameters"]}, "f") == expected
+    assert parse_config(llama3 | {"rope_scaling": None}, "f") == expected
+    with pytest.raises(InputError, match=r"differ: keep the one that is meant \(.* with theta 10000, and forgets"):
+        parse_config(llama3 | {"rope_scaling": parameters}, "f")
 
 
 def test_several_end_tokens(llama3):

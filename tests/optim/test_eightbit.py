@@ -16,6 +16,7 @@ from qlora_jax.optim.paged import PagedOptimizer
 from qlora_jax.optim.pages import Pages, separability, state_bytes
 from qlora_jax.quant.codebooks import dynamic_map
 from qlora_jax.train.checkpoints import Checkpoints
+from tests.not_finite import every_pattern, finite_by_definition
 
 RATE, DECAY = 1e-2, 0.1  # as the golden file
 OPTIMIZERS = {"adamw": adamw8bit(RATE, 0.9, 0.999, 1e-8, DECAY), "lion": lion8bit(RATE, 0.9, 0.99, DECAY)}
@@ -23,6 +24,7 @@ MAPS = {"signed": True, "unsigned": False}
 UPDATES = 3
 SMALLEST = np.finfo(np.float32).tiny  # normal number
 
+is_quantized = lambda leaf: isinstance(leaf, Quantized)  # noqa: E731
 jit_quantize = jax.jit(quantize, static_argnums=1)
 jit_dequantize = jax.jit(dequantize, static_argnums=1)
 
@@ -102,6 +104,39 @@ def test_every_value_has_the_nearest_code(kind, x, exponent):
             slack = 4e-7 + SMALLEST / largest  # float32's scaling, and subnormal numbers, which CPUs flush to zero
             assert (distance <= nearest_distance(scaled, values) + slack).all()
             assert distance.max() <= 0.0071 + slack  # half the widest gap, and -1 beside the map's -0.993
+
+
+@pytest.mark.parametrize("kind", MAPS)
+def test_what_is_not_finite_spoils_its_block_alone(kind):
+    """A block for each bit pattern, that pattern in it: none of its values is finite when it is read back."""
+    patterns = every_pattern("float32")[::64]
+    patterns = patterns if MAPS[kind] else np.abs(patterns)
+    x = np.random.default_rng(0).random((len(patterns), BLOCK), np.float32) + np.float32(0.1)
+    x[np.arange(len(x)), np.arange(len(x)) % BLOCK] = patterns
+    is_finite = finite_by_definition(x).all(axis=1)
+    for shape in ((len(x) // 4, 4 * BLOCK), (len(x), BLOCK)):
+        q = jit_quantize(jnp.asarray(x.reshape(shape)), MAPS[kind])
+        back = np.isfinite(jit_dequantize(q, MAPS[kind])).reshape(x.shape)
+        np.testing.assert_array_equal(back.all(axis=1), is_finite)
+        np.testing.assert_array_equal(back.any(axis=1), is_finite)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_a_gradient_that_is_not_finite_shows_in_the_moments(name, bad):
+    """No moment of its block is finite afterwards, so that whatever reads the state finds out; others are untouched."""
+    tx, params = OPTIMIZERS[name], jnp.ones((2, 20 * BLOCK))
+    gradients = jnp.full(params.shape, 0.5)
+    update = jax.jit(tx.update)
+    _, state = update(gradients, tx.init(params), params)
+    _, state = update(gradients.at[1, 3 * BLOCK + 7].set(bad), state, params)
+    _, state = update(gradients, state, params)
+    moments = [leaf for leaf in jax.tree.leaves(state, is_leaf=is_quantized) if is_quantized(leaf)]
+    assert len(moments) == 2 - (name == "lion")
+    for number, moment in enumerate(moments):
+        found = np.isfinite(dequantize(moment, signed=number == 0)).reshape(2, 20, BLOCK)
+        assert not found[1, 3].any()
+        assert found.sum() == found.size - BLOCK
 
 
 @pytest.mark.parametrize("kind", MAPS)

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from configs import base
 from qlora_jax.errors import InputError
 from qlora_jax.packs.pack import PackRunner, export_member, pack_key, train_pack
+from qlora_jax.packs.run import PackRun
 from qlora_jax.settings import config_hash, resolved
 from qlora_jax.train.checkpoints import Checkpoints
 from qlora_jax.train.loop import finetune
@@ -145,6 +146,32 @@ def test_a_member_that_is_spoiled_stops_and_the_others_go_on(runners, members, t
     assert_same_adapter(exported(stopped, tmp_path / "a"), exported(before, tmp_path / "b"))
     for number in (0, 2, 3):
         assert_same_adapter(exported(results[number], tmp_path / "a"), exported(good[number], tmp_path / "b"))
+
+
+def test_a_member_that_its_last_update_spoils_is_not_done(runners, members, alone, tmp_path):
+    """No loss after it would show it. It gets no adapter, and the others what they get alone."""
+    wild = varied(members[0], optimizer__learning_rate=3e38, optimizer__weight_decay=1e3, train__steps=1)
+    configs = [wild, *members[1:]]
+    results = train_pack(configs, tmp_path / "pack", quiet, runner=runners["map"], write_members=True)
+    assert [result.status for result in results] == ["not_finite", "done", "done", "done"]
+    assert results[0].reason == "step 1: the adapter holds NaN or inf after the update"
+    folders = [tmp_path / "pack" / "members" / result.config_hash for result in results]
+    assert [(folder / "adapter").exists() for folder in folders] == [False, True, True, True]
+    with pytest.raises(InputError, match="holds (NaN|inf)"):
+        export_member(results[0], tmp_path / "out")
+    assert_same_adapter(exported(results[1], tmp_path / "out"), alone[1][2])
+
+
+def test_a_held_out_loss_that_is_not_finite_is_not_done(runners, members, monkeypatch):
+    bad = (float("nan"), 0.5)
+    monkeypatch.setattr(PackRun, "_evaluate", lambda self, members: {n: bad if n == 1 else (2.0, 0.5) for n in members})
+    said, configs = [], [varied(config, eval__every=2) for config in members]
+    results = train_pack(configs, say=said.append, runner=runners["map"])
+    assert [result.status for result in results] == ["done", "not_finite", "done", "done"]
+    assert [result.summary["final_eval_loss"] for result in results] == [2.0, None, 2.0, 2.0]
+    assert results[1].reason == f"step {STEPS}: held-out loss nan after the update"
+    assert not any("eval_loss" in row for row in results[1].rows)
+    assert sum("member 1" in line and "held-out loss nan" in line for line in said) == 3  # at steps 0, 2 and the end
 
 
 def test_a_pack_goes_on_where_it_was_killed(runners, members, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The way to bitsandbytes' tensors and back loses no bit; what is damaged is named."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,9 @@ def quantized(draw) -> QuantizedTensor:
     format = draw(st.sampled_from(["nf4", "fp4"]))
     if draw(st.booleans()):
         absmax = rng.integers(0, 256, blocks, np.uint8)
-        nested, offset = rng.standard_normal(-(-blocks // 256)).astype(np.float32), np.float32(rng.standard_normal())
+        nested, offset = rng.random(-(-blocks // 256), np.float32), np.float32(rng.random())
         return QuantizedTensor(codes, absmax, nested, offset, shape=shape, format=format, block_size=block_size)
-    absmax = rng.standard_normal(blocks).astype(np.float32)
+    absmax = rng.random(blocks, np.float32)
     return QuantizedTensor(codes, absmax, None, None, shape=shape, format=format, block_size=block_size)
 
 
@@ -113,6 +114,11 @@ def state(**changes) -> np.ndarray:
         ({"w.quant_state.bitsandbytes__nf4": state(shape=None)}, "quant_state is not the JSON"),
         ({"w.quant_state.bitsandbytes__nf4": state(blocksize=63)}, "block_size is 63"),
         ({"w.quant_state.bitsandbytes__nf4": state(nested_blocksize=64)}, "nested blocksize 64"),
+        ({"w.nested_absmax": np.full(1, np.nan, np.float32)}, "w.nested_absmax holds NaN"),
+        ({"w.nested_absmax": np.full(1, -1, np.float32)}, r"w.nested_absmax holds -1\.0; a scale is not negative"),
+        ({"w.quant_state.bitsandbytes__nf4": state(nested_offset=math.nan)}, "nested_offset of w holds NaN"),
+        ({"w.quant_state.bitsandbytes__nf4": state(nested_offset=math.inf)}, "nested_offset of w holds inf"),
+        ({"w.quant_state.bitsandbytes__nf4": state(nested_offset=-0.5)}, r"nested_offset of w holds -0\.5"),
     ],
 )
 def test_damage_is_named(changes, message):

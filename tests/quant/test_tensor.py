@@ -44,15 +44,6 @@ def test_error_is_at_most_half_the_widest_gap(format):
     assert 0 < error.max() <= np.diff(values).max() / 2 + 1e-6
 
 
-@pytest.mark.parametrize(("value", "word"), [(np.nan, "NaN"), (np.inf, "inf"), (-np.inf, "inf")])
-@pytest.mark.parametrize("place", [0, -1])
-def test_what_is_not_finite_is_refused_by_name(value, word, place):
-    w = normal(3, 33)  # one full block and a short one
-    w.reshape(-1)[place] = value
-    with pytest.raises(qj.InputError, match=rf"model\.layers\.3\.x holds {word}"):
-        qj.quantize(jnp.asarray(w), block_size=64, name="model.layers.3.x")
-
-
 @pytest.mark.parametrize("block_size", [0, 16, 48, 8192, -64])
 def test_unknown_block_size(block_size):
     with pytest.raises(qj.InputError, match=f"block_size is {block_size}; expected a power of two"):

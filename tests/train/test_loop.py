@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from qlora_jax.errors import InputError
+from qlora_jax.optim.paged import PagedOptimizer
 from qlora_jax.settings import resolved
 from qlora_jax.train import checkpoints, loop
 from qlora_jax.train.loop import Run, Stopped, finetune
@@ -184,6 +185,52 @@ def test_a_paged_name_that_may_never_page_is_refused(tiny_config, tmp_path):
     with pytest.raises(InputError, match="set optimizer.paging=auto, or optimizer.name=lion"):
         train(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_an_update_that_spoils_the_adapter_is_never_saved(tiny_config, tmp_path, monkeypatch):
+    """One value of it, by the last update, after which no loss would show it."""
+    original, updates = PagedOptimizer.update, []
+
+    def spoil(self, *arguments):
+        adapter, states = original(self, *arguments)
+        updates.append(1)
+        if len(updates) == 6:
+            leaves, treedef = jax.tree.flatten(adapter)
+            adapter = jax.tree.unflatten(treedef, [*leaves[:-1], leaves[-1].at[-1, -1, -1].set(math.nan)])
+        return adapter, states
+
+    monkeypatch.setattr(PagedOptimizer, "update", spoil)
+    message = r"step 6: the adapter holds NaN or inf .*batch 5\]; not saved, the checkpoint of step 4 is whole"
+    with pytest.raises(InputError, match=message):
+        train(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert not (tmp_path / "run" / "checkpoints" / "6").exists()
+
+
+def test_a_held_out_loss_that_is_not_finite_is_an_error(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "evaluate", lambda self, examples: float("nan"))
+    tiny_config.train.steps = 1
+    with pytest.raises(InputError, match="the held-out loss after 1 steps is nan"):
+        train(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("learning_rate", math.nan), ("learning_rate", math.inf), ("max_grad_norm", math.nan),
+        ("weight_decay", math.nan), ("weight_decay", -0.1), ("beta1", 1.0), ("beta2", math.nan), ("eps", 0.0),
+        ("eps", math.nan),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_optimizer_can_have(tiny_config, key, value):
+    """A comparison with NaN is never true: max_grad_norm = nan would silently not clip."""
+    tiny_config.optimizer[key] = value
+    with pytest.raises(InputError, match=f"optimizer.{key}"):
+        check_config(tiny_config)
+    if not math.isfinite(value):
+        with pytest.raises(InputError, match=f"config key optimizer.{key} is {value}; expected a finite number"):
+            resolved(tiny_config)
 
 
 def test_loss_that_is_not_finite_stops_and_names_step_and_batch(tiny_config, tmp_path, monkeypatch):

@@ -36,3 +36,10 @@ def test_it_learns_to_count(tmp_path):
 def test_steps_that_cannot_be(tmp_path, changes):
     with pytest.raises(InputError, match="expected"):
         pretrain(HF, np.zeros((2, 4), np.int32), np.zeros((2, 4), np.int32), config(**changes), tmp_path, print)
+
+
+def test_a_loss_that_is_not_finite_ends_it_and_nothing_is_written(tmp_path):
+    rows, wild = np.ones((16, 12), np.int32), config(steps=3, warmup_steps=0, learning_rate=3e38)
+    with pytest.raises(InputError, match="step 3: the loss is (nan|inf); try a lower learning_rate"):
+        pretrain(HF, rows, rows, wild, tmp_path / "out", print)
+    assert not (tmp_path / "out").exists()

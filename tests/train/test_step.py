@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
 
 from qlora_jax import lora
@@ -136,3 +137,26 @@ def test_each_micro_batch_draws_its_own_dropout(parts, gradient, batches):
     for a, b, c in zip(*map(jax.tree.leaves, (pair, again, swapped)), strict=True):
         np.testing.assert_array_equal(a, b)
         assert np.abs(a - c).max() > 1e-4 * np.abs(a).max()
+
+
+@pytest.mark.parametrize("remat", ["none", "block"])  # the gradient of the whole, and layer by layer
+def test_what_is_not_finite_anywhere_shows_in_loss_or_norm(parts, gradient, batches, remat):
+    """One value of any array that the batch meets: adapter, linear layers, norms, head, a token's embedding."""
+    graph, adapter, base = parts
+    if remat == "block":
+        model = nnx.merge(graph, adapter, base)
+        model.remat = remat
+        graph, adapter, base = lora.split(model)
+        gradient = jax.jit(make_gradient(graph, 64, 0.3), compiler_options=FAST)
+    tokens, mask = (x[0].reshape(1, 8, -1) for x in batches)
+    places, treedef = jax.tree.flatten((adapter, base))
+    rng = np.random.default_rng(0)
+    for number, leaf in enumerate(places):
+        flat = np.asarray(leaf).copy()
+        if flat.shape == (96, 32):  # embedding and head: the row of a token that is there, and is learned
+            flat[tokens[0, 0, 1], 3] = np.nan
+        else:
+            flat.reshape(-1)[rng.integers(flat.size)] = (np.nan, np.inf, -np.inf)[number % 3]
+        spoiled = jax.tree.unflatten(treedef, [*places[:number], jnp.asarray(flat), *places[number + 1 :]])
+        _, metrics = gradient(*spoiled, tokens, mask, None)
+        assert not (np.isfinite(metrics.loss) and np.isfinite(metrics.grad_norm)), (number, leaf.shape)

@@ -3,7 +3,8 @@
     percent = 100 * sum of the system's points / sum of ChatGPT's points
 
 over the system's games with ChatGPT, both orders pooled, unparsed ones dropped. The 95% interval is a bootstrap over
-items: they are drawn with replacement, each with all its verdicts. Source: QLoRA, section 5.
+items: they are drawn with replacement, each with all its verdicts. Draws in which ChatGPT has no point are left out.
+Source: QLoRA, section 5.
 """
 
 import dataclasses
@@ -71,8 +72,8 @@ def _compare(verdicts: Sequence[Verdict], system: str, reference: str, seed: int
     items = len(table)
     weights = np.random.default_rng(seed).multinomial(items, np.full(items, 1 / items), size=RESAMPLES)
     sums = weights @ table  # [resamples, 2]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        low, high = np.nanpercentile(100 * sums[:, 0] / sums[:, 1], [2.5, 97.5])
+    sums = sums[sums[:, 1] > 0]
+    low, high = np.percentile(100 * sums[:, 0] / sums[:, 1], [2.5, 97.5])
     percent = 100 * table[:, 0].sum() / table[:, 1].sum()
     orders = len({verdict.first for verdict in met})
     return Relative(float(percent), float(low), float(high), len(met) - unparsed, unparsed, orders)

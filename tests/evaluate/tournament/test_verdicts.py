@@ -7,7 +7,7 @@ import pytest
 
 from qlora_jax.errors import InputError
 from qlora_jax.evaluate.tournament.relative import find_reference, relative
-from qlora_jax.evaluate.tournament.verdicts import read_verdicts, select
+from qlora_jax.evaluate.tournament.verdicts import Verdict, read_verdicts, select
 
 HEADER = "benchmark,first,second,item_id,score\n"
 CHIP = "13b-chip2-vicuna-generations-topp0.9-temp0.7"
@@ -58,6 +58,14 @@ def test_relative_score_pools_both_orders(ratings) -> None:
     assert (chip.verdicts, chip.unparsed, chip.orders) == (3, 1, 2)
     with pytest.raises(InputError, match="expected bard among the systems 13b-chip2, gpt-3.5"):
         find_reference(verdicts, "bard")
+
+
+def test_draws_without_a_point_of_the_reference_are_left_out() -> None:
+    """Two items, one of them without a point: a fourth of the draws has nothing to divide by."""
+    scores = {"1": (8.0, 0.0), "2": (8.0, 4.0)}
+    verdicts = [Verdict("b", "x", "gpt-3.5", item, score, "relative") for item, score in scores.items()]
+    found = relative(verdicts, "gpt-3.5")["x"]
+    assert (found.percent, found.low, found.high) == (400, 200, 400)
 
 
 def test_relative_order_that_cannot_be_known_is_an_error(ratings) -> None:
