@@ -108,8 +108,7 @@ def main() -> None:
         copies = measure.copies_that_pass_the_cache(case, on_gpu)
         refused = {b: api.refusal(codecs[name]._replace(backend=b), jnp.dtype(dtype)) for b in backends}
         taken = tuple(b for b in backends if refused[b] is None)
-        eight_bit = measure.eight_bit_forms(case) if on_gpu else ()
-        forms = measure.forms(case, codecs[name], copies, taken + eight_bit)
+        forms = measure.forms(case, codecs[name], copies, taken)
         if LORA_RANK.value is not None:
             forms |= measure.lora_forms(case, codecs[name], copies, LORA_RANK.value)
         if on_gpu and dtype != "float32" and FORMAT.value == "nf4" and bench_bitsandbytes.is_there():
@@ -117,9 +116,6 @@ def main() -> None:
         running, failing = measure.split_failing({form: run for form, (run, _) in forms.items()})
         failing |= {form: reason for form, reason in refused.items() if reason is not None}
         failures += [{"shape": name, "rows": m, "op": op, "form": f, "error": error} for f, error in failing.items()]
-        errors = {form: measure.eight_bit_error(case, codecs[name], form) for form in eight_bit if form in running}
-        for form, error in errors.items():
-            tqdm.write(f"{name}, {m} rows: {form} is off by {error:.2%} of the full product (root mean square)")
         runs = ceilings.runs | running
         seconds = measure.interleaved(runs, repeats, copies)
         copy, multiply = ceilings.rates(seconds, copies)
@@ -141,7 +137,6 @@ def main() -> None:
                     "flops_per_second": case.flops / seconds[form],
                     "of_matmul": case.flops / seconds[form] / multiply,
                 }
-                | ({"error_to_full": errors[form]} if form in errors else {})
             )
         copy, multiply = (statistics.median(peak) for peak in zip(*peaks, strict=True))
         report["ceilings"] = {"copy_bytes_per_second": copy, "matmul_flops_per_second": multiply}

@@ -5,10 +5,6 @@
 (triton/backend.py: those GPUs) and "mosaic" (mosaic/hopper.py: Hopper) dequantize inside the product. Shapes that
 kernels refuse take "xla". "auto" takes what the GPU's tuned table (config.py) names as the fastest for an op, a shape
 and a number of rows, and "xla" where nothing was measured. `path` tells which way a product goes.
-
-Three computations of the forward product. "full" multiplies in x's dtype; the default. "fp8" and "fp8_row" round both
-operands to 8 bits, x with a scale for every 64 in-features or for every row (fp8.py): with backend "triton" in a kernel
-for Ada and Hopper, elsewhere in a plain emulation that is no faster.
 """
 
 import functools
@@ -22,17 +18,15 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.nf4_matmul import config, fp8
+from pallas_kernels.nf4_matmul import config
 from pallas_kernels.nf4_matmul.dense import dense_matmul
 from pallas_kernels.nf4_matmul.operands import Codec, Packed, dequantize
 from pallas_kernels.nf4_matmul.shapes import Shape
 
 # backend -> its module, imported when it is chosen
 _KERNELS = {"triton": "triton.backend", "scratch": "triton.scratch", "mosaic": "mosaic.hopper"}
-_FP8_KERNELS = {"triton": "triton.fp8_backend"}
 _PACKAGES = {"triton": "jax-triton", "scratch": "jax-triton"}  # what they need beside jax
 BACKENDS = ("auto", "xla", *_KERNELS)
-COMPUTE = ("full", "fp8", "fp8_row")
 log = logging.getLogger(__name__)
 
 
@@ -41,8 +35,7 @@ def path(codec: Codec, dtype: jnp.dtype, op: config.Op | None = None, rows: int 
 
     Backend "auto" needs op and rows (of x or dy, a pack's all together): it takes the tuned table's choice, or "xla".
 
-    Raises ValueError for an unknown backend or computation, two that do not go together, and "auto" without op and
-    rows; RuntimeError for 8-bit kernels where there is no NVIDIA GPU to ask what it has.
+    Raises ValueError for an unknown backend, and for "auto" without op and rows.
     """
     _check(codec)
     backend = codec.backend
@@ -64,13 +57,6 @@ def path(codec: Codec, dtype: jnp.dtype, op: config.Op | None = None, rows: int 
 def _check(codec: Codec) -> None:
     if codec.backend not in BACKENDS:
         raise ValueError(f"backend is {codec.backend!r}, expected one of {', '.join(BACKENDS)}")
-    if codec.compute not in COMPUTE:
-        raise ValueError(f"compute is {codec.compute!r}, expected one of {', '.join(COMPUTE)}")
-    if codec.compute != "full" and codec.backend not in ("auto", "xla", *_FP8_KERNELS):
-        raise ValueError(
-            f'backend {codec.backend!r} has no kernel for compute "{codec.compute}": set backend to '
-            f'{" or ".join(_FP8_KERNELS)} or xla, or compute to "full"'
-        )
 
 
 def refusal(codec: Codec, dtype: jnp.dtype) -> str | None:
@@ -79,9 +65,8 @@ def refusal(codec: Codec, dtype: jnp.dtype) -> str | None:
 
 
 def _fastest(op: config.Op, rows: int, codec: Codec) -> str:
-    """What the table says; it knows nothing of 8-bit products."""
-    has_entry = rows and codec.compute == "full"
-    choice = config.tuned_table(_device_kind()).get(_key(op, rows, codec)) if has_entry else None
+    """What the table says, or "xla"."""
+    choice = config.tuned_table(_device_kind()).get(_key(op, rows, codec)) if rows else None
     return "xla" if choice is None else choice.backend
 
 
@@ -100,8 +85,7 @@ def _is_installed(backend: str) -> bool:
 
 
 def _kernels(codec: Codec) -> ModuleType:
-    modules = _KERNELS if codec.compute == "full" else _FP8_KERNELS
-    return importlib.import_module(f"pallas_kernels.nf4_matmul.{modules[codec.backend]}")
+    return importlib.import_module(f"pallas_kernels.nf4_matmul.{_KERNELS[codec.backend]}")
 
 
 @functools.cache
@@ -116,11 +100,11 @@ def matmul(x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
     Args:
       x: [..., I], float32 or bfloat16 or float16.
       packed: the weight's arrays.
-      codec: its shape (O, I), block size, tables, backend and computation.
+      codec: its shape (O, I), block size, tables and backend.
     Returns:
       [..., O] in x's dtype, accumulated in float32.
     Raises:
-      ValueError: x's last dimension is not I, or the backend or the computation is unknown, or it has no kernel for it.
+      ValueError: x's last dimension is not I, or the backend is unknown.
       RuntimeError, ImportError: backend "triton", "scratch" or "mosaic" without its GPU or its packages.
     """
     if x.shape[-1] != codec.shape[1]:
@@ -133,13 +117,12 @@ def matmul(x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
 
 def _product(op: config.Op, x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
     if codec.backend == "auto":
-        is_tuned = config.is_tuned(_device_kind(), op, Shape(*codec.shape), codec.block_size)
-        if is_tuned and codec.compute == "full":
+        if config.is_tuned(_device_kind(), op, Shape(*codec.shape), codec.block_size):
             # which one is fastest, is known once all rows are counted
             return fused(partial(_fastest_kernel, op), codec)(x, packed)
         codec = codec._replace(backend="xla")
     backend = path(codec, x.dtype)
-    if backend == "xla" and codec.compute == "full":
+    if backend == "xla":
         return _dense(op, x, packed, codec)
     return fused(_kernel(op, codec._replace(backend=backend)), codec)(x, packed)
 
@@ -151,7 +134,7 @@ def _fastest_kernel(op: config.Op, x: jax.Array, packed: Packed, codec: Codec) -
 
 def _kernel(op: config.Op, codec: Codec) -> Callable[[jax.Array, Packed, Codec], jax.Array]:
     if codec.backend == "xla":
-        return partial(_dense, op) if codec.compute == "full" else fp8.forward
+        return partial(_dense, op)
     return getattr(_kernels(codec), op)
 
 
@@ -175,7 +158,6 @@ def _forward(x, packed, codec):
 
 
 def _backward(codec, packed, dy):
-    codec = codec._replace(compute="full")  # fp8.py says why there is no other gradient
     return _product("backward", dy, packed, codec), None
 
 

@@ -56,8 +56,6 @@ def is_fused(codec: Codec, dtype: jnp.dtype) -> bool:
         return False
     if codec.backend != "triton":
         raise ValueError(f'fuse_lora needs backend "triton", found {codec.backend!r}: choose that, or leave it off')
-    if codec.compute != "full":
-        raise ValueError(f'fuse_lora needs compute "full", found {codec.compute!r}: choose that, or leave it off')
     return api.path(codec, dtype) == "triton"
 
 

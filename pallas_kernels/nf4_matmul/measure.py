@@ -20,9 +20,7 @@ from pallas_kernels.nf4_matmul.dense import dense_matmul
 from pallas_kernels.nf4_matmul.lora import matmul_lora
 from pallas_kernels.nf4_matmul.operands import Codec, Packed, dequantize
 from pallas_kernels.nf4_matmul.shapes import Shape
-from pallas_kernels.nf4_matmul.triton import fp8_backend as triton_fp8_backend
 
-EIGHT_BIT = ("triton fp8", "triton fp8_row")  # the forms on 8-bit operands
 Run = Callable[[], Any]  # starts a computation; what it returns has been computed when jax.block_until_ready says so
 
 
@@ -82,33 +80,11 @@ def forms(case: Case, codec: Codec, copies: int, backends: tuple[str, ...]) -> d
     packed_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(packed[0]))
     found: dict[str, tuple[Run, int]] = {}
     for backend in backends:
-        run = partial(products(case.op, _form(codec, backend)), x, packed)
+        run = partial(products(case.op, codec._replace(backend=backend)), x, packed)
         found[backend] = (run, packed_bytes + case.activation_bytes)
     found["dense"] = (partial(multiply, x, dense), dense[0].nbytes + case.activation_bytes)
     found["dequantize, dot"] = (dequantize_then_dot, packed_bytes + 2 * dense[0].nbytes + case.activation_bytes)
     return found
-
-
-def eight_bit_forms(case: Case) -> tuple[str, ...]:
-    """EIGHT_BIT where this GPU has a kernel for the case, else nothing: the emulation is not worth timing."""
-    if case.op != "forward" or triton_fp8_backend.unsupported(case.shape, case.block_size, jnp.dtype(case.dtype)):
-        return ()
-    return EIGHT_BIT
-
-
-def eight_bit_error(case: Case, codec: Codec, form: str) -> float:
-    """Root mean square of the 8-bit product less the full one on the same backend, over that of the full one."""
-    x = jax.random.normal(jax.random.key(0), (case.rows, case.shape.in_features), jnp.dtype(case.dtype))
-    packed, eight_bit = [random_packed(codec, seed=0)], _form(codec, form)
-    full = products("forward", eight_bit._replace(compute="full"))(x, packed)[0].astype(jnp.float32)
-    found = products("forward", eight_bit)(x, packed)[0].astype(jnp.float32)
-    return float(jnp.sqrt(jnp.mean(jnp.square(found - full)) / jnp.mean(jnp.square(full))))
-
-
-def _form(codec: Codec, name: str) -> Codec:
-    """The codec of a form called "triton" or "triton fp8"."""
-    backend, _, compute = name.partition(" ")
-    return codec._replace(backend=backend, compute=compute or "full")
 
 
 def lora_forms(case: Case, codec: Codec, copies: int, rank: int) -> dict[str, tuple[Run, int]]:

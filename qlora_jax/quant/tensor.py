@@ -30,7 +30,6 @@ class QuantizedTensor:
     format: str = dataclasses.field(metadata={"static": True})
     block_size: int = dataclasses.field(metadata={"static": True})
     backend: str = dataclasses.field(default="xla", metadata={"static": True})  # of matmul: nf4_matmul.BACKENDS
-    compute: str = dataclasses.field(default="full", metadata={"static": True})  # of its forward: nf4_matmul.COMPUTE
     fuse_lora: bool = dataclasses.field(default=False, metadata={"static": True})  # of matmul_lora
 
     @property
@@ -44,7 +43,7 @@ class QuantizedTensor:
     @property
     def codec(self) -> nf4_matmul.Codec:
         table = codebook(self.format).values
-        how = self.backend, self.compute, self.fuse_lora
+        how = self.backend, self.fuse_lora
         return nf4_matmul.Codec(self.shape, self.block_size, table, absmax_map(), *how)
 
     @property

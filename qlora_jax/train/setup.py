@@ -40,7 +40,6 @@ _CHOICES = {
     ("model", "remat"): REMAT,
     ("model", "attention"): attention.IMPLEMENTATIONS,
     ("model", "kernel"): nf4_matmul.BACKENDS,
-    ("model", "compute"): nf4_matmul.COMPUTE,
     ("data", "template"): TEMPLATES,
     ("optimizer", "paging"): PAGING,
 }
@@ -117,17 +116,6 @@ def check_values(config: Any, backend: str | None = None) -> None:
     lora.select_modules(config.lora.modules_to_save, adds_tokens=False, tied=False)
     if config.optimizer.learning_rate <= 0 or config.optimizer.max_grad_norm < 0:
         raise InputError("optimizer.learning_rate must be positive and optimizer.max_grad_norm 0 (no clipping) or more")
-    compute = config.model.compute
-    if compute != "full" and config.quant.format == "none":
-        raise InputError(
-            f'model.compute is "{compute}", a form of the 4-bit matmul, but quant.format is "none": set '
-            "quant.format=nf4, or model.compute=full"
-        )
-    if compute != "full" and config.model.kernel == "mosaic":
-        raise InputError(
-            f'model.kernel is "mosaic", which has no kernel for model.compute="{compute}": set model.kernel=triton, or '
-            "model.compute=full"
-        )
     if config.model.sequence_chunk < 0:
         raise InputError(f"model.sequence_chunk is {config.model.sequence_chunk}; expected tokens, or 0 for off")
     if config.model.sequence_chunk and config.model.attention not in ("auto", "chunked"):
@@ -163,7 +151,6 @@ def _check_packing(config: Any) -> None:
 def _check_fuse_lora(config: Any) -> None:
     for section, key, takes in (
         ("model", "kernel", ("triton",)),
-        ("model", "compute", ("full",)),
         ("model", "compute_dtype", ("bfloat16",)),
         ("quant", "format", ("nf4", "fp4", "int4")),
     ):
@@ -210,13 +197,7 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
     if grad_accum != config.train.grad_accum:
         say(f"data: {grad_accum} micro-batches a step, not {config.train.grad_accum}: the file's batches are smaller")
     tx = make_optimizer(config.optimizer, steps)
-    m = config.model
-    if m.compute != "full" and m.kernel in ("auto", "xla"):
-        say(
-            f"model: 8-bit products are emulated with model.kernel={m.kernel}: they show the effect on the loss, not "
-            "the speed"
-        )
-    _say_attention(m, data.batches.max_length, say)
+    _say_attention(config.model, data.batches.max_length, say)
     model = load_base(config, folder, progress)
     lora.attach(model, lora_config, jax.random.key(config.train.seed))
     if added is not None:
@@ -285,7 +266,7 @@ def load_base(config: Any, folder: Path, progress: Callable[[int, int], None]) -
     """The frozen model that the config's `model` and `quant` sections describe, from its folder."""
     m = config.model
     return load_model(
-        folder, quantization(config), m.compute_dtype, m.remat, m.attention, m.kernel, progress, m.compute,
+        folder, quantization(config), m.compute_dtype, m.remat, m.attention, m.kernel, progress,
         m.fuse_lora, m.sequence_chunk,
     )  # fmt: skip
 

@@ -27,7 +27,6 @@ class ModelSpec:
     remat: str = "block"
     attention: str = "auto"
     kernel: str = "auto"
-    compute: str = "full"
     fuse_lora: bool = False
     sequence_chunk: int = 0
 
@@ -53,7 +52,7 @@ def abstract_model(spec: ModelSpec) -> AbstractModel:
     """The model that `train/setup.prepare` would load, as shapes and dtypes."""
     config = spec.sizes
     stored = jnp.dtype(spec.kept_dtype)
-    how = {"backend": spec.kernel, "compute": spec.compute, "fuse_lora": spec.fuse_lora}
+    how = {"backend": spec.kernel, "fuse_lora": spec.fuse_lora}
 
     def build() -> Llama:
         weights: dict[str, Any] = {

@@ -47,7 +47,6 @@ def read_spec(config: Any, length: int | None = None) -> RunSpec:
         m.remat,
         m.attention,
         m.kernel,
-        m.compute,
         m.fuse_lora,
         m.sequence_chunk,
     )

@@ -1,7 +1,6 @@
 """Runs a Triton kernel in Triton's own interpreter on numpy arrays: no GPU, no torch.
 
-Added to it are inline assembly (ptx.py), and bfloat16 and 8-bit floats: it has no dot products of them, and cuts where
-a GPU rounds.
+Added to it are inline assembly (ptx.py) and bfloat16: it has no dot products of it, and cuts where a GPU rounds.
 """
 
 import contextlib
@@ -22,8 +21,6 @@ from triton.runtime.jit import JITFunction
 from pallas_kernels.nf4_matmul import Codec, Packed, config
 from pallas_kernels.nf4_matmul.shapes import Shape
 from pallas_kernels.nf4_matmul.triton import backend as triton_backend
-from pallas_kernels.nf4_matmul.triton import fp8 as triton_fp8
-from pallas_kernels.nf4_matmul.triton import fp8_backend as triton_fp8_backend
 from pallas_kernels.nf4_matmul.triton import scratch
 from pallas_kernels.nf4_matmul.triton.backward import backward_kernel
 from pallas_kernels.nf4_matmul.triton.dequantize import dequantize_kernel
@@ -37,10 +34,7 @@ POINTERS = {
     "float16": tl.float16,
     "bfloat16": tl.bfloat16,
     "float32": tl.float32,
-    "float8_e4m3fn": tl.float8e4nv,
 }
-# how the interpreter keeps what numpy has not
-STORED = {tl.bfloat16: ml_dtypes.bfloat16, tl.float8e4nv: ml_dtypes.float8_e4m3fn}
 
 
 def matmul(
@@ -64,18 +58,6 @@ def matmul(
     arguments["DTYPE"] = tl.constexpr(arguments["DTYPE"])
     run(kernel, (adapters * config.programs(op, rows // adapters, shape, tiles), tiles.split), arguments)
     return out.astype(np.float32).sum(0)
-
-
-def matmul_fp8(x: jax.Array, packed: Packed, codec: Codec, tiles: config.Tiles) -> np.ndarray:
-    """y as float32 from 8-bit operands, computed as triton_fp8_backend launches it (which rounds y once more)."""
-    shape, rows = Shape(*codec.shape), x.shape[0]
-    arrays = triton_fp8_backend.operands(x, packed, codec, tiles)
-    names = ("x", "x_scales", "codes", "table", "absmax", "scale_map", "nested_absmax", "offset")
-    arguments: dict[str, Any] = {n: None if a is None else np.array(a) for n, a in zip(names, arrays, strict=True)}
-    out = np.full((tiles.split, rows, shape.out_features), np.nan, np.float32)
-    arguments |= {"out": out, "rows": rows} | triton_fp8_backend.constants(codec, tiles)
-    run(triton_fp8.forward_kernel, (config.programs("forward", rows, shape, tiles), tiles.split), arguments)
-    return out.sum(0)
 
 
 def dequantize(packed: Packed, codec: Codec, dtype: str) -> np.ndarray:
@@ -177,8 +159,11 @@ def _inline_assembly(assembly, constraints, values, types, is_pure, pack):
 
 
 def _dot(a, b, sums, input_precision, max_num_imprecise_acc):
-    """Exact products of 16-bit or 8-bit values, summed in float32."""
-    left, right = (operand.data.view(STORED.get(operand.get_element_ty(), operand.data.dtype)) for operand in (a, b))
+    """Exact products of 16-bit values, summed in float32."""
+    left, right = (
+        operand.data.view(ml_dtypes.bfloat16) if operand.get_element_ty() == tl.bfloat16 else operand.data
+        for operand in (a, b)
+    )
     return interpreter.TensorHandle(left.astype(np.float32) @ right.astype(np.float32) + sums.data, tl.float32)
 
 

@@ -13,8 +13,7 @@ import pytest
 
 import qlora_jax as qj
 from pallas_kernels import nf4_matmul
-from pallas_kernels.nf4_matmul import api, fp8
-from pallas_kernels.nf4_matmul.triton import fp8_backend as triton_fp8_backend
+from pallas_kernels.nf4_matmul import api
 from pallas_kernels.nf4_matmul.triton import scratch
 
 pytestmark = [
@@ -128,29 +127,6 @@ def test_the_scratch_is_exact_to_the_bit(name, dtype):
     expected = (values * absmax[number // block_size]).astype(jnp.dtype(dtype)).reshape(shape)
     expected = np.where(expected == 0, np.zeros_like(expected), expected)  # -0 becomes +0
     np.testing.assert_array_equal(np.asarray(found).view(np.uint16), expected.view(np.uint16))
-
-
-@pytest.mark.parametrize(
-    ("rows", "dtype", "block_size"),
-    [(1, "bfloat16", 64), (17, "float16", 32), (300, "bfloat16", 256), (2048, "bfloat16", 64)],
-)
-@pytest.mark.parametrize("shape", [(1024, 2048), (4096, 11008)])
-@pytest.mark.parametrize("compute", ["fp8", "fp8_row"])
-def test_8_bit_value(compute, shape, rows, dtype, block_size):
-    """Against the emulation of the same roundings: what is left are sums, which 8-bit tensor cores may keep shorter."""
-    if reason := triton_fp8_backend.unsupported(shape, block_size, jnp.dtype(dtype)):
-        pytest.skip(reason)
-    keys = jax.random.split(jax.random.key(rows), 2)
-    q = qj.quantize(jax.random.normal(keys[0], shape), block_size=block_size)
-    x = jax.random.normal(keys[1], (rows, shape[1]), dtype)
-    codec = q.codec._replace(backend="triton", compute=compute)
-    found = nf4_matmul.matmul(x, q.packed, codec)
-    exact = fp8.forward(x.astype(jnp.float32), q.packed, codec)
-    magnitude = nf4_matmul.dense_matmul(jnp.abs(x).astype(jnp.float32), jnp.abs(qj.dequantize(q, jnp.float32)), 1)
-    error = np.abs(np.asarray(found, np.float32) - np.asarray(exact))
-    assert found.dtype == dtype
-    assert np.all(error <= 2 * UNIT_ROUNDOFF[dtype] * np.abs(np.asarray(exact)) + 2.0**-11 * np.asarray(magnitude))
-    assert np.sqrt(np.mean(error**2)) < 0.004 * np.sqrt(np.mean(np.square(exact)))
 
 
 @pytest.mark.parametrize("with_dropout", [False, True])

@@ -14,8 +14,6 @@ from triton.compiler import ASTSource
 
 from pallas_kernels.nf4_matmul import Codec, config
 from pallas_kernels.nf4_matmul.triton import backend as triton_backend
-from pallas_kernels.nf4_matmul.triton import fp8 as triton_fp8
-from pallas_kernels.nf4_matmul.triton import fp8_backend as triton_fp8_backend
 from pallas_kernels.nf4_matmul.triton import scratch
 from pallas_kernels.nf4_matmul.triton.backward import backward_kernel
 from pallas_kernels.nf4_matmul.triton.dequantize import dequantize_kernel
@@ -67,26 +65,6 @@ def compile_kernel(
     }
     constants = triton_backend.constants(op, codec, jnp.dtype(dtype), tiles, adapters, rank)
     return _compile(kernel, types, constants, _options(tiles), compute_capability)
-
-
-def compile_fp8(
-    codec: Codec, dtype: str, tiles: config.Tiles, compute_capability: int, double_quant: bool = True
-) -> Machine:
-    nested = "*fp32" if double_quant and tiles.scales_in_kernel else "constexpr"
-    types = {
-        "x": "*fp8e4nv",
-        "x_scales": "*fp32",
-        "codes": "*u8",
-        "table": "*u32",
-        "absmax": "*fp32" if nested == "constexpr" else "*u8",
-        "scale_map": nested,
-        "nested_absmax": nested,
-        "offset": nested,
-        "out": POINTER[dtype] if tiles.split == 1 else "*fp32",
-        "rows": "i32",
-    }
-    constants = triton_fp8_backend.constants(codec, tiles)
-    return _compile(triton_fp8.forward_kernel, types, constants, _options(tiles), compute_capability)
 
 
 def compile_dequantize(codec: Codec, dtype: str, compute_capability: int, double_quant: bool = True) -> Machine:

@@ -86,7 +86,7 @@ def backend_options(compute_capability: int) -> dict[str, Any]:
 
     enable_fp_fusion: a multiply-add would round once where the reference rounds twice; dot products are not concerned.
     ptx_version: XLA's ptxas compiles the PTX, not Triton's, which may be newer (3.9 writes PTX 9.4 for Hopper, CUDA
-    13.0 takes 9.0). CUDA from 12.4 on takes 8.4, the first with 8-bit products for Ada; Blackwell begins at 8.7.
+    13.0 takes 9.0). CUDA from 12.4 on takes 8.4; Blackwell begins at 8.7.
     """
     return {"enable_fp_fusion": False, "ptx_version": 84 if compute_capability < 100 else 87}
 
