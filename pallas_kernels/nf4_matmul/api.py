@@ -1,10 +1,13 @@
 """The op: y = x W^T for a packed W, differentiable in x, with the packed arrays as its only residuals.
 
-"xla" dequantizes a weight and leaves the product to XLA: every device, every shape; the default. "scratch"
-(triton/scratch.py: NVIDIA GPUs from Ampere on) does the same with a kernel that dequantizes. "triton"
-(triton/backend.py: those GPUs) and "mosaic" (mosaic/hopper.py: Hopper) dequantize inside the product. Shapes that
-kernels refuse take "xla". "auto" takes what the GPU's tuned table (config.py) names as the fastest for an op, a shape
-and a number of rows, and "xla" where nothing was measured. `path` tells which way a product goes.
+A product goes one of four ways, its backend:
+xla      dequantizes a weight and leaves the product to XLA: every device, every shape; the default.
+scratch  the same with a kernel that dequantizes (triton/scratch.py: NVIDIA GPUs from Ampere on).
+triton   decodes inside the product (triton/few_rows.py: those GPUs): forward, up to 16 rows of x. "triton" sends all
+         other products, and so all of training, the way of "scratch".
+mosaic   decodes inside the product (mosaic/hopper.py: Hopper), forward and backward, any number of rows.
+Weights that a kernel refuses take "xla". "auto" takes what the GPU's tuned table (config.py) names as the fastest for
+an op, a shape and a number of rows, and "xla" where nothing was measured. `path` tells which way a product goes.
 """
 
 import functools
@@ -24,25 +27,22 @@ from pallas_kernels.nf4_matmul.operands import Codec, Packed, dequantize
 from pallas_kernels.nf4_matmul.shapes import Shape
 
 # backend -> its module, imported when it is chosen
-_KERNELS = {"triton": "triton.backend", "scratch": "triton.scratch", "mosaic": "mosaic.hopper"}
+_KERNELS = {"triton": "triton.few_rows", "scratch": "triton.scratch", "mosaic": "mosaic.hopper"}
 _PACKAGES = {"triton": "jax-triton", "scratch": "jax-triton"}  # what they need beside jax
 BACKENDS = ("auto", "xla", *_KERNELS)
 log = logging.getLogger(__name__)
 
 
-def path(codec: Codec, dtype: jnp.dtype, op: config.Op | None = None, rows: int | None = None) -> str:
-    """The backend of a product with activations of dtype: the codec's, or "xla" where kernels refuse the weight.
+def path(codec: Codec, dtype: jnp.dtype, op: config.Op, rows: int) -> str:
+    """The way of a product with activations of dtype: one of BACKENDS, but never "auto".
 
-    Backend "auto" needs op and rows (of x or dy, a pack's all together): it takes the tuned table's choice, or "xla".
-
-    Raises ValueError for an unknown backend, and for "auto" without op and rows.
+    `rows`: of x or dy, a pack's all together. Raises ValueError for an unknown backend.
     """
     _check(codec)
-    backend = codec.backend
-    if backend == "auto":
-        if op is None or rows is None:
-            raise ValueError('backend "auto" depends on op and rows: path(codec, dtype, op, rows)')
-        backend = _fastest(op, rows, codec)
+    backend = _fastest(op, rows, codec) if codec.backend == "auto" else codec.backend
+    if backend == "triton" and not config.is_few(op, rows):
+        _say_many_rows()
+        backend = "scratch"
     if backend == "xla":
         return "xla"
     reason = refusal(codec._replace(backend=backend), dtype)
@@ -61,7 +61,7 @@ def _check(codec: Codec) -> None:
 
 def refusal(codec: Codec, dtype: jnp.dtype) -> str | None:
     """Why the codec's backend, not "auto", does not take its weight with activations of dtype; None if it does."""
-    return None if codec.backend == "xla" else _kernels(codec).unsupported(codec.shape, codec.block_size, dtype)
+    return None if codec.backend == "xla" else _kernels(codec.backend).unsupported(codec.shape, codec.block_size, dtype)
 
 
 def _fastest(op: config.Op, rows: int, codec: Codec) -> str:
@@ -84,8 +84,15 @@ def _is_installed(backend: str) -> bool:
     return backend not in _PACKAGES or importlib.util.find_spec(_PACKAGES[backend].replace("-", "_")) is not None
 
 
-def _kernels(codec: Codec) -> ModuleType:
-    return importlib.import_module(f"pallas_kernels.nf4_matmul.{_KERNELS[codec.backend]}")
+def _kernels(backend: str) -> ModuleType:
+    return importlib.import_module(f"pallas_kernels.nf4_matmul.{_KERNELS[backend]}")
+
+
+@functools.cache
+def _say_many_rows() -> None:
+    log.warning(
+        "nf4_matmul: backend triton is for forward products of up to %d rows; the others take scratch", config.FEW_ROWS
+    )
 
 
 @functools.cache
@@ -116,26 +123,20 @@ def matmul(x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
 
 
 def _product(op: config.Op, x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
-    if codec.backend == "auto":
-        if config.is_tuned(_device_kind(), op, Shape(*codec.shape), codec.block_size):
-            # which one is fastest, is known once all rows are counted
-            return fused(partial(_fastest_kernel, op), codec)(x, packed)
-        codec = codec._replace(backend="xla")
-    backend = path(codec, x.dtype)
+    backend = codec.backend
+    if backend == "auto" and not config.is_tuned(_device_kind(), op, Shape(*codec.shape), codec.block_size):
+        backend = "xla"
     if backend == "xla":
         return _dense(op, x, packed, codec)
-    return fused(_kernel(op, codec._replace(backend=backend)), codec)(x, packed)
+    return _over_rows(partial(_by_path, op), codec)(x, packed)
 
 
-def _fastest_kernel(op: config.Op, x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
+def _by_path(op: config.Op, x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
+    """The product of rows [M, .], which are all there: their number decides the way."""
     backend = path(codec, x.dtype, op, x.shape[0])
-    return _kernel(op, codec._replace(backend=backend))(x, packed, codec)
-
-
-def _kernel(op: config.Op, codec: Codec) -> Callable[[jax.Array, Packed, Codec], jax.Array]:
-    if codec.backend == "xla":
-        return partial(_dense, op)
-    return getattr(_kernels(codec), op)
+    if backend == "xla":
+        return _dense(op, x, packed, codec)
+    return getattr(_kernels(backend), op)(x, packed, codec)
 
 
 def _dense(op: config.Op, x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
@@ -161,7 +162,7 @@ def _backward(codec, packed, dy):
     return _product("backward", dy, packed, codec), None
 
 
-def fused(kernel: Callable, codec: Codec) -> Callable[[jax.Array, Packed], jax.Array]:
+def _over_rows(kernel: Callable, codec: Codec) -> Callable[[jax.Array, Packed], jax.Array]:
     """The kernel on [..., K]: every axis but the last is rows, and so is that of a vmap over x (a pack of adapters)."""
 
     @jax.custom_batching.custom_vmap

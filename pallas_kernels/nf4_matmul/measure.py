@@ -4,7 +4,6 @@ A program computes the product once for each of several copies of the weight, so
 them and starting the program does not count.
 """
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +16,6 @@ import numpy as np
 
 from pallas_kernels.nf4_matmul import api, config
 from pallas_kernels.nf4_matmul.dense import dense_matmul
-from pallas_kernels.nf4_matmul.lora import matmul_lora
 from pallas_kernels.nf4_matmul.operands import Codec, Packed, dequantize
 from pallas_kernels.nf4_matmul.shapes import Shape
 
@@ -40,14 +38,6 @@ class Case(NamedTuple):
     @property
     def activation_bytes(self) -> int:
         return self.rows * (self.shape.out_features + self.shape.in_features) * jnp.dtype(self.dtype).itemsize
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Median seconds of one product, and the bytes that it must at least move."""
-
-    seconds: float
-    bytes: int
 
 
 def random_packed(codec: Codec, seed: int) -> Packed:
@@ -85,40 +75,6 @@ def forms(case: Case, codec: Codec, copies: int, backends: tuple[str, ...]) -> d
     found["dense"] = (partial(multiply, x, dense), dense[0].nbytes + case.activation_bytes)
     found["dequantize, dot"] = (dequantize_then_dot, packed_bytes + 2 * dense[0].nbytes + case.activation_bytes)
     return found
-
-
-def lora_forms(case: Case, codec: Codec, copies: int, rank: int) -> dict[str, tuple[Run, int]]:
-    """The product with an adapter by the Triton kernels, its low-rank term beside the kernel and inside it.
-
-    Backward is dx alone. The small product u = scale * x A^T (scale * dy B) counts in both forms; every copy of the
-    weight has an adapter of its own, or XLA would compute the low-rank term once for all.
-    """
-    packed = [random_packed(codec, seed) for seed in range(copies)]
-    O, I = case.shape
-    dtype = jnp.dtype(case.dtype)
-    x = jax.random.normal(jax.random.key(0), (case.rows, I if case.op == "forward" else O), dtype)
-    a = list(jax.random.normal(jax.random.key(1), (copies, rank, I)) / I**0.5)
-    b = list(jax.random.normal(jax.random.key(2), (copies, O, rank)) / rank**0.5)
-
-    def adapted(fuse_lora, x, packed, a, b):
-        triton = codec._replace(backend="triton", fuse_lora=fuse_lora)
-        return [_product_lora(case.op, x, *each, triton) for each in zip(packed, a, b, strict=True)]
-
-    packed_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(packed[0]))
-    moved = packed_bytes + case.activation_bytes + rank * (O + I) * dtype.itemsize
-    return {
-        name: (partial(jax.jit(partial(adapted, fuse_lora)), x, packed, a, b), moved)
-        for name, fuse_lora in (("triton + XLA LoRA", False), ("triton, LoRA fused", True))
-    }
-
-
-def _product_lora(
-    op: config.Op, x: jax.Array, packed: Packed, a: jax.Array, b: jax.Array, codec: Codec
-) -> jax.Array:
-    if op == "forward":
-        return matmul_lora(x, packed, codec, a, b, 0.25)
-    zeros = jnp.zeros((x.shape[0], codec.shape[1]), x.dtype)
-    return jax.vjp(lambda primal: matmul_lora(primal, packed, codec, a, b, 0.25), zeros)[1](x)[0]
 
 
 def products(op: config.Op, codec: Codec) -> Callable[[jax.Array, list[Packed]], list[jax.Array]]:

@@ -125,8 +125,6 @@ def check_values(config: Any, backend: str | None = None) -> None:
         )
     if config.data.packing:
         _check_packing(config)
-    if config.model.fuse_lora:
-        _check_fuse_lora(config)
     needs_gpu = [key for key in ("kernel", "attention") if config.model[key] not in ("xla", "auto", "chunked")]
     if needs_gpu and (backend := backend or jax.default_backend()) != "gpu":
         key = needs_gpu[0]
@@ -146,19 +144,6 @@ def _check_packing(config: Any) -> None:
         )
     if config.data.batches:
         raise InputError("data.packing is True, but data.batches is a file of ready rows: set data.packing=False")
-
-
-def _check_fuse_lora(config: Any) -> None:
-    for section, key, takes in (
-        ("model", "kernel", ("triton",)),
-        ("model", "compute_dtype", ("bfloat16",)),
-        ("quant", "format", ("nf4", "fp4", "int4")),
-    ):
-        if (found := config[section][key]) not in takes:
-            raise InputError(
-                f"model.fuse_lora needs {section}.{key} {' or '.join(takes)}, found {found!r}: "
-                "change it, or set model.fuse_lora=False"
-            )
 
 
 def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, int], None]) -> Prepared:
@@ -266,9 +251,8 @@ def load_base(config: Any, folder: Path, progress: Callable[[int, int], None]) -
     """The frozen model that the config's `model` and `quant` sections describe, from its folder."""
     m = config.model
     return load_model(
-        folder, quantization(config), m.compute_dtype, m.remat, m.attention, m.kernel, progress,
-        m.fuse_lora, m.sequence_chunk,
-    )  # fmt: skip
+        folder, quantization(config), m.compute_dtype, m.remat, m.attention, m.kernel, progress, m.sequence_chunk
+    )
 
 
 def quantization(config: Any) -> QuantSpec:

@@ -47,7 +47,6 @@ def read_spec(config: Any, length: int | None = None) -> RunSpec:
         m.remat,
         m.attention,
         m.kernel,
-        m.fuse_lora,
         m.sequence_chunk,
     )
     rows, length = config.train.batch_size, length or _longest(config.data)

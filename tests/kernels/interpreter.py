@@ -20,9 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from pallas_kernels.nf4_matmul import Codec, Packed, config
 from pallas_kernels.nf4_matmul.shapes import Shape
-from pallas_kernels.nf4_matmul.triton import backend as triton_backend
-from pallas_kernels.nf4_matmul.triton import scratch
-from pallas_kernels.nf4_matmul.triton.backward import backward_kernel
+from pallas_kernels.nf4_matmul.triton import few_rows, scratch
 from pallas_kernels.nf4_matmul.triton.dequantize import dequantize_kernel
 from pallas_kernels.nf4_matmul.triton.forward import forward_kernel
 from tests.kernels import ptx
@@ -37,26 +35,15 @@ POINTERS = {
 }
 
 
-def matmul(
-    op: config.Op,
-    x: jax.Array,
-    packed: Packed,
-    codec: Codec,
-    tiles: config.Tiles,
-    low_rank: triton_backend.LowRank | None = None,
-) -> np.ndarray:
-    """y or dx [M, .] as float32, computed as triton_backend launches it; with a pack's adapters x is [A * M, .]."""
-    kernel, columns = (forward_kernel, 0) if op == "forward" else (backward_kernel, 1)
-    name, *low_rank_names = ("x", "u", "b") if op == "forward" else ("dy", "du", "a")
+def matmul(x: jax.Array, packed: Packed, codec: Codec, tiles: config.Tiles) -> np.ndarray:
+    """y [M, O] as float32, computed as triton/few_rows.py launches it."""
     shape, rows = Shape(*codec.shape), x.shape[0]
-    adapters, rank = (1, 0) if low_rank is None else (low_rank.left.shape[0], low_rank.left.shape[2])
-    arrays = triton_backend.operands(packed, codec, x.dtype, tiles)
-    arguments = _named(arrays + triton_backend.low_rank_operands(low_rank), *low_rank_names)
-    out = np.full((tiles.split, rows, shape[columns]), np.nan, np.float32 if tiles.split > 1 else np.asarray(x).dtype)
-    arguments |= {name: np.array(x), "out": out, "rows": rows // adapters}
-    arguments |= triton_backend.constants(op, codec, x.dtype, tiles, adapters, rank)
+    dtype = np.float32 if tiles.split > 1 else np.asarray(x).dtype
+    out = np.full((tiles.split, rows, shape.out_features), np.nan, dtype)
+    arguments = _named(few_rows.operands(packed, codec, x.dtype)) | {"x": np.array(x), "out": out, "rows": rows}
+    arguments |= few_rows.constants(codec, x.dtype, tiles)
     arguments["DTYPE"] = tl.constexpr(arguments["DTYPE"])
-    run(kernel, (adapters * config.programs(op, rows // adapters, shape, tiles), tiles.split), arguments)
+    run(forward_kernel, (config.programs(shape, tiles), tiles.split), arguments)
     return out.astype(np.float32).sum(0)
 
 
@@ -68,8 +55,8 @@ def dequantize(packed: Packed, codec: Codec, dtype: str) -> np.ndarray:
     return out
 
 
-def _named(arrays: tuple[jax.Array | None, ...], *more: str) -> dict[str, Any]:
-    names = ("codes", "table", "absmax", "scale_map", "nested_absmax", "offset", *more)
+def _named(arrays: tuple[jax.Array | None, ...]) -> dict[str, Any]:
+    names = ("codes", "table", "absmax", "scale_map", "nested_absmax", "offset")
     return {name: None if a is None else np.array(a) for name, a in zip(names, arrays, strict=True)}
 
 

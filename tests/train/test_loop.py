@@ -239,22 +239,6 @@ def test_two_processes_cannot_share_a_workdir(tiny_config, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
-        ("model", "kernel", "mosaic", "needs model.kernel triton, found 'mosaic': change it, or set model.fuse_lora="),
-        ("model", "compute_dtype", "float32", "needs model.compute_dtype bfloat16, found 'float32'"),
-        ("quant", "format", "none", "needs quant.format nf4 or fp4 or int4, found 'none'"),
-    ],
-)
-def test_what_cannot_fuse_an_adapter_is_named(tiny_config, section, key, value, message):
-    tiny_config.model.update(kernel="triton", compute_dtype="bfloat16", fuse_lora=True)
-    tiny_config.quant.format = "nf4"
-    tiny_config[section][key] = value
-    with pytest.raises(InputError, match=message):
-        check_config(tiny_config)
-
-
-@pytest.mark.parametrize(
-    ("section", "key", "value", "message"),
-    [
         ("train", "steps", 0, "at least 1"),
         ("model", "compute_dtype", "float64", "bfloat16 or float32"),
         ("model", "kernel", "cuda", "auto or xla or triton"),
@@ -263,7 +247,6 @@ def test_what_cannot_fuse_an_adapter_is_named(tiny_config, section, key, value, 
         ("model", "attention", "flash", "auto or xla or chunked or cudnn"),
         ("model", "attention", "cudnn", "needs an NVIDIA GPU; this process computes on cpu"),
         ("model", "sequence_chunk", -1, "expected tokens, or 0 for off"),
-        ("model", "fuse_lora", True, "model.fuse_lora needs model.kernel triton, found 'auto'"),
         ("optimizer", "paging", "maybe", "never or always or auto"),
         ("optimizer", "schedule", "cosin", "known: constant, linear, cosine"),
         ("optimizer", "name", "adam", "known: adamw"),
