@@ -40,6 +40,8 @@ def test_override_keeps_the_lock_and_the_types(config) -> None:
     assert (type(config.train.steps), type(config.train.x)) == (int, float)
     with pytest.raises(InputError, match="only be set in the config file"):
         override(config, [("note", "x")])
+    with pytest.raises(InputError, match=r"--config.model.fuse_lora: this key is gone, and every run is as with False"):
+        override(config, [("model.fuse_lora", "true")])
 
 
 def test_resolved_is_json(config) -> None:
