@@ -29,12 +29,16 @@ FEW_ROWS = {  # product -> instructions a weight, at most
 }
 
 
+def name(product: Product) -> str:
+    return f"{product.op}-{product.rows}-{product.dtype}-{product.block_size}"
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> dict[Product, Compiled]:
     return compile_all([*MANY_ROWS, *FEW_ROWS], tmp_path_factory.mktemp("mosaic"))
 
 
-@pytest.mark.parametrize("product", MANY_ROWS, ids=str)
+@pytest.mark.parametrize("product", MANY_ROWS, ids=name)
 def test_kernels_for_many_rows_decode_once_and_spill_nothing(product, compiled):
     ptx, said = compiled[product].ptx.read_text(), compiled[product].said
     assert "for 'sm_90a'" in said
@@ -47,7 +51,7 @@ def test_kernels_for_many_rows_decode_once_and_spill_nothing(product, compiled):
     assert words == 128 * 64 // 4 // 128, "a weight is decoded more than once"  # four weights a word, 128 threads
 
 
-@pytest.mark.parametrize("product", FEW_ROWS, ids=str)
+@pytest.mark.parametrize("product", FEW_ROWS, ids=name)
 def test_a_weight_costs_few_instructions_at_few_rows(product, compiled, tmp_path):
     """An H200 at 80% of its bandwidth affords about 4 a weight, at 132 * 128 lanes and 1.75 GHz."""
     triton = pytest.importorskip("triton", reason="needs triton's assembler and disassembler")
