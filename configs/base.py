@@ -20,15 +20,10 @@ def get_config() -> ConfigDict:
     c.model.sequence_chunk = 0  # tokens that go through a layer at a time, for sequences far beyond the card; 0 is off.
     # A chunk dequantizes every weight: by an H200's rates a third of a layer's time at 1024 tokens, a tenth at 4096
     # of the 4-bit matmul: auto (the fastest in the GPU's tuned table; xla where nothing was measured) | xla (first
-    # dequantizes) | scratch (the same, with a kernel; NVIDIA GPUs from Ampere on) | triton (the same GPUs) | mosaic
-    # (Hopper): the last two decode inside the product. The kernels have not been measured on a GPU yet
+    # dequantizes) | scratch (the same, with a kernel; NVIDIA GPUs from Ampere on) | triton (those GPUs: decodes inside
+    # the product for up to 16 rows, as in generation; training and all else goes the way of scratch) | mosaic (Hopper:
+    # decodes inside every product). Measured on an H200 alone (results/README.md)
     c.model.kernel = "auto"
-    c.model.compute = "full"  # full | fp8 | fp8_row: the 4-bit matmul's forward on operands rounded to 8 bits, x with a
-    # scale for every 64 in-features (fp8) or every row (fp8_row, fewer instructions); the gradient stays full.
-    # Off the full product, root mean square, nf4 (fp8, fp8_row): 3.2%, 3.3% for normal x; 2.1%, 2.8% with 8 of 1,024
-    # features 50 times as large; 1.9%, 1.9% with one value a row 1,000 times as large (computed on a CPU).
-    # kernel = triton has a kernel for Ada and Hopper (no GPU has run either form), all else emulates and is no faster
-    c.model.fuse_lora = False  # add the adapter in the 4-bit kernel's epilogue (kernel=triton); not measured yet
 
     c.quant = ConfigDict()
     c.quant.format = "nf4"  # nf4 | fp4 | int4 | none (16-bit base)

@@ -1,11 +1,11 @@
 """Times the 4-bit matmul against dense and dequantize-then-dot: python -m experiments.bench_kernels [--out=FILE.json]
 
 Every form of one product is timed in turns in one run, and so are the ceilings (a large copy, a large matmul) that its
-bytes/s and FLOP/s are held against. On a GPU the kernels join (scratch, triton; mosaic on Hopper), and bitsandbytes
-where it can be imported; on a CPU there are the XLA forms. A form that refuses a weight or fails stands in the table
-with what it said. --tune (GPU) measures every backend and Triton's tile sizes first, and writes the table that
-kernel=auto reads, product by product: run again, it goes on with those that are missing. Several may tune beside each
-other, each its own products: only compiling Triton's kernels overlaps.
+bytes/s and FLOP/s are held against. On a GPU the kernels join (scratch; triton forward, up to 16 rows; mosaic on
+Hopper), and bitsandbytes where it can be imported; on a CPU there are the XLA forms. A form that refuses a weight or
+fails stands in the table with what it said. --tune (GPU) measures every backend and Triton's tile sizes first, and
+writes the table that kernel=auto reads, product by product: run again, it goes on with those that are missing. Several
+may tune beside each other, each its own products: only compiling Triton's kernels overlaps.
 """
 
 import json
@@ -15,7 +15,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from tqdm import tqdm
@@ -30,7 +29,6 @@ FORMAT = flags.DEFINE_enum("format", "nf4", ["nf4", "fp4", "int4"], "The table o
 BLOCK_SIZE = flags.DEFINE_integer("block_size", 64, "Weights that share a scale.")
 REPEATS = flags.DEFINE_integer("repeats", None, "Turns, whose median counts. Without it: 20 on a GPU, 5 on a CPU.")
 OUT = flags.DEFINE_string("out", None, "JSON file to write.")
-LORA_RANK = flags.DEFINE_integer("lora_rank", None, "Adds the product with an adapter of this rank (GPU only).")
 MINUTES = flags.DEFINE_float("minutes", None, "Stop timing after so long; what is left out is said.", lower_bound=0)
 TUNE = flags.DEFINE_bool("tune", False, "Measure backends and tile sizes, and write the GPU's table (GPU only).")
 TUNE_MINUTES = flags.DEFINE_float("tune_minutes", None, "Stop tuning after so long.", lower_bound=0)
@@ -63,8 +61,6 @@ def main() -> None:
     if TUNE.value and not on_gpu:
         raise InputError(f"--tune measures GPU kernels, this process computes on {device.device_kind}: run it on a GPU")
     dtype = DTYPE.value or ("bfloat16" if on_gpu else "float32")
-    if LORA_RANK.value is not None:
-        _check_lora(LORA_RANK.value, dtype, device)
     repeats = (20 if on_gpu else 5) if REPEATS.value is None else REPEATS.value
     if repeats < 1:
         raise InputError(f"--repeats={repeats}: expected at least 1")
@@ -95,7 +91,6 @@ def main() -> None:
         "format": FORMAT.value,
         "block_size": BLOCK_SIZE.value,
         "repeats": repeats,
-        "lora_rank": LORA_RANK.value,
         "ceilings": {},
         "results": results,
         "failures": failures,
@@ -106,20 +101,15 @@ def main() -> None:
             left_out.append({"shape": name, "rows": m, "op": op})
             continue
         copies = measure.copies_that_pass_the_cache(case, on_gpu)
-        refused = {b: api.refusal(codecs[name]._replace(backend=b), jnp.dtype(dtype)) for b in backends}
-        taken = tuple(b for b in backends if refused[b] is None)
-        eight_bit = measure.eight_bit_forms(case) if on_gpu else ()
-        forms = measure.forms(case, codecs[name], copies, taken + eight_bit)
-        if LORA_RANK.value is not None:
-            forms |= measure.lora_forms(case, codecs[name], copies, LORA_RANK.value)
+        here = [b for b in backends if b != "triton" or config.is_few(op, m)]
+        refused = {b: api.refusal(codecs[name]._replace(backend=b), jnp.dtype(dtype)) for b in here}
+        taken = tuple(b for b in here if refused[b] is None)
+        forms = measure.forms(case, codecs[name], copies, taken)
         if on_gpu and dtype != "float32" and FORMAT.value == "nf4" and bench_bitsandbytes.is_there():
             forms["bitsandbytes"] = (bench_bitsandbytes.product(case, copies), forms["xla"][1])
         running, failing = measure.split_failing({form: run for form, (run, _) in forms.items()})
         failing |= {form: reason for form, reason in refused.items() if reason is not None}
         failures += [{"shape": name, "rows": m, "op": op, "form": f, "error": error} for f, error in failing.items()]
-        errors = {form: measure.eight_bit_error(case, codecs[name], form) for form in eight_bit if form in running}
-        for form, error in errors.items():
-            tqdm.write(f"{name}, {m} rows: {form} is off by {error:.2%} of the full product (root mean square)")
         runs = ceilings.runs | running
         seconds = measure.interleaved(runs, repeats, copies)
         copy, multiply = ceilings.rates(seconds, copies)
@@ -141,7 +131,6 @@ def main() -> None:
                     "flops_per_second": case.flops / seconds[form],
                     "of_matmul": case.flops / seconds[form] / multiply,
                 }
-                | ({"error_to_full": errors[form]} if form in errors else {})
             )
         copy, multiply = (statistics.median(peak) for peak in zip(*peaks, strict=True))
         report["ceilings"] = {"copy_bytes_per_second": copy, "matmul_flops_per_second": multiply}
@@ -168,11 +157,11 @@ def _write(report: dict) -> Path | None:
 
 def _backends(on_gpu: bool) -> tuple[str, ...]:
     from pallas_kernels.nf4_matmul import config
-    from pallas_kernels.nf4_matmul.triton import backend as triton_backend
+    from pallas_kernels.nf4_matmul.triton.launch import current_gpu
 
     if not on_gpu:
         return ("xla",)
-    is_hopper = triton_backend.current_gpu().compute_capability == 90
+    is_hopper = current_gpu().compute_capability == 90
     return tuple(backend for backend in config.MEASURED if backend != "mosaic" or is_hopper)
 
 
@@ -183,9 +172,9 @@ def _deadline(minutes: float | None) -> float:
 def _tune(cases: dict, codecs: dict, repeats: int) -> None:
     """Adds the fastest choice of every case that the GPU's table has not, until --tune_minutes are over."""
     from pallas_kernels.nf4_matmul import config, tune
-    from pallas_kernels.nf4_matmul.triton import backend as triton_backend
+    from pallas_kernels.nf4_matmul.triton.launch import current_gpu
 
-    gpu = triton_backend.current_gpu()
+    gpu = current_gpu()
     path = config.table_file(gpu.name)
     table = config.tuned_table(gpu.name)
     wanted = {(case.op, case.shape, case.block_size, config.row_bucket(case.rows)): key for key, case in cases.items()}
@@ -225,17 +214,6 @@ def _names(wanted: list[str], known: list[str]) -> list[str]:
             raise InputError(f"--shapes={entry}: expected a model ({models}), or one of its layers like {known[0]}")
         found += matches
     return list(dict.fromkeys(found))
-
-
-def _check_lora(rank: int, dtype: str, device: Any) -> None:
-    from qlora_jax.errors import InputError
-
-    if device.platform != "gpu":
-        raise InputError(f"--lora_rank={rank} measures GPU kernels, this process computes on {device.device_kind}")
-    if rank < 1:
-        raise InputError(f"--lora_rank={rank}: expected at least 1")
-    if dtype == "float32":
-        raise InputError(f"--lora_rank={rank}: the kernels take --dtype=bfloat16 and float16, found {dtype}")
 
 
 def _counts(wanted: list) -> list[int]:

@@ -54,7 +54,7 @@ def residual(w: Any, init: str, rank: int, scale: float, name: str) -> Any:
     if isinstance(w, QuantizedTensor):
         left = residual(_float32_values(w), init, rank, scale, name)
         again = quantize(jnp.asarray(left), w.format, w.block_size, w.double_quant, name=name)
-        return dataclasses.replace(again, backend=w.backend, compute=w.compute, fuse_lora=w.fuse_lora)
+        return dataclasses.replace(again, backend=w.backend)
     if rank > min(w.shape):
         raise InputError(f"{name} is {list(w.shape)}: {init} cannot take {rank} directions out of it")
     values = np.asarray(w).astype(np.float64)

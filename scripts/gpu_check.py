@@ -144,7 +144,7 @@ def summary(command: list[str], found: dict) -> dict:
 
 
 def versions() -> dict:
-    script = "import json; from experiments import versions; print(json.dumps(versions.installed()))"
+    script = "import json; from experiments.support import versions; print(json.dumps(versions.installed()))"
     return json.loads(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
 
 

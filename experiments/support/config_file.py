@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from qlora_jax.errors import InputError
-from qlora_jax.settings import flatten, nearest
+from qlora_jax.settings import GONE, flatten, nearest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _MISSING = object()
@@ -104,6 +104,8 @@ def override(config: ConfigDict, overrides: Sequence[tuple[str, str]], prefix: s
         inner = _keys_of(values, key)
         if inner:
             raise InputError(f"{flag}={text}: {key} is a section; set its keys, as {flag}.{inner[0]}=...")
+        if key in GONE:
+            raise InputError(f"{flag}: this key is gone, and every run is as with {GONE[key]!r}; leave it out")
         if key not in values:
             raise InputError(f"{flag}: no such key; {_hint(key, list(values), prefix)}")
         value = _parse(text, values[key], flag)

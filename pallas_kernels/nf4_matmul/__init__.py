@@ -1,22 +1,24 @@
-"""y = x W^T and dx = dy W from packed 4-bit weights, and with an adapter's low-rank term."""
+"""y = x W^T and dx = dy W from packed 4-bit weights; dense products and an adapter's low-rank term beside them.
 
-from pallas_kernels.nf4_matmul.api import BACKENDS, COMPUTE, matmul, path
-from pallas_kernels.nf4_matmul.dense import dense_matmul
-from pallas_kernels.nf4_matmul.lora import low_rank_term, matmul_lora
+api (the op: gradient, packs, dispatch) on operands (a packed weight) and reference (what it means, in plain JAX), with
+dense (XLA's products) or a kernel of triton/ or mosaic/; config (tiles, tuned tables) and shapes (of real models) say
+which, and measure (timing) and tune (the fastest right way) find out.
+"""
+
+from pallas_kernels.nf4_matmul.api import BACKENDS, matmul, path
+from pallas_kernels.nf4_matmul.dense import dense_matmul, low_rank_term
 from pallas_kernels.nf4_matmul.operands import Codec, Packed, dequantize
 from pallas_kernels.nf4_matmul.reference import NESTED_BLOCK, unpack
 
 __all__ = [
     "BACKENDS",
-    "COMPUTE",
     "NESTED_BLOCK",
     "Codec",
     "Packed",
     "dense_matmul",
     "dequantize",
-    "matmul",
     "low_rank_term",
-    "matmul_lora",
+    "matmul",
     "path",
     "unpack",
 ]

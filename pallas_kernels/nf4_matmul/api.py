@@ -1,14 +1,13 @@
 """The op: y = x W^T for a packed W, differentiable in x, with the packed arrays as its only residuals.
 
-"xla" dequantizes a weight and leaves the product to XLA: every device, every shape; the default. "scratch"
-(triton/scratch.py: NVIDIA GPUs from Ampere on) does the same with a kernel that dequantizes. "triton"
-(triton/backend.py: those GPUs) and "mosaic" (mosaic/hopper.py: Hopper) dequantize inside the product. Shapes that
-kernels refuse take "xla". "auto" takes what the GPU's tuned table (config.py) names as the fastest for an op, a shape
-and a number of rows, and "xla" where nothing was measured. `path` tells which way a product goes.
-
-Three computations of the forward product. "full" multiplies in x's dtype; the default. "fp8" and "fp8_row" round both
-operands to 8 bits, x with a scale for every 64 in-features or for every row (fp8.py): with backend "triton" in a kernel
-for Ada and Hopper, elsewhere in a plain emulation that is no faster.
+A product goes one of four ways, its backend:
+xla      dequantizes a weight and leaves the product to XLA: every device, every shape; the default.
+scratch  the same with a kernel that dequantizes (triton/scratch.py: NVIDIA GPUs from Ampere on).
+triton   decodes inside the product (triton/few_rows.py: those GPUs): forward, up to 16 rows of x. "triton" sends all
+         other products, and so all of training, the way of "scratch".
+mosaic   decodes inside the product (mosaic/hopper.py: Hopper), forward and backward, any number of rows.
+Weights that a kernel refuses take "xla". "auto" takes what the GPU's tuned table (config.py) names as the fastest for
+an op, a shape and a number of rows, and "xla" where nothing was measured. `path` tells which way a product goes.
 """
 
 import functools
@@ -22,34 +21,28 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.nf4_matmul import config, fp8
+from pallas_kernels.nf4_matmul import config
 from pallas_kernels.nf4_matmul.dense import dense_matmul
 from pallas_kernels.nf4_matmul.operands import Codec, Packed, dequantize
 from pallas_kernels.nf4_matmul.shapes import Shape
 
 # backend -> its module, imported when it is chosen
-_KERNELS = {"triton": "triton.backend", "scratch": "triton.scratch", "mosaic": "mosaic.hopper"}
-_FP8_KERNELS = {"triton": "triton.fp8_backend"}
+_KERNELS = {"triton": "triton.few_rows", "scratch": "triton.scratch", "mosaic": "mosaic.hopper"}
 _PACKAGES = {"triton": "jax-triton", "scratch": "jax-triton"}  # what they need beside jax
 BACKENDS = ("auto", "xla", *_KERNELS)
-COMPUTE = ("full", "fp8", "fp8_row")
 log = logging.getLogger(__name__)
 
 
-def path(codec: Codec, dtype: jnp.dtype, op: config.Op | None = None, rows: int | None = None) -> str:
-    """The backend of a product with activations of dtype: the codec's, or "xla" where kernels refuse the weight.
+def path(codec: Codec, dtype: jnp.dtype, op: config.Op, rows: int) -> str:
+    """The way of a product with activations of dtype: one of BACKENDS, but never "auto".
 
-    Backend "auto" needs op and rows (of x or dy, a pack's all together): it takes the tuned table's choice, or "xla".
-
-    Raises ValueError for an unknown backend or computation, two that do not go together, and "auto" without op and
-    rows; RuntimeError for 8-bit kernels where there is no NVIDIA GPU to ask what it has.
+    `rows`: of x or dy, a pack's all together. Raises ValueError for an unknown backend.
     """
     _check(codec)
-    backend = codec.backend
-    if backend == "auto":
-        if op is None or rows is None:
-            raise ValueError('backend "auto" depends on op and rows: path(codec, dtype, op, rows)')
-        backend = _fastest(op, rows, codec)
+    backend = _fastest(op, rows, codec) if codec.backend == "auto" else codec.backend
+    if backend == "triton" and not config.is_few(op, rows):
+        _say_many_rows()
+        backend = "scratch"
     if backend == "xla":
         return "xla"
     reason = refusal(codec._replace(backend=backend), dtype)
@@ -64,24 +57,16 @@ def path(codec: Codec, dtype: jnp.dtype, op: config.Op | None = None, rows: int 
 def _check(codec: Codec) -> None:
     if codec.backend not in BACKENDS:
         raise ValueError(f"backend is {codec.backend!r}, expected one of {', '.join(BACKENDS)}")
-    if codec.compute not in COMPUTE:
-        raise ValueError(f"compute is {codec.compute!r}, expected one of {', '.join(COMPUTE)}")
-    if codec.compute != "full" and codec.backend not in ("auto", "xla", *_FP8_KERNELS):
-        raise ValueError(
-            f'backend {codec.backend!r} has no kernel for compute "{codec.compute}": set backend to '
-            f'{" or ".join(_FP8_KERNELS)} or xla, or compute to "full"'
-        )
 
 
 def refusal(codec: Codec, dtype: jnp.dtype) -> str | None:
     """Why the codec's backend, not "auto", does not take its weight with activations of dtype; None if it does."""
-    return None if codec.backend == "xla" else _kernels(codec).unsupported(codec.shape, codec.block_size, dtype)
+    return None if codec.backend == "xla" else _kernels(codec.backend).unsupported(codec.shape, codec.block_size, dtype)
 
 
 def _fastest(op: config.Op, rows: int, codec: Codec) -> str:
-    """What the table says; it knows nothing of 8-bit products."""
-    has_entry = rows and codec.compute == "full"
-    choice = config.tuned_table(_device_kind()).get(_key(op, rows, codec)) if has_entry else None
+    """What the table says, or "xla"."""
+    choice = config.tuned_table(_device_kind()).get(_key(op, rows, codec)) if rows else None
     return "xla" if choice is None else choice.backend
 
 
@@ -99,9 +84,15 @@ def _is_installed(backend: str) -> bool:
     return backend not in _PACKAGES or importlib.util.find_spec(_PACKAGES[backend].replace("-", "_")) is not None
 
 
-def _kernels(codec: Codec) -> ModuleType:
-    modules = _KERNELS if codec.compute == "full" else _FP8_KERNELS
-    return importlib.import_module(f"pallas_kernels.nf4_matmul.{modules[codec.backend]}")
+def _kernels(backend: str) -> ModuleType:
+    return importlib.import_module(f"pallas_kernels.nf4_matmul.{_KERNELS[backend]}")
+
+
+@functools.cache
+def _say_many_rows() -> None:
+    log.warning(
+        "nf4_matmul: backend triton is for forward products of up to %d rows; the others take scratch", config.FEW_ROWS
+    )
 
 
 @functools.cache
@@ -116,11 +107,11 @@ def matmul(x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
     Args:
       x: [..., I], float32 or bfloat16 or float16.
       packed: the weight's arrays.
-      codec: its shape (O, I), block size, tables, backend and computation.
+      codec: its shape (O, I), block size, tables and backend.
     Returns:
       [..., O] in x's dtype, accumulated in float32.
     Raises:
-      ValueError: x's last dimension is not I, or the backend or the computation is unknown, or it has no kernel for it.
+      ValueError: x's last dimension is not I, or the backend is unknown.
       RuntimeError, ImportError: backend "triton", "scratch" or "mosaic" without its GPU or its packages.
     """
     if x.shape[-1] != codec.shape[1]:
@@ -132,27 +123,20 @@ def matmul(x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
 
 
 def _product(op: config.Op, x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
-    if codec.backend == "auto":
-        is_tuned = config.is_tuned(_device_kind(), op, Shape(*codec.shape), codec.block_size)
-        if is_tuned and codec.compute == "full":
-            # which one is fastest, is known once all rows are counted
-            return fused(partial(_fastest_kernel, op), codec)(x, packed)
-        codec = codec._replace(backend="xla")
-    backend = path(codec, x.dtype)
-    if backend == "xla" and codec.compute == "full":
+    backend = codec.backend
+    if backend == "auto" and not config.is_tuned(_device_kind(), op, Shape(*codec.shape), codec.block_size):
+        backend = "xla"
+    if backend == "xla":
         return _dense(op, x, packed, codec)
-    return fused(_kernel(op, codec._replace(backend=backend)), codec)(x, packed)
+    return _over_rows(partial(_by_path, op), codec)(x, packed)
 
 
-def _fastest_kernel(op: config.Op, x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
+def _by_path(op: config.Op, x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
+    """The product of rows [M, .], which are all there: their number decides the way."""
     backend = path(codec, x.dtype, op, x.shape[0])
-    return _kernel(op, codec._replace(backend=backend))(x, packed, codec)
-
-
-def _kernel(op: config.Op, codec: Codec) -> Callable[[jax.Array, Packed, Codec], jax.Array]:
-    if codec.backend == "xla":
-        return partial(_dense, op) if codec.compute == "full" else fp8.forward
-    return getattr(_kernels(codec), op)
+    if backend == "xla":
+        return _dense(op, x, packed, codec)
+    return getattr(_kernels(backend), op)(x, packed, codec)
 
 
 def _dense(op: config.Op, x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
@@ -175,11 +159,10 @@ def _forward(x, packed, codec):
 
 
 def _backward(codec, packed, dy):
-    codec = codec._replace(compute="full")  # fp8.py says why there is no other gradient
     return _product("backward", dy, packed, codec), None
 
 
-def fused(kernel: Callable, codec: Codec) -> Callable[[jax.Array, Packed], jax.Array]:
+def _over_rows(kernel: Callable, codec: Codec) -> Callable[[jax.Array, Packed], jax.Array]:
     """The kernel on [..., K]: every axis but the last is rows, and so is that of a vmap over x (a pack of adapters)."""
 
     @jax.custom_batching.custom_vmap

@@ -1,4 +1,4 @@
-"""The product with a weight in 16 or 32 bits, as XLA computes it."""
+"""Products with weights in 16 or 32 bits, as XLA computes them; the low-rank term of an adapter is two of them."""
 
 from functools import partial
 from typing import Any
@@ -31,6 +31,15 @@ def _dense_backward(contract, dtype, residuals, dy):
 
 
 dense_matmul.defvjp(_dense_forward, _dense_backward)
+
+
+def low_rank_term(dropped: jax.Array, a: jax.Array, b: jax.Array, scale: float | jax.Array) -> jax.Array:
+    """scale * dropped A^T B^T: dropped [..., I], A [R, I], B [O, R] -> [..., O] in dropped's dtype.
+
+    A and B are rounded to that dtype, and so is every product.
+    """
+    low_rank = dense_matmul(dropped, a.astype(dropped.dtype), contract=1)
+    return dense_matmul(low_rank, b.astype(dropped.dtype), contract=1) * jnp.asarray(scale, dropped.dtype)
 
 
 def _dot(a: jax.Array, b: jax.Array, dims: Any) -> jax.Array:

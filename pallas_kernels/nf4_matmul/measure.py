@@ -4,7 +4,6 @@ A program computes the product once for each of several copies of the weight, so
 them and starting the program does not count.
 """
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -17,12 +16,9 @@ import numpy as np
 
 from pallas_kernels.nf4_matmul import api, config
 from pallas_kernels.nf4_matmul.dense import dense_matmul
-from pallas_kernels.nf4_matmul.lora import matmul_lora
 from pallas_kernels.nf4_matmul.operands import Codec, Packed, dequantize
 from pallas_kernels.nf4_matmul.shapes import Shape
-from pallas_kernels.nf4_matmul.triton import fp8_backend as triton_fp8_backend
 
-EIGHT_BIT = ("triton fp8", "triton fp8_row")  # the forms on 8-bit operands
 Run = Callable[[], Any]  # starts a computation; what it returns has been computed when jax.block_until_ready says so
 
 
@@ -42,14 +38,6 @@ class Case(NamedTuple):
     @property
     def activation_bytes(self) -> int:
         return self.rows * (self.shape.out_features + self.shape.in_features) * jnp.dtype(self.dtype).itemsize
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Median seconds of one product, and the bytes that it must at least move."""
-
-    seconds: float
-    bytes: int
 
 
 def random_packed(codec: Codec, seed: int) -> Packed:
@@ -82,67 +70,11 @@ def forms(case: Case, codec: Codec, copies: int, backends: tuple[str, ...]) -> d
     packed_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(packed[0]))
     found: dict[str, tuple[Run, int]] = {}
     for backend in backends:
-        run = partial(products(case.op, _form(codec, backend)), x, packed)
+        run = partial(products(case.op, codec._replace(backend=backend)), x, packed)
         found[backend] = (run, packed_bytes + case.activation_bytes)
     found["dense"] = (partial(multiply, x, dense), dense[0].nbytes + case.activation_bytes)
     found["dequantize, dot"] = (dequantize_then_dot, packed_bytes + 2 * dense[0].nbytes + case.activation_bytes)
     return found
-
-
-def eight_bit_forms(case: Case) -> tuple[str, ...]:
-    """EIGHT_BIT where this GPU has a kernel for the case, else nothing: the emulation is not worth timing."""
-    if case.op != "forward" or triton_fp8_backend.unsupported(case.shape, case.block_size, jnp.dtype(case.dtype)):
-        return ()
-    return EIGHT_BIT
-
-
-def eight_bit_error(case: Case, codec: Codec, form: str) -> float:
-    """Root mean square of the 8-bit product less the full one on the same backend, over that of the full one."""
-    x = jax.random.normal(jax.random.key(0), (case.rows, case.shape.in_features), jnp.dtype(case.dtype))
-    packed, eight_bit = [random_packed(codec, seed=0)], _form(codec, form)
-    full = products("forward", eight_bit._replace(compute="full"))(x, packed)[0].astype(jnp.float32)
-    found = products("forward", eight_bit)(x, packed)[0].astype(jnp.float32)
-    return float(jnp.sqrt(jnp.mean(jnp.square(found - full)) / jnp.mean(jnp.square(full))))
-
-
-def _form(codec: Codec, name: str) -> Codec:
-    """The codec of a form called "triton" or "triton fp8"."""
-    backend, _, compute = name.partition(" ")
-    return codec._replace(backend=backend, compute=compute or "full")
-
-
-def lora_forms(case: Case, codec: Codec, copies: int, rank: int) -> dict[str, tuple[Run, int]]:
-    """The product with an adapter by the Triton kernels, its low-rank term beside the kernel and inside it.
-
-    Backward is dx alone. The small product u = scale * x A^T (scale * dy B) counts in both forms; every copy of the
-    weight has an adapter of its own, or XLA would compute the low-rank term once for all.
-    """
-    packed = [random_packed(codec, seed) for seed in range(copies)]
-    O, I = case.shape
-    dtype = jnp.dtype(case.dtype)
-    x = jax.random.normal(jax.random.key(0), (case.rows, I if case.op == "forward" else O), dtype)
-    a = list(jax.random.normal(jax.random.key(1), (copies, rank, I)) / I**0.5)
-    b = list(jax.random.normal(jax.random.key(2), (copies, O, rank)) / rank**0.5)
-
-    def adapted(fuse_lora, x, packed, a, b):
-        triton = codec._replace(backend="triton", fuse_lora=fuse_lora)
-        return [_product_lora(case.op, x, *each, triton) for each in zip(packed, a, b, strict=True)]
-
-    packed_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(packed[0]))
-    moved = packed_bytes + case.activation_bytes + rank * (O + I) * dtype.itemsize
-    return {
-        name: (partial(jax.jit(partial(adapted, fuse_lora)), x, packed, a, b), moved)
-        for name, fuse_lora in (("triton + XLA LoRA", False), ("triton, LoRA fused", True))
-    }
-
-
-def _product_lora(
-    op: config.Op, x: jax.Array, packed: Packed, a: jax.Array, b: jax.Array, codec: Codec
-) -> jax.Array:
-    if op == "forward":
-        return matmul_lora(x, packed, codec, a, b, 0.25)
-    zeros = jnp.zeros((x.shape[0], codec.shape[1]), x.dtype)
-    return jax.vjp(lambda primal: matmul_lora(primal, packed, codec, a, b, 0.25), zeros)[1](x)[0]
 
 
 def products(op: config.Op, codec: Codec) -> Callable[[jax.Array, list[Packed]], list[jax.Array]]:

@@ -17,8 +17,6 @@ class Codec(NamedTuple):
     table: tuple[float, ...]  # 16 values
     absmax_map: tuple[float, ...]  # 256 values, read only with double quantization
     backend: str = "xla"  # one of api.BACKENDS
-    compute: str = "full"  # of the forward product: one of api.COMPUTE
-    fuse_lora: bool = False  # lora.matmul_lora adds the adapter inside the kernel; backend "triton" alone
 
 
 class Packed(NamedTuple):

@@ -1,7 +1,7 @@
 """Finds the fastest right way to compute a product on this GPU: every backend, and tile sizes of "triton" by search.
 
 The search starts from the heuristic's tiles and varies two fields at a time around the best so far (config.SWEEPS):
-some 40 programs to compile instead of the 1,728 of the whole product. What differs between one pair of fields and the
+some 30 programs to compile instead of the 180 of the whole product. What differs between one pair of fields and the
 next is not seen. A program that computes something else than the reference is never ranked.
 
 Most of the time goes into compiling Triton's kernels. Several processes may tune side by side: what runs on the GPU,
@@ -10,7 +10,6 @@ in which XLA times matrix products on the GPU.
 """
 
 import fcntl
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -25,6 +24,7 @@ from pallas_kernels.nf4_matmul.config import Choice
 from pallas_kernels.nf4_matmul.dense import dense_matmul
 from pallas_kernels.nf4_matmul.measure import Case, Run
 from pallas_kernels.nf4_matmul.operands import Codec, Packed, dequantize
+from pallas_kernels.nf4_matmul.triton import few_rows
 
 TOLERANCE = 0.05  # of the root mean square; a wrong index is off by about 1, the roundings of 16 bits by 0.01
 
@@ -71,10 +71,11 @@ def tune(
     for backend in config.MEASURED:
         if backend != "triton" and (backend != "mosaic" or gpu.compute_capability == 90):
             trials.add(Choice(backend))
-    if (refusal := api.refusal(codec._replace(backend="triton"), jnp.dtype(case.dtype))) is None:
-        _search_tiles(trials, case, gpu, repeats)
-    else:
-        say(f"left out, triton: {refusal}")
+    if config.is_few(case.op, case.rows):
+        if (refusal := api.refusal(codec._replace(backend="triton"), jnp.dtype(case.dtype))) is None:
+            _search_tiles(trials, case, gpu, repeats)
+        else:
+            say(f"left out, triton: {refusal}")
     if not trials.runs:
         raise RuntimeError(f"no backend computes {case} rightly on {gpu.name}")
     seconds = trials.time(repeats)
@@ -83,7 +84,7 @@ def tune(
 
 def _search_tiles(trials: "_Trials", case: Case, gpu: config.Gpu, repeats: int) -> None:
     """Leaves the best tiles of "triton" among the trials, if any are right."""
-    call = (case.op, case.rows, case.shape, case.block_size, gpu)
+    call = (case.shape, case.block_size, gpu)
     tiles = config.heuristic(*call)
     trials.add(Choice("triton", tiles))
     for fields in config.SWEEPS:
@@ -126,8 +127,7 @@ class _Trials:
             return
         products: Any = measure.products(self._case.op, codec)
         if choice.tiles is not None:
-            module = importlib.import_module("pallas_kernels.nf4_matmul.triton.backend")
-            products = jax.jit(partial(_with_tiles, getattr(module, self._case.op), codec, choice.tiles))
+            products = jax.jit(partial(_with_tiles, codec, choice.tiles))
         try:
             lowered = products.lower(self._x, self._packed)
             with nullcontext() if choice.tiles else alone(self._gpu_name):
@@ -164,7 +164,5 @@ def _name(choice: Choice) -> str:
     return choice.backend if choice.tiles is None else str(choice.tiles)
 
 
-def _with_tiles(
-    kernel: Callable, codec: Codec, tiles: config.Tiles, x: jax.Array, packed: list[Packed]
-) -> list[jax.Array]:
-    return [kernel(x, p, codec, tiles) for p in packed]
+def _with_tiles(codec: Codec, tiles: config.Tiles, x: jax.Array, packed: list[Packed]) -> list[jax.Array]:
+    return [few_rows.forward(x, p, codec, tiles) for p in packed]

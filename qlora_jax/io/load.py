@@ -205,8 +205,6 @@ def load_model(
     attention: str = "auto",
     kernel: str = "xla",
     progress: Callable[[int, int], None] = lambda done, total: None,
-    compute: str = "full",
-    fuse_lora: bool = False,
     sequence_chunk: int = 0,
 ) -> Llama:
     """Reads a checkpoint.
@@ -218,8 +216,6 @@ def load_model(
       remat, attention, sequence_chunk: see Llama.
       kernel: of the 4-bit matmul, one of nf4_matmul.BACKENDS.
       progress: called with (tensors done, tensors in all).
-      compute: of the 4-bit matmul's forward, one of nf4_matmul.COMPUTE.
-      fuse_lora: add an adapter inside the 4-bit kernel; kernel "triton" alone.
     Raises:
       InputError: the folder does not fit its config.json, is quantized otherwise than asked, or a weight is not finite.
     """
@@ -278,7 +274,7 @@ def load_model(
             for index in range(config.L):
                 stack = put(stack, linear(name, index, name in mixed), index, config.L)
         if isinstance(stack, QuantizedTensor):
-            stack = dataclasses.replace(stack, backend=kernel, compute=compute, fuse_lora=fuse_lora)
+            stack = dataclasses.replace(stack, backend=kernel)
         weights["layers"][name] = stack
     for name in NORMS:
         norms = [array(LAYER.format(index, name), jnp.float32) for index in range(config.L)]

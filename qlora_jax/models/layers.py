@@ -12,7 +12,7 @@ from flax import nnx
 
 from pallas_kernels.nf4_matmul import dense_matmul, low_rank_term
 from qlora_jax.models.dropout import Dropout
-from qlora_jax.quant.tensor import QuantizedTensor, matmul, matmul_lora
+from qlora_jax.quant.tensor import QuantizedTensor, matmul
 
 
 class Frozen(nnx.Variable):
@@ -37,9 +37,6 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, dropout: Dropout) -> jax.Array:
         w = self.weight.get_value()
-        if self.lora_a is not None and isinstance(w, QuantizedTensor) and w.fuse_lora:
-            a, b, dropped = self.lora_a.get_value(), self.lora_b.get_value(), dropout(x)
-            return matmul_lora(x, w, a, b, self.lora_scale, None if dropped is x else dropped)
         # x's gradient is summed in the order of these products: another order rounds otherwise
         y = matmul(x, w) if isinstance(w, QuantizedTensor) else dense_matmul(x, w.astype(x.dtype), contract=1)
         if self.lora_a is None:

@@ -34,8 +34,6 @@ class QuantizedTensor:
     format: str = dataclasses.field(metadata={"static": True})
     block_size: int = dataclasses.field(metadata={"static": True})
     backend: str = dataclasses.field(default="xla", metadata={"static": True})  # of matmul: nf4_matmul.BACKENDS
-    compute: str = dataclasses.field(default="full", metadata={"static": True})  # of its forward: nf4_matmul.COMPUTE
-    fuse_lora: bool = dataclasses.field(default=False, metadata={"static": True})  # of matmul_lora
 
     @property
     def double_quant(self) -> bool:
@@ -48,8 +46,7 @@ class QuantizedTensor:
     @property
     def codec(self) -> nf4_matmul.Codec:
         table = codebook(self.format).values
-        how = self.backend, self.compute, self.fuse_lora
-        return nf4_matmul.Codec(self.shape, self.block_size, table, absmax_map(), *how)
+        return nf4_matmul.Codec(self.shape, self.block_size, table, absmax_map(), self.backend)
 
     @property
     def nbytes(self) -> int:
@@ -120,13 +117,3 @@ def matmul(x: jax.Array, q: QuantizedTensor) -> jax.Array:
     What the backward pass keeps is q itself, never a 16-bit W. Raises ValueError when x's last dimension is not I.
     """
     return nf4_matmul.matmul(x, q.packed, q.codec)
-
-
-def matmul_lora(
-    x: jax.Array, q: QuantizedTensor, a: jax.Array, b: jax.Array, scale: float, dropped: jax.Array | None = None
-) -> jax.Array:
-    """y = x W^T + scale * dropped A^T B^T; a [R, I] and b [O, R] float32, dropped None is x.
-
-    One kernel where q.fuse_lora is set and its backend takes the weight; see nf4_matmul.matmul_lora.
-    """
-    return nf4_matmul.matmul_lora(x, q.packed, q.codec, a, b, scale, dropped)

@@ -44,7 +44,6 @@ _CHOICES = {
     ("model", "remat"): REMAT,
     ("model", "attention"): attention.IMPLEMENTATIONS,
     ("model", "kernel"): nf4_matmul.BACKENDS,
-    ("model", "compute"): nf4_matmul.COMPUTE,
     ("data", "template"): TEMPLATES,
     ("optimizer", "paging"): PAGING,
 }
@@ -121,17 +120,6 @@ def check_values(config: Any, backend: str | None = None) -> None:
     paging(config.optimizer)
     lora.select_modules(config.lora.modules_to_save, adds_tokens=False, tied=False)
     _check_optimizer(config.optimizer)
-    compute = config.model.compute
-    if compute != "full" and config.quant.format == "none":
-        raise InputError(
-            f'model.compute is "{compute}", a form of the 4-bit matmul, but quant.format is "none": set '
-            "quant.format=nf4, or model.compute=full"
-        )
-    if compute != "full" and config.model.kernel == "mosaic":
-        raise InputError(
-            f'model.kernel is "mosaic", which has no kernel for model.compute="{compute}": set model.kernel=triton, or '
-            "model.compute=full"
-        )
     if config.model.sequence_chunk < 0:
         raise InputError(f"model.sequence_chunk is {config.model.sequence_chunk}; expected tokens, or 0 for off")
     if config.model.sequence_chunk and config.model.attention not in ("auto", "chunked"):
@@ -141,8 +129,6 @@ def check_values(config: Any, backend: str | None = None) -> None:
         )
     if config.data.packing:
         _check_packing(config)
-    if config.model.fuse_lora:
-        _check_fuse_lora(config)
     needs_gpu = [key for key in ("kernel", "attention") if config.model[key] not in ("xla", "auto", "chunked")]
     if needs_gpu and (backend := backend or jax.default_backend()) != "gpu":
         key = needs_gpu[0]
@@ -178,20 +164,6 @@ def _check_packing(config: Any) -> None:
         )
     if config.data.batches:
         raise InputError("data.packing is True, but data.batches is a file of ready rows: set data.packing=False")
-
-
-def _check_fuse_lora(config: Any) -> None:
-    for section, key, takes in (
-        ("model", "kernel", ("triton",)),
-        ("model", "compute", ("full",)),
-        ("model", "compute_dtype", ("bfloat16",)),
-        ("quant", "format", ("nf4", "fp4", "int4")),
-    ):
-        if (found := config[section][key]) not in takes:
-            raise InputError(
-                f"model.fuse_lora needs {section}.{key} {' or '.join(takes)}, found {found!r}: "
-                "change it, or set model.fuse_lora=False"
-            )
 
 
 def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, int], None]) -> Prepared:
@@ -232,13 +204,7 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
     if grad_accum != config.train.grad_accum:
         say(f"data: {grad_accum} micro-batches a step, not {config.train.grad_accum}: the file's batches are smaller")
     tx = make_optimizer(config.optimizer, steps)
-    m = config.model
-    if m.compute != "full" and m.kernel in ("auto", "xla"):
-        say(
-            f"model: 8-bit products are emulated with model.kernel={m.kernel}: they show the effect on the loss, not "
-            "the speed"
-        )
-    _say_attention(m, data.batches.max_length, say)
+    _say_attention(config.model, data.batches.max_length, say)
     model = load_base(config, folder, progress)
     lora.attach(model, lora_config, jax.random.key(config.train.seed))
     if added is not None:
@@ -311,9 +277,8 @@ def load_base(config: Any, folder: Path, progress: Callable[[int, int], None]) -
     """The frozen model that the config's `model` and `quant` sections describe, from its folder."""
     m = config.model
     return load_model(
-        folder, quantization(config), m.compute_dtype, m.remat, m.attention, m.kernel, progress, m.compute,
-        m.fuse_lora, m.sequence_chunk,
-    )  # fmt: skip
+        folder, quantization(config), m.compute_dtype, m.remat, m.attention, m.kernel, progress, m.sequence_chunk
+    )
 
 
 def quantization(config: Any) -> QuantSpec:

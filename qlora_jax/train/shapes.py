@@ -27,8 +27,6 @@ class ModelSpec:
     remat: str = "block"
     attention: str = "auto"
     kernel: str = "auto"
-    compute: str = "full"
-    fuse_lora: bool = False
     sequence_chunk: int = 0
 
     @property
@@ -53,7 +51,6 @@ def abstract_model(spec: ModelSpec) -> AbstractModel:
     """The model that `train/setup.prepare` would load, as shapes and dtypes."""
     config = spec.sizes
     stored = jnp.dtype(spec.kept_dtype)
-    how = {"backend": spec.kernel, "compute": spec.compute, "fuse_lora": spec.fuse_lora}
 
     def build() -> Llama:
         weights: dict[str, Any] = {
@@ -67,7 +64,7 @@ def abstract_model(spec: ModelSpec) -> AbstractModel:
             one: Any = jnp.zeros(llama.sizes(config, letters), stored)
             if spec.quant.format != "none":
                 one = quantize(one, spec.quant.format, spec.quant.block_size, spec.quant.double_quant)
-                one = dataclasses.replace(one, **how)
+                one = dataclasses.replace(one, backend=spec.kernel)
             weights["layers"][name] = jax.tree.map(lambda x: jnp.zeros((config.L, *x.shape), x.dtype), one)
         model = Llama(config, weights, spec.compute_dtype, spec.remat, spec.attention, spec.sequence_chunk)
         lora.attach(model, spec.lora, jax.random.key(0))

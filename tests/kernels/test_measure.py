@@ -7,9 +7,7 @@ import pytest
 
 from pallas_kernels.nf4_matmul import Codec, config, measure
 from pallas_kernels.nf4_matmul.shapes import Shape
-from pallas_kernels.nf4_matmul.triton import backend as triton_backend
 
-GPU = config.Gpu("a GPU", 80, 10)
 CODEC = Codec((64, 128), 64, tuple(k / 8 - 1 for k in range(16)), tuple(k / 255 for k in range(256)))
 
 
@@ -34,28 +32,6 @@ def test_bytes_are_those_of_the_packed_weight_and_the_activations():
     activations = 3 * (64 + 128) * 4
     assert forms["dense"][1] == 64 * 128 * 4 + activations
     assert forms["xla"][1] == 64 * 128 // 2 + 128 + 4 + 4 + activations  # codes, scales, nested scale, offset
-
-
-def test_8_bit_forms_are_timed_only_where_a_kernel_takes_them(monkeypatch):
-    gpu = GPU._replace(compute_capability=90)
-    monkeypatch.setattr(triton_backend, "current_gpu", lambda: gpu)
-    half = measure.Case("forward", Shape(64, 128), rows=3, block_size=64, dtype="bfloat16")
-    assert measure.eight_bit_forms(half) == ("triton fp8", "triton fp8_row")
-    assert measure.eight_bit_forms(half._replace(op="backward")) == ()
-    assert measure.eight_bit_forms(half._replace(dtype="float32")) == ()
-    gpu = GPU
-    assert measure.eight_bit_forms(half) == ()
-
-
-@pytest.mark.parametrize(("name", "low", "high"), [("xla fp8", 0.023, 0.0258), ("xla fp8_row", 0.0258, 0.029)])
-def test_8_bit_forms_are_off_by_what_the_roundings_leave(name, low, high):
-    wide = measure.Case("forward", Shape(256, 512), rows=64, block_size=64, dtype="float32")
-    codec = CODEC._replace(shape=tuple(wide.shape))
-    assert low < measure.eight_bit_error(wide, codec, name) < high  # of x alone: the table is exact in 8 bits
-    assert measure.eight_bit_error(wide, codec, "xla") == 0
-    run, _ = measure.forms(wide, codec, copies=1, backends=(name,))[name]
-    full, _ = measure.forms(wide, codec, copies=1, backends=("xla",))["xla"]
-    assert not np.allclose(run()[0], full()[0], rtol=1e-3)
 
 
 def test_forms_take_turns():

@@ -1,82 +1,86 @@
-"""The Mosaic kernels compile to machine code for an H200 that is not here, without spilling registers.
+"""The Mosaic kernels compile to machine code for an H200 that is not here: registers, spills, instructions."""
 
-XLA compiles for a described GPU, and Mosaic writes what ptxas said of each kernel into the folder that its environment
-names; both are read once in a process, hence the child.
-"""
-
-import importlib.util
-import os
 import re
 import subprocess
-import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
-pytest.importorskip("jax_cuda13_plugin", reason="needs jax-cuda13-plugin")
-if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
-    pytest.skip("needs jax-cuda13-pjrt (pip install --no-deps jax-cuda13-pjrt)", allow_module_level=True)
+from pallas_kernels.nf4_matmul.mosaic.few_rows_ptx import BYTE_ROWS, GROUP, TILES
+from qlora_jax.plan import topology
+from tests.kernels.mosaic_compile import Compiled, Product, compile_all
 
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 151397597184
-  cuda_compute_capability { major: 9 minor: 0 }
+if not topology.is_installed():
+    pytest.skip("needs XLA:GPU's compiler: pip install jax-cuda13-plugin", allow_module_level=True)
+
+MANY_ROWS = [
+    Product("forward", 256, (1024, 1024), 64, "bfloat16", False),
+    Product("backward", 256, (1024, 1024), 64, "bfloat16", False),
+    Product("forward", 256, (1024, 1024), 256, "float16", False),
+    Product("backward", 256, (1024, 1024), 512, "float16", False),
+]
+DOWN = (4096, 11008)
+FEW_ROWS = {  # product -> instructions a weight, at most
+    Product("forward", 1, DOWN, 64, "bfloat16", True): 2.2,
+    Product("forward", 8, DOWN, 64, "float16", False): 2.2,
+    Product("forward", 16, DOWN, 64, "bfloat16", True): 2.5,
+    Product("forward", 9, DOWN, 256, "float16", False): 2.5,
 }
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 2 }
-runtime_version { major: 13 minor: 0 }
-device_description_str: "NVIDIA H200"
-"""
-CHILD = """
-import sys
-import jax, jax.numpy as jnp
-from jax.experimental import topologies
-from pallas_kernels.nf4_matmul import Codec, Packed, mosaic_hopper
-
-op, dtype, block_size, target = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
-devices = topologies.get_topology_desc(
-    platform="cuda", topology_name="", topology="1x1x1", target_config=target
-).devices
-def array(*shape, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.SingleDeviceSharding(devices[0]))
-codec = Codec((1024, 1024), block_size, tuple(k / 8 - 1 for k in range(16)), (0.0,) * 256)
-packed = Packed(array(2**19, dtype=jnp.uint8), array(2**20 // block_size), None, None)
-kernel = getattr(mosaic_hopper, op)
-device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
-    traced = jax.jit(lambda x, packed: kernel(x, packed, codec)).trace(array(256, 1024, dtype=dtype), packed)
-    traced.lower(lowering_platforms=("cuda",)).compile()
-"""
 
 
-@pytest.mark.parametrize(
-    ("op", "dtype", "block_size"),
-    [
-        ("forward", "bfloat16", 64),
-        ("backward", "bfloat16", 64),
-        ("forward", "float16", 256),
-        ("backward", "float16", 512),
-    ],
-)
-def test_kernels_compile_without_spilling(op, dtype, block_size, tmp_path):
-    dumps = {"MOSAIC_GPU_DUMP_TO": str(tmp_path), "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, op, dtype, str(block_size), H200],
-        env=os.environ | dumps | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stderr
-    (said,) = [path.read_text() for path in tmp_path.glob("*.ptxas")]
+def name(product: Product) -> str:
+    return f"{product.op}-{product.rows}-{product.dtype}-{product.block_size}"
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> dict[Product, Compiled]:
+    return compile_all([*MANY_ROWS, *FEW_ROWS], tmp_path_factory.mktemp("mosaic"))
+
+
+@pytest.mark.parametrize("product", MANY_ROWS, ids=name)
+def test_kernels_for_many_rows_decode_once_and_spill_nothing(product, compiled):
+    ptx, said = compiled[product].ptx.read_text(), compiled[product].said
     assert "for 'sm_90a'" in said
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in said, said
     assert "serialized" not in said, said  # else ptxas waits for each wgmma by itself
-    (ptx,) = [path.read_text() for path in tmp_path.glob("*.ptx")]
-    kind = {"bfloat16": "bf16", "float16": "f16"}[dtype]
+    kind = {"bfloat16": "bf16", "float16": "f16"}[product.dtype]
     products = re.findall(rf"wgmma\.mma_async\.sync\.aligned\.m64n128k16\.f32\.{kind}\.{kind}", ptx)
     assert len(products) == 8  # [128, 64] times [64, 128] in one step
     words = ptx.count("prmt.b32 code, code, code, 0x2020;")
     assert words == 128 * 64 // 4 // 128, "a weight is decoded more than once"  # four weights a word, 128 threads
+
+
+@pytest.mark.parametrize("product", FEW_ROWS, ids=name)
+def test_a_weight_costs_few_instructions_at_few_rows(product, compiled, tmp_path):
+    """An H200 at 80% of its bandwidth affords about 4 a weight, at 132 * 128 lanes and 1.75 GHz."""
+    triton = pytest.importorskip("triton", reason="needs triton's assembler and disassembler")
+    said = compiled[product].said
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in said, said
+    registers = re.search(r"Used (\d+) registers", said)
+    assert registers and int(registers[1]) <= 128, said  # 16 warps on a multiprocessor
+
+    tools = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin"
+    names = main_loop(tools, compiled[product].ptx, tmp_path / "kernel.cubin")
+    for quarter in range(4):  # loads are sent for all along the loop, not at its end
+        assert "LDG" in names[quarter * len(names) // 4 : (quarter + 1) * len(names) // 4], names
+    loop = Counter(names)
+    weights = 2 * BYTE_ROWS * GROUP // 32  # of a thread and a group
+    words, x_tiles = weights // 8, 1 + (product.rows > 8)
+    assert sum(loop.values()) <= FEW_ROWS[product] * weights, loop
+    assert loop["HMMA"] == words * x_tiles
+    assert loop["LDS"] == 4 * words + (TILES if product.nested else 0)  # a look-up for two weights, and the scales
+    assert loop["LDG"] == weights // 32 + 4 * x_tiles + TILES * (2 if product.nested else 1)
+    # what shares a pipe of 64 lanes a clock, half of the issue slots: 2 a weight would fill it at 80% of the bandwidth
+    assert loop["PRMT"] + loop["LOP3"] + loop["SHF"] + loop["LEA"] + loop["IADD3"] + loop["VIADD"] <= 1.2 * weights
+
+
+def main_loop(tools: Path, ptx: Path, cubin: Path) -> list[str]:
+    """Names of instructions between the target of the only branch far back and the branch."""
+    subprocess.run([tools / "ptxas-blackwell", "-arch=sm_90a", "-o", cubin, ptx], check=True)
+    code = subprocess.run([tools / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)(.*?);"
+    instructions = [(int(at, 16), name, rest) for at, name, rest in re.findall(pattern, code)]
+    targets = [(at, re.search(r"0x([0-9a-f]+)", rest)) for at, name, rest in instructions if name == "BRA"]
+    (loop,) = [(int(found[1], 16), at) for at, found in targets if found and int(found[1], 16) < at]
+    return [name for at, name, _ in instructions if loop[0] <= at <= loop[1]]

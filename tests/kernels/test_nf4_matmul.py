@@ -7,8 +7,9 @@ import pytest
 from jax.ad_checkpoint import print_saved_residuals
 
 import qlora_jax as qj
-from pallas_kernels.nf4_matmul import unpack
+from pallas_kernels.nf4_matmul import dequantize, unpack
 from qlora_jax.quant.tensor import QuantizedTensor
+from tests.kernels.weights import dequantized, random_weight
 
 SHAPES = [(64, 96), (7, 33), (96, 86)]  # blocks in rows; an odd count; blocks that cross rows and a short last one
 
@@ -17,8 +18,13 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+def weight(shape: tuple[int, int], double_quant: bool = True) -> QuantizedTensor:
+    packed, codec = random_weight(shape, double_quant=double_quant)
+    return QuantizedTensor(*packed, shape=shape, format="nf4", block_size=codec.block_size)
+
+
 def by_definition(q: QuantizedTensor) -> np.ndarray:
-    """float64 [O, I], one value at a time as the layout says it, in numpy."""
+    """float64 [O, I], one value at a time as the layout says it."""
     codec = q.codec
     n, half = codec.shape[0] * codec.shape[1], q.codes.shape[0]
     codes, absmax = np.asarray(q.codes), np.asarray(q.absmax)
@@ -36,8 +42,10 @@ def by_definition(q: QuantizedTensor) -> np.ndarray:
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_layout(shape, double_quant):
     """Byte j holds value j low and value j + ceil(n / 2) high; runs of block_size values share a scale."""
-    q = qj.quantize(jnp.asarray(normal(*shape)), "nf4", 64, double_quant)
-    np.testing.assert_allclose(qj.dequantize(q, jnp.float32), by_definition(q), rtol=2e-7, atol=0)
+    q = weight(shape, double_quant)
+    found = np.asarray(jax.jit(lambda packed: dequantize(packed, q.codec, jnp.dtype("float32")))(q.packed))
+    np.testing.assert_allclose(found, by_definition(q), rtol=2e-7, atol=0)
+    np.testing.assert_array_equal(found, dequantized(q.packed, q.codec))  # what the kernels' tests compare with
 
 
 def test_both_ways_of_scaling_agree():
@@ -59,11 +67,16 @@ def test_unpack():
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 3e-6), ("bfloat16", 2e-2)])
 def test_product_and_gradient(shape, dtype, tolerance):
     O, I = shape
-    q = qj.quantize(jnp.asarray(normal(O, I)))
-    w = by_definition(q)
+    q = weight(shape)
+    w = dequantized(q.packed, q.codec).astype(np.float64)
     x, dy = jnp.asarray(normal(2, 5, I, seed=1), dtype), jnp.asarray(normal(2, 5, O, seed=2), dtype)
-    y, pullback = jax.vjp(lambda x: qj.matmul(x, q), x)
-    (dx,) = pullback(dy)
+
+    @jax.jit
+    def both(x, dy, q):
+        y, pullback = jax.vjp(lambda x: qj.matmul(x, q), x)
+        return y, pullback(dy)[0]
+
+    y, dx = both(x, dy, q)
     assert y.dtype == dx.dtype == dtype
     x64, dy64 = np.asarray(x, np.float64), np.asarray(dy, np.float64)
     for found, expected in ((y, x64 @ w.T), (dx, dy64 @ w)):
@@ -71,15 +84,16 @@ def test_product_and_gradient(shape, dtype, tolerance):
 
 
 def test_vmap_over_x():
-    q = qj.quantize(jnp.asarray(normal(24, 40)))
+    q = weight((24, 40))
     x = jnp.asarray(normal(3, 4, 40, seed=1))
-    grad = jax.grad(lambda x: jnp.sum(jnp.sin(qj.matmul(x, q))))
-    for f in (lambda x: qj.matmul(x, q), grad):
-        np.testing.assert_allclose(jax.vmap(f)(x), jnp.stack([f(row) for row in x]), rtol=1e-5, atol=1e-5)
+    both = jax.value_and_grad(lambda x: jnp.sum(jnp.sin(qj.matmul(x, q))))
+    alone = jax.jit(both)
+    for found, *apart in zip(jax.jit(jax.vmap(both))(x), *map(alone, x), strict=True):
+        np.testing.assert_allclose(found, np.stack(apart), rtol=1e-4, atol=1e-4)
 
 
 def test_wrong_feature_count():
-    q = qj.quantize(jnp.asarray(normal(8, 32)))
+    q = weight((8, 32))
     with pytest.raises(ValueError, match=r"x has 31 features, the weight \[out, in\] = \[8, 32\] takes 32"):
         qj.matmul(jnp.ones((2, 31)), q)
 
@@ -87,7 +101,7 @@ def test_wrong_feature_count():
 def test_residuals_are_the_packed_arrays(capsys):
     """Nothing of O * I floating-point values is kept for the backward pass."""
     O, I = 64, 96
-    q = qj.quantize(jnp.asarray(normal(O, I)))
+    q = weight((O, I))
     print_saved_residuals(lambda x: jnp.sum(jnp.sin(qj.matmul(x, q))), jnp.ones((4, I), jnp.bfloat16))
     printed = capsys.readouterr().out
     _, pullback = jax.vjp(lambda x: qj.matmul(x, q), jnp.ones((4, I), jnp.bfloat16))

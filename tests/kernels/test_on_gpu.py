@@ -13,9 +13,9 @@ import pytest
 
 import qlora_jax as qj
 from pallas_kernels import nf4_matmul
-from pallas_kernels.nf4_matmul import api, fp8
-from pallas_kernels.nf4_matmul.triton import fp8_backend as triton_fp8_backend
+from pallas_kernels.nf4_matmul import api, config
 from pallas_kernels.nf4_matmul.triton import scratch
+from tests.kernels.weights import dequantized
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,6 +77,7 @@ def check(found: jax.Array, left: jax.Array, w: jax.Array, contract: int) -> Non
 @pytest.mark.parametrize("backend", KERNELS)
 def test_value_and_gradient(backend, name):
     rows, dtype, shape, block_size, format, double_quant = CASES[name]
+    rows = min(rows, config.FEW_ROWS) if backend == "triton" else rows  # more are scratch's
     q = quantized(shape, block_size, format, double_quant)
     codec = codec_of(q, backend, dtype)
     keys = jax.random.split(jax.random.key(1), 2)
@@ -95,11 +96,11 @@ def test_value_and_gradient(backend, name):
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_a_pack_of_adapters_in_a_scan_over_layers(backend):
-    """vmap over 3 adapters of 20 rows, 2 stacked layers, gradient of the whole: against "xla" on the same GPU."""
+    """vmap over 3 adapters of 20 rows (triton: 5), 2 stacked layers, gradient of the whole: against "xla" there."""
     layers = [quantized((512, 512), seed=seed) for seed in (0, 1)]
     codec = codec_of(layers[0], backend, "bfloat16")
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(q.packed for q in layers))
-    x = jax.random.normal(jax.random.key(2), (3, 20, 512), "bfloat16")
+    x = jax.random.normal(jax.random.key(2), (3, 5 if backend == "triton" else 20, 512), "bfloat16")
 
     def gradient(codec):
         def loss(x, packed):
@@ -119,68 +120,5 @@ def test_the_scratch_is_exact_to_the_bit(name, dtype):
     q = quantized(shape, block_size, format, double_quant)
     codec = codec_of(q, "scratch", dtype)
     found = jax.jit(lambda packed: scratch.dequantize(packed, codec, jnp.dtype(dtype)))(q.packed)
-    codes, absmax = np.asarray(q.packed.codes), np.asarray(q.packed.absmax)
-    if double_quant:
-        nested = np.asarray(q.packed.nested_absmax)[np.arange(len(absmax)) // 256]
-        absmax = np.asarray(codec.absmax_map, np.float32)[absmax] * nested + np.asarray(q.packed.offset)
-    number = np.arange(shape[0] * shape[1])
-    values = np.asarray(codec.table, np.float32)[np.concatenate([codes & 15, codes >> 4])[number]]
-    expected = (values * absmax[number // block_size]).astype(jnp.dtype(dtype)).reshape(shape)
-    expected = np.where(expected == 0, np.zeros_like(expected), expected)  # -0 becomes +0
+    expected = dequantized(q.packed, codec, dtype)
     np.testing.assert_array_equal(np.asarray(found).view(np.uint16), expected.view(np.uint16))
-
-
-@pytest.mark.parametrize(
-    ("rows", "dtype", "block_size"),
-    [(1, "bfloat16", 64), (17, "float16", 32), (300, "bfloat16", 256), (2048, "bfloat16", 64)],
-)
-@pytest.mark.parametrize("shape", [(1024, 2048), (4096, 11008)])
-@pytest.mark.parametrize("compute", ["fp8", "fp8_row"])
-def test_8_bit_value(compute, shape, rows, dtype, block_size):
-    """Against the emulation of the same roundings: what is left are sums, which 8-bit tensor cores may keep shorter."""
-    if reason := triton_fp8_backend.unsupported(shape, block_size, jnp.dtype(dtype)):
-        pytest.skip(reason)
-    keys = jax.random.split(jax.random.key(rows), 2)
-    q = qj.quantize(jax.random.normal(keys[0], shape), block_size=block_size)
-    x = jax.random.normal(keys[1], (rows, shape[1]), dtype)
-    codec = q.codec._replace(backend="triton", compute=compute)
-    found = nf4_matmul.matmul(x, q.packed, codec)
-    exact = fp8.forward(x.astype(jnp.float32), q.packed, codec)
-    magnitude = nf4_matmul.dense_matmul(jnp.abs(x).astype(jnp.float32), jnp.abs(qj.dequantize(q, jnp.float32)), 1)
-    error = np.abs(np.asarray(found, np.float32) - np.asarray(exact))
-    assert found.dtype == dtype
-    assert np.all(error <= 2 * UNIT_ROUNDOFF[dtype] * np.abs(np.asarray(exact)) + 2.0**-11 * np.asarray(magnitude))
-    assert np.sqrt(np.mean(error**2)) < 0.004 * np.sqrt(np.mean(np.square(exact)))
-
-
-@pytest.mark.parametrize("with_dropout", [False, True])
-@pytest.mark.parametrize(("rows", "rank"), [(1, 64), (17, 8), (300, 64), (300, 256)])
-def test_a_pack_of_fused_adapters(rows, rank, with_dropout):
-    """Value and every gradient against the plain form in float32, for three adapters in one kernel call."""
-    shape, adapters, scale = (1024, 2048), 3, 0.25
-    keys = jax.random.split(jax.random.key(rows), 6)
-    q = qj.quantize(jax.random.normal(keys[0], shape))
-    x = jax.random.normal(keys[1], (adapters, rows, shape[1]), jnp.bfloat16)
-    dy = jax.random.normal(keys[2], (adapters, rows, shape[0]), jnp.bfloat16)
-    a = jax.random.normal(keys[3], (adapters, rank, shape[1])).astype(jnp.bfloat16).astype(jnp.float32)
-    b = jax.random.normal(keys[4], (adapters, shape[0], rank)).astype(jnp.bfloat16).astype(jnp.float32)
-    dropped = jnp.where(jax.random.bernoulli(keys[5], 0.5, x.shape), 2 * x, 0) if with_dropout else None
-
-    def run(codec, dtype):
-        def product(x, dropped, a, b):
-            return nf4_matmul.matmul_lora(x, q.packed, codec, a, b, scale, dropped)
-
-        def pack(x, dropped, a, b, dy):
-            y, pullback = jax.vjp(jax.vmap(product, (0, None if dropped is None else 0, 0, 0)), x, dropped, a, b)
-            return y, pullback(dy)
-
-        masked = None if dropped is None else dropped.astype(dtype)
-        return jax.jit(pack)(x.astype(dtype), masked, a, b, dy.astype(dtype))
-
-    # A and B hold values of 16 bits: rounding them changes nothing
-    found = run(q.codec._replace(backend="triton", fuse_lora=True), jnp.bfloat16)
-    exact = run(q.codec, jnp.float32)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
-        error = np.asarray(one, np.float32) - np.asarray(other, np.float32)
-        size = np.sqrt(np.mean(np.asarray(other, np.float32) ** 2))
-        assert np.sqrt(np.mean(error**2)) < 2 * 2.0**-8 * size and np.abs(error).max() < 8 * 2.0**-7 * size

@@ -7,16 +7,15 @@ import pytest
 
 from pallas_kernels.nf4_matmul import Codec, config, dense_matmul, dequantize, measure, tune
 from pallas_kernels.nf4_matmul.shapes import Shape
-from pallas_kernels.nf4_matmul.triton import backend as triton_backend
-from pallas_kernels.nf4_matmul.triton import scratch
+from pallas_kernels.nf4_matmul.triton import few_rows, scratch
 
 GPU = config.Gpu("a GPU", 80, 10)
 CODEC = Codec((64, 128), 64, tuple(k / 8 - 1 for k in range(16)), tuple(k / 255 for k in range(256)))
 MOST = 40  # programs of one case
 
 
-def case(op: config.Op) -> measure.Case:
-    return measure.Case(op, Shape(64, 128), rows=3, block_size=64, dtype="bfloat16")
+def case(op: config.Op = "forward", rows: int = 3) -> measure.Case:
+    return measure.Case(op, Shape(64, 128), rows, block_size=64, dtype="bfloat16")
 
 
 @pytest.fixture
@@ -46,8 +45,8 @@ def machine(monkeypatch, tmp_path):
 
         return {choice: seconds(choice) for choice in runs}
 
+    monkeypatch.setattr(few_rows, "forward", lambda x, p, c, tiles: product("forward", tiles, x, p, c))
     for op in config.OPS:
-        monkeypatch.setattr(triton_backend, op, lambda x, p, c, tiles, op=op: product(op, tiles, x, p, c))
         monkeypatch.setattr(scratch, op, lambda x, p, c, op=op: product(op, "scratch", x, p, c))
     monkeypatch.setattr(config, "TUNED", tmp_path)
     monkeypatch.setattr(measure, "interleaved", interleaved)
@@ -64,10 +63,8 @@ def test_those_who_tune_take_turns(machine):
         pass
 
 
-@pytest.mark.parametrize("op", config.OPS)
-def test_the_fastest_tiles_are_found(op, machine):
-    said: list[str] = []
-    found = tune.tune(case(op), CODEC, GPU, repeats=1, say=said.append)
+def test_the_fastest_tiles_are_found(machine):
+    found = tune.tune(case(), CODEC, GPU, repeats=1, say=lambda line: None)
     assert found.choice.backend == "triton" and (found.choice.tiles.block_o, found.choice.tiles.num_stages) == (32, 2)
     assert found.seconds == {"xla": 3.0, "scratch": 2.0, "triton": 1.0}
     tiles = [name for name in machine.compiled if name != "scratch"]
@@ -76,11 +73,11 @@ def test_the_fastest_tiles_are_found(op, machine):
 
 def test_what_is_wrong_or_does_not_compile_is_never_ranked(machine):
     machine.time = lambda tiles: 1
-    start = config.heuristic("forward", 3, Shape(64, 128), 64, GPU)
+    start = config.heuristic(Shape(64, 128), 64, GPU)
     machine.wrong = {start}
     machine.broken = {"scratch"}
     said: list[str] = []
-    found = tune.tune(case("forward"), CODEC, GPU, repeats=1, say=said.append)
+    found = tune.tune(case(), CODEC, GPU, repeats=1, say=said.append)
     assert found.choice.tiles not in (None, start)
     assert "left out, does not run: scratch: RuntimeError: out of registers" in said
     assert any(line.startswith("left out, wrong by") and str(start) in line for line in said)
@@ -88,7 +85,14 @@ def test_what_is_wrong_or_does_not_compile_is_never_ranked(machine):
 
 def test_another_backend_wins_without_tiles(machine):
     machine.time = lambda tiles: 4
-    assert tune.tune(case("forward"), CODEC, GPU, 1, lambda line: None).choice == config.Choice("scratch")
+    assert tune.tune(case(), CODEC, GPU, 1, lambda line: None).choice == config.Choice("scratch")
+
+
+@pytest.mark.parametrize(("op", "rows"), [("forward", 17), ("backward", 3)])
+def test_products_that_triton_has_no_kernel_for_try_no_tiles(op, rows, machine):
+    found = tune.tune(case(op, rows), CODEC, GPU, 1, lambda line: None)
+    assert found.choice == config.Choice("scratch") and set(found.seconds) == {"xla", "scratch"}
+    assert set(machine.compiled) == {"scratch"}
 
 
 def test_weights_that_kernels_refuse_take_what_is_left(machine):
@@ -103,10 +107,10 @@ def test_weights_that_kernels_refuse_take_what_is_left(machine):
 def test_nothing_right_is_an_error(machine, monkeypatch):
     monkeypatch.setattr(tune, "TOLERANCE", -1.0)
     with pytest.raises(RuntimeError, match="no backend computes"):
-        tune.tune(case("forward"), CODEC, GPU, 1, lambda line: None)
+        tune.tune(case(), CODEC, GPU, 1, lambda line: None)
 
 
 def test_time_runs_out_between_two_compilations(machine):
     with pytest.raises(TimeoutError):
-        tune.tune(case("forward"), CODEC, GPU, 1, lambda line: None, is_over=lambda: len(machine.compiled) >= 3)
+        tune.tune(case(), CODEC, GPU, 1, lambda line: None, is_over=lambda: len(machine.compiled) >= 3)
     assert len(machine.compiled) == 3

@@ -13,13 +13,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pallas_kernels.nf4_matmul import Codec, config
-from pallas_kernels.nf4_matmul.triton import backend as triton_backend
-from pallas_kernels.nf4_matmul.triton import fp8 as triton_fp8
-from pallas_kernels.nf4_matmul.triton import fp8_backend as triton_fp8_backend
-from pallas_kernels.nf4_matmul.triton import scratch
-from pallas_kernels.nf4_matmul.triton.backward import backward_kernel
+from pallas_kernels.nf4_matmul.triton import few_rows, scratch
 from pallas_kernels.nf4_matmul.triton.dequantize import dequantize_kernel
 from pallas_kernels.nf4_matmul.triton.forward import forward_kernel
+from pallas_kernels.nf4_matmul.triton.launch import backend_options
 
 CUOBJDUMP = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTER = {"bfloat16": "*bf16", "float16": "*fp16"}
@@ -40,72 +37,31 @@ class Machine(NamedTuple):
         return self.instructions.total() - self.instructions["NOP"]
 
 
-def compile_kernel(
-    op: config.Op,
-    codec: Codec,
-    dtype: str,
-    tiles: config.Tiles,
-    compute_capability: int,
-    double_quant: bool = True,
-    adapters: int = 1,
-    rank: int = 0,
-) -> Machine:
-    """rank 0: the plain kernel; else with the low-rank term of `adapters` adapters."""
-    kernel = forward_kernel if op == "forward" else backward_kernel
-    nested = "*fp32" if double_quant and tiles.scales_in_kernel else "constexpr"
-    types = {
-        kernel.arg_names[0]: POINTER[dtype],
-        "codes": "*u8",
-        "table": "*u32",
-        "absmax": "*fp32" if nested == "constexpr" else "*u8",
-        "scale_map": nested,
-        "nested_absmax": nested,
-        "offset": nested,
-        **dict.fromkeys(("u", "b") if op == "forward" else ("du", "a"), POINTER[dtype] if rank else "constexpr"),
-        "out": POINTER[dtype] if tiles.split == 1 else "*fp32",
-        "rows": "i32",
-    }
-    constants = triton_backend.constants(op, codec, jnp.dtype(dtype), tiles, adapters, rank)
-    return _compile(kernel, types, constants, _options(tiles), compute_capability)
-
-
-def compile_fp8(
+def compile_forward(
     codec: Codec, dtype: str, tiles: config.Tiles, compute_capability: int, double_quant: bool = True
 ) -> Machine:
-    nested = "*fp32" if double_quant and tiles.scales_in_kernel else "constexpr"
     types = {
-        "x": "*fp8e4nv",
-        "x_scales": "*fp32",
+        "x": POINTER[dtype],
         "codes": "*u8",
         "table": "*u32",
-        "absmax": "*fp32" if nested == "constexpr" else "*u8",
-        "scale_map": nested,
-        "nested_absmax": nested,
-        "offset": nested,
+        **_scale_types(double_quant),
         "out": POINTER[dtype] if tiles.split == 1 else "*fp32",
         "rows": "i32",
     }
-    constants = triton_fp8_backend.constants(codec, tiles)
-    return _compile(triton_fp8.forward_kernel, types, constants, _options(tiles), compute_capability)
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    constants = few_rows.constants(codec, jnp.dtype(dtype), tiles)
+    return _compile(forward_kernel, types, constants, options, compute_capability)
 
 
 def compile_dequantize(codec: Codec, dtype: str, compute_capability: int, double_quant: bool = True) -> Machine:
-    nested = "*fp32" if double_quant else "constexpr"
-    types = {
-        "codes": "*u8",
-        "table": "*fp32",
-        "absmax": "*u8" if double_quant else "*fp32",
-        "scale_map": nested,
-        "nested_absmax": nested,
-        "offset": nested,
-        "out": POINTER[dtype],
-    }
+    types = {"codes": "*u8", "table": "*fp32", **_scale_types(double_quant), "out": POINTER[dtype]}
     options = {"num_warps": scratch.WARPS, "num_stages": 1}
     return _compile(dequantize_kernel, types, scratch.constants(codec), options, compute_capability)
 
 
-def _options(tiles: config.Tiles) -> dict[str, Any]:
-    return {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+def _scale_types(double_quant: bool) -> dict[str, str]:
+    nested = dict.fromkeys(("scale_map", "nested_absmax", "offset"), "*fp32" if double_quant else "constexpr")
+    return {"absmax": "*u8" if double_quant else "*fp32", **nested}
 
 
 def _compile(kernel: Any, types: dict[str, str], constants: dict, options: dict, compute_capability: int) -> Machine:
@@ -113,7 +69,7 @@ def _compile(kernel: Any, types: dict[str, str], constants: dict, options: dict,
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     pointers = [k for k, kind in enumerate(signature.values()) if kind.startswith("*")]
     source = ASTSource(kernel, signature, constants, {(k,): [["tt.divisibility", 16]] for k in pointers})
-    options = options | triton_backend.backend_options(compute_capability)
+    options = options | backend_options(compute_capability)
     compiled = triton.compile(source, target=GPUTarget("cuda", compute_capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

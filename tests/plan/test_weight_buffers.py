@@ -1,5 +1,5 @@
-"""No 16-bit copy of a layer's weight beyond the one scratch that the path without kernels declares: a 7B's train step,
-compiled for an H200 that is not here."""
+"""How many 16-bit copies of a layer's weights live at once in a 7B's train step, compiled for an H200 that is not here:
+one where XLA dequantizes."""
 
 import math
 
@@ -24,9 +24,12 @@ LLAMA_7B = ModelConfig(
 WEIGHTS = (4096 * 4096, 11008 * 4096)  # elements of each linear layer's W
 
 
-@pytest.mark.parametrize(("kernel", "scratch"), [("xla", 2 * max(WEIGHTS)), ("triton", 0)])
-def test_a_layers_weights_pass_through_one_scratch(kernel, scratch):
-    if kernel == "triton":
+# scratch: the recomputed forward pass and the gradient share the layer's seven weights, which live until both are done
+@pytest.mark.parametrize(
+    ("kernel", "most"), [("xla", 2 * WEIGHTS[1]), ("scratch", 2 * (4 * WEIGHTS[0] + 3 * WEIGHTS[1]))]
+)
+def test_no_more_of_a_layers_weights_are_in_16_bits_than_the_way_declares(kernel, most):
+    if kernel == "scratch":
         pytest.importorskip("jax_triton")
     model = abstract_model(ModelSpec(LLAMA_7B, QuantSpec(), LoRAConfig(dropout=0.1), kernel=kernel))
 
@@ -36,7 +39,7 @@ def test_a_layers_weights_pass_through_one_scratch(kernel, scratch):
     _, values = compile_with_values(compile)
     assert len(values) > 100
     found = most_bytes_at_once(values, "bf16", WEIGHTS)
-    assert found <= scratch and (found > 0) == (kernel == "xla")
+    assert 2 * WEIGHTS[1] <= found <= most
     assert most_bytes_at_once(values, "f32", WEIGHTS) == 0, "a weight in 32 bits"
     assert most_bytes_at_once(values, "bf16", [LLAMA_7B.L * elements for elements in WEIGHTS]) == 0, (
         "all layers' weights"

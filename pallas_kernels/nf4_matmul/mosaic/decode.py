@@ -6,7 +6,7 @@ permutes: four bytes of codes in a register become four 16-bit values by byte pe
 weight (a select tree compiles to 14 or so). What a GPU runs.
 selects: a tree of selects in plain JAX. What Mosaic's interpreter runs, which has no inline PTX; the same values.
 
-Table entries are rounded to 16 bits before they meet the scale, as in triton_decode.
+Table entries are rounded to 16 bits before they meet the scale, as in triton/decode.py.
 """
 
 from collections.abc import Sequence

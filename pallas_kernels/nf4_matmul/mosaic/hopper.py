@@ -15,8 +15,8 @@ Up to 16 rows forward are another kernel's (few_rows.py).
 A step waits for the product before its own: then no product reads the buffer that the next step decodes into, nor the
 tile of x or dy that the pipeline hands back (delay_release).
 
-No GPU has run these kernels yet. Tests run them in Mosaic's interpreter, emulate the assembly of the look-up, and
-compile both for an H200; the order of asynchronous products and every speed are unproven.
+Tests run them in Mosaic's interpreter, emulate the assembly of the look-up, and compile both for an H200. There their
+values were right, and at 1,024 rows they lost to dequantizing first (results/).
 """
 
 import functools

@@ -2,7 +2,7 @@
 
 A program takes a run of bytes of the flat layout (reference.py), so blocks may cross rows and numbers may be odd: its
 low nibbles become one run of W, its high nibbles another, ceil(O * I / 2) values on. Values and scales are float32 and
-rounded once, which the byte permutes of the fused kernels (decode.py) do not do; the table is read from memory,
+rounded once, which the byte permutes of the other kernel (decode.py) do not do; the table is read from memory,
 where its 64 bytes stay in the first cache: 11 to 12 instructions a weight, where an H200 affords about 18 in the time
 that its 2.5 bytes take.
 """

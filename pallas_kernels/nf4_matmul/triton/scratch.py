@@ -12,7 +12,7 @@ import numpy as np
 
 from pallas_kernels.nf4_matmul.dense import dense_matmul
 from pallas_kernels.nf4_matmul.operands import Codec, Packed
-from pallas_kernels.nf4_matmul.triton.backend import backend_options, current_gpu, load_jax_triton
+from pallas_kernels.nf4_matmul.triton.launch import backend_options, current_gpu, load_jax_triton, scale_operands
 
 LARGEST = 2**31  # values are addressed by 32-bit integers
 WARPS = 4
@@ -83,10 +83,7 @@ def programs(codec: Codec) -> int:
 def operands(packed: Packed, codec: Codec) -> tuple[jax.Array | None, ...]:
     """codes, table, absmax, scale_map, nested_absmax, offset as the kernel takes them."""
     table = jnp.asarray(np.asarray(codec.table, np.float32))
-    if packed.nested_absmax is None:
-        return packed.codes, table, packed.absmax, None, None, None
-    scale_map = jnp.asarray(np.asarray(codec.absmax_map, np.float32))
-    return packed.codes, table, packed.absmax, scale_map, packed.nested_absmax, packed.offset
+    return packed.codes, table, *scale_operands(packed, codec)
 
 
 def constants(codec: Codec) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Resolved configs, their hashes and their differences."""
 
+import hashlib
 import json
 import sys
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from experiments.support.config_file import load_config, override
 from qlora_jax.errors import InputError
-from qlora_jax.settings import config_hash, differing_keys, resolved
+from qlora_jax.settings import GONE, config_hash, differing_keys, resolved
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3)
 sections = st.dictionaries(st.sampled_from("abc"), leaves | st.lists(leaves, max_size=2), max_size=3)
@@ -39,6 +40,8 @@ def test_override_keeps_the_lock_and_the_types(config) -> None:
     assert (type(config.train.steps), type(config.train.x)) == (int, float)
     with pytest.raises(InputError, match="only be set in the config file"):
         override(config, [("note", "x")])
+    with pytest.raises(InputError, match=r"--config.model.fuse_lora: this key is gone, and every run is as with False"):
+        override(config, [("model.fuse_lora", "true")])
 
 
 def test_resolved_is_json(config) -> None:
@@ -72,6 +75,24 @@ def test_hash_is_of_canonical_json() -> None:
     # sha256sum of the 32 bytes {"a":{"b":[1,2.0]},"c":"\u00e9"}
     expected = "7a1f7db05849e8cc4781813f5718bc763a64ee20a994bb33d0903cf5e4a3139c"
     assert config_hash({"c": "é", "a": {"b": [1, 2.0]}}) == expected
+
+
+def test_keys_that_are_gone_count_with_the_value_that_changes_nothing() -> None:
+    """Folders from before name them: what was left at that value goes on under the same hash, what was not is named."""
+    now = {"model": {"path": "a"}, "train": {"steps": 1}}
+    before = {
+        "model": {"path": "a", **{key.partition(".")[2]: value for key, value in GONE.items()}},
+        "train": now["train"],
+    }
+    assert all(key.startswith("model.") for key in GONE) and config_hash(before) == config_hash(now)
+    assert (
+        config_hash(before)
+        == hashlib.sha256(json.dumps(before, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    )
+    assert not differing_keys(before, now) and not differing_keys(now, before)
+    before["model"]["compute"] = "fp8"
+    assert differing_keys(before, now) == ['model.compute: "fp8" there, "full" here']
+    assert config_hash(before) != config_hash(now)
 
 
 def test_differences_are_named() -> None:
