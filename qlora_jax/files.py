@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from qlora_jax import checksums
 from qlora_jax.errors import InputError
 
 
@@ -61,11 +62,15 @@ def take_lock(handle: int, path: Path) -> bool:
         return True  # a network disk without locks: two writers at once are not told apart there
 
 
-def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """A safetensors file, in the mode of the user's umask: safetensors makes files that only their owner can read."""
+def save_tensors(tensors: dict[str, np.ndarray], path: Path, notes: Mapping[str, str] | None = None) -> None:
+    """A safetensors file with a checksum for each tensor, and `notes`, in its metadata.
+
+    In the mode of the user's umask: safetensors makes files that only their owner can read.
+    """
+    sums = checksums.as_metadata({name: checksums.of_array(value) for name, value in tensors.items()})
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_file(tensors, path, metadata={"format": "pt", **sums, **(notes or {})})
     path.chmod(mode)
 
 

@@ -35,6 +35,7 @@ ORDER = (
     "qlora_jax.quant",
     "qlora_jax.files",
     "qlora_jax.settings",
+    "qlora_jax.checksums",
     "qlora_jax.errors",
     "pallas_kernels.nf4_matmul",
     "pallas_kernels",

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from qlora_jax import checksums
 from qlora_jax.errors import InputError
 from qlora_jax.io import remote
 from qlora_jax.io.header import Place, numpy_dtype, read_header
@@ -86,7 +87,9 @@ def _download(name: str, revision: str, files: list[str]) -> Path:
 class TensorFiles:
     """The tensors of a checkpoint folder: model.safetensors, or shards under model.safetensors.index.json.
 
-    `shapes` and `dtypes` are known from the headers at once. `folder` is what errors call it.
+    `shapes` and `dtypes` are known from the headers at once. `folder` is what errors call it. A tensor that is read in
+    order is hashed on the way, and refused at its end where its file states another checksum; `checksums` has those of
+    the tensors that were read.
     """
 
     def __init__(self, folder: Path):
@@ -119,6 +122,8 @@ class TensorFiles:
             except (ValueError, OSError) as error:
                 raise InputError(f"{self.folder}/{name} is damaged or cut short: {error}") from error
             self._places |= {key: (name, place) for key, place in places.items()}
+        self.checksums: dict[str, str] = {}
+        self._hashing: dict[str, tuple[checksums.Running, int]] = {}  # with the number of values that are hashed
         self.shapes = {key: place.shape for key, (_, place) in self._places.items()}
         self.dtypes = {key: place.dtype for key, (_, place) in self._places.items()}
         promised = sorted(set(names) - set(self.shapes))
@@ -162,7 +167,22 @@ class TensorFiles:
             self._source.read(file, place.start + first * out.itemsize, out.reshape(-1).view(np.uint8))
         except (ValueError, OSError) as error:
             raise InputError(f"{self.folder}/{file}: {key} cannot be read: {error}") from error
+        self._hash(key, first, out)
         return out
+
+    def _hash(self, key: str, first: int, values: np.ndarray) -> None:
+        """Of a tensor that is read from its first value on without a gap, as all of them are that are loaded."""
+        start = checksums.Running(self.dtypes[key], self.shapes[key]), 0
+        running, done = self._hashing.pop(key, start) if first else start
+        if done != first:
+            return
+        running.update(values)
+        if (done := done + values.size) < math.prod(self.shapes[key]):
+            self._hashing[key] = running, done
+            return
+        file, place = self._places[key]
+        self.checksums[key] = running.result()
+        checksums.refuse_other(place.checksum, self.checksums[key], key, f"{self.folder}/{file}")
 
 
 def _aligned(count: int, dtype: np.dtype) -> np.ndarray:

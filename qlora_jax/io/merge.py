@@ -65,7 +65,7 @@ def read_run(workdir: Path) -> FinishedRun:
 def copy_adapter(adapter: Path, out: Path, overwrite: bool = False) -> list[str]:
     """Copies a PEFT folder's files, seen to be whole, and a tokenizer's beside them; returns their names."""
     peft.read_config(adapter)
-    peft.matrix_shapes(adapter)
+    peft.check_whole(adapter)
     weights = adapter / peft.WEIGHTS
     with new_folder(out, overwrite, [adapter], needed=weights.stat().st_size) as folder:
         for name in (peft.CONFIG, peft.WEIGHTS):

@@ -7,7 +7,7 @@ ensure_weight_tying keeps it one. Where tokens were added the tokenizer's files 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from qlora_jax import lora
+from qlora_jax import checksums, lora
 from qlora_jax.errors import InputError
 from qlora_jax.files import atomic_folder, save_tensors, write_json
 from qlora_jax.lora import LoRAConfig
@@ -28,6 +28,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = "base_model.model.model.layers.{}.{}.lora_{}.weight"
 _MATRICES = {"embed_tokens": f"base_model.model.{EMBEDDING}", "lm_head": f"base_model.model.{HEAD}"}
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_SCALE = "lora_scale"  # of the weights file's metadata: what the settings beside it must come to
 # What peft may ask for that would change the result and is not computed here: key -> values that mean "no".
 _UNSUPPORTED = {
     "use_dora": (None, False),
@@ -103,7 +104,7 @@ def write_arrays(
         "use_rslora": config.use_rslora,
     }
     with atomic_folder(out) as folder:
-        save_tensors(tensors, folder / WEIGHTS)
+        save_tensors(tensors, folder / WEIGHTS, {_SCALE: repr(config.scale)})
         write_json(folder / CONFIG, settings)
         if write_beside is not None:
             write_beside(folder)
@@ -147,7 +148,9 @@ def read_adapter(model: Llama, folder: Path) -> tuple[LoRAConfig, dict[str, tupl
     """
     config = read_config(folder)
     handle = _open(folder)
-    tensors = {key: handle.get_tensor(key) for key in handle.keys() if key not in _MATRICES.values()}  # noqa: SIM118
+    _check_scale(handle, config, folder)
+    keys = [key for key in handle.keys() if key not in _MATRICES.values()]  # noqa: SIM118
+    tensors: dict[str, Any] = _tensors(handle, keys, folder)
     L, problems = model.config.L, []
     stacked: dict[str, tuple[Any, Any]] = {}
     for name in LINEARS:
@@ -192,7 +195,8 @@ def read_matrices(model: Llama, folder: Path) -> dict[str, np.ndarray]:
             problems.append(f"embed_tokens and lm_head would have {' and '.join(map(str, sorted(rows)))} rows")
     if problems:
         raise InputError(f"{folder / WEIGHTS} does not fit the base model: {'; '.join(problems)}")
-    matrices = {name: handle.get_tensor(_MATRICES[name]) for name in shapes}
+    tensors = _tensors(handle, (_MATRICES[name] for name in shapes), folder)
+    matrices = {name: tensors[_MATRICES[name]] for name in shapes}
     embedding, head = matrices.get("embed_tokens"), matrices.get("lm_head")
     if model.head is None and matrices and (embedding is None or head is None or not np.array_equal(embedding, head)):
         raise InputError(
@@ -218,6 +222,36 @@ def _open(folder: Path) -> Any:
         return safe_open(folder / WEIGHTS, "numpy")
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder / WEIGHTS} is missing or damaged: {error}") from error
+
+
+def _tensors(handle: Any, keys: Iterable[str], folder: Path) -> dict[str, np.ndarray]:
+    """As they were written: raises InputError where the file states another checksum of one."""
+    try:
+        stated = checksums.from_metadata(handle.metadata())
+        tensors = {key: handle.get_tensor(key) for key in keys}
+    except (ValueError, SafetensorError) as error:
+        raise InputError(f"{folder / WEIGHTS} is damaged: {error}") from error
+    for key, tensor in tensors.items():
+        checksums.refuse_other(stated.get(key, ""), checksums.of_array(tensor), key, str(folder / WEIGHTS))
+    return tensors
+
+
+def _check_scale(handle: Any, config: LoRAConfig, folder: Path) -> None:
+    """Raises InputError where the settings are not those that the weights were written with."""
+    stated = (handle.metadata() or {}).get(_SCALE, repr(config.scale))
+    if stated != repr(config.scale):
+        raise InputError(
+            f"{folder / CONFIG}: r {config.rank}, lora_alpha {config.alpha:g} and use_rslora {config.use_rslora} scale "
+            f"the adapter by {config.scale:g}, but {WEIGHTS} was written to be scaled by {stated}: put them back; for "
+            f"another strength on purpose save the weights without {_SCALE!r} in their metadata"
+        )
+
+
+def check_whole(folder: Path) -> None:
+    """Raises InputError where a PEFT folder's weights are not what was written, as far as the folder says what was."""
+    handle = _open(folder)
+    _check_scale(handle, read_config(folder), folder)
+    _tensors(handle, handle.keys(), folder)
 
 
 def load_adapter(model: Llama, folder: Path) -> LoRAConfig:
