@@ -11,7 +11,7 @@ software reads such a file as any other, and loses the checksums where it writes
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -21,6 +21,17 @@ from qlora_jax.errors import InputError
 KEY = "xxh3_128"  # of a safetensors file's metadata: JSON, name of a tensor -> checksum
 UNKNOWN = "0" * 32  # as long as a checksum: holds its place in a header that is written first
 _PIECE = 2**22  # bytes of a file that are read at a time
+
+
+class Input(NamedTuple):
+    """What a key of a config that names files stood for.
+
+    `content`: checksum of what is taken from them. `parts`: (name, checksum) of what that is made from, to name what
+    changed.
+    """
+
+    content: str
+    parts: list[tuple[str, str]]
 
 
 def of(*parts: bytes | str) -> str:

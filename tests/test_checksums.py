@@ -118,6 +118,16 @@ def test_files_without_checksums_are_read_as_before(tmp_path):
         assert file.metadata().keys() == {"format", "note", checksums.KEY}
 
 
+def test_equal_tensors_are_equal_files(tmp_path):
+    """safetensors itself shuffles the metadata."""
+    files = [tmp_path / str(number) for number in range(6)]
+    for file in files:
+        save_tensors(tensors(), file, {"note": 'with "quotes" and \u00e9', "another": ""})
+    assert len({file.read_bytes() for file in files}) == 1
+    with safe_open(files[0], "numpy") as file:
+        assert file.metadata()["note"] == 'with "quotes" and \u00e9' and set(file.keys()) == set(tensors())
+
+
 def test_values_out_of_order_are_no_tensor(tmp_path):
     refused = pytest.raises(ValueError, match="values of a from 2 on, but 0 bytes of it are written")
     with StackWriter(tmp_path, [{"a": ("float32", (4,))}], 100) as writer, refused:

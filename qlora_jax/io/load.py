@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qlora_jax import checksums
 from qlora_jax.errors import InputError
 from qlora_jax.io.folder import TensorFiles
 from qlora_jax.io.place import put, to_device
@@ -149,6 +150,7 @@ def load_model(
     compute: str = "full",
     fuse_lora: bool = False,
     sequence_chunk: int = 0,
+    take_checksum: Callable[[str], None] = lambda checksum: None,
 ) -> Llama:
     """Reads a checkpoint.
 
@@ -161,6 +163,7 @@ def load_model(
       progress: called with (tensors done, tensors in all).
       compute: of the 4-bit matmul's forward, one of nf4_matmul.COMPUTE.
       fuse_lora: add an adapter inside the 4-bit kernel; kernel "triton" alone.
+      take_checksum: called with the checksum of all tensors as they stand in the folder, whatever files they are in.
     Raises:
       InputError: the folder does not fit its config.json, is quantized otherwise than asked, or a weight is not finite.
     """
@@ -211,6 +214,7 @@ def load_model(
         norms = [array(LAYER.format(index, name), jnp.float32) for index in range(config.L)]
         weights["layers"][name] = jnp.stack(norms)
     progress(total, total)
+    take_checksum(checksums.of(*(f"{key} {checksum}" for key, checksum in sorted(files.checksums.items()))))
     return Llama(config, weights, compute_dtype, remat, attention, sequence_chunk)
 
 
