@@ -95,6 +95,6 @@ def refuse_other(stated: str, found: str, name: str, where: str) -> None:
     """Raises InputError where the file `where` states another checksum of its tensor `name`; "" states none."""
     if stated not in ("", found):
         raise InputError(
-            f"{where} is damaged: {name} is not what was written (its checksum differs). Take a copy of the file that "
-            f"is whole, or make it anew; if a program changed it on purpose, drop {KEY!r} from the file's metadata"
+            f"{where} is damaged: {name} is not what was written (its checksum differs). Take a whole copy of the "
+            f"file, or make it anew; a program that changes it on purpose must drop {KEY!r} from its metadata"
         )

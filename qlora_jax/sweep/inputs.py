@@ -36,14 +36,14 @@ def check_inputs(ledger: Ledger, configs: Iterable[dict[str, Any]], say: Callabl
     for name, checksum in now.items():
         if used[name] and before.get(name, checksum) != checksum:
             raise InputError(
-                f"{name}: it changed since {used[name]:,} points of this sweep were trained with it. Put it back as it "
-                "was, or start anew in another --workdir"
+                f"{name}: it changed since this sweep began to train with it (points done: {used[name]:,}). Put it "
+                "back as it was, or start anew in another --workdir"
             )
     ledger.set_meta({_META: before | now})
 
 
 def contents(configs: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """"KEY=NAME" of all files and folders on this machine that configs (settings.resolved) name -> checksum.
+    """ "KEY=NAME" of all files and folders on this machine that configs (settings.resolved) name -> checksum.
 
     Raises InputError for one that cannot be read.
     """
@@ -64,7 +64,7 @@ def _names(config: dict[str, Any]) -> dict[str, tuple[Path, str]]:
 
 
 def _checksum(path: Path, kind: str) -> str:
-    """"" for what is not on this machine."""
+    """ "" for what is not on this machine."""
     if path.is_file():
         return checksums.of_file(path)
     if not path.is_dir():

@@ -28,7 +28,10 @@ def refuse_other_config(path: Path, config: dict[str, Any]) -> None:
     Names of files whose contents are known may differ: these are compared once they are read.
     """
     saved = path / "config.json"
-    differing = differing_keys(read_json(saved), config) if saved.exists() else []
+    try:
+        differing = differing_keys(read_json(saved), config) if saved.exists() else []
+    except InputError as error:
+        raise InputError(f"{error}; put it back, or choose another --workdir") from error
     if differing:
         moved = _moved(path, config)
         differing = [line for line in differing if line.partition(":")[0] not in moved]

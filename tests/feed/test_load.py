@@ -281,7 +281,8 @@ def test_what_a_run_learns_from_is_known_by_its_content(tmp_path, byte_tokenizer
     changed = [of(lines.replace("a7", "a8")), of("\n".join(lines.splitlines()[::-1])), of(lines, train_on_source=True)]
     assert len({first.content, *(found.content for found in changed)}) == 4
     both = inputs("rows.jsonl", lines, eval_path=str(tmp_path / "spaced.json"), eval_examples=4)
-    assert both["data.path"] == first and both["data.eval_path"].content == of(lines, max_examples=4, eval_examples=0).content
+    assert both["data.path"] == first
+    assert both["data.eval_path"].content == of(lines, max_examples=4, eval_examples=0).content
 
 
 def test_the_chat_template_is_named_where_it_is_used(tmp_path, golden):

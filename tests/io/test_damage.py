@@ -76,7 +76,7 @@ def test_an_adapter_that_another_program_wrote_anew_is_read(model, adapter):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 12}))
     assert read_adapter(model, adapter)[0].scale == 4
     save_file(tensors | {key: tensors[key] * 2}, weights, checksums.as_metadata({key: checksums.UNKNOWN}))
-    with pytest.raises(InputError, match=f"drop '{checksums.KEY}' from the file's metadata"):
+    with pytest.raises(InputError, match=f"must drop '{checksums.KEY}' from its metadata"):
         read_adapter(model, adapter)
 
 
