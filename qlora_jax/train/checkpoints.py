@@ -77,7 +77,8 @@ class Checkpoints:
             if step != self.latest:
                 tree, manager = _as_tree(adapter, states), self._manager
                 self._check_room(step, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
-                manager.save(step, args=_Save(tree))
+                if not manager.save(step, args=_Save(tree)):
+                    raise ValueError("orbax sees a later one there")
             if wait:
                 self._manager.wait_until_finished()
         except (OSError, ValueError) as error:

@@ -49,7 +49,7 @@ def finetune(config: Any, plain: dict[str, Any], path: Path, say: Callable[[str]
 
     Args:
       config: as configs/base.py. plain: the same as plain values (settings.resolved): saved, hashed and compared.
-      path: the workdir. It gets config.json, metrics.jsonl, checkpoints/, adapter/ (PEFT) and summary.json.
+      path: the workdir. It gets config.json, inputs.json, metrics.jsonl, checkpoints/, adapter/ (PEFT), summary.json.
       say: takes lines for the user; a progress bar goes to stderr.
     Returns:
       The summary, as in summary.json.
