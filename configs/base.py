@@ -100,7 +100,8 @@ def get_config() -> ConfigDict:
     c.train.grad_accum = 16  # micro-batches an optimizer step
     c.train.loss_chunk = 1024  # tokens whose logits exist at a time
     c.train.checkpoint_every = 100  # steps
-    c.train.keep_checkpoints = 2  # the newest that stay on disk
+    c.train.keep_checkpoints = 2  # the newest that stay on disk; where one is found damaged a run goes on from the one
+    # before, which 1 has not
     c.train.log_every = 1  # steps
     c.train.loggers = ()  # where metrics go beside metrics.jsonl: any of tensorboard, wandb, mlflow, each an extra
     c.train.seed = 0  # of adapter initialisation and dropout

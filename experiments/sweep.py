@@ -79,12 +79,14 @@ def main() -> int:
 
 def _run(points: "Points", chosen: "list[Point]") -> int:
     from qlora_jax.sweep.engine import Stopped, run_packs
+    from qlora_jax.sweep.inputs import check_inputs
     from qlora_jax.sweep.ledger import Ledger
     from qlora_jax.sweep.packs import missing
     from qlora_jax.sweep.view import View
 
     ledger = Ledger(Path(WORKDIR.value or ""))
     try:
+        check_inputs(ledger, [point.config for point in points.points])
         _enter(ledger, points)
         if not _is_missing(ledger, chosen):
             print("nothing is missing")
@@ -275,8 +277,9 @@ def _search(search: Any) -> int:
     from qlora_jax.sweep.check import check_points
     from qlora_jax.sweep.cluster import RayExecutor
     from qlora_jax.sweep.grid import expand, fixed
+    from qlora_jax.sweep.inputs import check_inputs
     from qlora_jax.sweep.ledger import Ledger
-    from qlora_jax.sweep.search import check_search, run_search
+    from qlora_jax.sweep.search import check_search, configs_of, run_search
 
     check_search(search, CONFIG.value)
     base = expand(CONFIG.value, fixed({}))
@@ -288,6 +291,7 @@ def _search(search: Any) -> int:
         raise InputError("a search runs in Ray Tune: leave --executor=ray")
     ledger = Ledger(Path(WORKDIR.value or ""))
     try:
+        check_inputs(ledger, configs_of(CONFIG.value, search))
         _enter(ledger, None)
         executor, _ = _executor()
         assert isinstance(executor, RayExecutor)

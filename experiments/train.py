@@ -1,8 +1,8 @@
 """Finetunes a model in 4 bits: python -m experiments.train --config=configs/alpaca.py --config.model.path=DIR
 --workdir=RUN
 
-Run again with the same flags it goes on from its newest checkpoint. The workdir gets config.json, metrics.jsonl,
-checkpoints/, adapter/ (a PEFT folder) and summary.json.
+Run again with the same flags it goes on from its newest whole checkpoint, if data and weights are what they were. The
+workdir gets config.json, inputs.json, metrics.jsonl, checkpoints/, adapter/ (a PEFT folder) and summary.json.
 """
 
 import json

@@ -8,11 +8,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from qlora_jax import checksums
 from qlora_jax.errors import InputError
 from qlora_jax.finite import check_finite
 
@@ -62,17 +63,51 @@ def take_lock(handle: int, path: Path) -> bool:
         return True  # a network disk without locks: two writers at once are not told apart there
 
 
-def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """A safetensors file, in the mode of the user's umask: safetensors makes files that only their owner can read.
+def hold_folder(path: Path, other: str) -> TextIO:
+    """Makes a workdir where there is none and holds it, by its file .lock, until what is returned is closed or this
+    process ends, however that happens.
 
-    Raises InputError, and writes nothing, where a value is not finite.
+    Raises InputError where it cannot be made, or another process (`other` is what users call it) holds it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("w")
+        is_ours = take_lock(lock.fileno(), path / ".lock")
+    except OSError as error:
+        raise InputError(f"workdir {path} cannot be used: {error.strerror}") from error
+    if not is_ours:
+        lock.close()
+        raise InputError(f"workdir {path} is in use by another {other}; wait, or choose another --workdir")
+    return lock
+
+
+def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """A safetensors file with a checksum for each tensor in its metadata.
+
+    In the mode of the user's umask: safetensors makes files that only their owner can read. Raises InputError, and
+    writes nothing, where a value is not finite.
     """
     for key, values in tensors.items():
         check_finite(values, key, "such a tensor is not written")
+    sums = checksums.as_metadata({name: checksums.of_array(value) for name, value in tensors.items()})
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_file(tensors, path, metadata={"format": "pt", **sums})
+    _sort_metadata(path)
     path.chmod(mode)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes the entries in a random order: equal tensors shall be equal files."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise ValueError(f"the header of {path} cannot be put in order")
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def write_json(path: Path, value: Any) -> None:

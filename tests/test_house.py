@@ -37,6 +37,7 @@ ORDER = (
     "qlora_jax.files",
     "qlora_jax.finite",
     "qlora_jax.settings",
+    "qlora_jax.checksums",
     "qlora_jax.errors",
     "pallas_kernels.nf4_matmul",
     "pallas_kernels",

@@ -4,12 +4,12 @@ The first line has the settings that made them, each further line one question's
 is dropped and asked again.
 """
 
-import fcntl
 import json
 from pathlib import Path
 from typing import Any
 
 from qlora_jax.errors import InputError
+from qlora_jax.files import take_lock
 from qlora_jax.settings import differing_keys
 
 
@@ -27,10 +27,9 @@ class AnswerRecord:
             self._file = path.open("a+b")
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror}") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{path} is in use by another process; wait, or choose another --out") from error
+        if not take_lock(self._file.fileno(), path):
+            self._file.close()
+            raise InputError(f"{path} is in use by another process; wait, or choose another --out")
         self.lines = self._read(settings)
 
     def _read(self, settings: dict[str, Any]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from qlora_jax import checksums
 from qlora_jax.data.examples import Example
 from qlora_jax.errors import InputError
 from qlora_jax.feed.store import lengths_of
@@ -164,7 +165,10 @@ class FileBatches:
     """Ready batches from an int32 .npy file [n, B, T]; every token but the first of a row is a target."""
 
     def __init__(self, path: str) -> None:
-        """Raises InputError: the file is missing, is no .npy file, or has another dtype, rank, or a negative id."""
+        """Raises InputError: the file is missing, is no .npy file, or has another dtype, rank, or a negative id.
+
+        `content`: checksum of its rows.
+        """
         self.path = path
         try:
             array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -179,12 +183,13 @@ class FileBatches:
         if array.ndim != 3 or 0 in array.shape or array.shape[2] < 2:
             shape = list(array.shape)
             raise InputError(f"data.batches: {path}: shape {shape}, expected [n, B, T] with n, B >= 1 and T >= 2")
-        self.max_token_id = -1
+        self.max_token_id, content = -1, checksums.Running("int32", array.shape)
         for number, batch in enumerate(array):
             if batch.min() < 0:
                 raise InputError(f"data.batches: {path}: batch {number} has the negative token id {batch.min()}")
             self.max_token_id = max(self.max_token_id, int(batch.max()))
-        self._array = array
+            content.update(batch)
+        self._array, self.content = array, content.result()
         self.batch_size = array.shape[1]
 
     def __len__(self) -> int:

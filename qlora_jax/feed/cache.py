@@ -1,8 +1,9 @@
 """Tokenized data sets on disk, each under the hash of everything it was made from: made once, whole or not at all.
 
 An entry is a folder named by its key: examples.arrow (feed/store.py) and entry.json, which is written last and has the
-other's size. It is built beside its place and renamed into it, under a lock that dies with its process: what a killed
-process left is cleared by the next, and of two that want the same entry one waits for the other.
+checksum of both: what is not what was written is built again. It is built beside its place and renamed into it, under a
+lock that dies with its process: what a killed process left is cleared by the next, and of two that want the same entry
+one waits for the other.
 
 Entries are in $QLORA_JAX_CACHE, or qlora_jax/data in $XDG_CACHE_HOME or ~/.cache. Nothing deletes them; anyone may.
 """
@@ -19,10 +20,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from qlora_jax import checksums
+from qlora_jax.checksums import Input
 from qlora_jax.errors import InputError
 from qlora_jax.feed.store import ExampleStore
 
-_PIECE = 2**20  # bytes that are hashed at a time
 _LIBRARIES = ("tokenizers", "sentencepiece", "jinja2", "pyarrow")
 _ROOMS = ("text", "data", "feed")  # of the package: where reading and tokenizing is written
 _EXAMPLES, _ENTRY = "examples.arrow", "entry.json"
@@ -36,6 +38,11 @@ class Entry:
     facts: dict[str, Any]
     folder: Path
     is_new: bool
+    parts: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # that they were made of: name, checksum
+
+    @property
+    def input(self) -> Input:
+        return Input(self.facts["content"], self.parts)
 
 
 def cache_folder() -> Path:
@@ -46,27 +53,28 @@ def cache_folder() -> Path:
     return (Path(shared) if shared else Path.home() / ".cache") / "qlora_jax" / "data"
 
 
-def key_of(files: list[tuple[str, Path]], tokenizer: bytes, settings: dict[str, Any]) -> str:
-    """Hash of all that decides the examples: the files' names and bytes, tokenizer, settings, and the code that reads
-    and tokenizes with the versions of its libraries.
+def contents(files: list[tuple[str, Path]]) -> list[tuple[str, str]]:
+    """(name, checksum of its bytes) of the files of a data set. Raises InputError when one cannot be read."""
+    found = []
+    for label, path in files:
+        try:
+            found.append((label, checksums.of_file(path)))
+        except OSError as error:
+            raise InputError(f"{label}: cannot be read: {error.strerror or error}") from error
+    return found
 
-    Raises InputError when a file cannot be read.
-    """
+
+def key_of(files: list[tuple[str, str]], tokenizer: bytes, settings: dict[str, Any]) -> str:
+    """Hash of all that decides the examples: the files' names and contents, tokenizer, settings, and the code that
+    reads and tokenizes with the versions of its libraries."""
     total = hashlib.blake2b(digest_size=16)
 
     def add(*parts: bytes) -> None:
         for part in parts:
             total.update(len(part).to_bytes(8, "little") + part)
 
-    for label, path in files:
-        try:
-            with path.open("rb") as file:
-                content = hashlib.blake2b()
-                while piece := file.read(_PIECE):
-                    content.update(piece)
-        except OSError as error:
-            raise InputError(f"{label}: cannot be read: {error.strerror or error}") from error
-        add(label.encode("utf-8", "surrogateescape"), content.digest())
+    for label, content in files:
+        add(label.encode("utf-8", "surrogateescape"), content.encode())
     add(tokenizer, json.dumps(settings, sort_keys=True).encode())
     for room in _ROOMS:
         for source in sorted((Path(__file__).parents[1] / room).glob("*.py")):
@@ -109,9 +117,9 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> Entry:
     building.mkdir()
     try:
         facts = build(building / _EXAMPLES)
-        size = (building / _EXAMPLES).stat().st_size
+        checksum = _checksum(building / _EXAMPLES, facts)
         with (building / _ENTRY).open("w", encoding="utf-8") as file:
-            json.dump({"bytes": size, "facts": facts}, file)
+            json.dump({"checksum": checksum, "facts": facts}, file)
             file.flush()
             os.fsync(file.fileno())
         building.rename(folder)
@@ -128,12 +136,16 @@ def _open(folder: Path) -> Entry | None:
     """None where there is no entry, or one that is not whole."""
     try:
         entry = json.loads((folder / _ENTRY).read_text(encoding="utf-8"))
-        if (folder / _EXAMPLES).stat().st_size != entry["bytes"]:
+        file, facts = folder / _EXAMPLES, entry["facts"]
+        if entry["checksum"] != _checksum(file, facts):
             return None
-        facts = entry["facts"]
-        return Entry(ExampleStore.open(folder / _EXAMPLES, facts["places"]), facts, folder, False)
+        return Entry(ExampleStore.open(file, facts["places"]), facts, folder, False)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _checksum(file: Path, facts: dict[str, Any]) -> str:
+    return checksums.of(checksums.of_file(file), json.dumps(facts, sort_keys=True))
 
 
 @contextlib.contextmanager

@@ -7,12 +7,15 @@ through a memory map: the rows are streamed into it, so a data set of any size n
 import dataclasses
 import datetime
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qlora_jax import checksums
+from qlora_jax.checksums import Input
 from qlora_jax.data.chat_examples import ChatCuts, check_turns, tokenize_chats, uses_chat_template
 from qlora_jax.data.examples import Example, Lengths, Truncated, tokenize_examples
 from qlora_jax.data.formats import COLUMNS, check_format, stream_chats, stream_texts
@@ -20,7 +23,7 @@ from qlora_jax.data.read import data_files, stream_rows
 from qlora_jax.data.rows import Row
 from qlora_jax.errors import InputError
 from qlora_jax.feed.batches import Batches, FileBatches, eval_batches
-from qlora_jax.feed.cache import Entry, cached, key_of
+from qlora_jax.feed.cache import Entry, cached, contents, key_of
 from qlora_jax.feed.packing import PackedBatches, check_fits, pack_length, packed_eval_batches
 from qlora_jax.feed.padding import padding_line
 from qlora_jax.feed.split import split
@@ -49,6 +52,7 @@ class LoadedData:
     truncated: dict[str, int] = dataclasses.field(default_factory=dict)  # examples that lost tokens, by piece
     pad_id: int = PAD_ID
     multiple: int = 1  # data.pad_to_multiple_of
+    inputs: dict[str, Input] = dataclasses.field(default_factory=dict)  # by the config's keys that name files
 
     @property
     def is_packed(self) -> bool:
@@ -90,10 +94,12 @@ def load_data(
             raise InputError(f"data.{name} is {getattr(config, name)}, expected 0 or more")
     lengths = Lengths.of(config, context)
     entry = _read(config, config.path, config.max_examples, tokenizer, vocab_size, lengths)
+    inputs = {"data.path": entry.input}
     train: Sequence[Example] = entry.store
     heldout: Sequence[Example]
     if config.eval_path:
-        heldout = _read(config, config.eval_path, config.eval_examples, tokenizer, vocab_size, lengths).store
+        other = _read(config, config.eval_path, config.eval_examples, tokenizer, vocab_size, lengths)
+        heldout, inputs["data.eval_path"] = other.store, other.input
     else:
         train, heldout = split(train, config.eval_examples, config.seed, entry.facts["chat"])
     pad_id = next(number for number in range(PAD_ID, vocab_size) if number not in tokenizer.eos_ids)
@@ -102,7 +108,7 @@ def load_data(
     if isinstance(batches, PackedBatches) and heldout:
         check_fits(heldout, batches.max_length)
     report = _report(config, entry, train, heldout, batches, tokenizer)
-    return LoadedData(batches, heldout, report, entry.facts["truncated"], pad_id, config.pad_to_multiple_of)
+    return LoadedData(batches, heldout, report, entry.facts["truncated"], pad_id, config.pad_to_multiple_of, inputs)
 
 
 def longest_example(config: Any, tokenizer: Tokenizer, vocab_size: int, context: int) -> int:
@@ -159,14 +165,19 @@ def _read(config: Any, path: str, limit: int, tokenizer: Tokenizer, vocab_size: 
             "cuts": _cut_lines(cuts, lengths),
         }
 
-    entry = cached(key_of(files, tokenizer.content(), settings), build)
-    token = entry.facts["highest_token"]
+    hashed = contents(files)
+    entry = cached(key_of(hashed, tokenizer.content(), settings), build)
+    facts = entry.facts
+    token = facts["highest_token"]
     if token >= vocab_size:
         raise InputError(
-            f"{entry.facts['highest_where']}: the tokenizer gives token id {token}, the model has embeddings for "
+            f"{facts['highest_where']}: the tokenizer gives token id {token}, the model has embeddings for "
             f"{vocab_size} tokens: tokenizer and model do not belong together"
         )
-    return entry
+    template = json.dumps(tokenizer.chat_template).encode()
+    parts = [*hashed, ("the tokenizer", checksums.of(tokenizer.content().replace(template, b"")))]
+    parts += [("the chat template", checksums.of(template))] if chat else []
+    return dataclasses.replace(entry, parts=parts)
 
 
 def _pair_tokenizer(config: Any, tokenizer: Tokenizer, lengths: Lengths) -> Callable[..., tuple[list[Example], Any]]:
@@ -239,7 +250,7 @@ def _load_file(path: str, batch_size: int, vocab_size: int) -> LoadedData:
     report = [f"data: {path}: {shape}, every token but the first of a row a target"]
     if batches.batch_size != batch_size:
         report.append(f"data: steps of {batches.batch_size} sequences, as the file has them, not of {batch_size}")
-    return LoadedData(batches, [], report)
+    return LoadedData(batches, [], report, inputs={"data.batches": Input(batches.content, [(path, batches.content)])})
 
 
 def _report(

@@ -19,6 +19,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from qlora_jax import checksums
 from qlora_jax.data.examples import Example
 
 _BATCH_TOKENS = 2**21  # tokens of a record batch, at least: 10 MB
@@ -33,6 +34,7 @@ class Totals:
     highest_token: int = -1
     highest_where: str = ""  # the example that has it
     places: list[str] = dataclasses.field(default_factory=list)  # what `where` begins with: "FILE, line"
+    content: str = ""  # checksum of all tokens and masks, in order: whatever file, whatever batches they are in
 
 
 class ExampleStore(Sequence[Example]):
@@ -140,6 +142,7 @@ def write_examples(path: Path, examples: Iterable[Example]) -> Totals:
 
     totals = Totals()
     numbers: dict[str, int] = {}  # of places
+    content = _Content()
     with path.open("wb") as file:
         with pa.ipc.new_file(file, _schema()) as writer:
             pending: list[Example] = []
@@ -148,14 +151,28 @@ def write_examples(path: Path, examples: Iterable[Example]) -> Totals:
                 pending.append(example)
                 size += len(example)
                 if size >= _BATCH_TOKENS:
-                    writer.write_batch(_record_batch(pending, numbers, totals))
+                    writer.write_batch(_record_batch(pending, numbers, totals, content))
                     pending, size = [], 0
             if pending:
-                writer.write_batch(_record_batch(pending, numbers, totals))
+                writer.write_batch(_record_batch(pending, numbers, totals, content))
         file.flush()
         os.fsync(file.fileno())
-    totals.places = list(numbers)
+    totals.places, totals.content = list(numbers), content.result()
     return totals
+
+
+class _Content:
+    """Checksum of examples that come in any portions: a column each of lengths, tokens and masks."""
+
+    def __init__(self) -> None:
+        self._columns = [checksums.Running(name, ()) for name in ("lengths", "tokens", "masks")]
+
+    def update(self, *columns: np.ndarray) -> None:
+        for running, column in zip(self._columns, columns, strict=True):
+            running.update(column)
+
+    def result(self) -> str:
+        return checksums.of(*(running.result() for running in self._columns))
 
 
 def _schema() -> Any:
@@ -173,13 +190,14 @@ def _schema() -> Any:
     )
 
 
-def _record_batch(examples: Sequence[Example], numbers: dict[str, int], totals: Totals) -> Any:
+def _record_batch(examples: Sequence[Example], numbers: dict[str, int], totals: Totals, content: _Content) -> Any:
     import pyarrow as pa
 
     lengths = [len(example) for example in examples]
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
     tokens = np.concatenate([example.tokens for example in examples])
     loss_mask = np.concatenate([example.loss_mask for example in examples])
+    content.update(np.array(lengths, np.int32), tokens, loss_mask.view(np.uint8))
     places, rows = zip(*(_split_where(example.where) for example in examples), strict=True)
     targets = np.add.reduceat(loss_mask, np.cumsum([0, *lengths[:-1]]), dtype=np.int32)
     totals.examples += len(examples)

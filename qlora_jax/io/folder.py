@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from qlora_jax import checksums
 from qlora_jax.errors import InputError
 from qlora_jax.finite import check_finite
 from qlora_jax.io import remote
@@ -93,7 +94,8 @@ class TensorFiles:
     `files` names those to read, in place of the folder's choice.
     `shapes` and `dtypes` are known from the headers at once. `folder` is what errors call it. No value that is not
     finite, and no negative scale of a quantized weight, gets out of here: each piece is looked at as it is read, which
-    costs less than reading it from memory.
+    costs less than reading it from memory. A tensor that is read in order is hashed on the way, and refused at its end
+    where its file states another checksum; `checksums` has those of the tensors that were read.
     """
 
     def __init__(self, folder: Path, files: Sequence[str] | None = None):
@@ -107,6 +109,8 @@ class TensorFiles:
             except (ValueError, OSError) as error:
                 raise InputError(f"{self.folder}/{name} is damaged or cut short: {error}") from error
             self._places |= {key: (name, place) for key, place in places.items()}
+        self.checksums: dict[str, str] = {}
+        self._hashing: dict[str, tuple[checksums.Running, int]] = {}  # with the number of values that are hashed
         self.shapes = {key: place.shape for key, (_, place) in self._places.items()}
         self.dtypes = {key: place.dtype for key, (_, place) in self._places.items()}
         if absent := sorted(set(promised) - set(self.shapes)):
@@ -149,11 +153,26 @@ class TensorFiles:
             self._source.read(file, place.start + first * out.itemsize, out.reshape(-1).view(np.uint8))
         except (ValueError, OSError) as error:
             raise InputError(f"{self.folder}/{file}: {key} cannot be read: {error}") from error
+        self._hash(key, first, out)
         name = f"{self.folder}/{file}: {key}"
         check_finite(out, name, _MEND, first, math.prod(self.shapes[key]))
         if key.endswith(_SCALES) and out.dtype == np.float32 and (out < 0).any():
             raise InputError(f"{name} holds {out.min()}, a negative scale: {_MEND}")
         return out
+
+    def _hash(self, key: str, first: int, values: np.ndarray) -> None:
+        """Of a tensor that is read from its first value on without a gap, as all of them are that are loaded."""
+        start = checksums.Running(self.dtypes[key], self.shapes[key]), 0
+        running, done = self._hashing.pop(key, start) if first else start
+        if done != first:
+            return
+        running.update(values)
+        if (done := done + values.size) < math.prod(self.shapes[key]):
+            self._hashing[key] = running, done
+            return
+        file, place = self._places[key]
+        self.checksums[key] = running.result()
+        checksums.refuse_other(place.checksum, self.checksums[key], key, f"{self.folder}/{file}")
 
 
 def has_weights(folder: Path) -> bool:

@@ -1,7 +1,8 @@
 """The header of a safetensors file: where each tensor lies. Checked before any tensor is read.
 
 A file is 8 bytes (uint64, little-endian: length of the header), the header, JSON {name: {dtype, shape, data_offsets}},
-and the data, to which the offsets are relative. Source: huggingface/safetensors, README, "Format".
+and the data, to which the offsets are relative. Source: huggingface/safetensors, README, "Format". `__metadata__` among
+the names is a map of texts; ours has the tensors' checksums (qlora_jax/checksums.py).
 """
 
 import json
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from qlora_jax import checksums
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8"}  # those that models are stored in
 _NAMES = {name: code for code, name in DTYPES.items()}
@@ -25,6 +28,7 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
     start: int  # bytes from the beginning of the file
     stop: int
+    checksum: str = ""  # that the file states of it (qlora_jax/checksums.py); "" is none
 
 
 def numpy_dtype(name: str) -> np.dtype:
@@ -48,14 +52,15 @@ def read_header(read: Callable[[int, np.ndarray], None]) -> dict[str, Place]:
     length = int.from_bytes(content(0, 8), "little")
     if not 2 <= length <= _LARGEST:
         raise ValueError(f"its header would have {length:,} bytes")
+    text = content(8, 8 + length)
     try:
-        entries = json.loads(content(8, 8 + length), object_pairs_hook=_unique)
-        entries.pop("__metadata__", None)
-        places = {name: _place(entry, 8 + length) for name, entry in entries.items()}
+        entries = json.loads(text, object_pairs_hook=_unique)
+        sums = checksums.from_metadata(entries.pop("__metadata__", None))
+        places = {name: _place(entry, 8 + length, sums.get(name, "")) for name, entry in entries.items()}
     except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
         raise ValueError("its header is not the JSON of a safetensors file") from error
     end = 8 + length
-    for name, place in sorted(places.items(), key=lambda item: item[1][2:]):
+    for name, place in sorted(places.items(), key=lambda item: (item[1].start, item[1].stop)):
         if place.start != end or place.stop < place.start:
             raise ValueError(f"the bytes of {name} do not begin where those before it end")
         end = place.stop
@@ -74,16 +79,22 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _place(entry: Mapping, begin: int) -> Place:
+def _place(entry: Mapping, begin: int, checksum: str) -> Place:
     start, stop = entry["data_offsets"]
     if not all(isinstance(size, int) and size >= 0 for size in (*entry["shape"], start, stop)):
         raise TypeError("sizes are natural numbers")
-    return Place(DTYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"]), begin + start, begin + stop)
+    dtype = DTYPES.get(entry["dtype"], entry["dtype"])
+    return Place(dtype, tuple(entry["shape"]), begin + start, begin + stop, checksum)
 
 
-def make_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, Place]]:
-    """The first bytes of a file of these tensors, name -> (dtype, shape), and their places: one after the other."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def make_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], sums: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, Place]]:
+    """The first bytes of a file of these tensors, name -> (dtype, shape), and their places: one after the other.
+
+    `sums`: checksums by name; the header is as long whatever they are.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"} | (checksums.as_metadata(sums) if sums else {})}
     places, end = {}, 0
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + math.prod(shape) * numpy_dtype(dtype).itemsize

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qlora_jax import checksums
 from qlora_jax.errors import InputError
 from qlora_jax.io.folder import TensorFiles, are_equal, has_weights, signature
 from qlora_jax.io.place import put, to_device
@@ -206,6 +207,7 @@ def load_model(
     kernel: str = "xla",
     progress: Callable[[int, int], None] = lambda done, total: None,
     sequence_chunk: int = 0,
+    take_checksum: Callable[[str], None] = lambda checksum: None,
 ) -> Llama:
     """Reads a checkpoint.
 
@@ -216,6 +218,7 @@ def load_model(
       remat, attention, sequence_chunk: see Llama.
       kernel: of the 4-bit matmul, one of nf4_matmul.BACKENDS.
       progress: called with (tensors done, tensors in all).
+      take_checksum: called with the checksum of all tensors as they stand in the folder, whatever files they are in.
     Raises:
       InputError: the folder does not fit its config.json, is quantized otherwise than asked, or a weight is not finite.
     """
@@ -280,6 +283,7 @@ def load_model(
         norms = [array(LAYER.format(index, name), jnp.float32) for index in range(config.L)]
         weights["layers"][name] = jnp.stack(norms)
     progress(total, total)
+    take_checksum(checksums.of(*(f"{key} {checksum}" for key, checksum in sorted(files.checksums.items()))))
     return Llama(config, weights, compute_dtype, remat, attention, sequence_chunk)
 
 

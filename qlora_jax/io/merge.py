@@ -42,6 +42,7 @@ from qlora_jax.models.config import ModelConfig, read_json
 from qlora_jax.models.llama import EMBEDDING, HEAD, LAYER, LINEARS, NORMS, Llama, sizes
 from qlora_jax.quant.tensor import QuantizedTensor, dequantize
 from qlora_jax.residual import check_base, residual
+from qlora_jax.settings import config_hash
 
 INTO = ("dequantized", "original")
 REPORT = "qlora_jax_export.json"
@@ -69,6 +70,13 @@ def read_run(workdir: Path) -> FinishedRun:
         run = FinishedRun(model["path"], model["revision"], spec, adapter)
     except (KeyError, TypeError) as error:
         raise InputError(f"{workdir / 'config.json'} is no config of a training run: {error} is missing") from error
+    if (workdir / "summary.json").is_file():
+        made_by = read_json(workdir / "summary.json").get("config_hash")
+        if made_by not in (None, config_hash(config)):
+            raise InputError(
+                f"{workdir / 'config.json'} is not the config that the run ended with (summary.json has another "
+                "config_hash): put it back, or let experiments.train end the run once more"
+            )
     if not adapter.is_dir():
         raise InputError(
             f"{workdir} has no adapter yet, its run is not finished: resume it by experiments.train with the same flags"

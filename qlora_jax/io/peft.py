@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax import lora
+from qlora_jax import checksums, lora
 from qlora_jax.errors import InputError
 from qlora_jax.files import atomic_folder, save_tensors, write_json
 from qlora_jax.finite import check_finite
@@ -301,6 +301,7 @@ class _Tensors:
             self._source.read(WEIGHTS, place.start, array.reshape(-1).view(np.uint8))
         except (ValueError, OSError) as error:
             raise InputError(f"{self.path}: {key} cannot be read: {error}") from error
+        checksums.refuse_other(place.checksum, checksums.of_array(array), key, str(self.path))
         check_finite(array, f"{self.path}: {key}", "nothing is computed from it; train it again, or ask who did")
         return array
 

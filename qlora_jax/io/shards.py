@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 
+from qlora_jax import checksums
 from qlora_jax.errors import InputError
 from qlora_jax.files import atomic_folder, save_tensors, write_json
 from qlora_jax.io.folder import COMPANIONS
@@ -124,7 +125,9 @@ class ShardWriter:
 
 
 class StackWriter:
-    """Files of tensors whose shapes are known, filled in any order; every byte must be written once.
+    """Files of tensors whose shapes are known; every byte must be written once, those of a tensor in their order.
+
+    The headers come first and are written again at the end, with the checksums of what was written.
 
     Args:
       folder: where they are made.
@@ -145,31 +148,41 @@ class StackWriter:
             room -= size
         self.names = _file_names(len(shards))
         self._places: dict[str, tuple[int, Place]] = {}
+        self._running: dict[str, checksums.Running] = {}
+        self._written: dict[str, int] = {}  # bytes of each tensor
         self._handles = [os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666) for name in self.names]
+        self._shards = shards
         for handle, tensors in zip(self._handles, shards, strict=True):
-            header, places = make_header(tensors)
+            header, places = make_header(tensors, dict.fromkeys(tensors, checksums.UNKNOWN))
             _write_all(handle, header, 0)
             self._places |= {key: (handle, place) for key, place in places.items()}
+            self._running |= {key: checksums.Running(*of) for key, of in tensors.items()}
+            self._written |= dict.fromkeys(tensors, 0)
         self.total_bytes = self._missing = sum(place.stop - place.start for _, place in self._places.values())
-        self._keys = {name: list(tensors) for name, tensors in zip(self.names, shards, strict=True)}
 
     def write(self, key: str, first: int, values: np.ndarray) -> None:
-        """Puts values at the tensor's value number `first` and after it."""
+        """Puts values at the tensor's value number `first` and after it: those that follow what was written of it."""
         handle, place = self._places[key]
         start = place.start + first * values.itemsize
         if values.dtype.name != place.dtype or start + values.nbytes > place.stop:
             raise ValueError(f"{values.size} values of {values.dtype} from {first} on do not fit {key}: {place}")
+        if start - place.start != self._written[key]:
+            raise ValueError(f"values of {key} from {first} on, but {self._written[key]} bytes of it are written")
         _write_all(handle, np.ascontiguousarray(values).reshape(-1).view(np.uint8), start)
+        self._running[key].update(values)
+        self._written[key] += values.nbytes
         self._missing -= values.nbytes
 
     def finish(self) -> list[str]:
         """Everything onto the disk, and the index where there are several files; returns the names of the files."""
         if self._missing:
             raise ValueError(f"{self._missing} bytes of {self.folder} were never written")
-        for handle in self._handles:
+        for handle, tensors in zip(self._handles, self._shards, strict=True):
+            _write_all(handle, make_header(tensors, {key: self._running[key].result() for key in tensors})[0], 0)
             os.fsync(handle)  # a disk may say only now that it is full
         self.close()
-        _write_index(self.folder, self.total_bytes, self._keys)
+        keys = {name: list(tensors) for name, tensors in zip(self.names, self._shards, strict=True)}
+        _write_index(self.folder, self.total_bytes, keys)
         return self.names
 
     def close(self) -> None:

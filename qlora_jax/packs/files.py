@@ -1,10 +1,12 @@
 """The folder of a pack: configs of its members, one metrics file, checkpoints; and its members as folders of runs."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_jax import checksums
+from qlora_jax.checksums import Input
 from qlora_jax.errors import InputError
 from qlora_jax.files import atomic_folder, write_json
 from qlora_jax.finite import first_not_finite
@@ -18,17 +20,36 @@ from qlora_jax.train.workdir import Workdir
 class PackFolder:
     """Opens (or makes) the folder and holds it: config.json names the pack, members.json has its configs.
 
-    Raises InputError where it is another pack's or in use, or where two members are one config.
+    Args:
+      plains: the members' configs (settings.resolved).
+      say: takes lines for the user.
+    Raises:
+      InputError: it is another pack's or in use, two members are one config, or no checkpoint in it is whole.
     """
 
-    def __init__(self, path: Path, members: Sequence[PlannedMember]):
-        self.path, self.hashes = path, [member.hash for member in members]
+    def __init__(self, path: Path, plains: Sequence[dict[str, Any]], say: Callable[[str], None]):
+        self.path, self._plains, self._say = path, plains, say
+        self.hashes = [config_hash(plain) for plain in plains]
         for place, name in enumerate(self.hashes):
             if (first := self.hashes.index(name)) != place:
                 raise InputError(f"members {first} and {place} of the pack are one config; give each once")
-        self._workdir = Workdir(path, {"members": len(members), "pack": config_hash({"members": self.hashes})})
-        write_json(path / "members.json", [member.plain for member in members])
-        self.checkpoints = Checkpoints(self._workdir.checkpoints, members[0].config.train.keep_checkpoints)
+        self._workdir = Workdir(path, {"members": len(plains), "pack": config_hash({"members": self.hashes})})
+        try:
+            self.checkpoints = Checkpoints(self._workdir.checkpoints, plains[0]["train"]["keep_checkpoints"], say)
+        except InputError:
+            self._workdir.close()
+            raise
+        if self.checkpoints.latest is not None:
+            self._workdir.go_on(say)
+
+    def begin(self, inputs: Sequence[dict[str, Input]]) -> None:
+        """Writes down what the pack is, once it is known what each member's names of files stand for.
+
+        Raises InputError where that is not what it was at the newest checkpoint.
+        """
+        self._workdir.check(_together(inputs), self._say)
+        self._workdir.begin(self._say)
+        write_json(self.path / "members.json", self._plains)
 
     def rows_until(self, step: int) -> list[tuple[int, dict[str, Any]]]:
         """(member, row) of the steps up to `step`; later ones are dropped from the file."""
@@ -57,3 +78,13 @@ class PackFolder:
     def close(self) -> None:
         self.checkpoints.settle()
         self._workdir.close()
+
+
+def _together(inputs: Sequence[dict[str, Input]]) -> dict[str, Input]:
+    """The inputs of all members as those of one run."""
+    found = {}
+    for key in dict.fromkeys(key for own in inputs for key in own):
+        each = [own.get(key, Input("", [])) for own in inputs]
+        parts = dict.fromkeys(part for one in each for part in one.parts)
+        found[key] = Input(checksums.of(*(one.content for one in each)), list(parts))
+    return found

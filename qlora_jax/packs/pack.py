@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax import lora
+from qlora_jax.checksums import Input
 from qlora_jax.errors import InputError
 from qlora_jax.io.peft import write_arrays
 from qlora_jax.io.peft_config import read_config
@@ -26,7 +27,7 @@ from qlora_jax.packs.run import MemberResult, PackRun
 from qlora_jax.packs.warm import Base, Warm
 from qlora_jax.settings import config_hash, resolved
 from qlora_jax.train.loggers import refuse_loggers
-from qlora_jax.train.setup import check_config, read_lora_config, step_counts
+from qlora_jax.train.setup import check_config, read_lora_config, start_input, step_counts
 
 __all__ = ["MemberResult", "PackRunner", "export_member", "pack_key", "train_pack"]
 
@@ -91,6 +92,13 @@ def refuse_residual(init_from: str) -> None:
         )
 
 
+def _inputs(base: Base, member: PlannedMember) -> dict[str, Input]:
+    """What a member's names of files stand for."""
+    init_from = member.config.lora.init_from
+    start = {"lora.init_from": start_input(init_from)} if init_from else {}
+    return {"model.path": base.input} | member.data.inputs | start
+
+
 class PackRunner:
     """Trains packs, and keeps what they share: frozen models, tokenized data and compiled programs.
 
@@ -118,13 +126,15 @@ class PackRunner:
             check_config(config)
             refuse_loggers(config.train.loggers)
         refuse_paging(configs[0].optimizer)
-        base = self.warm.base(configs[0], say)
-        members = [self._plan(config, plain, base, say) for config, plain in zip(configs, plains, strict=True)]
-        sizes = sorted({member.data.batches.batch_size for member in members})
-        if len(sizes) > 1:
-            raise InputError(f"the data of a pack's members have batches of {sizes} sequences; expected one size")
-        folder = None if workdir is None else PackFolder(workdir, members)
+        folder = None if workdir is None else PackFolder(workdir, plains, say)
         try:
+            base = self.warm.base(configs[0], say)
+            members = [self._plan(config, plain, base, say) for config, plain in zip(configs, plains, strict=True)]
+            sizes = sorted({member.data.batches.batch_size for member in members})
+            if len(sizes) > 1:
+                raise InputError(f"the data of a pack's members have batches of {sizes} sequences; expected one size")
+            if folder is not None:
+                folder.begin([_inputs(base, member) for member in members])
             results = PackRun(self.warm, base, members, folder, say, on_row).finish()
             if folder is not None and write_members:
                 folder.write_members(members, results)

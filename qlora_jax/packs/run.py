@@ -243,15 +243,15 @@ class PackRun:
     def _resume(self) -> int:
         if self.folder is None:
             return 0
-        start = self.folder.checkpoints.latest
-        for index, row in self.folder.rows_until(-1 if start is None else start):
+        found = self.folder.checkpoints.restore(self.state.adapter, [self.state.optimizer, self.state.alive])
+        for index, row in self.folder.rows_until(-1 if found is None else found[0]):
             self.rows[index].append(row)
             if row.get("status"):
                 self.stopped[index] = row
             self.on_row(index, row)
-        if start is None:
+        if found is None:
             return 0
-        adapter, states = self.folder.checkpoints.restore(self.state.adapter, [self.state.optimizer, self.state.alive])
+        start, adapter, states = found
         optimizer, alive = jax.tree.map(jax.numpy.asarray, states)
         self.state = MemberState(adapter, optimizer, alive)
         self.say(f"pack: resumed, {start} steps done")

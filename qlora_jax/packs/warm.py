@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from qlora_jax.checksums import Input
 from qlora_jax.feed.load import LoadedData, load_data
 from qlora_jax.io.folder import resolve
 from qlora_jax.models.config import ModelConfig
@@ -37,6 +38,7 @@ class Base:
     bytes: int
     bits_per_param: float  # of the linear layers
     params: int
+    input: Input  # what model.path stood for
 
     def model(self) -> Llama:
         """A model of its own on the same arrays."""
@@ -63,12 +65,12 @@ class Warm:
         def load() -> Base:
             folder = resolve(config.model.path, config.model.revision)
             tokenizer = None if config.data.batches else Tokenizer.from_folder(folder)
-            model = load_base(config, folder, lambda done, total: None)
+            model, made_of = load_base(config, folder, lambda done, total: None)
             graph, state = nnx.split(model)
             size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
             bits, params = base_size(model)
             say(f"model: {config.model.path}: {params:,} parameters, {size / 2**20:,.1f} MiB, {bits:.3f} bits a weight")
-            return Base(key, graph, state, model.config, tokenizer, size, bits, params)
+            return Base(key, graph, state, model.config, tokenizer, size, bits, params, made_of)
 
         return self._bases.get(key, load)
 

@@ -1,5 +1,5 @@
 """Grids of configs.
 
-grid → check → packs (cost) → engine (local, cluster: Ray; runner: packs/pack) → ledger → tabulate; search, compare,
-view.
+grid → check → inputs → packs (cost) → engine (local, cluster: Ray; runner: packs/pack) → ledger → tabulate; search,
+compare, view.
 """

@@ -11,7 +11,6 @@ process or a power cut, costs the packs that were running, which `open` puts bac
 the driver writes; SQLite's WAL needs a disk of the driver's own machine, not a network file system.
 """
 
-import fcntl
 import json
 import math
 import sqlite3
@@ -19,9 +18,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from qlora_jax.errors import InputError
+from qlora_jax.files import hold_folder
 from qlora_jax.sweep.grid import Point
 
 FILE = "ledger.sqlite"
@@ -74,7 +74,7 @@ class Ledger:
 
     def __init__(self, workdir: Path):
         self.path = workdir / FILE
-        self._lock = _lock(workdir)
+        self._lock = hold_folder(workdir, "sweep")
         try:
             with self._errors():
                 self._db = sqlite3.connect(self.path, isolation_level=None, timeout=30)
@@ -212,6 +212,15 @@ class Ledger:
                 ((key, value if isinstance(value, str) else _json(value)) for key, value in values.items()),
             )
 
+    def meta(self, key: str) -> str | None:
+        """What `set_meta` has put there."""
+        found = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if found is None else found[0]
+
+    def configs(self, status: str) -> list[dict[str, Any]]:
+        """Of the points with a status, those that are not of the grid any more too."""
+        return [json.loads(row[0]) for row in self._db.execute("SELECT config FROM points WHERE status = ?", (status,))]
+
     def contents(self) -> dict[str, Any]:
         """See `contents`."""
         return contents(self._db)
@@ -248,20 +257,6 @@ class Ledger:
                     f"{self.path} is not a ledger that SQLite can read ({reason}); choose another --workdir"
                 ) from error
             raise InputError(f"{self.path}: {reason}") from error
-
-
-def _lock(workdir: Path) -> TextIO:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("w")
-    except OSError as error:
-        raise InputError(f"workdir {workdir} cannot be used: {error.strerror}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        raise InputError(f"workdir {workdir} is in use by another sweep; wait, or choose another --workdir") from error
-    return lock
 
 
 def _end(db: sqlite3.Connection, outcomes: Sequence[Outcome]) -> None:

@@ -81,6 +81,12 @@ def check_search(search: Any, config: ConfigDict) -> None:
             raise InputError(f"search: {key} from {domain.low} to {domain.high}; expected low < high, above 0 for logs")
 
 
+def configs_of(config: ConfigDict, search: Search) -> list[dict[str, Any]]:
+    """The config itself, and with each of the options that the space lists, one at a time."""
+    options = [Choice({key: value}) for key, domain in search.space.items() for value in domain.options]
+    return [point.config for point in expand(config, [Choice({}), *options]).points]
+
+
 def run_search(
     config: ConfigDict,
     search: Search,

@@ -36,7 +36,7 @@ from qlora_jax.train.loggers import Loggers
 from qlora_jax.train.memory import Program, memory_limit, peak_device_bytes, peak_host_bytes
 from qlora_jax.train.mmlu import MMLU
 from qlora_jax.train.residency import decide
-from qlora_jax.train.setup import Prepared, prepare
+from qlora_jax.train.setup import Prepared, check_config, prepare
 from qlora_jax.train.step import evaluation_of, gradient_of
 from qlora_jax.train.workdir import Workdir, refuse_other_config
 
@@ -50,7 +50,7 @@ def finetune(config: Any, plain: dict[str, Any], path: Path, say: Callable[[str]
 
     Args:
       config: as configs/base.py. plain: the same as plain values (settings.resolved): saved, hashed and compared.
-      path: the workdir. It gets config.json, metrics.jsonl, checkpoints/, adapter/ (PEFT) and summary.json.
+      path: the workdir. It gets config.json, inputs.json, metrics.jsonl, checkpoints/, adapter/ (PEFT), summary.json.
       say: takes lines for the user; a progress bar goes to stderr.
     Returns:
       The summary, as in summary.json.
@@ -58,7 +58,26 @@ def finetune(config: Any, plain: dict[str, Any], path: Path, say: Callable[[str]
       InputError: whatever the user can mend, before training starts; or a loss that is not finite, with step and batch.
       Stopped: after SIGTERM, once the state is saved.
     """
-    refuse_other_config(path, plain)  # again when the folder is opened: here it costs no loading
+    check_config(config)
+    refuse_other_config(path, plain)
+    workdir = Workdir(path, plain)
+    try:
+        checkpoints = Checkpoints(workdir.checkpoints, config.train.keep_checkpoints, say)
+        if checkpoints.latest is not None:
+            workdir.go_on(say)
+        prepared = prepare(config, say, _loading_bar(), lambda inputs: workdir.check(inputs, say))
+        workdir.begin(say)
+        run = Run(config, plain, prepared, workdir, checkpoints, say)
+        try:
+            return run.finish()
+        finally:
+            run.close()
+            checkpoints.settle()  # what is being written is worth having, whatever ended the run
+    finally:
+        workdir.close()
+
+
+def _loading_bar() -> Callable[[int, int], None]:
     bar: tqdm | None = None
 
     def progress(done: int, total: int) -> None:  # of the model, and then of the residual base that an adapter may need
@@ -70,24 +89,23 @@ def finetune(config: Any, plain: dict[str, Any], path: Path, say: Callable[[str]
             bar.close()
             bar = None
 
-    prepared = prepare(config, say, progress)
-    workdir = Workdir(path, plain)
-    try:
-        run = Run(config, plain, prepared, workdir, say)
-        try:
-            return run.finish()
-        finally:
-            run.close()
-            run.checkpoints.settle()  # what is being written is worth having, whatever ended the run
-    finally:
-        workdir.close()
+    return progress
 
 
 class Run:
     """One run of the loop; `finish` takes it from its newest checkpoint to its end."""
 
-    def __init__(self, config: Any, plain: dict, prepared: Prepared, workdir: Workdir, say: Callable[[str], None]):
-        self.config, self.plain, self.prepared, self.workdir, self.say = config, plain, prepared, workdir, say
+    def __init__(
+        self,
+        config: Any,
+        plain: dict,
+        prepared: Prepared,
+        workdir: Workdir,
+        checkpoints: Checkpoints,
+        say: Callable[[str], None],
+    ):
+        self.config, self.plain, self.prepared, self.say = config, plain, prepared, say
+        self.workdir, self.checkpoints = workdir, checkpoints
         self.adapter = prepared.adapter
         self.gradient = Program(
             gradient_of(prepared.graph, config.train.loss_chunk, config.optimizer.max_grad_norm),
@@ -97,7 +115,6 @@ class Run:
         self.mmlu = None if prepared.mmlu is None else MMLU(prepared.graph, prepared.mmlu)
         self.optimizer = self._make_optimizer()
         self.states = self.optimizer.init(self.adapter)
-        self.checkpoints = Checkpoints(workdir.checkpoints, config.train.keep_checkpoints)
         self.seconds: list[float] = []
         self.tokens: list[int] = []
         self.stop = threading.Event()
@@ -221,11 +238,11 @@ class Run:
             tqdm.write(f"step {step}: {self.mmlu.describe(found)}")
 
     def _resume(self) -> int:
-        start = self.checkpoints.latest
-        if start is None:
+        found = self.checkpoints.restore(self.adapter, self.states)
+        if found is None:
             self.workdir.keep_metrics_until(-1)
             return 0
-        self.adapter, states = self.checkpoints.restore(self.adapter, self.states)
+        start, self.adapter, states = found
         self.states = self.optimizer.place(states)
         self.workdir.keep_metrics_until(start)
         done = "finished: its files are written again" if start == self.prepared.steps else "resumed"

@@ -4,6 +4,7 @@ It reads the state and changes nothing of it, so a run with questions ends with 
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from qlora_jax import checksums
+from qlora_jax.checksums import Input
 from qlora_jax.errors import InputError
 from qlora_jax.evaluate.mmlu import accuracy as mmlu
 from qlora_jax.evaluate.mmlu.data import SPLITS, Question, load_questions
@@ -26,6 +29,13 @@ class Asked:
     questions: list[Question]
     prompts: Prompts
     batch_size: int
+
+    @property
+    def input(self) -> Input:
+        """What eval.mmlu_data stood for: the prompts and their answers."""
+        answers = json.dumps([[question.subject, question.answer] for question in self.questions])
+        content = checksums.of(answers, *(np.asarray(ids, np.int32).tobytes() for ids in self.prompts.ids))
+        return Input(content, [("the questions or the tokenizer", content)])
 
 
 def check(section: Any) -> None:

@@ -2,6 +2,7 @@
 optimizer."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels import nf4_matmul
-from qlora_jax import lora
+from qlora_jax import checksums, lora
+from qlora_jax.checksums import Input
 from qlora_jax.data.chat_examples import TEMPLATES
 from qlora_jax.data.examples import Lengths
 from qlora_jax.errors import InputError
@@ -26,6 +28,7 @@ from qlora_jax.io.peft_config import read_config
 from qlora_jax.io.remote import name_of
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models import attention
+from qlora_jax.models.config import read_json
 from qlora_jax.models.layers import Frozen
 from qlora_jax.models.llama import LINEARS, REMAT, Llama
 from qlora_jax.models.vocabulary import grow
@@ -47,6 +50,7 @@ _CHOICES = {
     ("data", "template"): TEMPLATES,
     ("optimizer", "paging"): PAGING,
 }
+_NOT_SETTINGS = ("transformers_version", "_name_or_path")  # of config.json: who wrote it
 _AT_LEAST_ONE = (
     ("train", "steps"), ("train", "batch_size"), ("train", "grad_accum"), ("train", "loss_chunk"),
     ("train", "checkpoint_every"), ("train", "keep_checkpoints"), ("train", "log_every"),
@@ -166,15 +170,21 @@ def _check_packing(config: Any) -> None:
         raise InputError("data.packing is True, but data.batches is a file of ready rows: set data.packing=False")
 
 
-def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, int], None]) -> Prepared:
+def prepare(
+    config: Any,
+    say: Callable[[str], None],
+    progress: Callable[[int, int], None],
+    check: Callable[[dict[str, Input]], None] = lambda inputs: None,
+) -> Prepared:
     """Reads, checks and builds everything.
 
     Args:
       config: as configs/base.py.
       say: takes lines for the user.
       progress: of loading the model, (tensors done, tensors in all).
+      check: takes what the config's names of files stand for, as soon as it is read; data before the model.
     Raises:
-      InputError: any mistake in config, data or model, in one line.
+      InputError: any mistake in config, data or model, in one line; or what `check` raises.
     """
     check_config(config)
     quant = quantization(config)
@@ -195,6 +205,7 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
     for line in data.report:
         say(line)
     asked = mmlu.read(config, tokenizer or folder, model_config.context, V, say) if config.eval.mmlu_data else None
+    check(data.inputs | ({} if asked is None else {"eval.mmlu_data": asked.input}))
     longest = data.batches.longest_example if data.is_packed else data.batches.max_length
     if longest > model_config.context:
         say(f"warning: sequences of up to {longest} tokens, but the model was made for {model_config.context}")
@@ -205,12 +216,14 @@ def prepare(config: Any, say: Callable[[str], None], progress: Callable[[int, in
         say(f"data: {grad_accum} micro-batches a step, not {config.train.grad_accum}: the file's batches are smaller")
     tx = make_optimizer(config.optimizer, steps)
     _say_attention(config.model, data.batches.max_length, say)
-    model = load_base(config, folder, progress)
+    model, base_input = load_base(config, folder, progress)
+    check({"model.path": base_input})
     lora.attach(model, lora_config, jax.random.key(config.train.seed))
     if added is not None:
         grow(model, V, added.rows_to_fill(model_config.V), added.real_rows(model_config.V))
     if config.lora.init_from:
         start = read_start(model, Path(config.lora.init_from), lora_config, added)
+        check({"lora.init_from": start_input(config.lora.init_from)})
         lora_config = dataclasses.replace(lora_config, residual=start.residual)
         if start.residual:
             say(f"model: {start.residual} took its first {lora_config.rank} directions out of the base, as peft does")
@@ -273,12 +286,25 @@ def step_counts(config: Any, data: LoadedData) -> tuple[int, int]:
     return steps, math.gcd(config.train.grad_accum, data.batches.batch_size)
 
 
-def load_base(config: Any, folder: Path, progress: Callable[[int, int], None]) -> Llama:
-    """The frozen model that the config's `model` and `quant` sections describe, from its folder."""
+def load_base(config: Any, folder: Path, progress: Callable[[int, int], None]) -> tuple[Llama, Input]:
+    """The frozen model that the config's `model` and `quant` sections describe, from its folder; and what it was made
+    of: every tensor, hashed as it was read, and config.json."""
     m = config.model
-    return load_model(
-        folder, quantization(config), m.compute_dtype, m.remat, m.attention, m.kernel, progress, m.sequence_chunk
-    )
+    sums: list[str] = []
+    model = load_model(
+        folder, quantization(config), m.compute_dtype, m.remat, m.attention, m.kernel, progress, m.sequence_chunk,
+        sums.append,
+    )  # fmt: skip
+    settings = {key: value for key, value in read_json(folder / "config.json").items() if key not in _NOT_SETTINGS}
+    settings_sum = checksums.of(json.dumps(settings, sort_keys=True))
+    parts = [("the weights of the base", sums[0]), ("config.json of the base", settings_sum)]
+    return model, Input(checksums.of(*sums, settings_sum), parts)
+
+
+def start_input(folder: str) -> Input:
+    """What lora.init_from stands for."""
+    content = checksums.of_file(Path(folder) / peft.WEIGHTS)
+    return Input(content, [(f"{folder}/{peft.WEIGHTS}", content)])
 
 
 def quantization(config: Any) -> QuantSpec:

@@ -40,7 +40,8 @@ def test_it_keeps_on_the_device_what_the_loop_keeps(tiny_config, tmp_path, monke
         monkeypatch.setattr(module, "memory_limit", lambda: limit)
     bench = benchmark.Bench(tiny_config, read_spec(tiny_config))
     prepared = prepare(tiny_config, lambda line: None, lambda done, total: None)
-    run = loop.Run(tiny_config, {}, prepared, loop.Workdir(tmp_path / "run", {}), lambda line: None)
+    workdir = loop.Workdir(tmp_path / "run", {})
+    run = loop.Run(tiny_config, {}, prepared, workdir, loop.Checkpoints(workdir.checkpoints, 1), lambda line: None)
     assert bench.optimizer.resident == run.optimizer.resident
     assert 0 < sum(bench.optimizer.resident) < len(bench.pages)
     measured = bench.run(steps=1, warmup=1, tick=lambda: None)

@@ -16,7 +16,7 @@ from qlora_jax.data.examples import Example
 from qlora_jax.errors import InputError
 from qlora_jax.feed import cache, load
 from qlora_jax.feed.batches import Batches, eval_batches
-from qlora_jax.feed.cache import cached, key_of
+from qlora_jax.feed.cache import cached, contents, key_of
 from qlora_jax.feed.split import split
 from qlora_jax.feed.store import ExampleStore, digests_of, lengths_of, targets_of, write_examples
 
@@ -188,17 +188,17 @@ def test_a_cache_that_is_a_file(tmp_path, monkeypatch):
 def test_the_key_is_of_everything(tmp_path, monkeypatch):
     file = tmp_path / "rows.jsonl"
     file.write_text("a")
-    keys = [key_of([("rows.jsonl", file)], b"t", {"max_source_len": 1})]
-    keys.append(key_of([("other.jsonl", file)], b"t", {"max_source_len": 1}))
-    keys.append(key_of([("rows.jsonl", file)], b"u", {"max_source_len": 1}))
-    keys.append(key_of([("rows.jsonl", file)], b"t", {"max_source_len": 2}))
-    keys.append(key_of([("rows.jsonl", file)] * 2, b"t", {"max_source_len": 1}))
+    keys = [key_of(contents([("rows.jsonl", file)]), b"t", {"max_source_len": 1})]
+    keys.append(key_of(contents([("other.jsonl", file)]), b"t", {"max_source_len": 1}))
+    keys.append(key_of(contents([("rows.jsonl", file)]), b"u", {"max_source_len": 1}))
+    keys.append(key_of(contents([("rows.jsonl", file)]), b"t", {"max_source_len": 2}))
+    keys.append(key_of(contents([("rows.jsonl", file)] * 2), b"t", {"max_source_len": 1}))
     file.write_text("b")
-    keys.append(key_of([("rows.jsonl", file)], b"t", {"max_source_len": 1}))
+    keys.append(key_of(contents([("rows.jsonl", file)]), b"t", {"max_source_len": 1}))
     monkeypatch.setattr(cache.importlib.metadata, "version", lambda name: "another")
-    keys.append(key_of([("rows.jsonl", file)], b"t", {"max_source_len": 1}))
+    keys.append(key_of(contents([("rows.jsonl", file)]), b"t", {"max_source_len": 1}))
     assert len(set(keys)) == len(keys)
-    assert key_of([("rows.jsonl", file)], b"t", {"max_source_len": 1}) == keys[-1]
+    assert key_of(contents([("rows.jsonl", file)]), b"t", {"max_source_len": 1}) == keys[-1]
 
 
 def test_tokenizers_with_other_ids_or_templates_differ(byte_folder, tmp_path):
@@ -244,3 +244,18 @@ def test_a_data_set_is_tokenized_once_for_all_that_changes_afterwards(own_cache,
     for _ in range(2):
         with pytest.raises(InputError, match="line 22: no field"):
             loaded()
+
+
+def test_a_kept_set_is_read_as_it_was_written_or_made_again(own_cache):
+    """One bit of any byte, of the examples or of what is said of them."""
+    folder = cached("key", build).folder
+    for name in ("examples.arrow", "entry.json"):
+        file = folder / name
+        content = file.read_bytes()
+        for place in range(0, len(content), max(1, len(content) // 40)):
+            damaged = bytearray(content)
+            damaged[place] ^= 2
+            file.write_bytes(damaged)
+            entry = cached("key", build)
+            assert [e.tokens.tolist() for e in entry.store] == [e.tokens.tolist() for e in examples()]
+            assert [e.where for e in entry.store] == [e.where for e in examples()] and entry.facts["examples"] == 50

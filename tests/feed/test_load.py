@@ -389,3 +389,38 @@ def test_padding_is_never_an_end_token(tmp_path, golden):
         assert data.pad_id == pad and pad not in tokenizer.eos_ids and len(rows) >= 1
         for tokens, mask in zip(batch["tokens"], batch["loss_mask"], strict=True):
             assert not mask[tokens == pad].any()
+
+
+def test_what_a_run_learns_from_is_known_by_its_content(tmp_path, byte_tokenizer):
+    """Examples, not bytes of files: what changes no token changes nothing, and each part of the way is told apart."""
+    rows = [{"input": f"q{n}", "output": f"a{n}"} for n in range(20)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+
+    def inputs(name: str, text: str, **changes):
+        (tmp_path / name).write_text(text)
+        return load_data(config(path=str(tmp_path / name), **changes), byte_tokenizer, 4, 300).inputs
+
+    def of(text: str, **changes):
+        return inputs("rows.jsonl", text, **changes)["data.path"]
+
+    first = of(lines)
+    assert [name for name, _ in first.parts] == [str(tmp_path / "rows.jsonl"), "the tokenizer"]
+    spaced = inputs("spaced.json", json.dumps([row | {"id": 1} for row in rows], indent=1))["data.path"]
+    assert spaced.content == first.content
+    assert spaced.parts[0][1] != first.parts[0][1] and spaced.parts[1] == first.parts[1]
+    assert of(lines, seed=3, packing=True, eval_examples=2) == first
+    changed = [of(lines.replace("a7", "a8")), of("\n".join(lines.splitlines()[::-1])), of(lines, train_on_source=True)]
+    assert len({first.content, *(found.content for found in changed)}) == 4
+    both = inputs("rows.jsonl", lines, eval_path=str(tmp_path / "spaced.json"), eval_examples=4)
+    assert both["data.path"] == first
+    assert both["data.eval_path"].content == of(lines, max_examples=4, eval_examples=0).content
+
+
+def test_the_chat_template_is_named_where_it_is_used(tmp_path, golden):
+    found = []
+    for template in (CHATML, CHATML.replace("<|im_start|>", "<|im_start|> ")):
+        tokenizer = with_template(tmp_path / "chat_tokenizer", golden / "chat", template)
+        found.append(load_data(chat_config(tmp_path, [TWO_TURNS]), tokenizer, 1, 500).inputs["data.path"])
+    old, new = found
+    assert old.content != new.content and [name for name, _ in new.parts][1:] == ["the tokenizer", "the chat template"]
+    assert [before == after for before, after in zip(old.parts, new.parts, strict=True)] == [True, True, False]

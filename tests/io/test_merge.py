@@ -19,6 +19,7 @@ from qlora_jax.io.load import QuantSpec, load_config, load_model
 from qlora_jax.io.merge import REPORT, copy_adapter, merge_folder, read_run
 from qlora_jax.models.llama import LINEARS, Llama, sizes
 from qlora_jax.quant.tensor import dequantize, quantize
+from qlora_jax.settings import config_hash
 
 UNQUANTIZED = QuantSpec("none")
 
@@ -232,7 +233,15 @@ def test_a_run_says_what_it_trained(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not finished"):
         read_run(tmp_path)
     (tmp_path / "adapter").mkdir()
-    assert read_run(tmp_path) == ("base", "main", QuantSpec("fp4", 128, False), tmp_path / "adapter")
+    expected = ("base", "main", QuantSpec("fp4", 128, False), tmp_path / "adapter")
+    assert read_run(tmp_path) == expected
+    (tmp_path / "summary.json").write_text(json.dumps({"config_hash": config_hash(config)}))
+    assert read_run(tmp_path) == expected
+    other = config | {"quant": config["quant"] | {"block_size": 64}}
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    with pytest.raises(InputError, match=r"config\.json is not the config that the run ended with"):
+        read_run(tmp_path)
+    (tmp_path / "summary.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps({"model": config["model"]}))
     with pytest.raises(InputError, match="'quant' is missing"):
         read_run(tmp_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qlora_jax import checksums
 from qlora_jax.errors import InputError
 from qlora_jax.io.folder import TensorFiles
 from qlora_jax.io.header import numpy_dtype, read_header
@@ -23,12 +24,14 @@ DOWN, NORM = LAYER.format(1, "mlp.down_proj"), LAYER.format(1, "input_layernorm"
 
 
 def put(folder: Path, file: str, key: str, place: int, value) -> None:
-    """Writes a value over one of a safetensors file, in place."""
+    """Writes a value over one of a safetensors file, in place, as if it had been written so."""
     where = read_header(lambda start, out: LocalSource(folder).read(file, start, out))[key]
     dtype = numpy_dtype(where.dtype)
     with open(folder / file, "r+b") as handle:
         handle.seek(where.start + place * dtype.itemsize)
         handle.write(np.asarray(value, dtype).tobytes())
+    text = (folder / file).read_bytes()
+    (folder / file).write_bytes(text.replace(checksums.KEY.encode(), b"no_sums_"))
 
 
 def file_of(folder: Path, key: str) -> str:

@@ -1,4 +1,4 @@
-"""Quantized folders: bitsandbytes' form is what transformers saves, byte for byte; loading one equals quantizing."""
+"""Quantized folders: bitsandbytes' form is what transformers saves, and checksums; loading one equals quantizing."""
 
 import errno
 import json
@@ -13,6 +13,7 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from qlora_jax import checksums
 from qlora_jax.errors import InputError
 from qlora_jax.io import shards
 from qlora_jax.io.load import QuantSpec, load_config, load_model, stored_quant
@@ -48,6 +49,13 @@ def tensors_of(folder: Path) -> dict[str, np.ndarray]:
     return found
 
 
+def parts_of(file: Path) -> tuple[dict, bytes]:
+    """The header of a safetensors file, and the bytes after it."""
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]
+
+
 def rewritten(source: Path, out: Path, change) -> Path:
     """A copy of a folder as one file, its tensors passed through change(key, value)."""
     out.mkdir()
@@ -61,7 +69,9 @@ def test_bitsandbytes_form_is_what_transformers_writes(golden: Path, tmp_path: P
     theirs = golden / "bnb4bit" / name
     quantize_folder(golden / "llama" / "llama2", tmp_path / "out", "bnb", quant_spec(GOLDEN_QUANT[name]))
     assert contents(tmp_path / "out") == contents(theirs)
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+    headers, data = zip(*(parts_of(folder / "model.safetensors") for folder in (tmp_path / "out", theirs)), strict=True)
+    assert data[0] == data[1] and headers[1].pop("__metadata__") == {"format": "pt"}
+    assert headers[0].pop("__metadata__").keys() == {"format", checksums.KEY} and headers[0] == headers[1]
     ours, golden_config = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "out", theirs))
     assert ours["quantization_config"] == golden_config["quantization_config"]
     assert ours["torch_dtype"] == golden_config["dtype"]

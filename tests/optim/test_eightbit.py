@@ -236,7 +236,7 @@ def test_a_checkpoint_goes_on_exactly(name, tmp_path):
     checkpoints.save(2, params, states, wait=True)
     checkpoints.close()
     again, fresh = Checkpoints(tmp_path, keep=1), optimizer()
-    params, states = again.restore(tree(0), fresh.init(tree(0)))
+    _, params, states = again.restore(tree(0), fresh.init(tree(0)))
     again.close()
     assert any(leaf.dtype == np.uint8 for leaf in jax.tree.leaves(states))
     assert_same_bits(run(fresh, 2, params, fresh.place(states), first=2), whole)

@@ -15,6 +15,7 @@ from qlora_jax.packs.run import PackRun
 from qlora_jax.settings import config_hash, resolved
 from qlora_jax.train.checkpoints import Checkpoints
 from qlora_jax.train.loop import finetune
+from qlora_jax.train.workdir import Workdir
 
 STEPS = 4
 # float32 rounding: of losses, and of parameters, which Adam moves by up to learning_rate a step however small the
@@ -210,6 +211,41 @@ def test_a_pack_goes_on_where_it_was_killed(runners, members, tmp_path, monkeypa
         train_pack(configs[:2], tmp_path / "cut", quiet, runner=runners["map"])
     with pytest.raises(InputError, match="members 0 and 2 of the pack are one config"):
         train_pack([*configs[:2], configs[0]], tmp_path / "twice", quiet, runner=runners["map"])
+
+
+def test_a_pack_goes_on_from_whole_checkpoints_and_unchanged_data_alone(runners, members, tmp_path, monkeypatch):
+    """A damaged newest one is set aside; another content of a member's data is refused, and so is a folder in use."""
+    train = lambda: train_pack(members, tmp_path / "pack", said.append, runner=runners["map"])  # noqa: E731
+    said: list[str] = []
+    whole = train()
+    newest = tmp_path / "pack" / "checkpoints" / str(STEPS)
+    largest = max(newest.rglob("d/*"), key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    said.clear()
+    again = train()
+    assert f"{newest} cannot be used" in said[0] and said[-1] == "pack: resumed, 2 steps done"
+    assert {path.name for path in newest.parent.iterdir()} == {"2", "4", "4.set_aside"}
+    for a, b in zip(whole, again, strict=True):
+        assert list(map(untimed, a.rows)) == list(map(untimed, b.rows))
+        assert_same_adapter(exported(a, tmp_path / "a"), exported(b, tmp_path / "b"))
+    batches = np.load(members[1].data.batches)
+    batches[-1, -1, -1] += 1
+    np.save(members[1].data.batches, batches)
+    runners["map"].warm._data._values.clear()  # as in another process
+    try:
+        with pytest.raises(InputError, match=r"pack cannot go on: .*other.npy changed.* what data.batches stands for"):
+            train()
+    finally:
+        batches[-1, -1, -1] -= 1
+        np.save(members[1].data.batches, batches)
+        runners["map"].warm._data._values.clear()
+    holder = Workdir(tmp_path / "pack", json.loads((tmp_path / "pack" / "config.json").read_text()))
+    monkeypatch.setattr(type(runners["map"].warm), "base", lambda *arguments: pytest.fail("loaded"))
+    with pytest.raises(InputError, match="in use by another process"):
+        train()
+    holder.close()
 
 
 def test_the_base_keeps_its_bits_and_is_loaded_once(runners, members):

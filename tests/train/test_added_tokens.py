@@ -17,6 +17,7 @@ from qlora_jax.io.peft import load_adapter, write_adapter
 from qlora_jax.models.layers import Frozen
 from qlora_jax.settings import resolved
 from qlora_jax.text.tokenizer import Tokenizer
+from qlora_jax.train.checkpoints import Checkpoints
 from qlora_jax.train.loop import Run, finetune
 from qlora_jax.train.setup import prepare
 from qlora_jax.train.workdir import Workdir
@@ -149,7 +150,7 @@ def test_starts_from_an_adapter_with_matrices(config, tmp_path):
     assert not any(isinstance(x, Frozen) for x in (prepared.adapter["embedding"], prepared.adapter["head"]))
     before = [np.array(leaf) for leaf in jax.tree.leaves(prepared.base)]
     workdir = Workdir(tmp_path / "second", resolved(config))
-    Run(config, resolved(config), prepared, workdir, lambda line: None).finish()
+    Run(config, resolved(config), prepared, workdir, Checkpoints(workdir.checkpoints, 1), lambda line: None).finish()
     workdir.close()
     for old, new in zip(before, jax.tree.leaves(prepared.base), strict=True):
         np.testing.assert_array_equal(old, new)  # what is frozen stays as it is

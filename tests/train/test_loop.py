@@ -73,6 +73,23 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tiny_config, tmp_path, monkeyp
     }
 
 
+def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(tiny_config, tmp_path):
+    train(tiny_config, tmp_path / "run")
+    before, rows = adapter(tmp_path / "run"), losses(tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "6"
+    largest = max(newest.rglob("d/*"), key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    said: list[str] = []
+    finetune(tiny_config, resolved(tiny_config), tmp_path / "run", said.append)
+    assert f"{newest} cannot be used" in said[0] and said[0].endswith("set aside as 6.set_aside, going on from step 4")
+    assert "run: resumed, 4 of 6 steps done" in said
+    assert_same(before, adapter(tmp_path / "run"))
+    assert losses(tmp_path / "run") == rows
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["4", "6", "6.set_aside"]
+
+
 def test_dropout_is_part_of_the_resumed_state(tiny_config, tmp_path):
     without = tiny_config.copy_and_resolve_references()
     without.lora.dropout = 0.0
