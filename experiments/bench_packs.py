@@ -21,7 +21,7 @@ from typing import Any
 from absl import flags
 
 from experiments.support import cli
-from experiments.support.config_file import REPOSITORY
+from qlora_jax.config_file import REPOSITORY
 
 CONFIG = cli.config_flag("configs/quickstart.py")
 MEMBERS = flags.DEFINE_integer("members", 8, "Adapters in the pack.", lower_bound=1)

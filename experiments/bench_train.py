@@ -27,8 +27,8 @@ from experiments.support import cli
 if TYPE_CHECKING:
     from qlora_jax.bench.packs import MeasuredPack
     from qlora_jax.bench.train import Measured
-    from qlora_jax.plan.memory import Phase
-    from qlora_jax.plan.utilization import Utilization
+    from qlora_jax.planning.memory import Phase
+    from qlora_jax.planning.utilization import Utilization
     from qlora_jax.train.spec import RunSpec
 
 CONFIG = cli.config_flag()
@@ -143,8 +143,8 @@ def _measure_pack(spec: "RunSpec", members: int) -> "MeasuredPack":
 
 
 def _pack_report(spec: "RunSpec", single: "Measured", pack: "MeasuredPack") -> dict[str, Any]:
-    from qlora_jax.plan.here import gpu_here
-    from qlora_jax.plan.pack import plan_pack
+    from qlora_jax.planning.here import gpu_here
+    from qlora_jax.planning.pack import plan_pack
 
     speed = pack.tokens_per_second(spec.batch.tokens)
     return {
@@ -172,9 +172,9 @@ def _pack_line(pack: dict[str, Any]) -> str:
 def _account(spec: "RunSpec", measured: "Measured") -> "tuple[Utilization, Phase]":
     """The share of the device's rate, and the larger of the plan's phases that the peak was measured over."""
     from qlora_jax.optim.schedules import make_optimizer, paging
-    from qlora_jax.plan.here import gpu_here
-    from qlora_jax.plan.memory import plan_memory
-    from qlora_jax.plan.utilization import utilization
+    from qlora_jax.planning.here import gpu_here
+    from qlora_jax.planning.memory import plan_memory
+    from qlora_jax.planning.utilization import utilization
 
     here, config = gpu_here(), CONFIG.value
     o = config.optimizer

@@ -199,8 +199,8 @@ def model_id() -> str:
 
 def converse(setup: Setup, template: str) -> int:
     """Reads messages and commands from stdin until its end."""
-    from experiments.support.conversation import Conversation
     from qlora_jax.generate.chat import Chat
+    from qlora_jax.generate.conversation import Conversation
 
     chat = Chat(setup.model, setup.tokenizer, template, setup.sampling, setup.eos_ids, note, STOP.value, SYSTEM.value)
     return Conversation(chat, template, sys.stdin.isatty(), show, note).run()

@@ -17,8 +17,8 @@ from absl import flags
 from experiments.support import cli
 
 if TYPE_CHECKING:
-    from qlora_jax.plan.gpus import PlannedGpu
-    from qlora_jax.plan.plan import Plan
+    from qlora_jax.planning.gpus import PlannedGpu
+    from qlora_jax.planning.plan import Plan
 
 CONFIG = cli.config_flag()
 GPU = flags.DEFINE_list("gpu", None, "One or more of the known GPUs (a wrong name lists them), or here.", required=True)
@@ -50,9 +50,9 @@ def main() -> None:
         jax.config.update("jax_platforms", "cpu")
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # XLA's scheduler calls a program over four fifths of a card an error
     from qlora_jax.errors import InputError
-    from qlora_jax.plan.gpus import planned_gpu
-    from qlora_jax.plan.here import gpu_here
-    from qlora_jax.plan.plan import make_plan
+    from qlora_jax.planning.gpus import planned_gpu
+    from qlora_jax.planning.here import gpu_here
+    from qlora_jax.planning.plan import make_plan
 
     if WORKDIR.value and not here:
         raise InputError("--workdir compares with a run on this machine: it goes with --gpu=here alone")
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def _longest(name: str, gpu: "PlannedGpu") -> dict[str, Any]:
-    from qlora_jax.plan.longest import longest_context
+    from qlora_jax.planning.longest import longest_context
 
     found = longest_context(CONFIG.value, gpu, lambda line: print(f"plan: {line}", flush=True))
     print(table(found.plan))
@@ -90,8 +90,8 @@ def _longest(name: str, gpu: "PlannedGpu") -> dict[str, Any]:
 
 def table(plan: "Plan") -> str:
     """The plan as a person reads it. GB is 10^9 bytes, GiB 2^30."""
-    from qlora_jax.plan.memory import usable_bytes
-    from qlora_jax.plan.plan import EFFICIENCIES
+    from qlora_jax.planning.memory import usable_bytes
+    from qlora_jax.planning.plan import EFFICIENCIES
 
     memory, batch, peak = plan.memory, plan.spec.batch, plan.memory.peak
     scale, unit = (1e9, "GB") if peak.total >= 1e9 else (1e6, "MB")

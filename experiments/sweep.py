@@ -19,7 +19,7 @@ from absl import flags
 from experiments.support import cli
 
 if TYPE_CHECKING:
-    from qlora_jax.plan.gpus import PlannedGpu
+    from qlora_jax.planning.gpus import PlannedGpu
     from qlora_jax.sweep.engine import Executor, State
     from qlora_jax.sweep.grid import Point, Points
     from qlora_jax.sweep.ledger import Ledger
@@ -152,7 +152,7 @@ def _packs(points: "list[Point]", limit: int) -> "list[Pack]":
 
 def _limit(gpu: "PlannedGpu | None") -> int:
     """Bytes that a pack may take: of a GPU, or of this machine's memory shared by the workers."""
-    from qlora_jax.plan.memory import usable_bytes
+    from qlora_jax.planning.memory import usable_bytes
     from qlora_jax.sweep.cost import host_limit
 
     return host_limit(_workers()) if gpu is None else usable_bytes(gpu)
@@ -185,7 +185,7 @@ def _executor() -> "tuple[Executor, PlannedGpu | None]":
     import jax
 
     from qlora_jax.errors import InputError
-    from qlora_jax.plan.gpus import planned_gpu
+    from qlora_jax.planning.gpus import planned_gpu
 
     if EXECUTOR.value == "local":
         from qlora_jax.sweep.local import LocalExecutor
@@ -211,8 +211,8 @@ def _executor() -> "tuple[Executor, PlannedGpu | None]":
 def _forecast(points: "Points", chosen: "list[Point]") -> None:
     """What a run would be: packs, memory, GPU-hours."""
     from qlora_jax.evaluate.tables import as_text
-    from qlora_jax.plan.gpus import planned_gpu
-    from qlora_jax.plan.plan import EFFICIENCIES
+    from qlora_jax.planning.gpus import planned_gpu
+    from qlora_jax.planning.plan import EFFICIENCIES
     from qlora_jax.sweep.cost import pack_bytes, pack_seconds
 
     gpu = planned_gpu(GPU.value) if GPU.value else None

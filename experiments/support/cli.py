@@ -27,7 +27,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from experiments.support.config_file import REPOSITORY, call, known_files, load_config, override
+from qlora_jax.config_file import REPOSITORY, call, known_files, load_config, override
 from qlora_jax.errors import InputError
 from qlora_jax.settings import SECTIONS
 

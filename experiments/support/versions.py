@@ -5,7 +5,7 @@ import platform
 import subprocess
 from collections.abc import Sequence
 
-from experiments.support.config_file import REPOSITORY
+from qlora_jax.config_file import REPOSITORY
 
 PACKAGES = ("jax", "jaxlib", "jax-triton", "triton", "jax-cuda13-plugin", "jax-cuda12-plugin", "bitsandbytes")
 

@@ -19,6 +19,7 @@ from qlora_jax.data import hub
 from qlora_jax.data.json_text import is_lines, json_rows, line_rows
 from qlora_jax.data.known import KNOWN_SETS
 from qlora_jax.data.rows import Problems, Row
+from qlora_jax.embedded import DATA, located
 from qlora_jax.errors import InputError
 
 TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
@@ -46,7 +47,7 @@ def data_files(path: str, revision: str = "main") -> list[tuple[str, Path]]:
     """
     if not str(path).strip():
         raise InputError("no data set given: set data.path to a file or a hub data set's name (owner/name)")
-    local = Path(path).expanduser()
+    local = located(str(path), DATA)
     if local.is_file():
         return [(str(path), local)]
     if local.is_dir():

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from qlora_jax import checksums
+from qlora_jax.embedded import MODELS, located
 from qlora_jax.errors import InputError
 from qlora_jax.finite import check_finite
 from qlora_jax.io import remote
@@ -44,7 +45,8 @@ _HUB_FILES = ["*.json", "chat_template.jinja", "*.safetensors", "tokenizer.model
 
 
 def resolve(path: str, revision: str = "main") -> Path:
-    """A local folder as it is; gs:// or s3:// addresses opened (io/remote); a hub name ("owner/name") downloaded.
+    """A local folder as it is; gs:// or s3:// addresses opened (io/remote); a name of the package's own (embedded); a
+    hub name ("owner/name") downloaded.
 
     Raises InputError when there is none of them, or the store or hub does not give it.
     """
@@ -52,7 +54,7 @@ def resolve(path: str, revision: str = "main") -> Path:
         raise InputError("no model was named: give a checkpoint folder or a hub name (--config.model.path or --model)")
     if remote.is_remote(path):
         return remote.open_remote(path, ("config.json", _INDEX, *COMPANIONS))
-    folder = Path(path).expanduser()
+    folder = located(path)
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -64,7 +66,10 @@ def resolve(path: str, revision: str = "main") -> Path:
             "run the same command again"
         )
     if not _HUB_NAME.fullmatch(path):
-        raise InputError(f"{path}: no such folder (a hub name would read owner/name, a bucket gs:// or s3://)")
+        raise InputError(
+            f"{path}: no such folder (a hub name would read owner/name, a bucket gs:// or s3://; {', '.join(MODELS)} "
+            "comes with the package)"
+        )
     return _download(path, revision, _HUB_FILES)
 
 

@@ -6,12 +6,13 @@ read only where it alone says how long its rows are.
                inputs (remat) and one layer's activations of its micro-batch; a chunk of logits
     shared     two dequantized weights
 
-plan/pack.py compiles a pack's program for the GPU and knows better, at a minute or more a pack; a grid has hundreds.
+planning/pack.py compiles a pack's program for the GPU and knows better, at a minute or more a pack; a grid has
+hundreds.
 Held against it (rank 64, 1 x 576 tokens, an H100), GB here and by XLA's buffers: Llama 7B alone 7.1 and 6.9, packs of 8
 33.4 and 32.6; Llama 3 8B, packs of 4, 22.3 and 22.1. A pack's program holds one more copy of the adapters.
 
-A step's time is the roofline's (plan/roofline.py) of the pack's rows together, its bytes of the base once. Compilation,
-loading, data and evaluation are not in it. No pack has run on a GPU yet.
+A step's time is the roofline's (planning/roofline.py) of the pack's rows together, its bytes of the base once.
+Compilation, loading, data and evaluation are not in it. No pack has run on a GPU yet.
 """
 
 import dataclasses
@@ -30,8 +31,8 @@ from qlora_jax.models.attention import chosen
 from qlora_jax.models.llama import LINEARS, sizes
 from qlora_jax.models.sizes import linear_bytes, linear_weights
 from qlora_jax.optim.schedules import OPTIMIZERS
-from qlora_jax.plan.gpus import PlannedGpu
-from qlora_jax.plan.roofline import roofline
+from qlora_jax.planning.gpus import PlannedGpu
+from qlora_jax.planning.roofline import roofline
 from qlora_jax.sweep.grid import Point
 from qlora_jax.train.memory import host_memory_bytes
 from qlora_jax.train.shapes import BatchShape

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax import checksums
+from qlora_jax.embedded import DATA, MODELS, located
 from qlora_jax.errors import InputError
 from qlora_jax.io.fingerprint import fingerprint
 from qlora_jax.io.folder import COMPANIONS
@@ -56,7 +57,7 @@ def contents(configs: Iterable[dict[str, Any]]) -> dict[str, str]:
 
 def _names(config: dict[str, Any]) -> dict[str, tuple[Path, str]]:
     return {
-        f"{section}.{key}={value}": (Path(value).expanduser(), kind)
+        f"{section}.{key}={value}": (located(value, MODELS if kind == "model" else DATA), kind)
         for kind, keys in (("files", _FILES), ("model", _MODELS))
         for section, key in keys
         if (value := config[section][key])

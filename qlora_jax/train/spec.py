@@ -7,6 +7,7 @@ from typing import Any
 
 from qlora_jax.data.examples import Lengths
 from qlora_jax.data.known import KNOWN_SETS
+from qlora_jax.embedded import DATA, located
 from qlora_jax.errors import InputError
 from qlora_jax.feed.batches import FileBatches, padded_length
 from qlora_jax.feed.load import longest_example
@@ -77,7 +78,7 @@ def _rows(config: Any, V: int) -> tuple[int, bool]:
     tokens, and needed a pad token besides.
     """
     asked = len(config.data.added_tokens) + len(config.data.added_special_tokens)
-    folder = Path(config.model.path).expanduser()
+    folder = located(config.model.path)
     if not asked:
         return V, False
     if not folder.is_dir():
@@ -99,7 +100,7 @@ def longest_row(config: Any, sizes: ModelConfig) -> int:
 
 def _longest_example(config: Any, sizes: ModelConfig) -> int:
     """Of a local data set, by a local tokenizer; nothing is fetched."""
-    data, folder = config.data, Path(config.model.path).expanduser()
+    data, folder = config.data, located(config.model.path)
     if missing := _missing(data, folder):
         known = KNOWN_SETS.get(data.path)
         common = "" if known is None else f" ({known.max_source_len} and {known.max_target_len} are common for it)"
@@ -117,7 +118,7 @@ def _missing(data: Any, folder: Path) -> str:
     if not data.path:
         return "data.path is empty"
     for path in (data.path, data.eval_path):
-        if path and not Path(path).expanduser().is_file():
+        if path and not located(path, DATA).is_file():
             return f"{path} is no file on this machine"
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return f"{folder} is no folder with a tokenizer on this machine"
@@ -133,7 +134,7 @@ def _model_sizes(path: str, revision: str) -> tuple[ModelConfig, str, str]:
     """The model's sizes, the form of its folder, and the dtype that its config.json states."""
     if not path:
         raise InputError("model.path is empty; give a checkpoint folder or a hub name: --config.model.path=...")
-    folder = Path(path).expanduser()
+    folder = located(path)
     if folder.is_dir():
         return _of_folder(folder)
     if (known := known_config(path)) is not None:

@@ -10,8 +10,8 @@ from qlora_jax.errors import InputError
 from qlora_jax.io.load import QuantSpec
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.config import parse_config
-from qlora_jax.plan import topology
-from qlora_jax.plan.gpus import GPUS
+from qlora_jax.planning import topology
+from qlora_jax.planning.gpus import GPUS
 from qlora_jax.quant.tensor import dequantize
 from qlora_jax.train.shapes import ModelSpec, abstract_model
 

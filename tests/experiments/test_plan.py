@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.plan import topology
+from qlora_jax.planning import topology
 
 MISTAKES = {
     "an unknown card": (["--gpu=v100"], ["--gpu=v100", "known: rtx3090"]),

@@ -19,8 +19,8 @@ from qlora_jax.io.load import QuantSpec, expected_shapes, load_config, load_mode
 from qlora_jax.io.peaks import FORMS, load_device_peak_bytes, load_host_peak_bytes, model_bytes
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.llama import EMBEDDING
-from qlora_jax.plan import topology
-from qlora_jax.plan.gpus import GPUS
+from qlora_jax.planning import topology
+from qlora_jax.planning.gpus import GPUS
 from qlora_jax.quant.blockwise import CHUNK, quantize_packed, temporary_bytes
 from qlora_jax.quant.codebooks import codebook
 

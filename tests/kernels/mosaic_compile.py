@@ -52,8 +52,8 @@ def _compile(product: Product) -> None:
 
     from pallas_kernels.nf4_matmul import Codec, Packed
     from pallas_kernels.nf4_matmul.mosaic import hopper
-    from qlora_jax.plan.gpus import GPUS
-    from qlora_jax.plan.topology import compile_for, on_gpu
+    from qlora_jax.planning.gpus import GPUS
+    from qlora_jax.planning.topology import compile_for, on_gpu
 
     array = jax.ShapeDtypeStruct
     O, I = product.shape

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.nf4_matmul import Codec, Packed, matmul
-from qlora_jax.plan import topology
-from qlora_jax.plan.gpus import GPUS
+from qlora_jax.planning import topology
+from qlora_jax.planning.gpus import GPUS
 
 pytest.importorskip("triton")
 if importlib.util.find_spec("jax_triton") is None or not topology.is_installed():

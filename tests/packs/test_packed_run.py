@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from configs import base
 from qlora_jax.errors import InputError
-from qlora_jax.plan import program
+from qlora_jax.planning import program
 from qlora_jax.settings import resolved
 from qlora_jax.train import loop, shapes
 from qlora_jax.train.loop import Run, finetune

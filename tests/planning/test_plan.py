@@ -10,12 +10,12 @@ import pytest
 
 from qlora_jax.errors import InputError
 from qlora_jax.feed.load import load_data
-from qlora_jax.plan import longest
-from qlora_jax.plan.advice import Change, changes, first_that_fits
-from qlora_jax.plan.gpus import GPUS, PlannedGpu, planned_gpu
-from qlora_jax.plan.memory import usable_bytes
-from qlora_jax.plan.plan import make_plan
-from qlora_jax.plan.roofline import roofline
+from qlora_jax.planning import longest
+from qlora_jax.planning.advice import Change, changes, first_that_fits
+from qlora_jax.planning.gpus import GPUS, PlannedGpu, planned_gpu
+from qlora_jax.planning.memory import usable_bytes
+from qlora_jax.planning.plan import make_plan
+from qlora_jax.planning.roofline import roofline
 from qlora_jax.settings import resolved
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.loop import finetune

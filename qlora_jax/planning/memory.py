@@ -24,8 +24,8 @@ from qlora_jax.lora import linear, whole_matrices
 from qlora_jax.models.layers import Frozen
 from qlora_jax.models.llama import LINEARS
 from qlora_jax.optim.pages import Pages
-from qlora_jax.plan.gpus import PlannedGpu
-from qlora_jax.plan.program import compile_evaluation, compile_gradient, compile_update
+from qlora_jax.planning.gpus import PlannedGpu
+from qlora_jax.planning.program import compile_evaluation, compile_gradient, compile_update
 from qlora_jax.quant.tensor import QuantizedTensor
 from qlora_jax.train.backward import block_input_bytes
 from qlora_jax.train.memory import MEMORY_FRACTION

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from configs import base
-from qlora_jax.plan.gpus import PlannedGpu
-from qlora_jax.plan.memory import base_bytes
-from qlora_jax.plan.plan import make_plan
-from qlora_jax.plan.roofline import step_flops
+from qlora_jax.planning.gpus import PlannedGpu
+from qlora_jax.planning.memory import base_bytes
+from qlora_jax.planning.plan import make_plan
+from qlora_jax.planning.roofline import step_flops
 from qlora_jax.settings import resolved
 from qlora_jax.train.loop import finetune
 from qlora_jax.train.shapes import abstract_model

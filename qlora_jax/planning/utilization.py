@@ -1,15 +1,15 @@
 """What share of a device's rate a measured train step reaches.
 
 model FLOPs      what the step's mathematics needs: 4 P of a frozen base's P weights a token, not 6 P, because frozen
-                 weights take no gradient; 6 r of the adapters, the head and attention (plan/roofline.py)
+                 weights take no gradient; 6 r of the adapters, the head and attention (planning/roofline.py)
 hardware FLOPs   model FLOPs and what remat computes again
 """
 
 import dataclasses
 
 from qlora_jax.models.sizes import linear_weights
-from qlora_jax.plan.gpus import PlannedGpu, gpu_of_kind
-from qlora_jax.plan.roofline import step_flops
+from qlora_jax.planning.gpus import PlannedGpu, gpu_of_kind
+from qlora_jax.planning.roofline import step_flops
 from qlora_jax.train.spec import RunSpec
 
 

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from qlora_jax.errors import InputError
 from qlora_jax.settings import GONE, flatten, nearest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 _MISSING = object()
 BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
@@ -43,6 +43,8 @@ def call(path: str, function: str, missing: Any = None) -> Any:
     Raises:
       InputError: no such file, or a mistake in it, named with file and line.
     """
+    if not Path(path).is_file() and path.startswith("configs/") and (REPOSITORY / path).is_file():
+        path = str(REPOSITORY / path)  # those that were installed with the package
     if not Path(path).is_file():
         raise InputError(f"config file {path}: no such file{_like(path)}")
     namespace: dict[str, Any] = {"__name__": "config_file", "__file__": path}

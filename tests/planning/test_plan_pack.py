@@ -9,9 +9,9 @@ import pytest
 from configs import base
 from qlora_jax.errors import InputError
 from qlora_jax.packs.pack import train_pack
-from qlora_jax.plan import pack
-from qlora_jax.plan.gpus import PlannedGpu
-from qlora_jax.plan.pack import PackPlan, largest_pack, plan_pack, steps_program
+from qlora_jax.planning import pack
+from qlora_jax.planning.gpus import PlannedGpu
+from qlora_jax.planning.pack import PackPlan, largest_pack, plan_pack, steps_program
 from qlora_jax.train.shapes import abstract_model
 from qlora_jax.train.spec import read_spec
 

@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
 from qlora_jax.errors import InputError
-from qlora_jax.plan.gpus import PlannedGpu
+from qlora_jax.planning.gpus import PlannedGpu
 
 
 def is_installed() -> bool:

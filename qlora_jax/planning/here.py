@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.plan.gpus import PlannedGpu
+from qlora_jax.planning.gpus import PlannedGpu
 from qlora_jax.train.memory import host_memory_bytes
 
 _TURNS = 5

@@ -4,8 +4,8 @@ import importlib
 
 import pytest
 
-from qlora_jax.plan.gpus import GPUS
-from qlora_jax.plan.plan import make_plan
+from qlora_jax.planning.gpus import GPUS
+from qlora_jax.planning.plan import make_plan
 
 # config, card, bytes at the most for rows of 512 tokens
 BARS = [

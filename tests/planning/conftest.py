@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_jax.plan import topology
+from qlora_jax.planning import topology
 
 
 @pytest.fixture(scope="session")

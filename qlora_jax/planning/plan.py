@@ -9,10 +9,10 @@ import jax
 
 from qlora_jax.models.sizes import linear_weights
 from qlora_jax.optim.schedules import make_optimizer, paging
-from qlora_jax.plan.advice import Change, first_that_fits
-from qlora_jax.plan.gpus import PlannedGpu
-from qlora_jax.plan.memory import Memory, fits, plan_memory, usable_bytes
-from qlora_jax.plan.roofline import Roofline, roofline
+from qlora_jax.planning.advice import Change, first_that_fits
+from qlora_jax.planning.gpus import PlannedGpu
+from qlora_jax.planning.memory import Memory, fits, plan_memory, usable_bytes
+from qlora_jax.planning.roofline import Roofline, roofline
 from qlora_jax.settings import flatten
 from qlora_jax.train.setup import check_values
 from qlora_jax.train.spec import RunSpec, read_spec

@@ -8,10 +8,10 @@ import pytest
 from qlora_jax.io.load import QuantSpec
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.plan import topology
-from qlora_jax.plan.buffers import Value, compile_with_values, most_bytes_at_once
-from qlora_jax.plan.gpus import GPUS
-from qlora_jax.plan.program import compile_gradient
+from qlora_jax.planning import topology
+from qlora_jax.planning.buffers import Value, compile_with_values, most_bytes_at_once
+from qlora_jax.planning.gpus import GPUS
+from qlora_jax.planning.program import compile_gradient
 from qlora_jax.train.shapes import BatchShape, ModelSpec, abstract_model
 
 if not topology.is_installed():

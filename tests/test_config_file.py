@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.support.config_file import load_config, override
+from qlora_jax.config_file import load_config, override
 from qlora_jax.errors import InputError
 from qlora_jax.settings import GONE, config_hash, differing_keys, resolved
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from qlora_jax.optim.eightbit import adamw8bit
-from qlora_jax.plan import topology
-from qlora_jax.plan.gpus import GPUS
+from qlora_jax.planning import topology
+from qlora_jax.planning.gpus import GPUS
 
 if not topology.is_installed():
     pytest.skip("needs XLA:GPU's compiler: pip install jax-cuda13-plugin", allow_module_level=True)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.optim.pages import Pages
-from qlora_jax.plan.gpus import PlannedGpu
-from qlora_jax.plan.topology import compile_for, on_gpu
+from qlora_jax.planning.gpus import PlannedGpu
+from qlora_jax.planning.topology import compile_for, on_gpu
 from qlora_jax.train.backward import compiler_options as remat_options
 from qlora_jax.train.shapes import AbstractModel, BatchShape
 from qlora_jax.train.step import make_evaluation, make_gradient

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from experiments.support.conversation import Conversation
 from qlora_jax.data.read import read_rows
 from qlora_jax.errors import InputError
+from qlora_jax.generate.conversation import Conversation
 
 
 class Echo:

@@ -15,7 +15,7 @@ state over the bus, both ways.
 
 import dataclasses
 
-from qlora_jax.plan.gpus import PlannedGpu
+from qlora_jax.planning.gpus import PlannedGpu
 from qlora_jax.train.spec import RunSpec
 
 PASSES = 3  # over the base: forward, recomputed, dx

@@ -7,10 +7,10 @@ import pytest
 from qlora_jax.io.load import QuantSpec
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.plan import topology
-from qlora_jax.plan.buffers import compile_with_values
-from qlora_jax.plan.gpus import GPUS
-from qlora_jax.plan.program import compile_gradient
+from qlora_jax.planning import topology
+from qlora_jax.planning.buffers import compile_with_values
+from qlora_jax.planning.gpus import GPUS
+from qlora_jax.planning.program import compile_gradient
 from qlora_jax.train.backward import block_input_bytes
 from qlora_jax.train.shapes import BatchShape, ModelSpec, abstract_model
 

@@ -23,10 +23,10 @@ from qlora_jax.packs.step import (
     make_pack_evaluation,
     make_steps,
 )
-from qlora_jax.plan.gpus import PlannedGpu
-from qlora_jax.plan.memory import base_bytes, usable_bytes
-from qlora_jax.plan.roofline import roofline
-from qlora_jax.plan.topology import compile_for, on_gpu
+from qlora_jax.planning.gpus import PlannedGpu
+from qlora_jax.planning.memory import base_bytes, usable_bytes
+from qlora_jax.planning.roofline import roofline
+from qlora_jax.planning.topology import compile_for, on_gpu
 from qlora_jax.train.backward import compiler_options
 from qlora_jax.train.setup import check_values
 from qlora_jax.train.shapes import AbstractModel, BatchShape, abstract_model

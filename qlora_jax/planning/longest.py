@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from qlora_jax.errors import InputError
-from qlora_jax.plan.gpus import PlannedGpu
-from qlora_jax.plan.memory import usable_bytes
-from qlora_jax.plan.plan import Plan, make_plan
+from qlora_jax.planning.gpus import PlannedGpu
+from qlora_jax.planning.memory import usable_bytes
+from qlora_jax.planning.plan import Plan, make_plan
 
 STEP = 1024  # tokens: lengths are multiples of it
 FIRST = (4 * STEP, 8 * STEP)

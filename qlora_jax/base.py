@@ -1,0 +1,125 @@
+"""Every key of a config, with its unit: configs start from this one and change what their experiment needs.
+
+Recipe: QLoRA (Dettmers et al., 2023), section 5 and appendix B; sizes up to 13B.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+
+    c.model = ConfigDict()
+    c.model.path = ""  # folder of a Hugging Face checkpoint, or a hub name; must be given
+    c.model.revision = "main"  # branch, tag or commit of a hub name
+    c.model.compute_dtype = "bfloat16"  # bfloat16 | float32; norms, softmax and the loss are float32 always
+    c.model.remat = "block"  # block: keep one activation a layer and recompute the rest | none: keep everything
+    # | block+offload: block, its activations in pinned host memory until the backward pass needs them
+    c.model.attention = "auto"  # xla: all scores at once | chunked: never all, for long sequences | auto: xla up to
+    # 2,048 tokens, chunked above | cudnn (flash attention; NVIDIA GPUs only)
+    c.model.sequence_chunk = 0  # tokens that go through a layer at a time, for sequences far beyond the card; 0 is off.
+    # A chunk dequantizes every weight: by an H200's rates a third of a layer's time at 1024 tokens, a tenth at 4096
+    # of the 4-bit matmul: auto (the fastest in the GPU's tuned table; xla where nothing was measured) | xla (first
+    # dequantizes) | scratch (the same, with a kernel; NVIDIA GPUs from Ampere on) | triton (those GPUs: decodes inside
+    # the product for up to 16 rows, as in generation; training and all else goes the way of scratch) | mosaic (Hopper:
+    # decodes inside every product). Measured on an H200 alone (results/README.md)
+    c.model.kernel = "auto"
+
+    c.quant = ConfigDict()
+    c.quant.format = "nf4"  # nf4 | fp4 | int4 | none (16-bit base)
+    c.quant.block_size = 64  # weights that share one scale; a power of two, 32 to 4096
+    c.quant.double_quant = True  # scales in 8 bits: 4.127 bits a weight instead of 4.5
+
+    c.lora = ConfigDict()
+    c.lora.rank = 64
+    c.lora.alpha = 16.0  # the adapter's output is scaled by alpha / rank
+    c.lora.dropout = 0.1  # probability; 0.05 for 33B and larger
+    c.lora.targets = ("all-linear",)  # "all-linear", names ("q_proj", ...), or regular expressions over full names
+    c.lora.use_rslora = False  # scale by alpha / sqrt(rank) instead
+    # what trains whole beside the adapters, in float32 (PEFT's modules_to_save): embed_tokens, lm_head; auto: both if
+    # tokens are added, else none; (): none, new tokens' rows then stay at the mean. V * D parameters each (once where
+    # they are tied), 16 bytes a parameter with Adam: weight, gradient, two moments
+    c.lora.modules_to_save = ("auto",)
+    c.lora.init_from = ""  # PEFT folder to start from; "" starts at zero effect (B = 0)
+
+    c.data = ConfigDict()
+    c.data.path = ""  # file (.json .jsonl .csv .tsv .parquet, also .gz), hub data set (owner/name, owner/name:file), or
+    # oasst1 | hh-rlhf | alpaca | alpaca-clean | unnatural-instructions | chip2 | longform | dolly (data/known.py)
+    c.data.revision = "main"
+    c.data.format = "alpaca"  # alpaca | input-output | oasst1 | hh-rlhf | self-instruct | unnatural-instructions |
+    # flan-v2 | chip2 | longform | dolly | messages (OpenAI's chats) | sharegpt
+    c.data.template = "auto"  # the text around what a row says: paper (the prompt of its format: Alpaca's, Guanaco's
+    # conversation, ...) | chat (the model's own chat template, for every format; the assistant's turns are learned,
+    # each with the token that ends it) | auto: chat for messages and sharegpt if the model has a template, else paper
+    c.data.turns = "all"  # which answers of a chat are learned, in a chat template: all | last (of those that may be)
+    c.data.template_date = "2024-07-26"  # YYYY-MM-DD, the day that chat templates write as today's, so that a run that
+    # goes on another day has the same tokens
+    c.data.batches = ""  # int32 .npy file [n, B, T] instead of a data set; labels are the inputs shifted
+    # texts that become tokens wherever they stand in the data, as "<think>"; rows for them start at the mean of the
+    # others. The tokenizer with them, and with a pad token that is not EOS, is saved beside the adapter
+    c.data.added_tokens = ()
+    c.data.added_special_tokens = ()  # the same for control tokens, as "<|im_start|>": chat templates write them, their
+    # letters in a text stay letters (not those of signs around thinking in what a chat's assistant says)
+    # Tokens of the prompt, BOS included, and of the answer, EOS included. What is longer is cut, and a cut answer is
+    # learned without an end. 0 takes them as long as they are: then the model's context is what both together may have.
+    # A chat in a chat template has room for both lengths together, or for the context; a longer one ends after the last
+    # answer that fits. Memory grows with the longest row, which comes first; a run's report names it
+    c.data.max_source_len = 0
+    c.data.max_target_len = 0
+    c.data.train_on_source = False  # also learn the prompt (chat template: all tokens but the first)
+    c.data.group_by_length = True  # batches of similar lengths: less padding
+    c.data.pad_to_multiple_of = 64  # tokens; bounds the number of compiled shapes (above 1,024 tokens steps are longer:
+    # eight for each doubling)
+    c.data.packing = False  # several examples in each row (first-fit), which do not see each other: one compiled shape,
+    # hardly any padding; train.batch_size then counts rows, group_by_length does nothing. Not with attention = cudnn
+    c.data.pack_length = 0  # tokens of a packed row; 0 is max_source_len + max_target_len, or the longest example where
+    # one of them is 0, rounded up as above
+    c.data.max_examples = 0  # 0 takes all
+    c.data.eval_path = ""  # file of held-out examples; "" holds out a seeded split of the data
+    c.data.eval_examples = 100  # examples held out; 0 holds out none of a split, and takes all of eval_path
+    c.data.seed = 0  # of the split and the order
+
+    c.optimizer = ConfigDict()
+    c.optimizer.name = "adamw"  # adamw | lion | adamw8bit | lion8bit (8-bit state), these four also as paged_NAME
+    # (NAME with paging = always) | sgd. lion wants beta2 = 0.99 and a learning rate 3 to 10 times lower
+    c.optimizer.learning_rate = 2e-4  # 1e-4 for 33B and larger
+    c.optimizer.schedule = "constant"  # constant | linear | cosine, the last two to zero at the last step
+    c.optimizer.warmup_steps = 0  # steps of linear rise from 0, before the schedule
+    c.optimizer.beta1 = 0.9
+    c.optimizer.beta2 = 0.999
+    c.optimizer.eps = 1e-8
+    c.optimizer.weight_decay = 0.0
+    c.optimizer.max_grad_norm = 0.3  # global norm; 0 does not clip
+    c.optimizer.paging = "auto"  # which pages of the state live in host memory, and on the device for their update
+    # alone: never any | always all | auto: those that do not fit beside the largest program of the run
+    c.optimizer.page_bytes = 64 * 2**20  # state a page, of which up to three are on the device; one layer at least
+
+    c.train = ConfigDict()
+    c.train.steps = 1875  # optimizer steps
+    c.train.batch_size = 16  # sequences an optimizer step, micro-batches together
+    c.train.grad_accum = 16  # micro-batches an optimizer step
+    c.train.loss_chunk = 1024  # tokens whose logits exist at a time
+    c.train.checkpoint_every = 100  # steps
+    c.train.keep_checkpoints = 2  # the newest that stay on disk; where one is found damaged a run goes on from the one
+    # before, which 1 has not
+    c.train.log_every = 1  # steps
+    c.train.loggers = ()  # where metrics go beside metrics.jsonl: any of tensorboard, wandb, mlflow, each an extra
+    c.train.seed = 0  # of adapter initialisation and dropout
+
+    c.mesh = ConfigDict()
+    c.mesh.devices = 1  # devices of this run
+
+    c.eval = ConfigDict()
+    c.eval.every = 0  # steps between evaluations of the held-out split; 0 evaluates at the end only,
+    # others also before the first step
+    c.eval.batch_size = 4  # sequences; the longest come first
+    c.eval.mmlu_data = ""  # MMLU: the owners' folder, a hub data set (cais/mmlu) or a file of questions; "" asks none
+    c.eval.mmlu_split = "val"  # val | test | dev
+    c.eval.mmlu_shots = 5  # example questions before each
+    c.eval.mmlu_questions = 0  # questions asked, drawn by data.seed; 0 asks all
+    c.eval.mmlu_every = 0  # steps between evaluations; 0 evaluates at the end only, others also before the first step
+    c.eval.mmlu_batch_size = (
+        1  # prompts asked together; 5-shot ones have some 700 tokens, and up to the model's context
+    )
+
+    return c.lock()
