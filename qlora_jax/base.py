@@ -47,7 +47,8 @@ def get_config() -> ConfigDict:
     # oasst1 | hh-rlhf | alpaca | alpaca-clean | unnatural-instructions | chip2 | longform | dolly (data/known.py)
     c.data.revision = "main"
     c.data.format = "alpaca"  # alpaca | input-output | oasst1 | hh-rlhf | self-instruct | unnatural-instructions |
-    # flan-v2 | chip2 | longform | dolly | messages (OpenAI's chats) | sharegpt
+    # flan-v2 | chip2 | longform | dolly | messages (OpenAI's chats) | sharegpt | auto (found from the first rows: the
+    # one format that reads them all)
     c.data.template = "auto"  # the text around what a row says: paper (the prompt of its format: Alpaca's, Guanaco's
     # conversation, ...) | chat (the model's own chat template, for every format; the assistant's turns are learned,
     # each with the token that ends it) | auto: chat for messages and sharegpt if the model has a template, else paper

@@ -12,6 +12,10 @@ _KINDS = {
 }  # fmt: skip
 
 
+class NoField(InputError):
+    """A field that a row does not have."""
+
+
 class Pair(NamedTuple):
     """An example as text: what is given, and what is learned. `target` is never blank. `message`: what a user would
     say in a chat, where `source` puts a prompt around it; None where `source` is that itself. `given`: the characters
@@ -104,7 +108,9 @@ def bad(row: Row, field: str, reason: str) -> NoReturn:
     # Of a file without a header the first row's texts are the names: each is cut and kept on one line.
     found = ", ".join(" ".join(str(name).split())[:40] for name in list(row.fields)[:12]) or "none"
     missing = field not in row.fields
-    raise InputError(f"{row.where}: {reason}" + (f"; fields found: {found}" if missing else ""))
+    if missing:
+        raise NoField(f"{row.where}: {reason}; fields found: {found}")
+    raise InputError(f"{row.where}: {reason}")
 
 
 def kind(value: Any) -> str:

@@ -9,9 +9,9 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from qlora_jax.data import chats, conversations, instructions
-from qlora_jax.data.columns import SYSTEM, TOOLS, refuse_unread
 from qlora_jax.data.fields import Pair, is_empty
+from qlora_jax.data.forms import chats, conversations, instructions
+from qlora_jax.data.forms.columns import SYSTEM, TOOLS, refuse_unread
 from qlora_jax.data.rows import Problems, Row
 from qlora_jax.errors import InputError
 from qlora_jax.text.chat import Chat
@@ -25,7 +25,7 @@ class Format:
       pairs: a row's examples in the paper's form. chats: its conversations for a chat template; None: a question and
         its answer, as `pairs` has them.
       reads: the columns that both read. chats_read: those that `chats` reads besides.
-      passes: columns that carry meaning elsewhere (data/columns) and none here.
+      passes: columns that carry meaning elsewhere (forms/columns) and none here.
     """
 
     pairs: Callable[[Row], list[Pair]]
@@ -91,7 +91,7 @@ class Text:
 def check_format(format: str) -> None:
     """Raises InputError when there is no such format."""
     if format not in FORMATS:
-        raise InputError(f"unknown data.format {format!r}; known formats: {', '.join(FORMATS)}")
+        raise InputError(f"unknown data.format {format!r}; known formats: {', '.join(FORMATS)}, or auto")
 
 
 def format_rows(rows: Iterable[Row], format: str) -> tuple[list[Text], int]:

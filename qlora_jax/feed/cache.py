@@ -77,8 +77,8 @@ def key_of(files: list[tuple[str, str]], tokenizer: bytes, settings: dict[str, A
         add(label.encode("utf-8", "surrogateescape"), content.encode())
     add(tokenizer, json.dumps(settings, sort_keys=True).encode())
     for room in _ROOMS:
-        for source in sorted((Path(__file__).parents[1] / room).glob("*.py")):
-            add(f"{room}/{source.name}".encode(), source.read_bytes())
+        for source in sorted((Path(__file__).parents[1] / room).rglob("*.py")):
+            add(f"{room}/{source.parent.name}/{source.name}".encode(), source.read_bytes())
     for library in _LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             add(library.encode(), importlib.metadata.version(library).encode())

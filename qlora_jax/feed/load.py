@@ -17,6 +17,7 @@ import numpy as np
 from qlora_jax import checksums
 from qlora_jax.checksums import Input
 from qlora_jax.data.chat_examples import ChatCuts, check_turns, tokenize_chats, uses_chat_template
+from qlora_jax.data.detect import AUTO, find_format
 from qlora_jax.data.examples import Example, Lengths, Truncated, tokenize_examples
 from qlora_jax.data.formats import COLUMNS, check_format, stream_chats, stream_texts
 from qlora_jax.data.read import data_files, stream_rows
@@ -87,7 +88,8 @@ def load_data(
         return _load_file(config.batches, batch_size, vocab_size)
     if tokenizer is None:
         raise InputError("the model's folder has no tokenizer, which data.path needs; only data.batches goes without")
-    check_format(config.format)
+    if config.format != AUTO:
+        check_format(config.format)
     check_turns(config.turns)
     for name in ("max_examples", "seed", "pack_length"):
         if getattr(config, name) < 0:
@@ -137,7 +139,9 @@ def _read(config: Any, path: str, limit: int, tokenizer: Tokenizer, vocab_size: 
     if not lengths.are_given:
         settings["context"] = lengths.context
     files = data_files(path, config.revision)
-    chat = uses_chat_template(config.template, config.format, tokenizer)
+    format = config.format if config.format != AUTO else find_format(path, config.revision)
+    settings["format"] = format
+    chat = uses_chat_template(config.template, format, tokenizer)
     if config.turns != "all" and not chat:
         raise InputError(
             f"data.turns is {config.turns!r}, which is for chats in a model's chat template; here data.template="
@@ -147,8 +151,8 @@ def _read(config: Any, path: str, limit: int, tokenizer: Tokenizer, vocab_size: 
 
     def build(file: Path) -> dict[str, Any]:
         counted = _Counts(ChatCuts() if chat else Truncated())
-        rows = counted.rows(files, COLUMNS.get(config.format, ()))
-        made = (stream_chats if chat else stream_texts)(rows, config.format)
+        rows = counted.rows(files, COLUMNS.get(format, ()))
+        made = (stream_chats if chat else stream_texts)(rows, format)
         totals = write_examples(file, counted.examples(made, limit, tokenize))
         cuts = counted.cuts
         if not totals.examples and cuts.dropped:
@@ -161,6 +165,7 @@ def _read(config: Any, path: str, limit: int, tokenizer: Tokenizer, vocab_size: 
             "left_out": counted.left_out,
             "made": counted.made,
             "chat": chat,
+            "format": format,
             "truncated": {name: count for name, count in dataclasses.asdict(cuts).items() if isinstance(count, int)},
             "cuts": _cut_lines(cuts, lengths),
         }
@@ -263,7 +268,8 @@ def _report(
 ) -> list[str]:
     facts = entry.facts
     targets, total = (int(of(train).sum(dtype=np.int64)) for of in (targets_of, lengths_of))
-    lines = [f"data: {config.path} ({config.format}): {facts['rows']:,} rows, {facts['examples']:,} examples"]
+    found = ", found from its rows" if config.format == AUTO else ""
+    lines = [f"data: {config.path} ({facts['format']}{found}): {facts['rows']:,} rows, {facts['examples']:,} examples"]
     if facts["chat"]:
         learned = "the last answer of each" if config.turns == "last" else "its answers alone"
         lines.append(f"data: in the model's chat template (data.template={config.template}), {learned} learned")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from qlora_jax.data.columns import MEANING
 from qlora_jax.data.formats import FORMATS, stream_chats, stream_texts
+from qlora_jax.data.forms.columns import MEANING
 from qlora_jax.data.rows import Row
 from qlora_jax.errors import InputError
 

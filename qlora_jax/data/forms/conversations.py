@@ -1,6 +1,6 @@
 """Rows of conversations. As the paper trains OASST1 and HH-RLHF, the whole conversation is the target, the turns of
 the human included, up to the last answer; a row without an answer gives no example. A system turn is the source.
-For chat templates `data/chats` takes the same turns.
+For chat templates `forms/chats` takes the same turns.
 """
 
 import dataclasses
@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from qlora_jax.data.fields import Pair, bad, kind, text
+from qlora_jax.data.forms.turns import Turn, is_learned, plain_turns
 from qlora_jax.data.prompts import GUANACO_LABELS, HH_LABELS, guanaco_conversation
 from qlora_jax.data.rows import Problems, Row
-from qlora_jax.data.turns import Turn, is_learned, plain_turns
 from qlora_jax.errors import InputError
 
 _OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
@@ -71,7 +71,7 @@ def _hh_parts(row: Row) -> tuple[str, list[str]]:
 
 def messages(row: Row) -> list[Pair]:
     """OpenAI's form: {messages: [{role, content}]}, in Guanaco's conversation form. Content is text, or a list of text
-    parts {type: "text", text}; names and content may be ShareGPT's (data/turns)."""
+    parts {type: "text", text}; names and content may be ShareGPT's (forms/turns)."""
     return _guanaco(_one_system(row, "messages", plain_turns(row, "messages")))
 
 
@@ -90,7 +90,7 @@ def gather_messages(rows: Sequence[Row]) -> list[Row]:
       InputError: an id that is missing, not text or there twice, a parent that is not in the data set, or messages that
         answer each other in a circle.
     """
-    if not rows or not any(_is_single(row) for row in rows):
+    if not rows or not any(is_single_message(row) for row in rows):
         return list(rows)
     problems = Problems()
     nodes: dict[str, dict[str, Any]] = {}
@@ -130,7 +130,8 @@ def gather_messages(rows: Sequence[Row]) -> list[Row]:
     return trees
 
 
-def _is_single(row: Row) -> bool:
+def is_single_message(row: Row) -> bool:
+    """Whether a row is one message of a tree, which names its parent."""
     return "replies" not in row.fields and not {"parent_id", "parent_message_id"}.isdisjoint(row.fields)
 
 

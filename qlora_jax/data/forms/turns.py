@@ -9,8 +9,8 @@ present form (`tool_calls`), in its former one (`function_call`, answered by the
 import json
 from typing import Any
 
-from qlora_jax.data.columns import MARKS, SYSTEM, TOOLS, refuse_unread
 from qlora_jax.data.fields import bad, is_empty, items, kind, objects, parsed, text
+from qlora_jax.data.forms.columns import MARKS, SYSTEM, TOOLS, refuse_unread
 from qlora_jax.data.rows import Row
 
 ROLES = {

@@ -7,11 +7,11 @@ assistant's turn.
 
 from collections.abc import Callable
 
-from qlora_jax.data.conversations import hh_rlhf_turns, oasst1_turns
 from qlora_jax.data.fields import Pair, bad, is_empty, items, kind
-from qlora_jax.data.instructions import alpaca as alpaca_pairs
+from qlora_jax.data.forms.conversations import hh_rlhf_turns, oasst1_turns
+from qlora_jax.data.forms.instructions import alpaca as alpaca_pairs
+from qlora_jax.data.forms.turns import Turn, chat_tools, chat_turns, is_learned, system_turn
 from qlora_jax.data.rows import Row
-from qlora_jax.data.turns import Turn, chat_tools, chat_turns, is_learned, system_turn
 from qlora_jax.text.chat import Chat
 
 
@@ -55,7 +55,7 @@ def alpaca(row: Row) -> list[Chat]:
 
 
 def messages(row: Row) -> list[Chat]:
-    """OpenAI's form: {messages: [{role, content, tool_calls?, weight?, ...}], tools?, system?} (data/turns).
+    """OpenAI's form: {messages: [{role, content, tool_calls?, weight?, ...}], tools?, system?} (forms/turns).
 
     Arguments of calls are objects in templates, so text that is JSON becomes one; so does a list of tools that is text.
     """
@@ -63,7 +63,7 @@ def messages(row: Row) -> list[Chat]:
 
 
 def sharegpt(row: Row) -> list[Chat]:
-    """ShareGPT's form: {conversations: [{from, value, train?, ...}], tools?, system?} (data/turns)."""
+    """ShareGPT's form: {conversations: [{from, value, train?, ...}], tools?, system?} (forms/turns)."""
     return _chat(row, chat_turns(row, "conversations"))
 
 
