@@ -20,18 +20,19 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from experiments.support import cli, harness_task, mmlu_task
+from experiments.support import cli, harness_task, heldout_task, mmlu_task
 from experiments.support.model_flags import Loaded, model_flags
 
 if TYPE_CHECKING:
     from qlora_jax.text.tokenizer import Tokenizer
 
-TASKS = ("perplexity", "mmlu", "lm-eval")
+TASKS = ("perplexity", "heldout", "mmlu", "lm-eval")
 
 MODEL = model_flags()
 TASK = flags.DEFINE_string("task", None, f"what to measure: {', '.join(TASKS)}", required=True)
 TEXT = flags.DEFINE_string("text", None, "text file (UTF-8)")
 TOKENS = flags.DEFINE_string("tokens", None, ".npy file of token ids, in place of --text")
+HELDOUT = heldout_task.heldout_flag()
 MMLU = mmlu_task.mmlu_flags()
 HARNESS = harness_task.harness_flags()
 CONTEXT = flags.DEFINE_integer("context", None, "tokens seen at once, BOS included; the model's own context by default")
@@ -53,6 +54,9 @@ def main() -> int:
     if TASK.value == "perplexity":
         result = measure_perplexity()
         table = perplexity_table(result)
+    elif TASK.value == "heldout":
+        result = heldout_task.measure(HELDOUT, MODEL)
+        table = heldout_task.table(result)
     elif TASK.value == "mmlu":
         result = mmlu_task.measure(MMLU, MODEL, CONTEXT.value, BATCH_SIZE.value, out)
         table = mmlu_task.table(result)

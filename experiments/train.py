@@ -5,12 +5,14 @@ Run again with the same flags it goes on from its newest whole checkpoint, if da
 workdir gets config.json, inputs.json, metrics.jsonl, checkpoints/, adapter/ (a PEFT folder) and summary.json.
 """
 
-import json
+import time
 from pathlib import Path
 
 from absl import flags
 
 from experiments.support import cli
+from experiments.support.command import this_command
+from experiments.support.finished import finished
 
 CONFIG = cli.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one folder, one config.", required=True)
@@ -21,15 +23,14 @@ def main() -> int:
     from qlora_jax.train.loop import Stopped, finetune
     from qlora_jax.train.memory import out_of_memory_said
 
-    workdir = Path(WORKDIR.value)
+    begun, workdir = time.perf_counter(), Path(WORKDIR.value)
     try:
         with out_of_memory_said():
             summary = finetune(CONFIG.value, resolved(CONFIG.value), workdir)
     except Stopped as stopped:
-        print(stopped)
+        print(f"{stopped}:\n  {this_command()}")
         return 143  # 128 + SIGTERM
-    print(json.dumps(summary, indent=2))
-    print(f"written: {workdir}/adapter (PEFT), {workdir}/metrics.jsonl, {workdir}/summary.json")
+    print(finished(CONFIG.value, workdir, summary, time.perf_counter() - begun))
     return 0
 
 

@@ -27,6 +27,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
+from experiments.support.command import this_command
 from qlora_jax.config_file import REPOSITORY, call, known_files, load_config, override
 from qlora_jax.errors import InputError
 from qlora_jax.settings import SECTIONS
@@ -83,7 +84,7 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         # a terminal shows ^C and perhaps half a progress bar on this line
         begin = "\n" if sys.stderr.isatty() else ""
-        print(f"{begin}interrupted; run the same command again to go on", file=sys.stderr)
+        print(f"{begin}interrupted; run the same command again to go on:\n  {this_command()}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         # who read our output has closed it (`| head`); the interpreter's last flush must not fail again

@@ -59,6 +59,11 @@ class PagedOptimizer:
         """State on the device between updates."""
         return sum(size for size, kept in zip(self.pages.bytes, self.resident, strict=True) if kept)
 
+    @property
+    def programs_compiled(self) -> int:
+        """So far; pages that are alike share one."""
+        return len(self._by_text)
+
     def init(self, params: Any) -> list[Any]:
         """One optax state a page, where it lives between updates."""
         leaves = jax.device_put(jax.tree.leaves(params), self._placed)

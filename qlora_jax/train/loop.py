@@ -11,6 +11,7 @@ import signal
 import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from pallas_kernels.finite import all_finite
 from qlora_jax.data.examples import Example
@@ -28,17 +28,21 @@ from qlora_jax.io.peft import write_adapter
 from qlora_jax.optim.paged import PagedOptimizer
 from qlora_jax.optim.pages import Pages
 from qlora_jax.optim.schedules import paging
+from qlora_jax.progress import Progress
 from qlora_jax.settings import config_hash
 from qlora_jax.text.added_tokens import write_tokenizer
 from qlora_jax.train.backward import compiler_options
 from qlora_jax.train.checkpoints import Checkpoints
 from qlora_jax.train.loggers import Loggers
-from qlora_jax.train.memory import Program, memory_limit, peak_device_bytes, peak_host_bytes
+from qlora_jax.train.memory import Program, memory_limit, memory_said, peak_device_bytes, peak_host_bytes
 from qlora_jax.train.mmlu import MMLU
 from qlora_jax.train.residency import decide
 from qlora_jax.train.setup import Prepared, check_config, prepare
-from qlora_jax.train.step import evaluation_of, gradient_of
+from qlora_jax.train.step import arrays_of, evaluation_of, gradient_of, mean_loss
 from qlora_jax.train.workdir import Workdir, refuse_other_config
+
+
+_RECENT = 50  # steps whose speed is shown
 
 
 class Stopped(Exception):
@@ -51,7 +55,7 @@ def finetune(config: Any, plain: dict[str, Any], path: Path, say: Callable[[str]
     Args:
       config: as configs/base.py. plain: the same as plain values (settings.resolved): saved, hashed and compared.
       path: the workdir. It gets config.json, inputs.json, metrics.jsonl, checkpoints/, adapter/ (PEFT), summary.json.
-      say: takes lines for the user; a progress bar goes to stderr.
+      say: takes lines for the user; the line of progress goes to stderr.
     Returns:
       The summary, as in summary.json.
     Raises:
@@ -65,7 +69,8 @@ def finetune(config: Any, plain: dict[str, Any], path: Path, say: Callable[[str]
         checkpoints = Checkpoints(workdir.checkpoints, config.train.keep_checkpoints, say)
         if checkpoints.latest is not None:
             workdir.go_on(say)
-        prepared = prepare(config, say, _loading_bar(), lambda inputs: workdir.check(inputs, say))
+        with Progress("loading", unit="tensor") as loading:  # of the model, and of the residual base that an adapter may need
+            prepared = prepare(config, say, loading.to, lambda inputs: workdir.check(inputs, say))
         workdir.begin(say)
         run = Run(config, plain, prepared, workdir, checkpoints, say)
         try:
@@ -75,21 +80,6 @@ def finetune(config: Any, plain: dict[str, Any], path: Path, say: Callable[[str]
             checkpoints.settle()  # what is being written is worth having, whatever ended the run
     finally:
         workdir.close()
-
-
-def _loading_bar() -> Callable[[int, int], None]:
-    bar: tqdm | None = None
-
-    def progress(done: int, total: int) -> None:  # of the model, and then of the residual base that an adapter may need
-        nonlocal bar
-        bar = bar or tqdm(desc="loading", unit="tensor", leave=False, delay=2)
-        bar.total = total
-        bar.update(done - bar.n)
-        if done == total:
-            bar.close()
-            bar = None
-
-    return progress
 
 
 class Run:
@@ -115,8 +105,7 @@ class Run:
         self.mmlu = None if prepared.mmlu is None else MMLU(prepared.graph, prepared.mmlu)
         self.optimizer = self._make_optimizer()
         self.states = self.optimizer.init(self.adapter)
-        self.seconds: list[float] = []
-        self.tokens: list[int] = []
+        self.speeds: deque[float] = deque(maxlen=_RECENT)  # tokens/s of steps that compiled nothing
         self.stop = threading.Event()
         self.feed: Any = None  # the batches to come; `finish` knows where they begin
 
@@ -139,30 +128,34 @@ class Run:
         self.feed = prefetched(step_dataset(self.prepared.data.batches, steps, shard_index=0, shard_count=1), start)
         with _on_sigterm(self.stop):
             if self.config.eval.every and start == 0:
-                self._log_evaluation(0)
+                self._log_evaluation(0, self.say)
             if self.config.eval.mmlu_every and start == 0:
-                self._log_mmlu(0)
-            bar = tqdm(total=steps, initial=start, unit="step", desc="training", disable=start == steps)
-            for step in range(start, steps):
-                row = self._step(step)
-                if (step + 1) % self.config.train.log_every == 0 or step + 1 == steps:
-                    self._log(row)
-                bar.set_postfix_str(self._status(row), refresh=False)
-                bar.update()
-                if self.config.eval.every and (step + 1) % self.config.eval.every == 0 and step + 1 < steps:
-                    self._log_evaluation(step + 1)
-                every = self.config.eval.mmlu_every
-                if every and (step + 1) % every == 0 and step + 1 < steps:
-                    self._log_mmlu(step + 1)
-                if (step + 1) % self.config.train.checkpoint_every == 0 or step + 1 == steps:
-                    self._save(step + 1)
-                if self.stop.is_set() and step + 1 < steps:
-                    bar.close()
-                    self._save(step + 1, wait=True)
-                    raise Stopped(
-                        f"stopped by SIGTERM after step {step + 1}; saved: the same command goes on from there"
-                    )
-            bar.close()
+                self._log_mmlu(0, self.say)
+            with Progress("training", steps, start, brief=start == steps) as progress:
+                for step in range(start, steps):
+                    self._go(step, progress)
+
+    def _go(self, step: int, progress: Progress) -> None:
+        """A step, and what is due after it."""
+        config, steps, programs = self.config, self.prepared.steps, self._programs_compiled()
+        row = self._step(step)
+        done = step + 1
+        if done % config.train.log_every == 0 or done == steps:
+            self._log(row)
+        typical = self._programs_compiled() == programs
+        if typical:
+            self.speeds.append(row["tokens"] / row["seconds"])
+        progress.step(self._status(row), typical=typical)
+        if config.eval.every and done % config.eval.every == 0 and done < steps:
+            self._log_evaluation(done, progress.write)
+        if config.eval.mmlu_every and done % config.eval.mmlu_every == 0 and done < steps:
+            self._log_mmlu(done, progress.write)
+        if done % config.train.checkpoint_every == 0 or done == steps:
+            self._save(done)
+        if self.stop.is_set() and done < steps:
+            progress.close()
+            self._save(done, wait=True)
+            raise Stopped(f"stopped by SIGTERM after step {done} of {steps}; saved, the same command goes on from there")
 
     def _save(self, step: int, wait: bool = False) -> None:
         """A checkpoint of the state after `step` steps: one that a run can go on from, or none."""
@@ -202,19 +195,14 @@ class Run:
         self.gradient.compile(self.adapter, prepared.base, tokens, mask, key, *segments)
         heldout = prepared.data.eval_batches(prepared.data.heldout, config.eval.batch_size)
         for batch in itertools.islice(heldout, 1):  # the longest first
-            self.evaluation.compile(self.adapter, prepared.base, *_arrays(batch))
+            self.evaluation.compile(self.adapter, prepared.base, *arrays_of(batch))
         if self.mmlu is not None:
             self.mmlu.compile_largest(self.adapter, prepared.base)
 
     def evaluate(self, examples: Sequence[Example]) -> float | None:
         """Mean loss over the target tokens of held-out examples, nats; None without any."""
-        if not examples:
-            return None
-        total, count = 0.0, 0.0
-        for batch in self.prepared.data.eval_batches(examples, self.config.eval.batch_size):
-            nats, targets = self.evaluation(self.adapter, self.prepared.base, *_arrays(batch))
-            total, count = total + float(nats), count + float(targets)
-        return total / max(count, 1)
+        batches = self.prepared.data.eval_batches(examples, self.config.eval.batch_size) if examples else ()
+        return mean_loss(self.evaluation, self.adapter, self.prepared.base, batches)
 
     def _heldout_loss(self, step: int) -> float | None:
         loss = self.evaluate(self.prepared.data.heldout)
@@ -225,17 +213,17 @@ class Run:
             )
         return loss
 
-    def _log_evaluation(self, step: int) -> None:
+    def _log_evaluation(self, step: int, write: Callable[[str], None]) -> None:
         loss = self._heldout_loss(step)
         if loss is not None:
             self._log({"step": step, "eval_loss": loss})
-            tqdm.write(f"step {step}: held-out loss {loss:.4f}")
+            write(f"step {step}: held-out loss {loss:.4f}")
 
-    def _log_mmlu(self, step: int) -> None:
+    def _log_mmlu(self, step: int, write: Callable[[str], None]) -> None:
         if self.mmlu is not None:
             found = self.mmlu(self.adapter, self.prepared.base)
             self._log({"step": step, **found})
-            tqdm.write(f"step {step}: {self.mmlu.describe(found)}")
+            write(f"step {step}: {self.mmlu.describe(found)}")
 
     def _resume(self) -> int:
         found = self.checkpoints.restore(self.adapter, self.states)
@@ -258,15 +246,13 @@ class Run:
         key = None
         if config.lora.dropout:
             key = jax.random.fold_in(jax.random.key(config.train.seed + 1), step)
-        tokens, loss_mask, *segments = map(micro, _arrays(batch))
+        tokens, loss_mask, *segments = map(micro, arrays_of(batch))
         grads, metrics = self.gradient(self.adapter, prepared.base, tokens, loss_mask, key, *segments)
         loss, norm = float(metrics.loss), float(metrics.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._not_finite(step + 1, f"loss {loss}, gradient norm {norm}", "stopped before the update")
         self.adapter, self.states = self.optimizer.update(self.adapter, grads, self.states, metrics.factor)
         jax.block_until_ready(self.adapter)
-        self.seconds.append(time.perf_counter() - begun)
-        self.tokens.append(batch["tokens"].size)
         return {
             "step": step + 1,
             "loss": loss,
@@ -274,7 +260,7 @@ class Run:
             "learning_rate": float(prepared.schedule(step)),
             "target_tokens": int(metrics.target_tokens),
             "tokens": batch["tokens"].size,
-            "seconds": round(self.seconds[-1], 4),
+            "seconds": max(round(time.perf_counter() - begun, 4), 1e-4),
         }
 
     def _not_finite(self, step: int, what: str, done: str) -> InputError:
@@ -288,13 +274,12 @@ class Run:
         )
 
     def _status(self, row: dict[str, Any]) -> str:
-        memory, _ = self._device_bytes()
-        return f"loss {row['loss']:.4f}, {self._tokens_per_second():,.0f} tokens/s, {memory / 2**20:,.0f} MiB"
+        """Speed counts padding, as the summary's does."""
+        speed = [f"{statistics.median(self.speeds):,.0f} tokens/s"] if self.speeds else []
+        return ", ".join([f"loss {row['loss']:.4f}", *speed, memory_said()])
 
-    def _tokens_per_second(self) -> float:
-        """Tokens of a batch, padding included, over the seconds of its step: the median of the steps of this
-        process."""
-        return statistics.median(n / s for n, s in zip(self.tokens, self.seconds, strict=True))
+    def _programs_compiled(self) -> int:
+        return self.gradient.count + self.optimizer.programs_compiled
 
     def _device_bytes(self) -> tuple[int, str]:
         return peak_device_bytes(self._program_bytes() + self.optimizer.resident_bytes)
@@ -335,11 +320,6 @@ class Run:
             summary |= {f"final_{name}": value for name, value in found.items()}
         workdir.write_summary(summary)
         return summary
-
-
-def _arrays(batch: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """tokens and loss_mask, and the segments of packed rows."""
-    return [batch[name] for name in ("tokens", "loss_mask", "segments") if name in batch]
 
 
 class _on_sigterm:

@@ -24,6 +24,11 @@ class Program:
         self._compiled: dict[Any, Any] = {}
         self.peak_bytes = 0  # largest program so far: arguments, results and temporaries
 
+    @property
+    def count(self) -> int:
+        """Programs compiled so far."""
+        return len(self._compiled)
+
     def __call__(self, *arguments: Any) -> Any:
         return self.compile(*arguments)(*arguments)
 
@@ -70,6 +75,14 @@ def peak_device_bytes(compiled_peak: int) -> tuple[int, str]:
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"], "allocator"
     return compiled_peak, "compiler"
+
+
+def memory_said() -> str:
+    """The most memory taken so far, and of what: the device's where its allocator counts, else the process's."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return f"{stats['peak_bytes_in_use'] / 2**30:.2f} GiB device"
+    return f"{peak_host_bytes() / 2**30:.2f} GiB host"
 
 
 def peak_host_bytes() -> int:

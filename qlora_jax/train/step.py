@@ -4,11 +4,12 @@ The factor is applied where the sums are used, page by page: multiplied here, th
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -81,6 +82,23 @@ def make_evaluation(graph: Any, loss_chunk: int) -> Callable[..., tuple[jax.Arra
         return summed_loss(hidden, model.head_weight(), tokens, loss_mask, loss_chunk)
 
     return evaluate
+
+
+def mean_loss(evaluation: Callable[..., Any], adapter: Any, base: Any, batches: Iterable[Mapping]) -> float | None:
+    """Mean loss over the target tokens of all batches, nats; None without any batch.
+
+    `evaluation`: of make_evaluation, compiled. `batches`: tokens and loss_mask [B, T], and segments of packed rows.
+    """
+    total, count, any_batch = 0.0, 0.0, False
+    for batch in batches:
+        nats, targets = evaluation(adapter, base, *arrays_of(batch))
+        total, count, any_batch = total + float(nats), count + float(targets), True
+    return total / max(count, 1) if any_batch else None
+
+
+def arrays_of(batch: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """tokens and loss_mask, and the segments of packed rows."""
+    return [batch[name] for name in ("tokens", "loss_mask", "segments") if name in batch]
 
 
 # One function for one model: JAX finds what it traced and compiled by the function, so that a second run of a model in

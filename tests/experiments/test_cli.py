@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -259,7 +260,9 @@ def test_interrupted(folder: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err == "interrupted; run the same command again to go on\n"
+    said, command = err.splitlines()
+    assert said == "interrupted; run the same command again to go on:"
+    assert shlex.split(command)[1:] == [str(folder / "command.py"), f"--config={folder / 'good.py'}", "--workdir=interrupt"]
 
 
 def test_libraries_are_quiet_unless_asked(folder: Path) -> None:
