@@ -10,8 +10,8 @@ batch or its place; a prompt that stands in the file twice gets two answers.
 stdout gets text alone: with --prompt and --template=plain the prompt and its continuation, with other templates, in
 JSONL and in a chat the new text. Everything else goes to stderr.
 Templates: plain gives the text as it is, alpaca and guanaco wrap it as these models are trained, chat is the
-tokenizer's own. Default: plain; alpaca for rows with "instruction"; for questions and in a chat the tokenizer's own,
-else guanaco. Sampling is the paper's for Guanaco by default.
+tokenizer's own. Default: plain; alpaca for rows with "instruction"; in a chat the adapter's; for questions, and in a
+chat without one, the tokenizer's own, else guanaco. Sampling is the paper's for Guanaco by default.
 """
 
 import dataclasses
@@ -95,10 +95,22 @@ def one_template(tokenizer: "Tokenizer", request: Any) -> str:
     from qlora_jax.generate.answers import default_template
     from qlora_jax.generate.prompting import MANY_TURNS
 
-    template = TEMPLATE.value or default_template(tokenizer, request.form)
+    trained = _trained_template()
+    template = TEMPLATE.value or (trained if request.form == "question" else None)
+    template = template or default_template(tokenizer, request.form)
+    if trained not in (None, template):
+        note(f"the adapter was trained with the template {trained}: --template={trained} asks it so")
     if SYSTEM.value is not None and template not in MANY_TURNS:
         raise InputError(f"--system: the template {template} has no place for it; say --template=guanaco or chat")
     return template
+
+
+def _trained_template() -> str | None:
+    """What the adapter's folder says of its training."""
+    from qlora_jax.generate.trained import read_template
+
+    adapter = MODEL.adapter_folder()
+    return None if adapter is None else read_template(adapter)
 
 
 def load(tokenizer: "Tokenizer", sampling: "Sampling") -> Setup:

@@ -18,7 +18,6 @@ from experiments.support import cli
 
 if TYPE_CHECKING:
     from qlora_jax.planning.gpus import PlannedGpu
-    from qlora_jax.planning.plan import Plan
 
 CONFIG = cli.config_flag()
 GPU = flags.DEFINE_list("gpu", None, "One or more of the known GPUs (a wrong name lists them), or here.", required=True)
@@ -26,21 +25,6 @@ OUT = flags.DEFINE_string("out", None, "JSON file to write (with several GPUs: a
 WORKDIR = flags.DEFINE_string("workdir", None, "With --gpu=here: a finished run of this config, to compare with.")
 LONGEST = flags.DEFINE_bool("longest_context", False, "Find the longest sequence that fits instead, one a step.")
 ADVISE = flags.DEFINE_bool("advise", True, "Where it does not fit, look for the smallest change that does.")
-
-LABELS = {
-    "codes": "base: 4-bit codes",
-    "scales": "base: scales",
-    "linear_16bit": "base: linear layers, not quantized",
-    "embeddings_and_head": "base: embeddings and head",
-    "norms": "base: norms",
-    "adapters": "adapters",
-    "modules_to_save": "embedding and head that train",
-    "gradients": "gradients",
-    "optimizer": "optimizer state on the device",
-    "block_inputs": "block inputs (remat)",
-    "temporaries": "XLA's temporaries",
-}
-
 
 def main() -> None:
     import jax
@@ -50,6 +34,7 @@ def main() -> None:
         jax.config.update("jax_platforms", "cpu")
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # XLA's scheduler calls a program over four fifths of a card an error
     from qlora_jax.errors import InputError
+    from qlora_jax.planning.describe import table
     from qlora_jax.planning.gpus import planned_gpu
     from qlora_jax.planning.here import gpu_here
     from qlora_jax.planning.plan import make_plan
@@ -79,6 +64,7 @@ def main() -> None:
 
 
 def _longest(name: str, gpu: "PlannedGpu") -> dict[str, Any]:
+    from qlora_jax.planning.describe import table
     from qlora_jax.planning.longest import longest_context
 
     found = longest_context(CONFIG.value, gpu, lambda line: print(f"plan: {line}", flush=True))
@@ -86,60 +72,6 @@ def _longest(name: str, gpu: "PlannedGpu") -> dict[str, Any]:
     beyond = "no longer one was tried" if found.too_long is None else f"{found.too_long:,} do not fit"
     print(f"longest context: {found.tokens:,} tokens ({beyond})")
     return found.plan.to_json(name) | {"longest_context": found.tokens, "too_long": found.too_long}
-
-
-def table(plan: "Plan") -> str:
-    """The plan as a person reads it. GB is 10^9 bytes, GiB 2^30."""
-    from qlora_jax.planning.memory import usable_bytes
-    from qlora_jax.planning.plan import EFFICIENCIES
-
-    memory, batch, peak = plan.memory, plan.spec.batch, plan.memory.peak
-    scale, unit = (1e9, "GB") if peak.total >= 1e9 else (1e6, "MB")
-
-    def row(label: str, size: int, more: str = "") -> str:
-        return f"  {label:<36}{size / scale:>9.3f} {unit}{more}"
-
-    pages = f" in {len(memory.resident)} pages, {sum(memory.resident)} of them on the device"
-    lines = [f"{plan.gpu.device_kind}: {_both(plan.gpu.memory_bytes)}", ""]
-    lines += [row(LABELS[kind], size) for kind, size in peak.bytes.items()]
-    lines += [
-        row(f"peak on the device, while: {peak.name}", peak.total),
-        "  " + ", ".join(f"{phase.name} {phase.total / scale:.3f}" for phase in memory.phases) + f" {unit}",
-        row("of which a run may take", usable_bytes(plan.gpu)),
-        "",
-        row("pinned host memory", memory.pinned_host_bytes),
-        row("host memory at the peak of loading", memory.load_host_peak_bytes),
-        row("optimizer state", memory.optimizer_bytes, pages),
-        "",
-        f"  a step: {batch.G} x {batch.B} sequences of {batch.T} = {batch.tokens:,} tokens, "
-        f"{plan.time.flops / 1e12:,.2f} TFLOP,",
-        f"  {plan.time.bytes / 1e9:,.2f} GB of device memory moved, {plan.time.bus_bytes / 1e9:,.3f} GB each way over "
-        "the bus",
-        f"  roofline {plan.time.seconds:.3g} s; tokens/s at "
-        + ", ".join(f"{share:.0%}: {share * batch.tokens / plan.time.seconds:,.0f}" for share in EFFICIENCIES),
-        "",
-    ]
-    if plan.fits:
-        room = usable_bytes(plan.gpu) - peak.total
-        lines.append(f"it fits, with {_both(room)} to spare")
-    else:
-        short = peak.total - usable_bytes(plan.gpu)
-        lines.append(f"it does not fit: {_both(short)} short")
-        if memory.held_bytes > usable_bytes(plan.gpu):
-            lines.append(
-                f"  base, adapters and gradients alone take {_both(memory.held_bytes)}: take a larger card, a smaller "
-                "model or a smaller lora.rank"
-            )
-        lines += [f"  nor with {change}" for change in plan.tried]
-        if plan.change is not None:
-            lines.append(f"  it fits with {plan.change}")
-    return "\n".join(lines)
-
-
-def _both(size: int) -> str:
-    if size < 1e9:
-        return f"{size / 1e6:.2f} MB ({size / 2**20:.2f} MiB)"
-    return f"{size / 1e9:.2f} GB ({size / 2**30:.2f} GiB)"
 
 
 class Measured(NamedTuple):
@@ -165,7 +97,9 @@ def _measured(workdir: Path) -> Measured:
 
 
 def _compare(planned: int, measured: int) -> dict[str, Any]:
-    print(f"the run measured {_both(measured)}, the plan is {planned / measured - 1:+.1%} off")
+    from qlora_jax.planning.describe import both
+
+    print(f"the run measured {both(measured)}, the plan is {planned / measured - 1:+.1%} off")
     return {"measured_peak_bytes": measured, "plan_to_measured": planned / measured}
 
 

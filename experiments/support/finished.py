@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from experiments.support.command import block, command
-from experiments.support.model_flags import quant_name
 
 _QUESTION = "Name three primes."
 
@@ -63,6 +62,7 @@ def _sizes(summary: dict[str, Any]) -> str:
 
 def next_commands(config: Any, workdir: Path, summary: dict[str, Any]) -> list[tuple[str, str]]:
     """(what it does, command): ask the adapter, evaluate it, merge it."""
+    from qlora_jax.api.opening import quant_name
     from qlora_jax.io.load import QuantSpec
 
     spec = QuantSpec(config.quant.format, config.quant.block_size, config.quant.double_quant)
@@ -94,19 +94,13 @@ def prompt_flags(config: Any) -> list[str]:
 
 def _template(config: Any) -> str:
     """Of `generate`, for what the run was trained on."""
-    from qlora_jax.data.chat_examples import uses_chat_template
+    from qlora_jax.generate.trained import template_of
     from qlora_jax.io.folder import resolve
     from qlora_jax.text.tokenizer import Tokenizer
 
-    data = config.data
-    if data.batches:
+    if config.data.batches:
         return "plain"
-    tokenizer = Tokenizer.from_folder(resolve(config.model.path, config.model.revision))
-    if uses_chat_template(data.template, data.format, tokenizer):
-        return "chat"
-    if data.format in ("alpaca", "dolly"):
-        return "alpaca"
-    return "guanaco" if data.format in ("oasst1", "messages", "sharegpt") else "plain"
+    return template_of(config.data, Tokenizer.from_folder(resolve(config.model.path, config.model.revision)))
 
 
 def _plain_prompt(data: Any) -> str:

@@ -47,24 +47,21 @@ class ModelFlags:
 
     def tokenizer(self) -> "Tokenizer":
         """The adapter's tokenizer where it has one, as one with added tokens has; else the checkpoint's."""
-        from qlora_jax.io.folder import resolve
-        from qlora_jax.io.peft import has_tokenizer
-        from qlora_jax.text.tokenizer import Tokenizer
+        from qlora_jax.api.opening import find_tokenizer
 
-        folder = self.folder()
-        adapter = resolve(self.adapter.value) if self.adapter.value else None
-        if adapter is not None and has_tokenizer(adapter):
-            return Tokenizer.from_folder(adapter, folder)
-        return Tokenizer.from_folder(folder)
+        return find_tokenizer(self.folder(), self.adapter_folder())
+
+    def adapter_folder(self) -> "Path | None":
+        """The adapter's folder, downloaded if it is a hub name; None without one."""
+        from qlora_jax.io.folder import resolve
+
+        return resolve(self.adapter.value) if self.adapter.value else None
 
     def vocabulary(self) -> int:
         """Rows of the embedding, with those that the adapter adds."""
-        from qlora_jax.io.folder import resolve
-        from qlora_jax.io.load import load_config
-        from qlora_jax.io.peft import matrix_shapes
+        from qlora_jax.api.opening import vocabulary
 
-        shapes = matrix_shapes(resolve(self.adapter.value)) if self.adapter.value else {}
-        return next((shape[0] for shape in shapes.values()), load_config(self.folder()).V)
+        return vocabulary(self.folder(), self.adapter_folder())
 
     def load(self) -> Loaded:
         """Loads the model; says on stderr what it is, with a progress bar if it takes long.
@@ -73,19 +70,16 @@ class ModelFlags:
         """
         from tqdm import tqdm
 
-        from qlora_jax.io.folder import resolve
+        from qlora_jax.api.opening import check_adapter, quant_name
         from qlora_jax.io.load import load_model
         from qlora_jax.io.peft import load_adapter
-        from qlora_jax.io.peft_config import read_config
         from qlora_jax.io.remote import name_of
-        from qlora_jax.residual import check_base
 
         self._check_kernel()
         folder = self.folder()
         spec = self._spec(folder)
-        adapter = resolve(self.adapter.value) if self.adapter.value else None
-        if adapter is not None:
-            check_base(read_config(adapter).residual, spec.format != "none")  # before minutes of loading
+        adapter = self.adapter_folder()
+        check_adapter(adapter, spec)  # before minutes of loading
         dtype = self._dtype()
         with tqdm(desc="loading", unit="tensor", leave=False, delay=2) as bar:
 
@@ -109,23 +103,23 @@ class ModelFlags:
 
         Raises InputError for a folder, an adapter or a quantization that is not there.
         """
+        from qlora_jax.api.opening import quant_name
         from qlora_jax.io.fingerprint import fingerprint
-        from qlora_jax.io.folder import resolve
 
-        folder = self.folder()
+        folder, adapter = self.folder(), self.adapter_folder()
         spec = self._spec(folder)
         return {
             "model_files": fingerprint(folder),
-            "adapter_files": fingerprint(resolve(self.adapter.value)) if self.adapter.value else None,
+            "adapter_files": fingerprint(adapter) if adapter is not None else None,
             "quant": quant_name(spec),
             "block_size": None if spec.format == "none" else spec.block_size,
             "compute_dtype": self._dtype(),
         }
 
     def _dtype(self) -> str:
-        import jax
+        from qlora_jax.api.opening import default_dtype
 
-        return self.compute_dtype.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        return self.compute_dtype.value or default_dtype()
 
     def _check_kernel(self) -> None:
         import jax
@@ -139,24 +133,11 @@ class ModelFlags:
             )
 
     def _spec(self, folder: "Path") -> "QuantSpec":
-        from qlora_jax.errors import InputError
-        from qlora_jax.io.load import stored_quant
-        from qlora_jax.io.write import quant_spec
+        from qlora_jax.api.opening import choose_quant, refuse_block_size
 
-        stored, name, block_size = stored_quant(folder), self.quant.value, self.block_size.value
-        if name is None and stored is None and block_size is not None:
-            raise InputError(
-                f"--block_size={block_size} without --quant, and {folder} is not quantized; say --quant=nf4 or another"
-            )
-        if name is None:
-            name = "none" if stored is None else quant_name(stored)
-        default = 64 if stored is None else stored.block_size
-        return quant_spec(name, default if block_size is None else block_size)
-
-
-def quant_name(spec: "QuantSpec") -> str:
-    """One of QUANTS."""
-    return spec.format + ("+dq" if spec.double_quant and spec.format != "none" else "")
+        if self.quant.value is None:
+            refuse_block_size(folder, self.block_size.value)
+        return choose_quant(folder, self.quant.value, self.block_size.value)
 
 
 def model_flags() -> ModelFlags:

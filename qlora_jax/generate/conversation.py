@@ -17,6 +17,7 @@ HELP = """/system TEXT   gives the model a system line from the next answer on; 
 /reset         forgets the conversation, not the system line
 /save FILE     writes the conversation as {"messages": [{"role", "content"}]}
 /load FILE     goes on with a saved conversation
+/quit          ends the chat
 /help          this list
 Ctrl-C ends an answer, Ctrl-D the chat. A blank before a slash makes it a message."""
 
@@ -58,7 +59,7 @@ class Conversation:
         while True:
             try:
                 line = self._read()
-                if line is None:
+                if line is None or line.strip() == "/quit":
                     return 0
                 if line.startswith("/"):
                     name, _, argument = line.strip().partition(" ")
@@ -78,7 +79,7 @@ class Conversation:
             try:
                 if not self._interactive:
                     return sys.stdin.readline() or None
-                if sys.stdout.isatty():
+                if sys.stdout.isatty() or "ipykernel" in sys.modules:
                     return input("> ")
                 print("> ", end="", file=sys.stderr, flush=True)
                 return sys.stdin.readline() or None

@@ -90,9 +90,10 @@ def copy_adapter(adapter: Path, out: Path, overwrite: bool = False) -> list[str]
     peft.check_weights(adapter)
     weights = adapter / peft.WEIGHTS
     with new_folder(out, overwrite, [adapter], needed=weights.stat().st_size) as folder:
-        for name in (CONFIG, peft.WEIGHTS):
+        names = [CONFIG, peft.WEIGHTS, *([peft.PROMPTS] if (adapter / peft.PROMPTS).is_file() else [])]
+        for name in names:
             shutil.copyfile(adapter / name, folder / name)
-        return [CONFIG, peft.WEIGHTS, *copy_companions(adapter, folder)]
+        return [*names, *copy_companions(adapter, folder)]
 
 
 def merge_folder(

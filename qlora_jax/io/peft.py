@@ -33,6 +33,7 @@ from qlora_jax.quant.tensor import QuantizedTensor
 from qlora_jax.residual import check_base, residual
 
 WEIGHTS = "adapter_model.safetensors"
+PROMPTS = "qlora_jax_prompts.json"  # how the adapter is asked (generate/trained); PEFT passes over it
 _PICKLE = "adapter_model.bin"  # what peft before 0.6 wrote
 _MODULE = "model.layers.{}.{}"
 _PREFIX = "base_model.model."

@@ -13,7 +13,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from pallas_kernels.finite import all_finite
 from qlora_jax.data.examples import Example
 from qlora_jax.errors import InputError
 from qlora_jax.feed.pipeline import prefetched, step_dataset
+from qlora_jax.generate.trained import template_of, write_template
 from qlora_jax.io.peft import write_adapter
 from qlora_jax.optim.paged import PagedOptimizer
 from qlora_jax.optim.pages import Pages
@@ -37,10 +37,9 @@ from qlora_jax.train.loggers import Loggers
 from qlora_jax.train.memory import Program, memory_limit, memory_said, peak_device_bytes, peak_host_bytes
 from qlora_jax.train.mmlu import MMLU
 from qlora_jax.train.residency import decide
-from qlora_jax.train.setup import Prepared, check_config, prepare
+from qlora_jax.train.setup import Base, Prepared, check_config, prepare
 from qlora_jax.train.step import arrays_of, evaluation_of, gradient_of, mean_loss
 from qlora_jax.train.workdir import Workdir, refuse_other_config
-
 
 _RECENT = 50  # steps whose speed is shown
 
@@ -49,13 +48,20 @@ class Stopped(Exception):
     """SIGTERM was received; the state is saved."""
 
 
-def finetune(config: Any, plain: dict[str, Any], path: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+def finetune(
+    config: Any,
+    plain: dict[str, Any],
+    path: Path,
+    say: Callable[[str], None] = print,
+    base: Base | None = None,
+) -> dict[str, Any]:
     """Runs, or resumes, the finetuning a config describes.
 
     Args:
       config: as configs/base.py. plain: the same as plain values (settings.resolved): saved, hashed and compared.
       path: the workdir. It gets config.json, inputs.json, metrics.jsonl, checkpoints/, adapter/ (PEFT), summary.json.
       say: takes lines for the user; the line of progress goes to stderr.
+      base: the config's model, where it is in memory already.
     Returns:
       The summary, as in summary.json.
     Raises:
@@ -70,7 +76,7 @@ def finetune(config: Any, plain: dict[str, Any], path: Path, say: Callable[[str]
         if checkpoints.latest is not None:
             workdir.go_on(say)
         with Progress("loading", unit="tensor") as loading:  # of the model, and of the residual base that an adapter may need
-            prepared = prepare(config, say, loading.to, lambda inputs: workdir.check(inputs, say))
+            prepared = prepare(config, say, loading.to, lambda inputs: workdir.check(inputs, say), base)
         workdir.begin(say)
         run = Run(config, plain, prepared, workdir, checkpoints, say)
         try:
@@ -293,9 +299,15 @@ class Run:
         """Adapter, held-out loss and summary: made from the last checkpoint's state, however often this is run."""
         prepared, workdir = self.prepared, self.workdir
         added = prepared.added
-        tokenizer = partial(write_tokenizer, added) if added is not None and added.new else None
         base, grown = self.config.model.path, prepared.grown_matrices()
-        write_adapter(workdir.adapter, self.adapter, prepared.lora_config, base, grown, tokenizer)
+
+        def write_beside(folder: Path) -> None:
+            if added is not None and added.new:
+                write_tokenizer(added, folder)
+            if prepared.tokenizer is not None:
+                write_template(folder, template_of(self.config.data, prepared.tokenizer))
+
+        write_adapter(workdir.adapter, self.adapter, prepared.lora_config, base, grown, write_beside)
         eval_loss = self._heldout_loss(prepared.steps)
         rows = [row for row in workdir.metrics() if "loss" in row]
         device_bytes, source = self._device_bytes()

@@ -59,6 +59,23 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 
 
+class Base(NamedTuple):
+    """A frozen model in memory, and what it was made of: its tensors, hashed as they were read, and config.json."""
+
+    model: Llama
+    made_of: Input
+
+    def fresh(self, section: Any) -> "Base":
+        """The same arrays in a model of its own, which computes as the config's `model` section says.
+
+        What is put on the one (an adapter, rows for tokens) is not on the other.
+        """
+        model = nnx.merge(*nnx.split(self.model))
+        model.remat, model.attention = section.remat, section.attention
+        model.sequence_chunk = section.sequence_chunk
+        return Base(model, self.made_of)
+
+
 @dataclasses.dataclass
 class Prepared:
     """What the loop works on. `graph`, `adapter`, `base`: of lora.split."""
@@ -175,6 +192,7 @@ def prepare(
     say: Callable[[str], None],
     progress: Callable[[int, int], None],
     check: Callable[[dict[str, Input]], None] = lambda inputs: None,
+    base: Base | None = None,
 ) -> Prepared:
     """Reads, checks and builds everything.
 
@@ -183,6 +201,7 @@ def prepare(
       say: takes lines for the user.
       progress: of loading the model, (tensors done, tensors in all).
       check: takes what the config's names of files stand for, as soon as it is read; data before the model.
+      base: the model, where it is in memory already; as `load_base` reads it for this config.
     Raises:
       InputError: any mistake in config, data or model, in one line; or what `check` raises.
     """
@@ -216,7 +235,7 @@ def prepare(
         say(f"data: {grad_accum} micro-batches a step, not {config.train.grad_accum}: the file's batches are smaller")
     tx = make_optimizer(config.optimizer, steps)
     _say_attention(config.model, data.batches.max_length, say)
-    model, base_input = load_base(config, folder, progress)
+    model, base_input = load_base(config, folder, progress) if base is None else base.fresh(config.model)
     check({"model.path": base_input})
     lora.attach(model, lora_config, jax.random.key(config.train.seed))
     if added is not None:
@@ -232,8 +251,8 @@ def prepare(
             lora.set_adapter(model, name, a, b, lora_config.scale)
         for name, matrix in start.matrices.items():
             lora.train_whole(model, name, jnp.asarray(matrix))
-    graph, adapter, base = lora.split(model)
-    base_bytes = _bytes(base)
+    graph, adapter, frozen = lora.split(model)
+    base_bytes = _bytes(frozen)
     bits, base_params = base_size(model)
     trainable = sum(leaf.size for leaf in jax.tree.leaves(adapter))
     say(
@@ -251,7 +270,7 @@ def prepare(
     o = config.optimizer
     schedule = make_schedule(o.schedule, o.learning_rate, steps, o.warmup_steps)
     return Prepared(
-        folder, tokenizer, data, graph, adapter, base, lora_config, tx, schedule, steps, grad_accum,
+        folder, tokenizer, data, graph, adapter, frozen, lora_config, tx, schedule, steps, grad_accum,
         base_bytes, bits, trainable, base_params + trainable, asked, added,
     )  # fmt: skip
 
@@ -286,9 +305,8 @@ def step_counts(config: Any, data: LoadedData) -> tuple[int, int]:
     return steps, math.gcd(config.train.grad_accum, data.batches.batch_size)
 
 
-def load_base(config: Any, folder: Path, progress: Callable[[int, int], None]) -> tuple[Llama, Input]:
-    """The frozen model that the config's `model` and `quant` sections describe, from its folder; and what it was made
-    of: every tensor, hashed as it was read, and config.json."""
+def load_base(config: Any, folder: Path, progress: Callable[[int, int], None]) -> Base:
+    """The frozen model that the config's `model` and `quant` sections describe, from its folder."""
     m = config.model
     sums: list[str] = []
     model = load_model(
@@ -298,7 +316,7 @@ def load_base(config: Any, folder: Path, progress: Callable[[int, int], None]) -
     settings = {key: value for key, value in read_json(folder / "config.json").items() if key not in _NOT_SETTINGS}
     settings_sum = checksums.of(json.dumps(settings, sort_keys=True))
     parts = [("the weights of the base", sums[0]), ("config.json of the base", settings_sum)]
-    return model, Input(checksums.of(*sums, settings_sum), parts)
+    return Base(model, Input(checksums.of(*sums, settings_sum), parts))
 
 
 def start_input(folder: str) -> Input:

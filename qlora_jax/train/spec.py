@@ -130,6 +130,11 @@ def _kept(stored: str, compute_dtype: str) -> str:
     return compute_dtype if stored == "float32" else stored
 
 
+def read_sizes(config: Any) -> ModelConfig:
+    """The sizes of a config's model. Raises InputError where they are neither here nor known."""
+    return _model_sizes(config.model.path, config.model.revision)[0]
+
+
 def _model_sizes(path: str, revision: str) -> tuple[ModelConfig, str, str]:
     """The model's sizes, the form of its folder, and the dtype that its config.json states."""
     if not path:

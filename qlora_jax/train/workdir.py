@@ -19,7 +19,7 @@ from qlora_jax.settings import differing_keys, flatten
 
 # Keys that name files and folders: another name with the same content is the same run.
 _PATHS = ("model.path", "data.path", "data.eval_path", "data.batches", "lora.init_from", "eval.mmlu_data")
-_INPUTS = "inputs.json"
+INPUTS = "inputs.json"
 
 
 def refuse_other_config(path: Path, config: dict[str, Any]) -> None:
@@ -58,7 +58,7 @@ def _recorded(path: Path) -> dict[str, Input] | None:
     try:
         return {
             key: Input(str(value["content"]), [(str(name), str(checksum)) for name, checksum in value["parts"]])
-            for key, value in json.loads((path / _INPUTS).read_bytes()).items()
+            for key, value in json.loads((path / INPUTS).read_bytes()).items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -102,8 +102,8 @@ class Workdir:
         recorded = _recorded(self.path)
         self._before = recorded or {}
         if recorded is None:
-            how = "is damaged" if (self.path / _INPUTS).exists() else "is missing (an older version made this run)"
-            say(f"run: {self.path / _INPUTS} {how}: whether data and weights are what they were cannot be checked")
+            how = "is damaged" if (self.path / INPUTS).exists() else "is missing (an older version made this run)"
+            say(f"run: {self.path / INPUTS} {how}: whether data and weights are what they were cannot be checked")
 
     def check(self, inputs: Mapping[str, Input], say: Callable[[str], None]) -> None:
         """Takes inputs, by the config's keys, as soon as they are known.
@@ -135,7 +135,7 @@ class Workdir:
         for key, old in self._moved.items():
             say(f"run: {key} is {flatten(self._config)[key]} now and was {old}; its content is the same")
         write_json(self.path / "config.json", self._config)
-        write_json(self.path / _INPUTS, {key: value._asdict() for key, value in self._inputs.items()})
+        write_json(self.path / INPUTS, {key: value._asdict() for key, value in self._inputs.items()})
 
     def keep_metrics_until(self, step: int) -> None:
         """Drops the lines of steps after `step` (they will be run again) and a line that a kill cut short."""
