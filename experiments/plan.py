@@ -1,4 +1,5 @@
-"""Will it fit: python -m experiments.plan --config=configs/guanaco_65b.py --gpu=a6000 [--out=FILE.json]
+"""Says whether a run fits a GPU, and how fast: qlora plan --model=huggyllama/llama-7b --gpu=rtx4090, or
+python -m experiments.plan --config=configs/guanaco_65b.py --gpu=a6000 [--out=FILE.json]
 
 Compiles the config's real training programs for a GPU that is not here, from the model's sizes alone: no weights and no
 GPU are needed, and data only where data.max_source_len or data.max_target_len is 0, which makes rows as long as its
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from absl import flags
 
 from experiments.support import cli
+from experiments.support.run_flags import run_flags
 
 if TYPE_CHECKING:
     from qlora_jax.planning.gpus import PlannedGpu
 
-CONFIG = cli.config_flag()
+RUN = run_flags()
 GPU = flags.DEFINE_list("gpu", None, "One or more of the known GPUs (a wrong name lists them), or here.", required=True)
 OUT = flags.DEFINE_string("out", None, "JSON file to write (with several GPUs: a list).")
 WORKDIR = flags.DEFINE_string("workdir", None, "With --gpu=here: a finished run of this config, to compare with.")
@@ -33,25 +35,30 @@ def main() -> None:
     if not here:  # what is compiled for is not what is here, and a GPU's memory is left to who trains on it
         jax.config.update("jax_platforms", "cpu")
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # XLA's scheduler calls a program over four fifths of a card an error
+    from qlora_jax.api.recipe import fill_for_plan
     from qlora_jax.errors import InputError
     from qlora_jax.planning.describe import table
     from qlora_jax.planning.gpus import planned_gpu
     from qlora_jax.planning.here import gpu_here
     from qlora_jax.planning.plan import make_plan
+    from qlora_jax.train.spec import read_sizes
 
     if WORKDIR.value and not here:
         raise InputError("--workdir compares with a run on this machine: it goes with --gpu=here alone")
     if "here" in GPU.value and not here:
         raise InputError("--gpu=here stands alone: this machine's device is not compiled for as the others are")
-    measured = _measured(Path(WORKDIR.value)) if WORKDIR.value else None
+    config, given = RUN.read(needs_data=False)
+    if not RUN.has_file():
+        fill_for_plan(config, read_sizes(config), given, print)
+    measured = _measured(config, Path(WORKDIR.value)) if WORKDIR.value else None
     length = None if measured is None else measured.length
     gpus = {"here": gpu_here()} if here else {name: planned_gpu(name) for name in GPU.value}
     plans = []
     for name, gpu in gpus.items():
         if LONGEST.value:
-            plans.append(_longest(name, gpu))
+            plans.append(_longest(config, name, gpu))
             continue
-        plan = make_plan(CONFIG.value, gpu, lambda line: print(f"plan: {line}", flush=True), ADVISE.value, length)
+        plan = make_plan(config, gpu, lambda line: print(f"plan: {line}", flush=True), ADVISE.value, length)
         plans.append(plan.to_json(name))
         print(table(plan))
     if measured is not None:
@@ -63,11 +70,11 @@ def main() -> None:
         print(f"written: {path}")
 
 
-def _longest(name: str, gpu: "PlannedGpu") -> dict[str, Any]:
+def _longest(config: Any, name: str, gpu: "PlannedGpu") -> dict[str, Any]:
     from qlora_jax.planning.describe import table
     from qlora_jax.planning.longest import longest_context
 
-    found = longest_context(CONFIG.value, gpu, lambda line: print(f"plan: {line}", flush=True))
+    found = longest_context(config, gpu, lambda line: print(f"plan: {line}", flush=True))
     print(table(found.plan))
     beyond = "no longer one was tried" if found.too_long is None else f"{found.too_long:,} do not fit"
     print(f"longest context: {found.tokens:,} tokens ({beyond})")
@@ -81,19 +88,19 @@ class Measured(NamedTuple):
     length: int  # tokens of its longest row
 
 
-def _measured(workdir: Path) -> Measured:
+def _measured(config: Any, workdir: Path) -> Measured:
     from qlora_jax.errors import InputError
     from qlora_jax.models.config import read_json
     from qlora_jax.settings import differing_keys, resolved
 
     if not (workdir / "summary.json").is_file():
         raise InputError(f"--workdir={workdir}: no summary.json there; give the workdir of a finished run")
-    differing = differing_keys(read_json(workdir / "config.json"), resolved(CONFIG.value))
+    differing = differing_keys(read_json(workdir / "config.json"), resolved(config))
     if differing:
         raise InputError(f"--workdir={workdir} is a run of another config: {'; '.join(differing[:5])}")
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     tokens = max(row["tokens"] for row in rows if "tokens" in row)
-    return Measured(read_json(workdir / "summary.json")["peak_device_bytes"], tokens // CONFIG.value.train.batch_size)
+    return Measured(read_json(workdir / "summary.json")["peak_device_bytes"], tokens // config.train.batch_size)
 
 
 def _compare(planned: int, measured: int) -> dict[str, Any]:

@@ -157,24 +157,11 @@ def _short(text: str, limit: int = 70) -> str:
 
 def draw_losses(metrics: dict[str, Path], out: Path) -> None:
     """Training loss of each run, and its held-out loss as points."""
-    import matplotlib
+    from qlora_jax.api.plot import loss_figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for name, path in metrics.items():
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        steps = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-        held = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
-        (line,) = axes.plot(*zip(*steps, strict=True), label=f"{name} base, training", linewidth=1, alpha=0.8)
-        axes.plot(*zip(*held, strict=True), "o", color=line.get_color(), label=f"{name} base, held out")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats a target token")
-    axes.legend()
-    figure.tight_layout()
+    runs = {f"{name} base": path.read_text(encoding="utf-8").splitlines() for name, path in metrics.items()}
+    figure = loss_figure({name: [json.loads(line) for line in lines] for name, lines in runs.items()})
     figure.savefig(out, dpi=150)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

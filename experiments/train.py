@@ -1,6 +1,8 @@
-"""Finetunes a model in 4 bits: python -m experiments.train --config=configs/alpaca.py --config.model.path=DIR
---workdir=RUN
+"""Finetunes a model in 4 bits: qlora train --model=DIR_OR_NAME --data=FILE, or python -m experiments.train
+--config=configs/alpaca.py --config.model.path=DIR --workdir=RUN
 
+Without --config format, packing, batch and steps follow from model and data; any key can be set (--config.lora.rank=16).
+Without --workdir the run is in runs/MODEL-DATA, or, where that holds another run, in the next number.
 Run again with the same flags it goes on from its newest whole checkpoint, if data and weights are what they were. The
 workdir gets config.json, inputs.json, metrics.jsonl, checkpoints/, adapter/ (a PEFT folder) and summary.json.
 """
@@ -13,24 +15,35 @@ from absl import flags
 from experiments.support import cli
 from experiments.support.command import this_command
 from experiments.support.finished import finished
+from experiments.support.run_flags import run_flags
 
-CONFIG = cli.config_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one folder, one config.", required=True)
+RUN = run_flags()
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one folder, one config. Needed with --config.")
 
 
 def main() -> int:
+    from qlora_jax.api.folders import choose_workdir
+    from qlora_jax.errors import InputError
     from qlora_jax.settings import resolved
     from qlora_jax.train.loop import Stopped, finetune
     from qlora_jax.train.memory import out_of_memory_said
 
-    begun, workdir = time.perf_counter(), Path(WORKDIR.value)
+    begun = time.perf_counter()
+    config, given = RUN.read(needs_data=True)
+    if WORKDIR.value is None and RUN.has_file():
+        raise InputError("missing flag --workdir=... (--help says more)")
+    RUN.fill(config, given, print)
+    plain = resolved(config)
+    workdir = Path(WORKDIR.value) if WORKDIR.value is not None else choose_workdir(config, plain)
+    if WORKDIR.value is None:
+        print(f"run: {workdir}")
     try:
         with out_of_memory_said():
-            summary = finetune(CONFIG.value, resolved(CONFIG.value), workdir)
+            summary = finetune(config, plain, workdir)
     except Stopped as stopped:
         print(f"{stopped}:\n  {this_command()}")
         return 143  # 128 + SIGTERM
-    print(finished(CONFIG.value, workdir, summary, time.perf_counter() - begun))
+    print(finished(config, workdir, summary, time.perf_counter() - begun))
     return 0
 
 

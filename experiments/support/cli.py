@@ -28,6 +28,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from experiments.support.command import this_command
+from qlora_jax.base import get_config
 from qlora_jax.config_file import REPOSITORY, call, known_files, load_config, override
 from qlora_jax.errors import InputError
 from qlora_jax.settings import SECTIONS
@@ -44,9 +45,10 @@ flags.disclaim_key_flags()
 class _ConfigParser(flags.ArgumentParser):
     """Turns the path of a config file into its locked ConfigDict."""
 
-    def __init__(self, default: str | None) -> None:
-        self.default_path = default
+    def __init__(self, default: str | None, optional: bool) -> None:
+        self.default_path, self.optional = default, optional
         self.path = ""
+        self.overridden: list[str] = []
 
     def parse(self, argument: str) -> ConfigDict:
         self.path = argument
@@ -56,22 +58,33 @@ class _ConfigParser(flags.ArgumentParser):
         return "config file"
 
 
-def config_flag(default: str | None = None) -> flags.FlagHolder:
+def config_flag(default: str | None = None, optional: bool = False) -> flags.FlagHolder:
     """Defines `--config=FILE` and `--config.section.key=value`; `.value` is the ConfigDict with the overrides in it.
 
     Args:
       default: config file that is used when none is given, relative to the repository; None makes the flag required.
+      optional: none need be given: then the value is the library's base with the overrides in it.
     """
     text = "config file; --config.SECTION.KEY=VALUE overrides a key (see configs/base.py for all keys and units)"
     # absl reads a default where the flag is defined, before errors are caught: it is read with the other flags instead
-    return flags.DEFINE(_ConfigParser(default), FLAG, None, text)
+    return flags.DEFINE(_ConfigParser(default, optional), FLAG, None, text)
 
 
 def config_path() -> str:
-    """The file that --config names."""
+    """The file that --config names; "" where it is optional and names none."""
+    parser = _parser()
+    return parser.path or ("" if parser.optional else str(REPOSITORY / (parser.default_path or "")))
+
+
+def overridden() -> list[str]:
+    """The keys that were set by --config.SECTION.KEY=VALUE."""
+    return _parser().overridden
+
+
+def _parser() -> _ConfigParser:
     parser = FLAGS[FLAG].parser
     assert isinstance(parser, _ConfigParser)
-    return parser.path or str(REPOSITORY / (parser.default_path or ""))
+    return parser
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -141,12 +154,15 @@ def _take_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str, st
 
 def _complete_config(overrides: list[tuple[str, str]]) -> None:
     """Reads the default file where none was given, and applies the overrides."""
+    parser = _parser()
     if FLAGS[FLAG].value is None:
-        parser = FLAGS[FLAG].parser
-        default = parser.default_path if isinstance(parser, _ConfigParser) else None
-        if default is None:
+        if parser.optional:
+            FLAGS[FLAG].value = get_config()
+        elif parser.default_path is None:
             raise InputError(f"missing flag --{FLAG}=FILE; there are {', '.join(map(str, known_files()))}")
-        FLAGS[FLAG].value = load_config(str(REPOSITORY / default))
+        else:
+            FLAGS[FLAG].value = load_config(str(REPOSITORY / parser.default_path))
+    parser.overridden = [key for key, _ in overrides]
     override(FLAGS[FLAG].value, overrides, prefix=f"--{FLAG}.")
 
 

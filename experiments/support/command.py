@@ -6,22 +6,30 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+_CONSOLE = "qlora"  # the console command that has the others as its first argument
+_as_console = False  # whether this process was started by it
+
+
+def under_one_name() -> None:
+    """From now on commands are shown as `qlora NAME`."""
+    global _as_console
+    _as_console = True
+
 
 def this_command() -> str:
     """The command line of this process, to be run again."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if _as_console and spec is not None:
+        return command(spec.name.rpartition(".")[2], *sys.argv[1:])
     program = [python(), "-m", spec.name] if spec is not None else [_program()]
     return " ".join([*program, *map(quoted, sys.argv[1:])])
 
 
 def command(name: str, *arguments: str) -> str:
     """The command `name` of this project with these arguments, in the form in which this process was started."""
-    if Path(sys.argv[0]).name == _CONSOLE:
+    if _as_console:
         return " ".join([_CONSOLE, name, *map(quoted, arguments)])
     return " ".join([python(), "-m", f"experiments.{name}", *map(quoted, arguments)])
-
-
-_CONSOLE = "qlora"  # the console command that has the others as its first argument
 
 
 def python() -> str:

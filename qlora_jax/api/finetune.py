@@ -1,6 +1,7 @@
 """Finetuning a loaded model: the loop of the `train` command, on the base that is in memory."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def finetune(
     Raises:
       InputError: an unknown setting (with the nearest known), or whatever a run refuses.
     """
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's lines on its own doings
     base = model.base
     config = model.config.copy_and_resolve_references()
     given = set_keys(config, settings)
