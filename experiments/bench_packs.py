@@ -22,6 +22,7 @@ from absl import flags
 
 from experiments.support import cli
 from qlora_jax.config_file import REPOSITORY
+from qlora_jax.embedded import located
 
 CONFIG = cli.config_flag("configs/quickstart.py")
 MEMBERS = flags.DEFINE_integer("members", 8, "Adapters in the pack.", lower_bound=1)
@@ -40,7 +41,7 @@ def main() -> None:
         config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, STEPS.value - 1)
         config.eval.every = 0
         if RANDOM.value:
-            config.model.path = str(random_sibling(Path(config.model.path), Path(scratch) / "model"))
+            config.model.path = str(random_sibling(located(config.model.path), Path(scratch) / "model"))
         found = measure(config, MEMBERS.value, PROCESSES.value, Path(scratch))
     print_table(found)
     if OUT.value:

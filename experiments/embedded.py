@@ -13,8 +13,7 @@ from absl import flags
 
 from experiments.support import cli
 from experiments.support.embedded import make, tokenizer
-
-ASSETS = pathlib.Path(__file__).resolve().parents[1] / "assets"
+from qlora_jax.embedded import ASSETS
 
 _OUT = flags.DEFINE_string("out", str(ASSETS), "The folder that holds instructions/ and tiny_llama/.")
 _TOKENIZER = flags.DEFINE_bool("tokenizer", False, "Train the tokenizer again too.")

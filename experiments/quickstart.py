@@ -23,13 +23,14 @@ def main() -> None:
     begun = time.perf_counter()
     import jax
 
+    from qlora_jax.embedded import located
     from qlora_jax.files import write_json
     from qlora_jax.train.memory import peak_host_bytes
 
     config, workdir = CONFIG.value, Path(WORKDIR.value)
     print(f"qlora_jax quickstart on {jax.devices()[0].device_kind}: finetune {config.model.path} in 4 bits\n")
     sizes = print_sizes(config.model.path)
-    rows = json.loads(Path(config.data.eval_path).read_text(encoding="utf-8"))
+    rows = json.loads(located(config.data.eval_path).read_text(encoding="utf-8"))
     before = answers(config, rows, adapter=None)
     runs = {}
     for name, format in (("4-bit", "nf4"), ("16-bit", "none")):

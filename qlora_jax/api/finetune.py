@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from qlora_jax.api.folders import RUNS, choose_workdir
+from qlora_jax.api import folders
 from qlora_jax.api.model import LOADED, Model
 from qlora_jax.api.names import set_keys
 from qlora_jax.api.plot import loss_figure
@@ -95,13 +95,13 @@ def finetune(
     if wrong := sorted(given & {"data.path", "data.batches"} if data is not None else ()):
         raise InputError(f"{wrong[0]} and data are both given; leave one out")
     _check_loaded(model, config)
-    root = RUNS if workdir is None else Path(workdir).expanduser().parent
+    root = folders.RUNS if workdir is None else Path(workdir).expanduser().parent
     if data is not None:
         config.data.path = data_path(data, root)
     _start(model, config, given)
     fill(config, given | set(LOADED), say)
     plain = resolved(config)
-    path = choose_workdir(config, plain) if workdir is None else Path(workdir).expanduser()
+    path = folders.choose_workdir(config, plain) if workdir is None else Path(workdir).expanduser()
     say(f"run: {path}")
     with out_of_memory_said():
         loop.finetune(config, plain, path, say, base)

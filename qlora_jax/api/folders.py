@@ -18,7 +18,7 @@ _DATA = ("data.path", "data.eval_path")
 _SUFFIXES = re.compile(r"(\.(json|jsonl|csv|tsv|parquet|gz))+$", re.IGNORECASE)
 
 
-def choose_workdir(config: Any, plain: dict[str, Any], root: Path = RUNS) -> Path:
+def choose_workdir(config: Any, plain: dict[str, Any]) -> Path:
     """A folder for the run of `config` (`plain`: the same as plain values): one that holds this very run, which then
     goes on, or one where nothing is.
 
@@ -26,7 +26,7 @@ def choose_workdir(config: Any, plain: dict[str, Any], root: Path = RUNS) -> Pat
     """
     name = f"{_short(config.model.path)}-{_short(config.data.path or config.data.batches)}"
     for number in itertools.count(1):
-        path = root / (name if number == 1 else f"{name}-{number}")
+        path = RUNS / (name if number == 1 else f"{name}-{number}")
         if _is_free(path) or _holds(path, plain):
             return path
     raise AssertionError("there are always more numbers")

@@ -121,8 +121,8 @@ class Model:
         """
         if self._base is None:
             raise InputError(
-                f"the adapter {self.adapter} took its part out of the base (PiSSA, OLoRA): load the model again without "
-                "it to finetune, or let the train command start from it (lora.init_from)"
+                f"the adapter {self.adapter} took its part out of the base (PiSSA, OLoRA): load the model again "
+                "without it to finetune, or let the train command start from it (lora.init_from)"
             )
         return self._base
 
@@ -233,7 +233,7 @@ class Model:
         with Progress("adapter", unit="weight") as bar:
             load_adapter(model, adapter, bar.to)
         self.tokenizer = opening.find_tokenizer(self.folder, adapter)
-        self._llama, self.adapter = model, adapter
+        self._llama, self.adapter = model, adapter.absolute()  # wherever the process goes from here
         self.template = read_template(adapter) or ("chat" if self.tokenizer.chat_template else "plain")
         if takes_base:
             self._base = None  # its arrays became the adapted model's

@@ -71,6 +71,7 @@ def plan(
     is_file = isinstance(model, str | Path) and str(model).endswith(".py")
     if isinstance(model, Model):
         config = model.config.copy_and_resolve_references()
+        config.model.compute_dtype = get_config().model.compute_dtype  # what a GPU would compute in
     elif is_file:
         config = load_config(str(model))
     else:
@@ -83,7 +84,7 @@ def plan(
         config.quant.update(format=spec.format, double_quant=spec.double_quant)
     given = set_keys(config, settings)
     if data is not None:
-        config.data.path = data
+        config.data.path = str(data)
     if not is_file:
         fill_for_plan(config, read_sizes(config), given, say)
     return PlanReport(make_plan(config, planned, say, advise), gpu)

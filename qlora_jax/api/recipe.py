@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from qlora_jax.data.detect import find_format
+from qlora_jax.data.detect import AUTO, find_format
 from qlora_jax.data.examples import Example
 from qlora_jax.errors import InputError
 from qlora_jax.feed.batches import FileBatches
@@ -23,6 +23,7 @@ from qlora_jax.models.sizes import linear_weights
 from qlora_jax.text.added_tokens import extended_tokenizer
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.setup import added_tokens, check_values
+from qlora_jax.train.spec import longest_row
 
 EXAMPLES = 16  # a step, as the paper has them up to 13B
 PASSES, LEAST_STEPS, MOST_STEPS = 3, 50, 1875  # over the data; the paper's runs have 1,875 steps
@@ -88,13 +89,23 @@ def fill(config: Any, given: Collection[str], say: Callable[[str], None]) -> Non
 
 
 def fill_for_plan(config: Any, sizes: ModelConfig, given: Collection[str], say: Callable[[str], None]) -> None:
-    """As `fill`, for a plan that has no data: rows are as long as is common."""
+    """As `fill`, as far as a plan needs it: memory depends on the longest row. Without data it is one of common length.
+
+    Raises InputError for data that is not on this machine.
+    """
+    data = config.data
     _by_size(config, sizes, given)
-    lengths = {"data.max_source_len", "data.max_target_len", "data.pack_length", "data.packing"}
-    if config.data.path or config.data.batches or lengths & set(given):
+    if data.batches or {"data.max_source_len", "data.max_target_len", "data.pack_length", "data.packing"} & set(given):
         return
-    config.data.packing, config.data.pack_length = True, min(PLANNED_LENGTH, sizes.context)
-    say(f"plan: no data is named: rows of {config.data.pack_length:,} tokens (data.pack_length)")
+    data.packing = config.model.attention != "cudnn"
+    if data.path:
+        data.format = data.format if "data.format" in given else AUTO
+        if data.packing and longest_row(config, sizes) < min(SHORT_ROW, sizes.context):
+            data.pack_length = min(SHORT_ROW, sizes.context)
+        return
+    length = min(PLANNED_LENGTH, sizes.context)
+    data.packing, data.pack_length = True, length
+    say(f"plan: no data is named: rows of {length:,} tokens (data.pack_length)")
 
 
 def _by_machine(config: Any, given: Collection[str]) -> None:

@@ -6,7 +6,8 @@ import pytest
 
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
-ROWS = [{"instruction": f"Say {word}.", "input": "", "output": f"{word}!"} for word in ["hi", "ho", "hey", "you", "me", "us", "we"]]
+WORDS = ("hi", "ho", "hey", "you", "me", "us", "we")
+ROWS = [{"instruction": f"Say {word}.", "input": "", "output": f"{word}!"} for word in WORDS]
 SETTINGS = {"steps": 4, "rank": 16, "batch_size": 4, "learning_rate": 5e-3}  # the notebook's shapes
 
 

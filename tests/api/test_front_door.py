@@ -46,7 +46,7 @@ def test_the_run_is_where_it_says(made, home):
 
 def test_the_model_answers_as_it_was_trained(made, at_home):
     model, before, run, _ = made
-    assert model.template == "alpaca" and model.adapter == run.adapter
+    assert model.template == "alpaca" and model.adapter == run.adapter.absolute()
     assert "template 'alpaca'" in repr(model) and "nf4 + double quantization" in repr(model)
     answer = model.generate("Say hi.", **GREEDY)
     assert isinstance(answer, str) and answer != before
@@ -149,7 +149,7 @@ def test_the_hub_gets_the_adapter_and_nothing_else(made, at_home, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     assert made[0].push_adapter("me/mine") == "https://hub/me/mine"
     assert calls[0] == ("me/mine", {"private": True, "exist_ok": True})
-    assert calls[1]["folder_path"] == made[2].adapter and "qlora_jax_prompts.json" in calls[1]["allow_patterns"]
+    assert calls[1]["folder_path"] == made[2].adapter.absolute() and "qlora_jax_prompts.json" in calls[1]["allow_patterns"]
     with pytest.raises(qj.InputError, match="owner/name"):
         made[0].push_adapter("mine")
 

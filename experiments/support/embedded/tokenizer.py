@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterable
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from qlora_jax.embedded import ASSETS
+
 VOCAB_SIZE = 1024
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
-FOLDER = pathlib.Path(__file__).resolve().parents[3] / "assets" / "tiny_llama"
+FOLDER = ASSETS / "tiny_llama"
 
 
 def train(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
