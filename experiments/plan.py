@@ -1,4 +1,6 @@
-"""Will it fit: python -m experiments.plan --config=configs/guanaco_65b.py --gpu=a6000 [--out=FILE.json]
+"""Says whether a config fits a GPU and how fast it is there, on any machine. It needs the extra `plan`.
+
+    python -m experiments.plan --config=configs/guanaco_7b.py --gpu=rtx4090
 
 Compiles the config's real training programs for a GPU that is not here, from the model's sizes alone: no weights and no
 GPU are needed, and data only where data.max_source_len or data.max_target_len is 0, which makes rows as long as its

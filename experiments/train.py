@@ -1,5 +1,6 @@
-"""Finetunes a model in 4 bits: python -m experiments.train --config=configs/alpaca.py --config.model.path=DIR
---workdir=RUN
+"""Finetunes a model in 4 bits. Run again with the same flags, it goes on.
+
+    python -m experiments.train --config=configs/quickstart.py --workdir=runs/first
 
 Run again with the same flags it goes on from its newest whole checkpoint, if data and weights are what they were. The
 workdir gets config.json, inputs.json, metrics.jsonl, checkpoints/, adapter/ (a PEFT folder) and summary.json.

@@ -35,6 +35,7 @@ ORDER = (
     "qlora_jax",  # the front door: quantizing and multiplying alone
     "qlora_jax.quant",
     "qlora_jax.files",
+    "qlora_jax.progress",
     "qlora_jax.finite",
     "qlora_jax.settings",
     "qlora_jax.checksums",

@@ -41,7 +41,6 @@ from qlora_jax.train.setup import Prepared, check_config, prepare
 from qlora_jax.train.step import arrays_of, evaluation_of, gradient_of, mean_loss
 from qlora_jax.train.workdir import Workdir, refuse_other_config
 
-
 _RECENT = 50  # steps whose speed is shown
 
 
@@ -69,7 +68,9 @@ def finetune(config: Any, plain: dict[str, Any], path: Path, say: Callable[[str]
         checkpoints = Checkpoints(workdir.checkpoints, config.train.keep_checkpoints, say)
         if checkpoints.latest is not None:
             workdir.go_on(say)
-        with Progress("loading", unit="tensor") as loading:  # of the model, and of the residual base that an adapter may need
+        with Progress(
+            "loading", unit="tensor"
+        ) as loading:  # of the model, and of the residual base that an adapter may need
             prepared = prepare(config, say, loading.to, lambda inputs: workdir.check(inputs, say))
         workdir.begin(say)
         run = Run(config, plain, prepared, workdir, checkpoints, say)
@@ -155,7 +156,9 @@ class Run:
         if self.stop.is_set() and done < steps:
             progress.close()
             self._save(done, wait=True)
-            raise Stopped(f"stopped by SIGTERM after step {done} of {steps}; saved, the same command goes on from there")
+            raise Stopped(
+                f"stopped by SIGTERM after step {done} of {steps}; saved, the same command goes on from there"
+            )
 
     def _save(self, step: int, wait: bool = False) -> None:
         """A checkpoint of the state after `step` steps: one that a run can go on from, or none."""
