@@ -1,4 +1,6 @@
-"""Compares two sources of verdicts: python -m experiments.agreement --first=FILE --second=FILE [--out=DIR]
+"""Compares two sources of verdicts.
+
+    python -m experiments.agreement --first=assets/judging/judge.csv --second=assets/judging/people.csv
 
 A source is a file of three-class verdicts as `tournament` reads them, a folder of such files, or people's annotations
 (CSV or JSONL with question, first, second, annotator, verdict: 1, 2, 3, or first, second, tie, or the better system).

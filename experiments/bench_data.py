@@ -1,5 +1,6 @@
-"""Times the input pipeline: python -m experiments.bench_data --config=configs/alpaca.py --config.model.path=DIR
---config.data.path=FILE --rows=300000
+"""Times the input pipeline: from rows on disk to batches.
+
+    python -m experiments.bench_data --config=configs/quickstart.py --rows=3000
 
 From rows on disk to batches. First everything is read, tokenized and kept (in a temporary folder); then batches are
 made from what is kept, as a run does it, grouped by length and packed. Each part runs in a process of its own. Printed

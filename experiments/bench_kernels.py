@@ -1,4 +1,6 @@
-"""Times the 4-bit matmul against dense and dequantize-then-dot: python -m experiments.bench_kernels [--out=FILE.json]
+"""Times the 4-bit matmul against a dense one and against dequantize-then-dot.
+
+    python -m experiments.bench_kernels --rows=64
 
 Every form of one product is timed in turns in one run, and so are the ceilings (a large copy, a large matmul) that its
 bytes/s and FLOP/s are held against. On a GPU the kernels join (scratch; triton forward, up to 16 rows; mosaic on

@@ -1,4 +1,6 @@
-"""A pack of runs against the same runs one by one: python -m experiments.bench_packs --members=8 --steps=20
+"""Times a pack of runs against the same runs one by one.
+
+    python -m experiments.bench_packs --random --members=4 --steps=10
 
 Three ways to train the config's run with --members seeds, held-out evaluation included:
 

@@ -1,5 +1,6 @@
-"""Times real optimizer steps on random weights: python -m experiments.bench_train --config=configs/guanaco_65b.py
---gpu_bytes=48GiB [--steps=10] [--out=FILE.json] [--torch]
+"""Times real optimizer steps on random weights. Nothing is downloaded.
+
+    python -m experiments.bench_train --config=configs/quickstart.py --steps=5
 
 Nothing is downloaded: a model of the config's sizes is made on the device, already in 4 bits, and trained as the config
 says on random tokens, every batch as long as its longest. Prints tokens/s, the share of the device's rate, peak memory

@@ -1,5 +1,6 @@
-"""Shows what a config trains on: python -m experiments.data --config=configs/alpaca.py --config.model.path=DIR
---config.data.path=FILE --show=5
+"""Shows what a config trains on: examples as the loss sees them, lengths, cuts and padding.
+
+    python -m experiments.data --config=configs/quickstart.py --show=3
 
 Reads the data as a run does and prints examples decoded from their tokens (what is learned is green, or stands
 between ⟦ and ⟧), the lengths of all examples, what was cut or left out, and the padding of the first epoch: as the

@@ -1,10 +1,9 @@
-"""Makes the quickstart's committed material again: the instruction files, and on demand the tokenizer.
+"""Makes the quickstart's committed instruction files again, byte for byte, and on demand its tokenizer.
 
-    python -m experiments.embedded                # assets/instructions/{train,heldout}.json, byte-identical
-    python -m experiments.embedded --tokenizer    # assets/tiny_llama/tokenizer*.json too
+    python -m experiments.embedded
 
-The tokenizer depends a little on the standard library it is trained on, and the committed weights depend on the
-tokenizer: make it again only together with the weights.
+--tokenizer writes assets/tiny_llama/tokenizer*.json too. The tokenizer depends a little on the standard library it is
+trained on, and the committed weights depend on the tokenizer: make it again only together with the weights.
 """
 
 import pathlib

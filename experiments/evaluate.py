@@ -1,12 +1,17 @@
-"""Measures a model: python -m experiments.evaluate --task=perplexity --model=DIR --text=FILE --out=FILE.json
+"""Measures a model: perplexity of a text, loss on held-out examples, MMLU, or a task of EleutherAI's harness.
+
+    python -m experiments.evaluate --task=perplexity --model=assets/tiny_llama --quant=nf4+dq --text=README.md
 
     --task=perplexity --text=FILE                             (or --tokens=FILE.npy)
+    --task=heldout --workdir=RUN                              (a finished run; --model is its base)
     --task=mmlu --mmlu_data=DIR_OR_FILE_OR_HUB_NAME           --shots=5 --split=test
     --task=lm-eval --tasks=NAME,NAME                          --include_path=DIR --limit=N --num_fewshot=N
 
 perplexity: mean negative log-likelihood a token, in nats, over windows of the model's context that do not overlap and
 are each begun with BOS. Every token but BOS is scored. --tokens=FILE.npy takes ids instead of a text: integers
 [tokens], or [texts, tokens]. --out gets {"task", "quant", "tokens", "nll_per_token", "perplexity", ...}.
+
+heldout: the loss on the examples that a run held out, before its first step and with its adapter.
 
 mmlu: accuracy by subject, by category, over subjects and over questions. --out gets {"task", "quant", ...,
 "accuracy_subjects", "accuracy_questions", ...}. lm-eval: the tasks of EleutherAI's harness and those of

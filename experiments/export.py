@@ -1,4 +1,6 @@
-"""Hands out what a run made: python -m experiments.export --workdir=RUN --out=DIR [--merge] [--dtype=bfloat16]
+"""Hands out what a run made: a PEFT adapter, or a merged 16-bit checkpoint. The example is for train's.
+
+    python -m experiments.export --workdir=runs/first --out=runs/first-merged --merge
 
 Without --merge: the adapter as a PEFT folder. With it: a whole 16-bit Hugging Face checkpoint, W + scale * B A, where W
 is the dequantized weight that the adapter was trained beside, or with --merge_into=original the 16-bit one.

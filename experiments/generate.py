@@ -1,4 +1,6 @@
-"""Continues prompts, or chats: python -m experiments.generate --model=DIR --prompt="Once upon a time" --temperature=0
+"""Answers a prompt, a file of prompts, or, without either, chats.
+
+    python -m experiments.generate --model=assets/tiny_llama --quant=nf4+dq --prompt="Once upon a time"
 
 Three ways: one --prompt; a file of --prompts, answered as JSONL to --out or stdout; or, without either, a chat (/help
 lists its commands, Ctrl-D ends it; a line of piped input is a message).

@@ -1,7 +1,7 @@
-"""Judges pairs of answers by a model: python -m experiments.judge --questions=FILE --answers=A --answers=B ...
+"""Lets a model judge pairs of answers. Without --dry_run the example asks the model and costs money.
 
-    python -m experiments.judge --questions=question.jsonl --answers=a.jsonl --answers=b.jsonl --judge_model=gpt-4 \\
-      --out=verdicts.jsonl
+    python -m experiments.judge --questions=assets/judging/questions.jsonl --answers=assets/judging/first.jsonl \\
+      --answers=assets/judging/second.jsonl --judge_model=gpt-4 --out=runs/verdicts.jsonl --dry_run
 
 A judge is any OpenAI-compatible endpoint (--base_url); its key comes from an environment variable (--key_env) and is
 neither printed nor stored. Every verdict is appended to --out at once: run the same command again to go on, also after

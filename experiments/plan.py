@@ -1,5 +1,8 @@
-"""Says whether a run fits a GPU, and how fast: qlora plan --model=huggyllama/llama-7b --gpu=rtx4090, or
-python -m experiments.plan --config=configs/guanaco_65b.py --gpu=a6000 [--out=FILE.json]
+"""Says whether a run fits a GPU and how fast it is there, on any machine. It needs the extra `plan`.
+
+    python -m experiments.plan --config=configs/guanaco_7b.py --gpu=rtx4090
+
+--model=NAME stands in place of --config, as in train; without --data its rows have 1,024 tokens.
 
 Compiles the config's real training programs for a GPU that is not here, from the model's sizes alone: no weights and no
 GPU are needed, and data only where data.max_source_len or data.max_target_len is 0, which makes rows as long as its

@@ -1,5 +1,7 @@
-"""Makes the embedded model of the quickstart from text every Python has and generated material
-(experiments/embedded)."""
+"""Makes the embedded model of the quickstart, from text that every Python has and generated material.
+
+python -m experiments.pretrain --out=runs/tiny_llama
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Quantizes a checkpoint to 4 bits on disk: python -m experiments.quantize --model=DIR --out=DIR2 [--format=bnb]
+"""Quantizes a checkpoint to 4 bits on disk.
+
+    python -m experiments.quantize --model=assets/tiny_llama --out=runs/tiny_llama-nf4
 
 Streamed tensor by tensor; what a killed run left is cleared by the next. Every command takes DIR2 as --model and
 computes from it what it computes from DIR quantized while loading. --format=bnb is what transformers and bitsandbytes

@@ -1,5 +1,6 @@
-"""The whole way in about two minutes on 2 cores: quantize a small Llama to NF4, finetune an adapter on it, export it,
-compare.
+"""Quantizes a small Llama, finetunes it in 4 bits, and compares that with 16 bits: all in a minute, on any machine.
+
+    python -m experiments.quickstart
 
 Everything it needs is in the repository: a Llama of 2.6 million parameters that this project pretrained itself
 (configs/pretrain.py) and an instruction set of its own making. The same adapter is then trained on the unquantized

@@ -1,4 +1,6 @@
-"""Runs, or resumes, a grid of finetunings: python -m experiments.sweep --config=configs/sweeps/mini.py --workdir=RUNS
+"""Runs, or resumes, a grid of finetunings.
+
+    python -m experiments.sweep --config=configs/sweeps/mini.py --workdir=runs/mini --dry_run
 
 The config file has sweep() beside get_config(): qlora_jax/sweep/grid.py says how a grid is written; or search(), for
 Ray Tune. Points that share a frozen base train together in packs, on every GPU (or CPU) that Ray has. The workdir gets

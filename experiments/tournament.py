@@ -1,4 +1,6 @@
-"""Ranks systems by a judge's verdicts: python -m experiments.tournament --verdicts=FILE_OR_DIR --out=DIR
+"""Ranks systems by a judge's verdicts.
+
+    python -m experiments.tournament --verdicts=assets/judging/judge.csv --out=runs/elo
 
 threeclass: Elo over random orderings of the games, and a Bradley-Terry fit beside it. --out gets elo.json {system:
 {"elo", "low", "high", "games"}}, bradley_terry.json {system: rating or null}, wins.csv, table.md, .csv and .tex, and

@@ -1,7 +1,10 @@
-"""Finetunes a model in 4 bits: qlora train --model=DIR_OR_NAME --data=FILE, or python -m experiments.train
---config=configs/alpaca.py --config.model.path=DIR --workdir=RUN
+"""Finetunes a model in 4 bits. Run again with the same flags, it goes on.
 
-Without --config format, packing, batch and steps follow from model and data; any key can be set (--config.lora.rank=16).
+    python -m experiments.train --model=quickstart --data=quickstart
+
+--config=FILE stands in place of --model and --data, and needs --workdir.
+
+Without --config format, packing, batch and steps follow from model and data; --config.lora.rank=16 sets a key.
 Without --workdir the run is in runs/MODEL-DATA, or, where that holds another run, in the next number.
 Run again with the same flags it goes on from its newest whole checkpoint, if data and weights are what they were. The
 workdir gets config.json, inputs.json, metrics.jsonl, checkpoints/, adapter/ (a PEFT folder) and summary.json.

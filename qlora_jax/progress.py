@@ -1,4 +1,4 @@
-"""One line that says how far work is: in place on a terminal, drawn by the notebook in a notebook, now and then in a log.
+"""One line that says how far work is: in place on a terminal, as a notebook draws it there, now and then in a log.
 
 Where stderr is neither, lines are printed whole: after the first step and then at gaps that grow from ten seconds to a
 minute. So a log of a day has some 1,400 of them, whatever a step takes.

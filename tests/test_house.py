@@ -36,6 +36,7 @@ ORDER = (
     "qlora_jax.models",
     "qlora_jax.quant",
     "qlora_jax.files",
+    "qlora_jax.progress",
     "qlora_jax.finite",
     "qlora_jax.config_file",
     "qlora_jax.base",

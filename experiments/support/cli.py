@@ -27,6 +27,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
+from experiments.support import help
 from experiments.support.command import this_command
 from qlora_jax.base import get_config
 from qlora_jax.config_file import REPOSITORY, call, known_files, load_config, override
@@ -38,6 +39,7 @@ __all__ = ["call", "config_flag", "config_path", "load_config", "override", "run
 FLAGS = flags.FLAGS
 FLAG = "config"
 HELP = {"--help", "-help", "-h", "-?", "--helpshort", "-helpshort"}
+HELP_FULL = {"--helpfull", "-helpfull"}
 # flags defined in here belong to the command that calls
 flags.disclaim_key_flags()
 
@@ -107,8 +109,8 @@ def run(main: Callable[[], int | None]) -> None:
 
 def _read_flags(argv: Sequence[str]) -> list[str]:
     """absl's parsing, with every error as an InputError."""
-    if HELP & set(argv[1:]):
-        _print_help(argv[0])
+    if (HELP | HELP_FULL) & set(argv[1:]):
+        print(_help(argv[0], whole=bool(HELP_FULL & set(argv[1:]))))
         sys.exit(0)
     try:
         arguments = FLAGS.read_flags_from_files(list(argv[1:]), force_gnu=False)
@@ -202,10 +204,21 @@ def _quieten() -> None:
     absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
 
 
-def _print_help(program: str) -> None:
-    """The command's docstring and its own flags."""
-    print((sys.modules["__main__"].__doc__ or "").strip(), end="\n\n")
-    for flag in sorted(FLAGS.get_key_flags_for_module(program), key=lambda flag: flag.name):
-        default = "" if flag.default is None else f" (default: {flag.default_as_str})"
-        print(f"  --{flag.name}: {flag.help}{default}")
-    print("\n--helpfull lists the flags of all libraries; --verbosity=0 shows their log lines.")
+def _help(program: str, whole: bool) -> str:
+    """The command's docstring and its own flags, in the order in which it defines them."""
+    doc, own = sys.modules["__main__"].__doc__ or "", own_flags(program)
+    if not whole:
+        return help.screen(doc, own)
+    names = {flag.name for flag in own}
+    texts = [
+        f"  --{flag.name}: {' '.join((flag.help or '').split())}"
+        for found in FLAGS.flags_by_module_dict().values()
+        for flag in found
+        if flag.name not in names
+    ]
+    return help.whole(doc, own, "\n".join(texts))
+
+
+def own_flags(program: str) -> list[flags.Flag]:
+    """The command's flags, without other spellings of them."""
+    return [flag for flag in FLAGS.get_key_flags_for_module(program) if not (flag.help or "").startswith("Alias for ")]

@@ -80,7 +80,10 @@ def next_commands(config: Any, workdir: Path, summary: dict[str, Any]) -> list[t
     return [
         ("ask it", command("generate", *adapted, *prompt_flags(config))),
         ("measure it", evaluate),
-        ("a whole checkpoint for other programs", command("export", f"--workdir={workdir}", f"--out={merged}", "--merge")),
+        (
+            "a whole checkpoint for other programs",
+            command("export", f"--workdir={workdir}", f"--out={merged}", "--merge"),
+        ),
     ]
 
 

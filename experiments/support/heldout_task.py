@@ -28,7 +28,9 @@ def measure(workdir: flags.FlagHolder, model: ModelFlags) -> dict[str, Any]:
         raise InputError("--task=heldout takes --workdir=RUN, the folder of a finished run")
     for flag in (model.adapter, model.quant, model.block_size, model.compute_dtype):
         if flag.value is not None:
-            raise InputError(f"--{flag.name} does not go with --task=heldout: the run of --workdir says what its own is")
+            raise InputError(
+                f"--{flag.name} does not go with --task=heldout: the run of --workdir says what its own is"
+            )
     folder = Path(workdir.value).expanduser()
     run = read_run(folder)
     config = _config(folder)

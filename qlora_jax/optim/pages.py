@@ -224,6 +224,7 @@ def separability(tx: optax.GradientTransformation, params: Any = None) -> str:
 def _probe(tx: optax.GradientTransformation, treedef: Any, arrays: tuple[tuple[tuple[int, ...], Any], ...]) -> str:
     """`separability` for arrays of these shapes and dtypes: a second of updates, once for a transformation."""
     like = [jax.ShapeDtypeStruct(*array) for array in arrays]
+
     @cache
     def draw(seed: int) -> list[jax.Array]:
         """Parameters (seed 0) or gradients, some arrays and rows larger than others."""

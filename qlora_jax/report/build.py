@@ -31,16 +31,17 @@ class Report:
             raise InputError(f"--out={out} is a file; expected a folder")
         self._canvas = Canvas(out / "figures")
 
-    def build(self, reload_seconds: int = 0) -> Source:
-        """Writes the report of what is there now. `reload_seconds`: see page.page; none once all runs have ended."""
+    def build(self, reload_seconds: int = 0, is_served: bool = False) -> Source:
+        """Writes the report of what is there now. `reload_seconds` and `is_served`: see page.page; neither once all
+        runs have ended."""
         source = read(self.workdir)
         _check_metric(source, self.metric.name)
         try:
-            return self._write(source, reload_seconds)
+            return self._write(source, reload_seconds, is_served)
         except OSError as error:
             raise InputError(f"--out={self.out} cannot be written: {error.strerror or error}") from error
 
-    def _write(self, source: Source, reload_seconds: int) -> Source:
+    def _write(self, source: Source, reload_seconds: int, is_served: bool) -> Source:
         tables = self.out / "tables"
         tables.mkdir(parents=True, exist_ok=True)
         found = sections(source, self.metric, self._canvas)
@@ -54,7 +55,8 @@ class Report:
         reload_seconds = 0 if source.is_finished else reload_seconds
         kind = "Sweep" if source.is_grid else "Run"
         title = f"{kind} {source.path.resolve().name}"
-        text = page(title, _head(source), source.counts(), found, runs, self._canvas.folder, reload_seconds)
+        is_served = is_served and not source.is_finished
+        text = page(title, _head(source), source.counts(), found, runs, self._canvas.folder, reload_seconds, is_served)
         _write(self.out / PAGE, text)
         return source
 

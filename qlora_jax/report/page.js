@@ -3,13 +3,24 @@
 // rewrites) and a copied address show the same. Texts are set as texts, never as HTML.
 (() => {
   const ROWS = 100; // a page
+  const again = () => {
+    const typing = document.activeElement && document.activeElement.matches("input, select");
+    typing ? setTimeout(again, 2000) : location.reload();
+  };
   const reload = Number(document.documentElement.dataset.reload);
-  if (reload > 0) {
-    const again = () => {
-      const typing = document.activeElement && document.activeElement.matches("input, select");
-      typing ? setTimeout(again, 2000) : location.reload();
+  if (reload > 0) setTimeout(again, 1000 * reload);
+  if (document.documentElement.dataset.follow) {
+    // served while runs go on: the server knows what it serves now; without it (it ended, or this is a saved page) all stays
+    let shown = null;
+    const look = async () => {
+      try {
+        const now = await (await fetch("version", { cache: "no-store" })).text();
+        if (shown !== null && now !== shown) return again();
+        shown = now;
+      } catch {}
+      setTimeout(look, 2000);
     };
-    setTimeout(again, 1000 * reload);
+    look();
   }
   const holder = document.getElementById("data");
   if (!holder) return;

@@ -1,6 +1,7 @@
 """One HTML page with everything in it: styles, script, figures and data. It asks the network for nothing.
 
-A policy in the page lets a browser run its one script alone, by hash, and load nothing from anywhere. Every text is
+A policy in the page lets a browser run its one script alone, by hash, and load nothing from anywhere (a page that is
+served may ask its server whether it changed). Every text is
 escaped, and the script sets texts, never HTML.
 """
 
@@ -25,6 +26,7 @@ def page(
     runs: dict[str, Any] | None,
     figures: Path,
     reload_seconds: int = 0,
+    is_served: bool = False,
 ) -> str:
     """The page.
 
@@ -34,16 +36,19 @@ def page(
       runs: run_list's, or None for a page without a run list.
       figures: folder with NAME.svg of every figure.
       reload_seconds: after which the page loads itself again; 0 is never.
+      is_served: by serve.Follower, which the page asks whether it changed.
     """
     script, style = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    policy += "; connect-src 'self'" if is_served else ""
+    follow = ' data-follow="yes"' if is_served else ""
     reload = f'<noscript><meta http-equiv="refresh" content="{reload_seconds}"></noscript>' if reload_seconds else ""
     links = [(section.id, section.title) for section in sections] + ([("runs", "Runs")] if runs else [])
     return "\n".join(
         [
             "<!DOCTYPE html>",
-            f'<html lang="en" data-reload="{reload_seconds}">',
+            f'<html lang="en" data-reload="{reload_seconds}"{follow}>',
             '<head><meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">',

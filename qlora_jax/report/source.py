@@ -16,6 +16,7 @@ from qlora_jax.settings import config_hash, flatten
 from qlora_jax.sweep.ledger import FILE, STATUSES, reading
 
 CURVES = ("loss", "eval_loss")  # metrics over time that a report draws
+_RUN_FILES = ("config.json", "metrics.jsonl", "summary.json")
 _CURVE_POINTS = 64  # of a run; longer curves are means over equal stretches of steps
 
 
@@ -80,6 +81,11 @@ def read(workdir: Path) -> Source:
     if (workdir / "config.json").exists():
         return _read_run(workdir)
     raise InputError(f"--workdir={workdir} has neither {FILE} (a sweep) nor config.json (a run)")
+
+
+def watched_files(workdir: Path) -> list[Path]:
+    """The files that a report is made from, also those that are not there yet."""
+    return [workdir / name for name in (FILE, f"{FILE}-wal", *_RUN_FILES)]
 
 
 def _read_ledger(workdir: Path) -> Source:
@@ -167,7 +173,7 @@ def _ended(curves: dict[str, Curve], result: dict[str, Any]) -> dict[str, Curve]
 
 def _read_run(workdir: Path) -> Source:
     config = read_json(workdir / "config.json")
-    files = [workdir / name for name in ("config.json", "metrics.jsonl", "summary.json")]
+    files = [workdir / name for name in _RUN_FILES]
     written = max(file.stat().st_mtime for file in files if file.exists())
     result = read_json(files[2]) if files[2].exists() else {}
     rows = list(_rows(files[1])) if files[1].exists() else []

@@ -75,7 +75,8 @@ def finetune(
         checkpoints = Checkpoints(workdir.checkpoints, config.train.keep_checkpoints, say)
         if checkpoints.latest is not None:
             workdir.go_on(say)
-        with Progress("loading", unit="tensor") as loading:  # of the model, and of the residual base that an adapter may need
+        # of the model, and of the residual base that an adapter may need
+        with Progress("loading", unit="tensor") as loading:
             prepared = prepare(config, say, loading.to, lambda inputs: workdir.check(inputs, say), base)
         workdir.begin(say)
         run = Run(config, plain, prepared, workdir, checkpoints, say)
@@ -161,7 +162,9 @@ class Run:
         if self.stop.is_set() and done < steps:
             progress.close()
             self._save(done, wait=True)
-            raise Stopped(f"stopped by SIGTERM after step {done} of {steps}; saved, the same command goes on from there")
+            raise Stopped(
+                f"stopped by SIGTERM after step {done} of {steps}; saved, the same command goes on from there"
+            )
 
     def _save(self, step: int, wait: bool = False) -> None:
         """A checkpoint of the state after `step` steps: one that a run can go on from, or none."""

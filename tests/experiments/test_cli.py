@@ -262,7 +262,11 @@ def test_interrupted(folder: Path) -> None:
     assert process.returncode == 130
     said, command = err.splitlines()
     assert said == "interrupted; run the same command again to go on:"
-    assert shlex.split(command)[1:] == [str(folder / "command.py"), f"--config={folder / 'good.py'}", "--workdir=interrupt"]
+    assert shlex.split(command)[1:] == [
+        str(folder / "command.py"),
+        f"--config={folder / 'good.py'}",
+        "--workdir=interrupt",
+    ]
 
 
 def test_libraries_are_quiet_unless_asked(folder: Path) -> None:
