@@ -8,7 +8,8 @@ config makes batches, shuffled, grouped by length, and packed. Of the model only
 --out gets the figures as JSON, --png as a picture.
 
 data.path is a file, a hub data set (owner/name, owner/name:file), or one known by name: oasst1, hh-rlhf, alpaca,
-alpaca-clean, self-instruct, unnatural-instructions, flan-v2, chip2, longform, dolly.
+alpaca-clean, self-instruct, unnatural-instructions, flan-v2, chip2, longform, dolly. Several have commas between them,
+and data.weights=0.7,0.3 says which share of the examples drawn is of each.
 """
 
 import os
@@ -66,7 +67,7 @@ def main() -> int:
     lengths, targets = lengths_of(examples), targets_of(examples)
     print("lengths of the examples trained on:")
     print("\n".join(histogram(lengths.tolist(), c.data.pad_to_multiple_of)))
-    methods = padding_by_method(c.data, examples, c.train.batch_size)
+    methods = padding_by_method(c.data, examples, c.train.batch_size, data.shares)
     print("padding of the first epoch, by the way batches are made:")
     for name, waste in methods.items():
         shapes = f"{len(waste.steps_by_length)} shape{'s' * (len(waste.steps_by_length) > 1)}"
@@ -76,7 +77,8 @@ def main() -> int:
         picture = Path(PNG.value).expanduser()
         picture.parent.mkdir(parents=True, exist_ok=True)
         shares = {name: waste.waste for name, waste in methods.items()}
-        title = f"{Path(c.data.path).name}: {len(examples):,} examples"
+        names = ", ".join(Path(source["path"]).name for source in data.sources)
+        title = f"{names}: {len(examples):,} examples"
         draw_data(picture, lengths - targets, targets, shares, title)
         print(f"written: {picture}")
     if OUT.value is not None:
@@ -86,6 +88,7 @@ def main() -> int:
         figures = {
             "path": c.data.path,
             "format": c.data.format,
+            "sources": data.sources,
             "examples": len(examples),
             "heldout": len(data.heldout),
             "tokens": int(lengths.sum(dtype=int)),

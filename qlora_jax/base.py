@@ -44,14 +44,20 @@ def get_config() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.path = ""  # file (.json .jsonl .csv .tsv .parquet, also .gz), hub data set (owner/name, owner/name:file), or
-    # oasst1 | hh-rlhf | alpaca | alpaca-clean | unnatural-instructions | chip2 | longform | dolly (data/known.py)
+    # oasst1 | hh-rlhf | alpaca | alpaca-clean | unnatural-instructions | chip2 | longform | dolly (data/known.py).
+    # Several with commas between them; of a hub data set also several files, by a pattern (owner/name:data/*.parquet)
+    # shares of several data sets in the examples that are drawn, as (0.7, 0.3): an epoch has as many examples as all
+    # sets together, that share of them of each. A set that has fewer repeats them, all equally often; one that has more
+    # goes on with the others in the next epoch. (): every example of every set once an epoch
+    c.data.weights = ()
     c.data.revision = "main"
     c.data.format = "alpaca"  # alpaca | input-output | oasst1 | hh-rlhf | self-instruct | unnatural-instructions |
-    # flan-v2 | chip2 | longform | dolly | messages (OpenAI's chats) | sharegpt | auto (found from the first rows: the
-    # one format that reads them all)
+    # flan-v2 | chip2 | longform | dolly | messages (OpenAI's chats) | sharegpt | prompt-completion | preference (chosen
+    # is learned, rejected is not used) | text (all of it is learned) | auto (found from the first rows: the one format
+    # that reads them all). One for all data sets, or one for each, with commas between them
     c.data.template = "auto"  # the text around what a row says: paper (the prompt of its format: Alpaca's, Guanaco's
     # conversation, ...) | chat (the model's own chat template, for every format; the assistant's turns are learned,
-    # each with the token that ends it) | auto: chat for messages and sharegpt if the model has a template, else paper
+    # each with the token that ends it) | auto: chat for rows of messages if the model has a template, else paper
     c.data.turns = "all"  # which answers of a chat are learned, in a chat template: all | last (of those that may be)
     c.data.template_date = "2024-07-26"  # YYYY-MM-DD, the day that chat templates write as today's, so that a run that
     # goes on another day has the same tokens
@@ -75,7 +81,11 @@ def get_config() -> ConfigDict:
     # hardly any padding; train.batch_size then counts rows, group_by_length does nothing. Not with attention = cudnn
     c.data.pack_length = 0  # tokens of a packed row; 0 is max_source_len + max_target_len, or the longest example where
     # one of them is 0, rounded up as above
-    c.data.max_examples = 0  # 0 takes all
+    c.data.max_examples = 0  # the first of each data set; 0 takes all
+    c.data.max_rows = 0  # rows of each data set that are read at all; 0 reads them to the end
+    # a hub data set is fetched, tokenized and deleted file by file: the disk holds one file and the tokens (5 bytes
+    # each). All of it, or max_rows, is read before the first step
+    c.data.streaming = False
     c.data.eval_path = ""  # file of held-out examples; "" holds out a seeded split of the data
     c.data.eval_examples = 100  # examples held out; 0 holds out none of a split, and takes all of eval_path
     c.data.seed = 0  # of the split and the order

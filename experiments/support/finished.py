@@ -78,7 +78,7 @@ def next_commands(config: Any, workdir: Path, summary: dict[str, Any]) -> list[t
         evaluate = command("evaluate", "--task=mmlu", f"--mmlu_data={data}", *adapted)
     merged = str(workdir).rstrip("/") + "-merged"
     return [
-        ("ask it", command("generate", *adapted, *prompt_flags(config))),
+        ("ask it", command("generate", *adapted, *prompt_flags(config, workdir))),
         ("measure it", evaluate),
         (
             "a whole checkpoint for other programs",
@@ -87,23 +87,14 @@ def next_commands(config: Any, workdir: Path, summary: dict[str, Any]) -> list[t
     ]
 
 
-def prompt_flags(config: Any) -> list[str]:
+def prompt_flags(config: Any, workdir: Path) -> list[str]:
     """The flags of `generate` that put around a question what the run was trained on."""
-    template = _template(config)
+    from qlora_jax.generate.trained import read_template
+
+    template = read_template(workdir / "adapter") or "plain"
     if template != "plain":
         return [f"--template={template}"]
     return ["--template=plain", f"--prompt={_plain_prompt(config.data)}"]
-
-
-def _template(config: Any) -> str:
-    """Of `generate`, for what the run was trained on."""
-    from qlora_jax.generate.trained import template_of
-    from qlora_jax.io.folder import resolve
-    from qlora_jax.text.tokenizer import Tokenizer
-
-    if config.data.batches:
-        return "plain"
-    return template_of(config.data, Tokenizer.from_folder(resolve(config.model.path, config.model.revision)))
 
 
 def _plain_prompt(data: Any) -> str:

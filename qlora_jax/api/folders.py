@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.data.read import data_files
+from qlora_jax.data.read import data_files, data_sets, is_on_hub
 from qlora_jax.errors import InputError
 from qlora_jax.feed.cache import contents
 from qlora_jax.models.config import read_json
@@ -24,7 +24,8 @@ def choose_workdir(config: Any, plain: dict[str, Any]) -> Path:
 
     Data counts by its content, under whatever name.
     """
-    name = f"{_short(config.model.path)}-{_short(config.data.path or config.data.batches)}"
+    data = "+".join(map(_short, data_sets(config.data.path))) or _short(config.data.batches)
+    name = f"{_short(config.model.path)}-{data}"
     for number in itertools.count(1):
         path = RUNS / (name if number == 1 else f"{name}-{number}")
         if _is_free(path) or _holds(path, plain):
@@ -33,9 +34,9 @@ def choose_workdir(config: Any, plain: dict[str, Any]) -> Path:
 
 
 def _short(path: str) -> str:
-    """The last part of a path or a hub name, without what says its kind; of several, each."""
-    names = [_SUFFIXES.sub("", part.rstrip("/").rpartition("/")[2]) for part in path.split(",")]
-    return re.sub(r"[^\w.+-]+", "-", "+".join(names)).strip("-.") or "data"
+    """The last part of a path or a hub name, without what says its kind."""
+    name = _SUFFIXES.sub("", path.rstrip("/").rpartition("/")[2])
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "data"
 
 
 def _is_free(path: Path) -> bool:
@@ -59,12 +60,13 @@ def _holds(path: Path, plain: dict[str, Any]) -> bool:
     except (OSError, ValueError):
         return not differing
     keys = flatten(plain)
-    return all(_same_data(recorded.get(key), str(keys[key]), str(keys["data.revision"])) for key in _DATA if keys[key])
+    return all(_same_data(recorded.get(key), keys[key], keys["data.revision"]) for key in _DATA if keys[key])
 
 
-def _same_data(recorded: Any, path: str, revision: str) -> bool:
+def _same_data(recorded: Any, path: Any, revision: str) -> bool:
     try:
         before = {checksum for _, checksum in recorded["parts"]}
-        return all(checksum in before for _, checksum in contents(data_files(path, revision)))
+        here = [name for name in data_sets(path) if not is_on_hub(name)]  # the hub's are not fetched for this
+        return all(checksum in before for name in here for _, checksum in contents(data_files(name, revision)))
     except (TypeError, KeyError, ValueError):
         return False

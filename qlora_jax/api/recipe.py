@@ -116,6 +116,9 @@ def _by_machine(config: Any, given: Collection[str]) -> None:
 def _format(config: Any, given: Collection[str], say: Callable[[str], None]) -> None:
     if "data.format" in given:
         return
+    if config.data.streaming:  # of a set that is read file by file the format is found on the way
+        config.data.format = AUTO
+        return
     config.data.format = find_format(config.data.path, config.data.revision)
     say(f"data: {config.data.path} is taken as {config.data.format}; data.format takes it as another")
 

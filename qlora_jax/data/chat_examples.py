@@ -9,11 +9,10 @@ learned without an end: nothing ended there. An example without room for a token
 import dataclasses
 import datetime
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from qlora_jax.data.examples import Example
+from qlora_jax.data.examples import Example, Lengths
 from qlora_jax.data.rows import Problems
 from qlora_jax.errors import InputError
 from qlora_jax.text.chat import Chat
@@ -22,7 +21,6 @@ from qlora_jax.text.chat_tokens import ChatTokens, encode_rows
 from qlora_jax.text.tokenizer import Tokenizer
 
 TEMPLATES = ("auto", "paper", "chat")
-_CHATS = ("messages", "sharegpt")  # formats without a prompt of the paper's
 _CHUNK = 1024  # chats whose texts and places of tokens exist at a time
 
 
@@ -94,21 +92,20 @@ class ChatCuts:
             self.forms + other.forms,
         )
 
-    def report(self, config: Any) -> list[str]:
+    def report(self, lengths: Lengths) -> list[str]:
         """Lines on it for a run's report, each only where there is something to say."""
         lines = []
         if self.shortened or self.cut or self.dropped:
-            room = config.max_source_len + config.max_target_len
             lines.append(
-                f"data: cut to length ({room} tokens, max_source_len + max_target_len): {self.shortened:,} chats end "
-                f"at an earlier answer, {self.cut:,} first answers cut (learned without an end), {self.dropped:,} "
-                "without room dropped"
+                f"data: cut to length ({lengths}): {self.shortened:,} chats end at an earlier answer, {self.cut:,} "
+                f"first answers cut (learned without an end), {self.dropped:,} without room dropped"
             )
         return lines + self.forms.report()
 
 
-def uses_chat_template(template: str, format: str, tokenizer: Tokenizer) -> bool:
-    """Whether data.template means the tokenizer's own template for a format.
+def uses_chat_template(template: str, is_conversation: bool, tokenizer: Tokenizer) -> bool:
+    """Whether data.template means the tokenizer's own template for rows, which are conversations without a prompt of
+    the paper's, or others.
 
     Raises:
       InputError: an unknown template, or "chat" with a tokenizer that has none.
@@ -117,7 +114,7 @@ def uses_chat_template(template: str, format: str, tokenizer: Tokenizer) -> bool
         raise InputError(f"unknown data.template {template!r}; known: {', '.join(TEMPLATES)}")
     if template == "chat" and tokenizer.chat_template is None:
         tokenizer.apply_chat_template([])  # says that there is none
-    return template == "chat" or (template == "auto" and format in _CHATS and tokenizer.chat_template is not None)
+    return template == "chat" or (template == "auto" and is_conversation and tokenizer.chat_template is not None)
 
 
 def check_turns(turns: str) -> None:

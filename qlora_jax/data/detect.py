@@ -9,7 +9,7 @@ from qlora_jax.data.formats import COLUMNS, FORMATS, Format
 from qlora_jax.data.forms.columns import GIVEN, MEANING
 from qlora_jax.data.forms.conversations import gather_messages, is_single_message
 from qlora_jax.data.known import KNOWN_SETS
-from qlora_jax.data.read import data_files, stream_rows
+from qlora_jax.data.read import data_files, data_sets, stream_rows
 from qlora_jax.data.rows import Row
 from qlora_jax.errors import InputError
 
@@ -17,19 +17,29 @@ AUTO = "auto"
 _ROWS = 64  # that are looked at
 _SAME = ("longform",)  # other names of a format
 # a format that reads more rows than are meant for it -> those that are meant where they read the rows too
-_GIVES_WAY = {"self-instruct": ("unnatural-instructions",)}
+_GIVES_WAY = {
+    "self-instruct": ("unnatural-instructions", "prompt-completion"),
+    "text": tuple(name for name in FORMATS if name != "text"),
+}
 
 
-def find_format(path: str, revision: str = "main") -> str:
+def find_format(path: str | Sequence[str], revision: str = "main") -> str:
     """The data.format of a data set, as `data_files` takes its name; of one known by name the format of its owners.
 
+    Of several (`data_sets`) the one that all have, or each one's, with commas between them.
+
     Raises:
-      InputError: the data set cannot be read, no format reads its first rows, or more than one does.
+      InputError: a data set cannot be read, no format reads its first rows, or more than one does.
     """
-    if path in KNOWN_SETS and not Path(path).expanduser().exists():
-        return KNOWN_SETS[path].format
-    label, file = data_files(path, revision)[0]
-    return format_of_file(file, label)
+    found = [known_format(name) or format_of_file(*data_files(name, revision)[0][::-1]) for name in data_sets(path)]
+    if not found:
+        raise InputError("no data set given: set data.path to a file or a hub data set's name (owner/name)")
+    return found[0] if len(set(found)) == 1 else ",".join(found)
+
+
+def known_format(path: str) -> str | None:
+    """The format of a data set that is known by name."""
+    return KNOWN_SETS[path].format if path in KNOWN_SETS and not Path(path).expanduser().exists() else None
 
 
 def format_of_file(file: Path, label: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from qlora_jax.data.fields import Pair, is_empty
-from qlora_jax.data.forms import chats, conversations, instructions
+from qlora_jax.data.forms import chats, conversations, instructions, trl
 from qlora_jax.data.forms.columns import SYSTEM, TOOLS, refuse_unread
 from qlora_jax.data.rows import Problems, Row
 from qlora_jax.errors import InputError
@@ -26,6 +26,9 @@ class Format:
         its answer, as `pairs` has them.
       reads: the columns that both read. chats_read: those that `chats` reads besides.
       passes: columns that carry meaning elsewhere (forms/columns) and none here.
+      is_conversation: whether a row has turns and no prompt of the paper's: then the model's chat template is the first
+        choice.
+      note: what a run's report has to say of the format.
     """
 
     pairs: Callable[[Row], list[Pair]]
@@ -33,6 +36,8 @@ class Format:
     chats: Callable[[Row], list[Chat]] | None = None
     chats_read: tuple[str, ...] = SYSTEM
     passes: tuple[str, ...] = ()
+    is_conversation: Callable[[Row], bool] = lambda row: False
+    note: str = ""
 
     def read_pairs(self, row: Row) -> list[Pair]:
         """Raises InputError as `pairs` does, and for a column that carries meaning and is not read."""
@@ -51,12 +56,18 @@ class Format:
 _INPUT_OUTPUT = Format(instructions.input_output, ("input", "output"))
 # what rows of chats have besides are copies of their turns, as in Magpie's data and UltraChat
 _COPIES = ("instruction", "input", "context")
+_CHOSEN = "of each pair the chosen answer is learned, as if there were no other; rejected is not used"
+
+
+def _always(row: Row) -> bool:
+    return True
+
 
 FORMATS: dict[str, Format] = {
     "alpaca": Format(instructions.alpaca, ("instruction", "input", "output"), chats.alpaca, (*SYSTEM, "history")),
     "input-output": _INPUT_OUTPUT,
     "oasst1": Format(conversations.oasst1, ("prompt", "text", "replies", "role"), chats.oasst1, (), passes=("labels",)),
-    "hh-rlhf": Format(conversations.hh_rlhf, ("chosen",), chats.hh_rlhf, (), passes=("rejected",)),
+    "hh-rlhf": Format(conversations.hh_rlhf, ("chosen",), chats.hh_rlhf, (), ("rejected",), note=_CHOSEN),
     "self-instruct": Format(
         instructions.self_instruct, ("prompt", "completion", "target", "instruction", "instances"), passes=("input",)
     ),
@@ -67,8 +78,25 @@ FORMATS: dict[str, Format] = {
     "chip2": Format(instructions.chip2, ("text",)),
     "longform": _INPUT_OUTPUT,
     "dolly": Format(instructions.dolly, ("instruction", "context", "response", "prompt", "answer")),
-    "messages": Format(conversations.messages, ("messages", *SYSTEM), chats.messages, TOOLS, passes=_COPIES),
-    "sharegpt": Format(conversations.sharegpt, ("conversations", *SYSTEM), chats.sharegpt, TOOLS, passes=_COPIES),
+    "messages": Format(conversations.messages, ("messages", *SYSTEM), chats.messages, TOOLS, _COPIES, _always),
+    "sharegpt": Format(conversations.sharegpt, ("conversations", *SYSTEM), chats.sharegpt, TOOLS, _COPIES, _always),
+    "prompt-completion": Format(
+        trl.prompt_completion,
+        ("prompt", "completion"),
+        trl.prompt_completion_chats,
+        (*SYSTEM, *TOOLS),
+        is_conversation=trl.is_conversational,
+    ),
+    "preference": Format(
+        trl.preference,
+        ("prompt", "chosen"),
+        trl.preference_chats,
+        (*SYSTEM, *TOOLS),
+        ("rejected",),
+        trl.is_conversational,
+        _CHOSEN,
+    ),
+    "text": Format(trl.plain_text, ("text",), trl.plain_text_chats, ()),
 }
 
 # Columns of .tsv files that come without a header, by format.

@@ -1,13 +1,19 @@
-"""Which files of a hub data set are its training rows, and fetching them through huggingface_hub.
+"""Which files of a hub data set are its training rows, and fetching them through huggingface_hub: all of them, or one
+at a time for what the disk does not hold.
 
 The endpoint is HF_ENDPOINT's, the token is the one huggingface_hub finds by itself; neither is ever printed. What
 was fetched before is read from the cache when the hub cannot be reached.
 """
 
+import contextlib
+import errno
+import fnmatch
 import os
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from qlora_jax.errors import InputError
 
@@ -18,13 +24,29 @@ _SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 _NOT_DATA = {"dataset_infos.json", "dataset_dict.json", "dataset_info.json", "state.json", "metadata.json"}
 
 
+class Unreachable(InputError):
+    """The hub could not be reached, or could not answer."""
+
+
+class Shard(NamedTuple):
+    """A file of a hub data set. `label` names it in errors; `content` changes with its content, as the hub says it;
+    `commit` is what the revision stood for."""
+
+    label: str
+    repo: str
+    name: str
+    commit: str
+    content: str
+    bytes: int
+
+
 def looks_like_dataset(path: str) -> bool:
-    """Whether `path` has the form `owner/name` or `owner/name:file`."""
+    """Whether `path` has the form `owner/name` or `owner/name:file`; the file may be a pattern, as `data/*.parquet`."""
     return _NAME.fullmatch(path) is not None
 
 
 def dataset_files(path: str, revision: str, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
-    """The training files of `owner/name` at `revision`, or the one file of `owner/name:file`, fetched.
+    """The training files of `owner/name` at `revision`, or the files of `owner/name:file`, fetched.
 
     Returns:
       (label, local path) of every file, shards in their order; a label is `owner/name:file`.
@@ -33,8 +55,55 @@ def dataset_files(path: str, revision: str, suffixes: tuple[str, ...]) -> list[t
       InputError: no such data set, revision or file, no access, no connection, or no clear choice of files.
     """
     repo, _, file = path.partition(":")
-    files = [file] if file else choose_train_files(repo, _list_files(repo, revision), suffixes)
+    is_named = file and not _is_pattern(file)
+    files = [file] if is_named else _chosen(repo, file, _list_files(repo, revision), suffixes)
     return [(f"{repo}:{name}", _download(repo, name, revision)) for name in files]
+
+
+def shards(path: str, revision: str, suffixes: tuple[str, ...]) -> list[Shard]:
+    """The files that `dataset_files` gives, none of them fetched. Raises InputError as it does."""
+    repo, _, file = path.partition(":")
+    try:
+        info = _hub().HfApi(endpoint=_endpoint()).dataset_info(repo, revision=revision, files_metadata=True)
+    except Exception as error:
+        raise _explained(error, repo, revision) from None
+    there = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    if file and not _is_pattern(file) and file not in there:
+        raise InputError(f"{path}: no such file in the data set at revision {revision!r}")
+    found = []
+    for name in _chosen(repo, file, list(there), suffixes):
+        sibling, commit = there[name], str(info.sha or revision)
+        lfs = getattr(sibling, "lfs", None)
+        content = getattr(lfs, "sha256", None) or getattr(sibling, "blob_id", None) or f"{commit} {name}"
+        found.append(Shard(f"{repo}:{name}", repo, name, commit, content, getattr(sibling, "size", None) or 0))
+    return found
+
+
+@contextlib.contextmanager
+def fetched(shard: Shard, folder: Path) -> Iterator[Path]:
+    """The file of a shard, in `folder` for as long as the context lasts. Raises InputError, or OSError for a full
+    disk."""
+    raw = folder / "raw"
+    try:
+        yield _download(shard.repo, shard.name, shard.commit, local_dir=raw)
+    finally:
+        shutil.rmtree(raw, ignore_errors=True)
+
+
+def _is_pattern(file: str) -> bool:
+    return any(sign in file for sign in "*?[")
+
+
+def _chosen(repo: str, file: str, names: list[str], suffixes: tuple[str, ...]) -> list[str]:
+    """The training files, or those that a name or pattern stands for."""
+    if not file:
+        return choose_train_files(repo, names, suffixes)
+    if not _is_pattern(file):
+        return [file]
+    found = sorted(name for name in names if fnmatch.fnmatchcase(name, file) and name.lower().endswith(suffixes))
+    if not found:
+        raise InputError(f"{repo} has no data file like {file}; its files: {_some(sorted(names))}")
+    return found
 
 
 def file_names(repo: str, revision: str) -> list[str]:
@@ -90,10 +159,20 @@ def _list_files(repo: str, revision: str) -> list[str]:
         return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
 
 
-def _download(repo: str, name: str, revision: str) -> Path:
+def _download(repo: str, name: str, revision: str, local_dir: Path | None = None) -> Path:
+    kept = {} if local_dir is None else {"local_dir": local_dir}
     try:
-        return Path(_hub().hf_hub_download(repo, name, repo_type="dataset", revision=revision, endpoint=_endpoint()))
+        return Path(
+            _hub().hf_hub_download(repo, name, repo_type="dataset", revision=revision, endpoint=_endpoint(), **kept)
+        )
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if local_dir is not None:
+                raise
+            raise InputError(
+                f"{repo}:{name}: {os.strerror(error.errno)}; free space under HF_HOME (~/.cache/huggingface), or read "
+                "it piece by piece with data.streaming"
+            ) from None
         raise _explained(error, f"{repo}:{name}", revision) from None
 
 
@@ -133,4 +212,5 @@ def _explained(error: Exception, what: str, revision: str) -> InputError:
         reason = f"the hub answered with HTTP status {error.response.status_code}"  # type: ignore[attr-defined]
     else:
         reason = f"no local file, and the hub cannot be reached ({type(error).__name__}); is HF_ENDPOINT right?"
+        return Unreachable(f"{what}: {reason}")
     return InputError(f"{what}: {reason}")

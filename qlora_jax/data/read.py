@@ -9,6 +9,7 @@ import csv
 import difflib
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,12 +35,27 @@ def read_rows(path: str, revision: str = "main", columns: Sequence[str] = ()) ->
     return [row for label, file in data_files(path, revision) for row in stream_rows(file, label, columns)]
 
 
+def data_sets(paths: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of the data sets that data.path gives: one, several with commas between them, or a list of them.
+
+    Raises InputError for a name that is empty.
+    """
+    if isinstance(paths, str):
+        if not paths.strip() or os.path.isfile(os.path.expanduser(paths)):  # a file's name may have commas
+            return (paths,) if paths.strip() else ()
+        paths = paths.split(",")
+    names = tuple(str(path).strip() for path in paths)
+    if "" in names:
+        raise InputError(f"an empty name among the data sets {', '.join(names)}; expected names with commas, as a,b")
+    return names
+
+
 def data_files(path: str, revision: str = "main") -> list[tuple[str, Path]]:
     """The files of a data set, each with its name in errors (a hub file's path in the cache would say nothing).
 
     Args:
-      path: a local file, a hub data set as `owner/name` (its train split) or `owner/name:file` (that file), or a name
-        of KNOWN_SETS.
+      path: a local file, a hub data set as `owner/name` (its train split) or `owner/name:file` (that file, or those of
+        a pattern as `data/*.parquet`), or a name of KNOWN_SETS.
       revision: branch, tag or commit of a hub data set; without meaning for a local file.
 
     Raises:
@@ -54,10 +70,24 @@ def data_files(path: str, revision: str = "main") -> list[tuple[str, Path]]:
         raise InputError(f"{path} is a folder, expected a file{_listing(local)}")
     if path in KNOWN_SETS:
         return [file for name in KNOWN_SETS[path].names(path) for file in data_files(name, revision)]
-    if hub.looks_like_dataset(path) and not (path.lower().endswith(SUFFIXES) and ":" not in path):
+    if is_on_hub(path):
         return list(hub.dataset_files(path, revision, SUFFIXES))
     known = f"; data sets known by name: {', '.join(KNOWN_SETS)}" if "/" not in path and "." not in path else ""
     raise InputError(f"{path}: no such file{_near_names(local)}{known}")
+
+
+def data_shards(path: str, revision: str = "main") -> list[hub.Shard]:
+    """The files of a data set for which `is_on_hub` holds, none of them fetched. Raises InputError as `data_files`."""
+    names = KNOWN_SETS[path].names(path) if path in KNOWN_SETS else (path,)
+    return [shard for name in names for shard in hub.shards(name, revision, SUFFIXES)]
+
+
+def is_on_hub(path: str) -> bool:
+    """Whether a name stands for a data set of the hub, or of one known by name, and not for a file."""
+    if Path(path).expanduser().exists():
+        return False
+    is_file = path.lower().endswith(SUFFIXES) and ":" not in path
+    return path in KNOWN_SETS or (hub.looks_like_dataset(path) and not is_file)
 
 
 def stream_rows(path: Path, label: str, columns: Sequence[str] = ()) -> Iterator[Row]:

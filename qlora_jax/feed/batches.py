@@ -7,11 +7,12 @@ an epoch has examples of both.
 Grouped by length, an epoch's order is made as the field does it: shuffled, sorted by length within stretches of 50
 batches, and the resulting batches shuffled. The places that belong to batches shared with the neighbouring epochs are
 left as shuffled. The first batch of all holds the longest example: what does not fit fails at once.
+
+With shares of several data sets an epoch is as long as without, and has of each set its share (feed/orders.Mixture).
 """
 
 import dataclasses
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,10 @@ import numpy as np
 from qlora_jax import checksums
 from qlora_jax.data.examples import Example
 from qlora_jax.errors import InputError
+from qlora_jax.feed.orders import Mixture, Orders, Shares
 from qlora_jax.feed.store import lengths_of
 
 _STRETCH = 50  # batches sorted together
-_CACHED_EPOCHS = 2
 _FINE = 1024  # tokens: up to here every multiple of pad_to_multiple_of is a length of batches
 
 
@@ -60,8 +61,10 @@ class Batches:
         pad_to_multiple_of: int,
         pad_id: int,
         seed: int,
+        shares: Shares | None = None,
     ) -> None:
-        """`pad_to_multiple_of`: of `padded_length`; `pad_id`: any id, since padding is masked and comes last."""
+        """`pad_to_multiple_of`: of `padded_length`; `pad_id`: any id, since padding is masked and comes last. `shares`
+        of the examples' sets; without them every example comes once an epoch."""
         _check_sizes(batch_size, pad_to_multiple_of)
         if not examples:
             raise InputError("there are no examples to train on")
@@ -72,11 +75,15 @@ class Batches:
         self._pad_id = pad_id
         self._seed = seed
         self._lengths = lengths_of(examples)
+        self._mixture: Mixture | None = None
+        if shares is not None:
+            groups = [_longest_first(group, self._lengths) for group in shares.groups()]
+            self._mixture = Mixture(groups, shares.weights, len(examples), shares, seed)
         self._orders = Orders(self._make_order)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps until every example was seen; the last of them may reach into the next epoch."""
+        """Steps until as many examples were seen as there are; the last of them may reach into the next epoch."""
         return -(-len(self.examples) // self.batch_size)
 
     @property
@@ -119,6 +126,8 @@ class Batches:
         random = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(1, epoch)))
         count, size = len(self.examples), self.batch_size
         order = random.permutation(count)
+        if self._mixture is not None:
+            order = self._mixture.drawn(epoch)[order]
         head = -(epoch * count) % size  # places of a batch that the epoch before began
         whole = (count - head) // size  # batches of this epoch alone
         if not self._group_by_length or whole < 1:
@@ -134,31 +143,6 @@ class Batches:
             first = int(np.argmax(self._lengths[batches].max(axis=1)))
             batches[[0, first]] = batches[[first, 0]]
         return np.concatenate([order[:head], batches.reshape(-1), order[head + whole * size :]])
-
-
-class Orders:
-    """An endless line of n places, epoch after epoch, each epoch a permutation; the last few used are kept."""
-
-    def __init__(self, make: Callable[[int], np.ndarray]):
-        """`make`: the permutation of an epoch, int [n]."""
-        self._make = make
-        self._kept: dict[int, np.ndarray] = {}
-        self._lock = threading.Lock()  # batches are made in threads
-
-    def places(self, first: int, last: int, n: int) -> np.ndarray:
-        """What stands at the places from `first` to before `last` of the line."""
-        epochs = range(first // n, (last - 1) // n + 1)
-        return np.concatenate(
-            [self._epoch(epoch)[max(first - epoch * n, 0) : min(last - epoch * n, n)] for epoch in epochs]
-        )
-
-    def _epoch(self, epoch: int) -> np.ndarray:
-        with self._lock:
-            if epoch not in self._kept:
-                if len(self._kept) >= _CACHED_EPOCHS:
-                    del self._kept[min(self._kept)]
-                self._kept[epoch] = self._make(epoch)
-            return self._kept[epoch]
 
 
 class FileBatches:
@@ -273,6 +257,12 @@ def padded_length(length: int, multiple: int) -> int:
 def round_up(length: Any, multiple: int) -> Any:
     """Of a number or an array of them."""
     return -(-length // multiple) * multiple
+
+
+def _longest_first(group: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The group with its longest example in front."""
+    at = int(np.argmax(lengths[group]))
+    return np.concatenate([group[at : at + 1], np.delete(group, at)])
 
 
 def _check_sizes(batch_size: int, pad_to_multiple_of: int) -> None:

@@ -24,6 +24,7 @@ from qlora_jax import checksums
 from qlora_jax.checksums import Input
 from qlora_jax.errors import InputError
 from qlora_jax.feed.store import ExampleStore
+from qlora_jax.files import write_json
 
 _LIBRARIES = ("tokenizers", "sentencepiece", "jinja2", "pyarrow")
 _ROOMS = ("text", "data", "feed")  # of the package: where reading and tokenizing is written
@@ -103,10 +104,35 @@ def cached(key: str, build: Callable[[Path], dict[str, Any]]) -> Entry:
         with _lock(root / f"{key}.lock"):
             return _open(root / key) or _build(root / key, build)
     except OSError as error:
-        raise InputError(
-            f"the tokenized data cannot be kept in {root}: {error.strerror or error}; free space there, or set "
-            "QLORA_JAX_CACHE to a folder with room"
-        ) from error
+        raise _not_kept(error) from error
+
+
+def remembered(name: str, ask: Callable[[], Any], unreachable: type[Exception]) -> tuple[Any, bool]:
+    """What `ask` says, plain JSON, and whether that is old: where it raises `unreachable`, it is what it said the last
+    time that this was asked. Raises `unreachable` where there is no last time."""
+    root = cache_folder() / "asked"
+    file = root / f"{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}.json"
+    try:
+        said = ask()
+    except unreachable:
+        try:
+            return json.loads(file.read_text(encoding="utf-8")), True
+        except (OSError, ValueError):
+            pass
+        raise
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        write_json(file, said)
+    except OSError as error:
+        raise _not_kept(error) from error
+    return said, False
+
+
+def _not_kept(error: OSError) -> InputError:
+    return InputError(
+        f"the tokenized data cannot be kept in {cache_folder()}: {error.strerror or error}; free space there, or set "
+        "QLORA_JAX_CACHE to a folder with room"
+    )
 
 
 def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> Entry:

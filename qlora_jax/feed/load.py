@@ -5,42 +5,32 @@ through a memory map: the rows are streamed into it, so a data set of any size n
 """
 
 import dataclasses
-import datetime
-import itertools
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from qlora_jax import checksums
 from qlora_jax.checksums import Input
-from qlora_jax.data.chat_examples import ChatCuts, check_turns, tokenize_chats, uses_chat_template
-from qlora_jax.data.detect import AUTO, find_format
-from qlora_jax.data.examples import Example, Lengths, Truncated, tokenize_examples
-from qlora_jax.data.formats import COLUMNS, check_format, stream_chats, stream_texts
-from qlora_jax.data.read import data_files, stream_rows
-from qlora_jax.data.rows import Row
+from qlora_jax.data.chat_examples import check_turns
+from qlora_jax.data.detect import AUTO
+from qlora_jax.data.examples import Example, Lengths
+from qlora_jax.data.formats import FORMATS
 from qlora_jax.errors import InputError
 from qlora_jax.feed.batches import Batches, FileBatches, eval_batches
-from qlora_jax.feed.cache import Entry, cached, contents, key_of
+from qlora_jax.feed.orders import Shares
 from qlora_jax.feed.packing import PackedBatches, check_fits, pack_length, packed_eval_batches
 from qlora_jax.feed.padding import padding_line
+from qlora_jax.feed.sources import Source, heldout_sources, sources_of
 from qlora_jax.feed.split import split
-from qlora_jax.feed.store import lengths_of, targets_of, write_examples
+from qlora_jax.feed.store import ExampleStore, lengths_of, parts_of, targets_of
+from qlora_jax.feed.tokenized import Reading, TokenizedSet
 from qlora_jax.text.tokenizer import Tokenizer
 
 # Padding comes after everything that attends to it and is no target, so any id that every vocabulary has will do; the
 # next that ends nothing is taken where this one is an end token.
 PAD_ID = 0
-
-_TEXTS = 4096  # that are tokenized at a time
-# Keys of the config's `data` section that decide nothing about a data set's examples; a key that is not here does.
-_AFTERWARDS = {
-    "path", "batches", "group_by_length", "pad_to_multiple_of", "packing", "pack_length", "max_examples", "eval_path",
-    "eval_examples", "seed",
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +44,8 @@ class LoadedData:
     pad_id: int = PAD_ID
     multiple: int = 1  # data.pad_to_multiple_of
     inputs: dict[str, Input] = dataclasses.field(default_factory=dict)  # by the config's keys that name files
+    sources: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # data sets, for a machine to read
+    shares: Shares | None = None  # of data sets in what is drawn, where data.weights says them
 
     @property
     def is_packed(self) -> bool:
@@ -88,163 +80,58 @@ def load_data(
         return _load_file(config.batches, batch_size, vocab_size)
     if tokenizer is None:
         raise InputError("the model's folder has no tokenizer, which data.path needs; only data.batches goes without")
-    if config.format != AUTO:
-        check_format(config.format)
+    sources = sources_of(config)
     check_turns(config.turns)
-    for name in ("max_examples", "seed", "pack_length"):
+    for name in ("max_examples", "max_rows", "seed", "pack_length"):
         if getattr(config, name) < 0:
             raise InputError(f"data.{name} is {getattr(config, name)}, expected 0 or more")
     lengths = Lengths.of(config, context)
-    entry = _read(config, config.path, config.max_examples, tokenizer, vocab_size, lengths)
-    inputs = {"data.path": entry.input}
-    train: Sequence[Example] = entry.store
+    reading = Reading(config, tokenizer, vocab_size, lengths)
+    sets = [reading.read(source, config.max_examples) for source in sources]
+    whole = ExampleStore.joined([each.store for each in sets])
+    inputs = {"data.path": _together(sets)}
+    train: Sequence[Example] = whole
     heldout: Sequence[Example]
     if config.eval_path:
-        other = _read(config, config.eval_path, config.eval_examples, tokenizer, vocab_size, lengths)
-        heldout, inputs["data.eval_path"] = other.store, other.input
+        others = [reading.read(source, config.eval_examples) for source in heldout_sources(config)]
+        heldout, inputs["data.eval_path"] = ExampleStore.joined([each.store for each in others]), _together(others)
     else:
-        train, heldout = split(train, config.eval_examples, config.seed, entry.facts["chat"])
+        train, heldout = split(train, config.eval_examples, config.seed, any(each.chat for each in sets))
+    shares = _shares(sources, train)
     pad_id = next(number for number in range(PAD_ID, vocab_size) if number not in tokenizer.eos_ids)
     longest = max(int(lengths_of(examples).max(initial=0)) for examples in (train, heldout))
-    batches = make_batches(config, train, batch_size, longest, pad_id)
+    batches = make_batches(config, train, batch_size, longest, pad_id, shares)
     if isinstance(batches, PackedBatches) and heldout:
         check_fits(heldout, batches.max_length)
-    report = _report(config, entry, train, heldout, batches, tokenizer)
-    return LoadedData(batches, heldout, report, entry.facts["truncated"], pad_id, config.pad_to_multiple_of, inputs)
+    report = _report(config, sets, train, heldout, batches, tokenizer, shares, lengths)
+    cut = _truncated(sets)
+    multiple = config.pad_to_multiple_of
+    return LoadedData(batches, heldout, report, cut, pad_id, multiple, inputs, _sources(sets, train, shares), shares)
 
 
 def longest_example(config: Any, tokenizer: Tokenizer, vocab_size: int, context: int) -> int:
     """Tokens of the longest example that `load_data` gives, trained on or held out; it goes through the same cache."""
-    lengths = Lengths.of(config, context)
-    sets = [(config.path, config.max_examples)]
+    reading = Reading(config, tokenizer, vocab_size, Lengths.of(config, context))
+    sets = [reading.read(source, config.max_examples) for source in sources_of(config)]
     if config.eval_path:
-        sets.append((config.eval_path, config.eval_examples))
-    entries = [_read(config, path, limit, tokenizer, vocab_size, lengths) for path, limit in sets]
-    return max(int(entry.store.lengths.max()) for entry in entries)
+        sets += [reading.read(source, config.eval_examples) for source in heldout_sources(config)]
+    return max(int(each.store.lengths.max(initial=0)) for each in sets)
 
 
 def make_batches(
-    config: Any, train: Sequence[Example], batch_size: int, longest: int, pad_id: int = PAD_ID
+    config: Any,
+    train: Sequence[Example],
+    batch_size: int,
+    longest: int,
+    pad_id: int = PAD_ID,
+    shares: Shares | None = None,
 ) -> Batches | PackedBatches:
     """As the config's `data` section packs or groups them; `longest`: tokens of the longest example, held-out ones
     counted too."""
     if config.packing:
-        return PackedBatches(train, batch_size, pack_length(config, longest), pad_id, config.seed)
-    return Batches(train, batch_size, config.group_by_length, config.pad_to_multiple_of, pad_id, config.seed)
-
-
-def _read(config: Any, path: str, limit: int, tokenizer: Tokenizer, vocab_size: int, lengths: Lengths) -> Entry:
-    """The first `limit` examples (0: all) of a data set, from the cache or through it."""
-    settings = {key: value for key, value in config.to_dict().items() if key not in _AFTERWARDS} | {"limit": limit}
-    if not lengths.are_given:
-        settings["context"] = lengths.context
-    files = data_files(path, config.revision)
-    format = config.format if config.format != AUTO else find_format(path, config.revision)
-    settings["format"] = format
-    chat = uses_chat_template(config.template, format, tokenizer)
-    if config.turns != "all" and not chat:
-        raise InputError(
-            f"data.turns is {config.turns!r}, which is for chats in a model's chat template; here data.template="
-            f"{config.template} takes the paper's prompts (data.template=chat takes the model's)"
-        )
-    tokenize = (_chat_tokenizer if chat else _pair_tokenizer)(config, tokenizer, lengths)
-
-    def build(file: Path) -> dict[str, Any]:
-        counted = _Counts(ChatCuts() if chat else Truncated())
-        rows = counted.rows(files, COLUMNS.get(format, ()))
-        made = (stream_chats if chat else stream_texts)(rows, format)
-        totals = write_examples(file, counted.examples(made, limit, tokenize))
-        cuts = counted.cuts
-        if not totals.examples and cuts.dropped:
-            what = "chats has room for an answer" if chat else "examples has room for a token to learn"
-            raise InputError(f"{path}: none of its {cuts.dropped:,} {what} in {lengths}; make it larger")
-        if not totals.examples:
-            raise InputError(f"{path}: none of its {counted.found} rows has anything to learn")
-        return dataclasses.asdict(totals) | {
-            "rows": counted.found,
-            "left_out": counted.left_out,
-            "made": counted.made,
-            "chat": chat,
-            "format": format,
-            "truncated": {name: count for name, count in dataclasses.asdict(cuts).items() if isinstance(count, int)},
-            "cuts": _cut_lines(cuts, lengths),
-        }
-
-    hashed = contents(files)
-    entry = cached(key_of(hashed, tokenizer.content(), settings), build)
-    facts = entry.facts
-    token = facts["highest_token"]
-    if token >= vocab_size:
-        raise InputError(
-            f"{facts['highest_where']}: the tokenizer gives token id {token}, the model has embeddings for "
-            f"{vocab_size} tokens: tokenizer and model do not belong together"
-        )
-    template = json.dumps(tokenizer.chat_template).encode()
-    parts = [*hashed, ("the tokenizer", checksums.of(tokenizer.content().replace(template, b"")))]
-    parts += [("the chat template", checksums.of(template))] if chat else []
-    return dataclasses.replace(entry, parts=parts)
-
-
-def _pair_tokenizer(config: Any, tokenizer: Tokenizer, lengths: Lengths) -> Callable[..., tuple[list[Example], Any]]:
-    return lambda texts: tokenize_examples(texts, tokenizer, lengths, config.train_on_source)
-
-
-def _chat_tokenizer(config: Any, tokenizer: Tokenizer, lengths: Lengths) -> Callable[..., tuple[list[Example], Any]]:
-    if not lengths.are_given and (lengths.max_source_len or lengths.max_target_len):
-        raise InputError(
-            f"data.max_source_len is {lengths.max_source_len} and data.max_target_len {lengths.max_target_len}, but "
-            "the turns of a chat have room for both together: give both, or leave both at 0"
-        )
-    try:
-        day = datetime.date.fromisoformat(config.template_date)
-    except ValueError as error:
-        raise InputError(f"data.template_date is {config.template_date!r}; expected a day as YYYY-MM-DD") from error
-    return lambda chats: tokenize_chats(chats, tokenizer, lengths.room, config.train_on_source, day, config.turns)
-
-
-def _cut_lines(cuts: Truncated | ChatCuts, lengths: Lengths) -> list[str]:
-    if isinstance(cuts, Truncated) or lengths.are_given:
-        return cuts.report(lengths)
-    lines = dataclasses.replace(cuts, shortened=0, cut=0, dropped=0).report(lengths)
-    if cuts.shortened or cuts.cut or cuts.dropped:
-        lines.append(
-            f"data: cut to length ({lengths}): {cuts.shortened:,} chats end at an earlier answer, {cuts.cut:,} first "
-            f"answers cut (learned without an end), {cuts.dropped:,} without room dropped"
-        )
-    return lines
-
-
-@dataclasses.dataclass
-class _Counts:
-    """The way from rows to examples, and what is counted on it."""
-
-    cuts: Any  # Truncated or ChatCuts, all blocks together
-    found: int = 0  # rows
-    left_out: int = 0  # of them, for want of an answer
-    made: int = 0  # texts or chats
-
-    def rows(self, files: list[tuple[str, Path]], columns: Sequence[str]) -> Iterator[Row]:
-        for label, file in files:
-            for row in stream_rows(file, label, columns):
-                self.found += 1
-                yield row
-
-    def examples(
-        self, made: Iterable[list[Any]], limit: int, tokenize: Callable[..., tuple[list[Example], Any]]
-    ) -> Iterator[Example]:
-        """All rows are read and checked, also those beyond the limit."""
-        for some in itertools.batched(self._first(made, limit), _TEXTS):
-            examples, cuts = tokenize(some)
-            yield from examples
-            self.cuts += cuts
-
-    def _first(self, made: Iterable[list[Any]], limit: int) -> Iterator[Any]:
-        for of_row in made:
-            self.left_out += not of_row
-            for one in of_row:
-                self.made += 1
-                if not limit or self.made <= limit:
-                    yield one
+        return PackedBatches(train, batch_size, pack_length(config, longest), pad_id, config.seed, shares)
+    multiple = config.pad_to_multiple_of
+    return Batches(train, batch_size, config.group_by_length, multiple, pad_id, config.seed, shares)
 
 
 def _load_file(path: str, batch_size: int, vocab_size: int) -> LoadedData:
@@ -258,36 +145,97 @@ def _load_file(path: str, batch_size: int, vocab_size: int) -> LoadedData:
     return LoadedData(batches, [], report, inputs={"data.batches": Input(batches.content, [(path, batches.content)])})
 
 
+def _together(sets: Sequence[TokenizedSet]) -> Input:
+    """What several data sets are made from, as one key of the config stands for it."""
+    if len(sets) == 1:
+        return sets[0].input
+    parts = dict.fromkeys(part for each in sets for part in each.input.parts)
+    return Input(checksums.of(*(each.input.content for each in sets)), list(parts))
+
+
+def _shares(sources: Sequence[Source], train: Sequence[Example]) -> Shares | None:
+    weights = tuple(source.weight for source in sources if source.weight is not None)
+    if not weights:
+        return None
+    return Shares(parts_of(train), weights, tuple(source.path for source in sources))
+
+
+def _truncated(sets: Sequence[TokenizedSet]) -> dict[str, int]:
+    """Examples that lost tokens, by piece."""
+    total: Counter[str] = Counter()
+    for each in sets:
+        cuts = dataclasses.asdict(each.cuts)
+        total.update({name: count for name, count in cuts.items() if isinstance(count, int)})
+    return dict(total)
+
+
+def _sources(sets: Sequence[TokenizedSet], train: Sequence[Example], shares: Shares | None) -> list[dict[str, Any]]:
+    """Of each data set: rows, examples to train on, and its share of those that are drawn."""
+    counts = np.bincount(parts_of(train), minlength=len(sets)).tolist()
+    weights = [float(count) for count in counts] if shares is None else list(shares.weights)
+    return [
+        {
+            "path": each.source.path,
+            "format": each.format,
+            "chat": each.chat,
+            "rows": each.rows,
+            "examples": len(each.store),
+            "train_examples": count,
+            "share": weight / sum(weights),
+            "per_epoch": weight / sum(weights) * sum(counts) / max(count, 1),
+        }
+        for each, count, weight in zip(sets, counts, weights, strict=True)
+    ]
+
+
 def _report(
     config: Any,
-    entry: Entry,
+    sets: Sequence[TokenizedSet],
     train: Sequence[Example],
     heldout: Sequence[Example],
     batches: Batches | PackedBatches,
     tokenizer: Tokenizer,
+    shares: Shares | None,
+    lengths: Lengths,
 ) -> list[str]:
-    facts = entry.facts
-    targets, total = (int(of(train).sum(dtype=np.int64)) for of in (targets_of, lengths_of))
-    found = ", found from its rows" if config.format == AUTO else ""
-    lines = [f"data: {config.path} ({facts['format']}{found}): {facts['rows']:,} rows, {facts['examples']:,} examples"]
-    if facts["chat"]:
-        learned = "the last answer of each" if config.turns == "last" else "its answers alone"
-        lines.append(f"data: in the model's chat template (data.template={config.template}), {learned} learned")
-    if facts["left_out"]:
-        lines.append(f"data: {facts['left_out']:,} rows left out: no answer to learn")
-    if 0 < config.max_examples < facts["made"]:
-        lines.append(f"data: only the first {config.max_examples:,} by data.max_examples")
-    lines += [*facts["cuts"], _longest_line([train, heldout])]
-    if not facts["chat"] and tokenizer.bos_id is not None and not tokenizer.prefix:
+    lines = []
+    for each in sets:
+        lines += _set_lines(config, each, lengths)
+    if len(sets) > 1:
+        for source in _sources(sets, train, shares):
+            how = "once" if shares is None else f"{source['per_epoch']:.2f} times on average"
+            lines.append(
+                f"data: {source['share']:.1%} of the examples drawn are of {source['path']}: each of its "
+                f"{source['train_examples']:,} {how} an epoch"
+            )
+    lines.append(_longest_line([train, heldout]))
+    if not all(each.chat for each in sets) and tokenizer.bos_id is not None and not tokenizer.prefix:
         bos = tokenizer.controls.get(tokenizer.bos_id, "BOS")
         lines.append(f"data: prompts begin with {bos!r}, as the paper's do; the tokenizer itself adds nothing")
+    targets, total = (int(of(train).sum(dtype=np.int64)) for of in (targets_of, lengths_of))
     lines.append(
         f"data: train on {len(train):,} examples, {total:,} tokens, {targets:,} of them targets; "
         f"{len(heldout):,} held out; {batches.steps_per_epoch:,} steps an epoch"
     )
     lines.append(f"data: {padding_line(batches)}")
-    lines.append(f"data: tokens {'kept' if entry.is_new else 'read from what is kept'} in {entry.folder}")
-    return lines
+    return lines + [line for each in sets for line in each.lines]
+
+
+def _set_lines(config: Any, each: TokenizedSet, lengths: Lengths) -> list[str]:
+    found = ", found from its rows" if each.source.format == AUTO else ""
+    lines = [f"data: {each.source.path} ({each.format}{found}): {each.rows:,} rows, {len(each.store):,} examples"]
+    if FORMATS[each.format].note:
+        lines.append(f"data: {FORMATS[each.format].note}")
+    if each.chat:
+        learned = "the last answer of each" if config.turns == "last" else "its answers alone"
+        lines.append(f"data: in the model's chat template (data.template={config.template}), {learned} learned")
+    if each.left_out:
+        lines.append(f"data: {each.left_out:,} rows left out: no answer to learn")
+    if 0 < config.max_examples < each.made:
+        lines.append(f"data: only the first {config.max_examples:,} by data.max_examples")
+    if each.rows == config.max_rows:
+        lines.append(f"data: at most {config.max_rows:,} rows are read, by data.max_rows")
+    return lines + each.cuts.report(lengths)
 
 
 def _longest_line(examples: Sequence[Sequence[Example]]) -> str:

@@ -5,6 +5,9 @@ into the first row that has room for it (first-fit). An epoch is a permutation o
 number of them, and the step is all the position there is. A row's examples do not see each other (Llama's `segments`),
 so it does not matter to them that they meet again in the next epoch. grain's own packing fills its bins as examples
 come by: there the position is the state of a pipeline, and a batch cannot be made from its number.
+
+With shares of several data sets the examples of each are packed on their own, and an epoch has rows of each set: so
+many that its share of the examples is what was asked for.
 """
 
 from array import array
@@ -15,7 +18,8 @@ import numpy as np
 
 from qlora_jax.data.examples import Example, Lengths
 from qlora_jax.errors import InputError
-from qlora_jax.feed.batches import WHOLE, Orders, Shard, describe, round_up
+from qlora_jax.feed.batches import WHOLE, Shard, describe, round_up
+from qlora_jax.feed.orders import Mixture, Orders, Shares
 from qlora_jax.feed.store import lengths_of
 
 
@@ -78,8 +82,17 @@ class PackedBatches:
       max_length: T. longest_example: tokens of the longest example.
     """
 
-    def __init__(self, examples: Sequence[Example], batch_size: int, T: int, pad_id: int, seed: int) -> None:
-        """`pad_id`: any id, since padding is masked and comes last. Raises InputError: an example is longer than T."""
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        T: int,
+        pad_id: int,
+        seed: int,
+        shares: Shares | None = None,
+    ) -> None:
+        """`pad_id`: any id, since padding is masked and comes last. `shares` as of Batches. Raises InputError: an
+        example is longer than T."""
         if batch_size < 1:
             raise InputError(f"batch size {batch_size}, expected at least 1")
         if not examples:
@@ -91,8 +104,13 @@ class PackedBatches:
         self._seed = seed
         self._lengths = check_fits(examples, T)
         self.longest_example = int(self._lengths.max())
-        self.plan = first_fit(self._lengths, _longest_first(self._lengths, self._permutation(len(examples), (2,))), T)
-        self._orders = Orders(lambda epoch: self._permutation(self.plan.rows, (1, epoch)))
+        order = _longest_first(self._lengths, self._permutation(len(examples), (2,)))
+        if shares is None:
+            self.plan = first_fit(self._lengths, order, T)
+            self._orders = Orders(lambda epoch: self._permutation(self.plan.rows, (1, epoch)))
+        else:
+            self.plan, mixture = _mixed(self._lengths, order, T, shares, seed)
+            self._orders = Orders(lambda epoch: mixture.drawn(epoch)[self._permutation(self.plan.rows, (1, epoch))])
         self.steps_per_epoch = -(-self.plan.rows // batch_size)
 
     def batch(self, step: int, shard: Shard = WHOLE) -> dict[str, np.ndarray]:
@@ -120,6 +138,18 @@ class PackedBatches:
 
     def _permutation(self, n: int, key: tuple[int, ...]) -> np.ndarray:
         return np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=key)).permutation(n)
+
+
+def _mixed(lengths: np.ndarray, order: np.ndarray, T: int, shares: Shares, seed: int) -> tuple[Plan, Mixture]:
+    """Rows of one set each, and how they are drawn."""
+    groups = shares.groups()
+    plans = [first_fit(lengths, order[shares.sets[order] == number], T) for number in range(len(groups))]
+    begins = np.cumsum([0, *(plan.rows for plan in plans)])
+    ends = np.concatenate([np.diff(plan.starts) for plan in plans])
+    plan = Plan(np.concatenate([plan.examples for plan in plans]), np.concatenate([[0], np.cumsum(ends)]))
+    rows = [np.arange(first, last) for first, last in zip(begins[:-1], begins[1:], strict=True)]
+    weights = [w * len(own) / len(group) for w, own, group in zip(shares.weights, rows, groups, strict=True)]
+    return plan, Mixture(rows, weights, plan.rows, shares, seed)
 
 
 def packed_eval_batches(

@@ -8,6 +8,7 @@ import numpy as np
 
 from qlora_jax.data.examples import Example
 from qlora_jax.feed.batches import Batches
+from qlora_jax.feed.orders import Shares
 from qlora_jax.feed.packing import PackedBatches, pack_length
 from qlora_jax.feed.store import lengths_of
 
@@ -43,19 +44,22 @@ def padding(batches: Batches | PackedBatches) -> Padding:
     return Padding(tokens, int(lengths.sum()) * batches.batch_size, by_length, rows)
 
 
-def padding_by_method(data: Any, examples: Sequence[Example], batch_size: int) -> dict[str, Padding]:
-    """The same examples shuffled, grouped by length and packed; `data` is the config's section.
+def padding_by_method(
+    data: Any, examples: Sequence[Example], batch_size: int, shares: Shares | None = None
+) -> dict[str, Padding]:
+    """The same examples shuffled, grouped by length and packed; `data` is the config's section, `shares` are those of
+    several data sets.
 
     Packed is left out where an example is longer than the rows (data.pack_length).
     """
-    rest = (data.pad_to_multiple_of, 0, data.seed)
+    rest = (data.pad_to_multiple_of, 0, data.seed, shares)
     found = {
         "shuffled": padding(Batches(examples, batch_size, False, *rest)),
         "grouped by length": padding(Batches(examples, batch_size, True, *rest)),
     }
     longest = int(lengths_of(examples).max())
     if longest <= (T := pack_length(data, longest)):
-        found[f"packed to {T}"] = padding(PackedBatches(examples, batch_size, T, 0, data.seed))
+        found[f"packed to {T}"] = padding(PackedBatches(examples, batch_size, T, 0, data.seed, shares))
     return found
 
 

@@ -44,7 +44,7 @@ class ExampleStore(Sequence[Example]):
       lengths: int32 [n], tokens of each example. targets: int32 [n], how many of them are learned.
     """
 
-    def __init__(self, file: "_File", indices: np.ndarray | None = None):
+    def __init__(self, file: "_File | _Files", indices: np.ndarray | None = None):
         self._file, self._indices = file, indices
         cut = slice(None) if indices is None else indices
         self.lengths, self.targets = file.lengths[cut], file.targets[cut]
@@ -53,6 +53,17 @@ class ExampleStore(Sequence[Example]):
     def open(cls, path: Path, places: Sequence[str]) -> "ExampleStore":
         """Raises ValueError or OSError (pyarrow's errors are these) for a file that is not whole."""
         return cls(_File(path, places))
+
+    @classmethod
+    def joined(cls, stores: Sequence["ExampleStore"]) -> "ExampleStore":
+        """The examples of whole files, one file after the other."""
+        assert all(store._indices is None for store in stores)
+        return cls(_Files([store._file for store in stores]))
+
+    def parts(self) -> np.ndarray:
+        """int [n]: of which of the joined stores each example is."""
+        found = self._file.parts()
+        return found if self._indices is None else found[self._indices]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -110,6 +121,9 @@ class _File:
         ]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
+    def parts(self) -> np.ndarray:
+        return np.zeros(len(self.lengths), np.int64)
+
     def example(self, index: int) -> Example:
         number = bisect_right(self._ends, index)
         views = self._batches[number]
@@ -119,6 +133,31 @@ class _File:
         place = slice(views.offsets[at], views.offsets[at + 1])
         where, row = self.places[views.places[at]], int(views.numbers[at])
         return Example(views.tokens[place], views.loss_mask[place], where if row < 0 else f"{where} {row}")
+
+
+class _Files:
+    """Several files as one: what _File has, one after the other."""
+
+    def __init__(self, files: Sequence["_File | _Files"]):
+        self._files = files
+        self._ends = np.cumsum([len(file.lengths) for file in files]).tolist()
+        self.places: list[str] = [place for file in files for place in file.places]
+        self.lengths: np.ndarray = np.concatenate([file.lengths for file in files])
+        self.targets: np.ndarray = np.concatenate([file.targets for file in files])
+
+    def column(self, name: str) -> np.ndarray:
+        columns = [file.column(name) for file in self._files]
+        if name == "place":  # numbers of places count on from file to file
+            begins = np.cumsum([0, *(len(file.places) for file in self._files)])
+            columns = [column + begin for column, begin in zip(columns, begins[:-1], strict=True)]
+        return np.concatenate(columns)
+
+    def parts(self) -> np.ndarray:
+        return np.repeat(np.arange(len(self._files)), [len(file.lengths) for file in self._files])
+
+    def example(self, index: int) -> Example:
+        number = bisect_right(self._ends, index)
+        return self._files[number].example(index - (self._ends[number - 1] if number else 0))
 
 
 class _Views:
@@ -251,6 +290,11 @@ def rows_of(examples: Sequence[Example]) -> np.ndarray:
     numbers: dict[str, int] = {}
     named = [example.where if _split_where(example.where)[1] >= 0 else f"\n{n}" for n, example in enumerate(examples)]
     return np.array([numbers.setdefault(where, len(numbers)) for where in named], np.int64)
+
+
+def parts_of(examples: Sequence[Example]) -> np.ndarray:
+    """int64 [n]: of which of the joined stores each example is; 0 of a list."""
+    return examples.parts() if isinstance(examples, ExampleStore) else np.zeros(len(examples), np.int64)
 
 
 def take(examples: Sequence[Example], indices: np.ndarray) -> Sequence[Example]:

@@ -18,7 +18,7 @@ _TEXT = (
     "data.format", "data.template", "data.turns", "data.template_date", "data.max_source_len", "data.max_target_len",
     "data.train_on_source", "data.batches", "data.added_tokens", "data.added_special_tokens",
 )  # fmt: skip
-_SET = ("data.path", "data.revision", "data.max_examples")
+_SET = ("data.path", "data.revision", "data.max_examples", "data.max_rows")
 _MMLU = ("eval.mmlu_data", "eval.mmlu_split", "eval.mmlu_shots", "eval.mmlu_questions")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax import checksums
+from qlora_jax.data.read import data_sets
 from qlora_jax.embedded import DATA, MODELS, located
 from qlora_jax.errors import InputError
 from qlora_jax.io.fingerprint import fingerprint
@@ -20,6 +21,7 @@ from qlora_jax.sweep.ledger import Ledger
 
 _FILES = (("data", "path"), ("data", "eval_path"), ("data", "batches"), ("eval", "mmlu_data"))
 _MODELS = (("model", "path"), ("lora", "init_from"))
+_SETS = (("data", "path"), ("data", "eval_path"))  # which may name several
 _META = "inputs"
 
 
@@ -57,10 +59,11 @@ def contents(configs: Iterable[dict[str, Any]]) -> dict[str, str]:
 
 def _names(config: dict[str, Any]) -> dict[str, tuple[Path, str]]:
     return {
-        f"{section}.{key}={value}": (located(value, MODELS if kind == "model" else DATA), kind)
+        f"{section}.{key}={name}": (located(name, MODELS if kind == "model" else DATA), kind)
         for kind, keys in (("files", _FILES), ("model", _MODELS))
         for section, key in keys
         if (value := config[section][key])
+        for name in (data_sets(value) if (section, key) in _SETS else (value,))
     }
 
 

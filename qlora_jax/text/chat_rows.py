@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_jax.errors import InputError
 from qlora_jax.text.chat import Chat
-from qlora_jax.text.chat_turns import MEND, Turn, Turns, names_of
+from qlora_jax.text.chat_turns import Turn, Turns, names_of
 from qlora_jax.text.tokenizer import Tokenizer
 
 TURNS = ("all", "last")  # which of a chat's answers are learned
@@ -150,7 +150,7 @@ def _standing(text: str, found: Mapping[int, Turn], last: int) -> list[int]:
 def _check_context(written: Turns, turn: Turn, last: int) -> None:
     """Raises InputError when the row lacks what the system, the user or the tools say before the turn."""
     if missing := [name for name in names_of(written.tools) if name not in turn.text]:
-        raise InputError(f"the chat template does not write the tool {missing[0]!r} that the row has; {MEND}")
+        raise InputError(f"the chat template does not write the tool {missing[0]!r} that the row has; {written.mend}")
     for number, message in enumerate(written.messages[:last]):
         if message["role"] in ("assistant", "tool"):  # templates may write these as they like; they are not learned
             continue

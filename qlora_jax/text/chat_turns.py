@@ -21,7 +21,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.text.chat_template import REASONING, Rendered
 from qlora_jax.text.tokenizer import Tokenizer
 
-MEND = "use data.template=paper, or another template (chat_template.jinja in the model's folder)"
+_OTHER = "another template (chat_template.jinja in the model's folder)"
 _PAIRS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<thought>", "</thought>"))  # around reasoning in a text
 _PROBE = "Zq7pR"  # stands for reasoning, to see how a template writes it; in no template, in hardly any data
 
@@ -105,13 +105,19 @@ class Turns:
             text, thinking = self._continued(number, prompt, text)
             marks = None
         if len(text) <= begin:
-            raise InputError(f"the chat template writes nothing for turn {number + 1} (assistant); {MEND}")
+            raise InputError(f"the chat template writes nothing for turn {number + 1} (assistant); {self.mend}")
         spans = [(begin, len(text))] if marks is None else [span for span in marks if span[1] > begin]
         if not spans:
-            raise InputError(f"the chat template marks nothing of turn {number + 1} as the assistant's; {MEND}")
+            raise InputError(f"the chat template marks nothing of turn {number + 1} as the assistant's; {self.mend}")
         if self._drops_thinking(number, "".join(text[first:last] for first, last in spans)):
             thinking = "unwritten"
         return self._ended(number, Turn(text, begin, spans, 0, marks is not None, thinking))
+
+    @property
+    def mend(self) -> str:
+        """What to do about a chat that cannot be learned exactly: the paper's form has no place for tools."""
+        tools = self.tools or any(turn["role"] == "tool" or turn.get("tool_calls") for turn in self.messages)
+        return f"use {_OTHER}, or take the chats with tools out" if tools else f"use data.template=paper, or {_OTHER}"
 
     @functools.cached_property
     def _messages(self) -> list[dict[str, Any]]:
@@ -150,7 +156,7 @@ class Turns:
             raise InputError(
                 f"the chat template writes the prompt for turn {number + 1} (assistant) differently when the answer "
                 f"follows ({self._difference(prompt, text)}): the model would be asked with another text than it is "
-                f"trained on; {MEND}"
+                f"trained on; {self.mend}"
             )
         kind = "" if thought else "closed"
         for reasoning in dict.fromkeys((thought or _PROBE, _PROBE)):
@@ -163,7 +169,7 @@ class Turns:
         if not text.startswith(before) or text[len(before) :].lstrip().startswith(first):
             raise InputError(
                 f"the chat template's prompt for turn {number + 1} (assistant) opens the thinking, and what it writes "
-                f"does not go on from there ({self._difference(prompt, text)}); {MEND}"
+                f"does not go on from there ({self._difference(prompt, text)}); {self.mend}"
             )
         said, content = text[len(before) :], message.get("content") or ""
         own = content[: content.rfind(last) + len(last)] if last in content else ""
@@ -221,7 +227,7 @@ class Turns:
         role, words = self._messages[number]["role"], self._tokenizer.shown(words)[:40]
         return (
             f"the chat template drops or rewrites the {name} of turn {number + 1} ({role}), {words!r}: the model would "
-            f"not see what the data says; {MEND}"
+            f"not see what the data says; {self.mend}"
         )
 
     def _ended(self, number: int, turn: Turn) -> Turn:
@@ -241,7 +247,7 @@ class Turns:
                 f"the chat template {'marks' if turn.marked else 'writes'} no control token at the end of the "
                 f"assistant's turn (it ends {shown!r}), so the model would not learn to stop; put eos_token there in "
                 f"the template{', inside its generation block' if turn.marked else ''}{self._tokenizer.nameless_end}, "
-                "or use data.template=paper"
+                f"or {self.mend}"
             )
         return dataclasses.replace(turn, spans=turn.spans if turn.marked else [(first, end)], end=end)
 

@@ -308,7 +308,7 @@ class Run:
             if added is not None and added.new:
                 write_tokenizer(added, folder)
             if prepared.tokenizer is not None:
-                write_template(folder, template_of(self.config.data, prepared.tokenizer))
+                write_template(folder, template_of(prepared.data.sources))
 
         write_adapter(workdir.adapter, self.adapter, prepared.lora_config, base, grown, write_beside)
         eval_loss = self._heldout_loss(prepared.steps)

@@ -21,6 +21,7 @@ from qlora_jax.data.examples import Lengths
 from qlora_jax.errors import InputError
 from qlora_jax.feed.batches import FileBatches
 from qlora_jax.feed.load import LoadedData, load_data
+from qlora_jax.feed.sources import sources_of
 from qlora_jax.io import peft
 from qlora_jax.io.folder import resolve
 from qlora_jax.io.load import QuantSpec, load_config, load_model
@@ -137,6 +138,8 @@ def check_values(config: Any, backend: str | None = None) -> None:
             "equal micro-batches; make it a multiple"
         )
     Lengths.of(config.data)
+    if config.data.path and not config.data.batches:
+        sources_of(config.data)
     mmlu.check(config.eval)
     paging(config.optimizer)
     lora.select_modules(config.lora.modules_to_save, adds_tokens=False, tied=False)

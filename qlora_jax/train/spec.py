@@ -7,6 +7,7 @@ from typing import Any
 
 from qlora_jax.data.examples import Lengths
 from qlora_jax.data.known import KNOWN_SETS
+from qlora_jax.data.read import data_sets
 from qlora_jax.embedded import DATA, located
 from qlora_jax.errors import InputError
 from qlora_jax.feed.batches import FileBatches, padded_length
@@ -102,7 +103,7 @@ def _longest_example(config: Any, sizes: ModelConfig) -> int:
     """Of a local data set, by a local tokenizer; nothing is fetched."""
     data, folder = config.data, located(config.model.path)
     if missing := _missing(data, folder):
-        known = KNOWN_SETS.get(data.path)
+        known = KNOWN_SETS.get(str(data.path))
         common = "" if known is None else f" ({known.max_source_len} and {known.max_target_len} are common for it)"
         raise InputError(
             f"how long rows are is not known: data.max_source_len = {data.max_source_len} and data.max_target_len = "
@@ -117,8 +118,8 @@ def _missing(data: Any, folder: Path) -> str:
     """What is not here of that which tells how long rows are; "" where all is."""
     if not data.path:
         return "data.path is empty"
-    for path in (data.path, data.eval_path):
-        if path and not located(path, DATA).is_file():
+    for path in (*data_sets(data.path), *data_sets(data.eval_path)):
+        if not located(path, DATA).is_file():
             return f"{path} is no file on this machine"
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return f"{folder} is no folder with a tokenizer on this machine"

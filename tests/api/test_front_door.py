@@ -94,9 +94,7 @@ def test_other_settings_or_data_go_elsewhere(made, home, at_home, tmp_path):
 
     _, _, run, _ = made
     config = get_config()
-    config.update_from_flattened_dict(
-        {key: tuple(value) if isinstance(value, list) else value for key, value in flatten(run.config).items()}
-    )
+    set_keys(config, flatten(run.config))
     assert choose_workdir(config, resolved(config)) == run.workdir
     copy = tmp_path / "elsewhere" / (run.config["data"]["path"].rpartition("/")[2])
     copy.parent.mkdir()
@@ -149,7 +147,8 @@ def test_the_hub_gets_the_adapter_and_nothing_else(made, at_home, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     assert made[0].push_adapter("me/mine") == "https://hub/me/mine"
     assert calls[0] == ("me/mine", {"private": True, "exist_ok": True})
-    assert calls[1]["folder_path"] == made[2].adapter.absolute() and "qlora_jax_prompts.json" in calls[1]["allow_patterns"]
+    assert calls[1]["folder_path"] == made[2].adapter.absolute()
+    assert "qlora_jax_prompts.json" in calls[1]["allow_patterns"]
     with pytest.raises(qj.InputError, match="owner/name"):
         made[0].push_adapter("mine")
 

@@ -7,6 +7,7 @@ import pytest
 from qlora_jax.api.recipe import LEAST_STEPS, fill, fill_for_plan
 from qlora_jax.base import get_config
 from qlora_jax.errors import InputError
+from qlora_jax.feed.load import load_data
 from qlora_jax.generate.trained import template_of
 from qlora_jax.models.known import known_config
 from qlora_jax.text.tokenizer import Tokenizer
@@ -50,7 +51,8 @@ def filled(model, tmp_path, rows, **keys):
 def test_the_format_and_how_it_is_asked_follow_from_the_rows(model, tmp_path, row, format, template):
     config, said = filled(model, tmp_path, [row] * 3)
     assert config.data.format == format and f"is taken as {format}" in said[0]
-    assert template_of(config.data, Tokenizer.from_folder(model)) == template
+    loaded = load_data(config.data, Tokenizer.from_folder(model), 1, 400, 1024)
+    assert template_of(loaded.sources) == template
 
 
 def test_few_rows_are_all_trained_on(model, tmp_path):

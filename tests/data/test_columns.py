@@ -24,13 +24,19 @@ ROWS = {
     "dolly": {"instruction": "Q", "context": "", "response": "A"},
     "messages": {"messages": TURNS},
     "sharegpt": {"conversations": TURNS},
+    "prompt-completion": {"prompt": "Q", "completion": "A"},
+    "preference": {"prompt": "Q", "chosen": "A", "rejected": "B"},
+    "text": {"text": "A"},
 }
+FORMS = [(format, form) for format in FORMATS for form in ("paper", "chat") if (format, form) != ("text", "chat")]
 # of formats and forms, what is read of MEANING besides what stands in ROWS
 SYSTEM = {"system", "system_prompt", "system_message"}
 READ = {
     ("messages", "paper"): SYSTEM,
     ("messages", "chat"): {*SYSTEM, "tools", "functions"},
     ("alpaca", "chat"): {*SYSTEM, "history"},
+    ("prompt-completion", "chat"): {*SYSTEM, "tools", "functions"},
+    ("preference", "chat"): {*SYSTEM, "tools", "functions"},
 }
 # copies of what is read
 PASSED = {
@@ -56,14 +62,13 @@ def value_of(name):
     )
 
 
-@pytest.mark.parametrize("form", ["paper", "chat"])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("format", "form"), FORMS)
 def test_no_column_that_carries_meaning_is_dropped(format, form):
     row = ROWS[format]
     plain = read(form, format, row)
     assert isinstance(plain, tuple)
     like = "messages" if format == "sharegpt" else format
-    by_chat = READ.get((like, "chat"), set() if format in ("oasst1", "hh-rlhf") else SYSTEM)
+    by_chat = READ.get((like, "chat"), set() if format in ("oasst1", "hh-rlhf", "text") else SYSTEM)
     read_here = by_chat if form == "chat" else READ.get((like, "paper"), set())
     for name in sorted(MEANING.keys() - row.keys() - PASSED.get(like, set())):
         made = read(form, format, row | {name: value_of(name)})
@@ -78,8 +83,7 @@ def test_no_column_that_carries_meaning_is_dropped(format, form):
         assert read(form, format, row | {name: "something"}) == plain
 
 
-@pytest.mark.parametrize("form", ["paper", "chat"])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("format", "form"), FORMS)
 def test_what_says_nothing_and_what_has_no_meaning_is_passed_over(format, form):
     row = ROWS[format]
     plain = read(form, format, row)

@@ -85,7 +85,7 @@ def test_single_messages_become_trees():
         (
             "messages",
             {"messages": [{"role": "tool", "content": "x"}]},
-            "has no place for a turn of the role tool: set data.template=chat",
+            "has no place for a turn of the role tool: tools are written by chat templates alone. Set data.template=chat",
         ),
         (
             "messages",
@@ -95,8 +95,8 @@ def test_single_messages_become_trees():
         ("messages", {"messages": [{"role": "user"}]}, 'no field "content"; fields found: role'),
         (
             "messages",
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "expected content parts of type \"text\", found 'image_url'",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}, {"type": "image_url"}]}]},
+            "part 2 of 2 in the field content: expected content parts of type \"text\", found 'image_url'",
         ),
         (
             "messages",

@@ -24,6 +24,9 @@ ROWS = {
     "chip2": [{"text": "<human>: Q\n<bot>: A"}],
     "dolly": [{"instruction": "I", "context": "", "response": "R", "category": "qa"}],
     "messages": [{"messages": HELLO, "prompt": "Q"}, {"messages": TOOL, "tools": []}],
+    "prompt-completion": [{"prompt": "P", "completion": "C"}, {"prompt": HELLO[:1], "completion": HELLO[1:]}],
+    "preference": [{"prompt": "Q", "chosen": HELLO, "rejected": HELLO, "messages": HELLO, "score_chosen": 8.0}],
+    "text": [{"text": "Once upon a time"}, {"text": "### Human: Q"}, {"text": "the end"}],
     "sharegpt": [{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}],
 }
 
@@ -41,6 +44,32 @@ def test_every_format_is_found_but_for_other_names_of_one():
 @pytest.mark.parametrize("format", ROWS)
 def test_the_format_of_rows(tmp_path, format):
     assert find_format(write(tmp_path, ROWS[format])) == format
+
+
+@pytest.mark.parametrize(
+    ("row", "format"),
+    [
+        ({"prompt": "P", "chosen": "C", "rejected": "R"}, "preference"),
+        ({"chosen": HELLO, "rejected": HELLO}, "preference"),
+        ({"prompt": "P", "completion": "C", "label": True}, "prompt-completion"),
+        ({"prompt": "P", "target": "T"}, "self-instruct"),
+        ({"messages": [HELLO[0], {"role": "assistant", "content": [{"type": "text", "text": "A"}]}]}, "messages"),
+    ],
+)
+def test_rows_like_those_of_other_formats(tmp_path, row, format):
+    assert find_format(write(tmp_path, [row])) == format
+
+
+def test_several_data_sets(tmp_path):
+    one, other = (write(tmp_path, ROWS[name], f"{name}.jsonl") for name in ("alpaca", "messages"))
+    assert find_format(f"{one},{other}") == "alpaca,messages"
+    assert find_format([one, one]) == "alpaca"
+    both = tmp_path / "a,b.jsonl"  # a file's own comma
+    both.write_text(json.dumps(ROWS["dolly"][0]))
+    assert find_format(str(both)) == "dolly"
+    for paths in (f"{one},", f",{one}"):
+        with pytest.raises(InputError, match="an empty name among the data sets"):
+            find_format(paths)
 
 
 def test_rows_without_an_answer_decide_nothing_alone(tmp_path):

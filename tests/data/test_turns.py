@@ -207,7 +207,7 @@ def test_calls_of_tools_in_every_form(turns):
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "3", "name": "add"},
     ]
-    with pytest.raises(InputError, match="set data.template=chat, which has one"):
+    with pytest.raises(InputError, match="are written by chat templates alone. Set data.template=chat"):
         texts("messages", {"messages": [rest[0], *turns, rest[1]]})
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from qlora_jax.data.examples import Example
 from qlora_jax.errors import InputError
-from qlora_jax.feed import cache, load
+from qlora_jax.feed import cache, load, tokenized
 from qlora_jax.feed.batches import Batches, eval_batches
 from qlora_jax.feed.cache import cached, contents, key_of
 from qlora_jax.feed.split import split
@@ -220,8 +220,8 @@ def test_a_data_set_is_tokenized_once_for_all_that_changes_afterwards(own_cache,
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"input": f"q{n}", "output": f"a{n}"}) + "\n" for n in range(20)))
     calls = []
-    tokenize = load.tokenize_examples
-    monkeypatch.setattr(load, "tokenize_examples", lambda *a: calls.append(len(a[0])) or tokenize(*a))
+    tokenize = tokenized.tokenize_examples
+    monkeypatch.setattr(tokenized, "tokenize_examples", lambda *a: calls.append(len(a[0])) or tokenize(*a))
 
     def loaded(**changes):
         section = get_config().data

@@ -33,6 +33,9 @@ def config(**changes):
             "packing": False,
             "pack_length": 0,
             "max_examples": 0,
+            "max_rows": 0,
+            "streaming": False,
+            "weights": (),
             "eval_path": "",
             "eval_examples": 4,
             "seed": 0,
@@ -229,8 +232,8 @@ def test_chats_in_the_models_template(tmp_path, golden):
         f"data: {section.path} (messages): 5 rows, 3 examples",
         "data: in the model's chat template (data.template=auto), its answers alone learned",
         "data: 1 rows left out: no answer to learn",
-        "data: cut to length (64 tokens, max_source_len + max_target_len): 1 chats end at an earlier answer, "
-        "1 first answers cut (learned without an end), 1 without room dropped",
+        "data: cut to length (data.max_source_len + data.max_target_len = 64 tokens): 1 chats end at an earlier "
+        "answer, 1 first answers cut (learned without an end), 1 without room dropped",
     ]
     assert "the template ends turns with <|im_end|>, where generation does not stop" in data.report[4]
     assert "only the first" not in "".join(data.report)
@@ -337,7 +340,7 @@ def test_the_longest_example_is_known_without_a_run(path, tmp_path, byte_tokeniz
     assert longest_example(section, byte_tokenizer, 259, 1000) == 88
     assert longest_example(section, byte_tokenizer, 259, 50) == 50
     # what was read for that is there for the run
-    monkeypatch.setattr("qlora_jax.feed.load.write_examples", None)
+    monkeypatch.setattr("qlora_jax.feed.tokenized.write_examples", None)
     assert "read from what is kept" in load_data(section, byte_tokenizer, 4, 259, 1000).report[-1]
 
 

@@ -32,7 +32,7 @@ def from_pairs(read: Callable[[Row], list[Pair]]) -> Callable[[Row], list[Chat]]
 
 def from_turns(read: Callable[[Row], list[Turn]]) -> Callable[[Row], list[Chat]]:
     """The reader of a conversation's turns, as one that gives its chat."""
-    return lambda row: _chat(row, [dict(turn) for turn in read(row)])
+    return lambda row: chat_of(row, [dict(turn) for turn in read(row)])
 
 
 oasst1 = from_turns(oasst1_turns)
@@ -59,15 +59,16 @@ def messages(row: Row) -> list[Chat]:
 
     Arguments of calls are objects in templates, so text that is JSON becomes one; so does a list of tools that is text.
     """
-    return _chat(row, chat_turns(row, "messages"))
+    return chat_of(row, chat_turns(row, "messages"))
 
 
 def sharegpt(row: Row) -> list[Chat]:
     """ShareGPT's form: {conversations: [{from, value, train?, ...}], tools?, system?} (forms/turns)."""
-    return _chat(row, chat_turns(row, "conversations"))
+    return chat_of(row, chat_turns(row, "conversations"))
 
 
-def _chat(row: Row, turns: list[Turn]) -> list[Chat]:
+def chat_of(row: Row, turns: list[Turn]) -> list[Chat]:
+    """The chat of a row's turns up to the last answer that is learned, with the row's tools; none without one."""
     while turns and not (_answers(turns[-1]) and is_learned(turns[-1])):
         turns = turns[:-1]
     if not turns:

@@ -31,6 +31,7 @@ MEANING = (
     | dict.fromkeys(_ANSWERS, "which answer is the better one")
     | dict.fromkeys(_CALLS, "a part of the answer")
     | dict.fromkeys(_MEDIA, "what no text model sees")
+    | {"chat_template_kwargs": "settings of the chat template"}
     | {"history": "earlier turns", "label": "that this is no answer to learn"}
 )
 _EMPTY_JSON = ("[]", "{}", "null")

@@ -27,7 +27,7 @@ def oasst1(row: Row) -> list[Pair]:
     Of a tree the best-ranked path is taken: at every level the reply of the lowest rank, or the first of the file
     where none has a rank.
     """
-    return _guanaco(oasst1_turns(row))
+    return guanaco(oasst1_turns(row))
 
 
 def oasst1_turns(row: Row) -> list[Turn]:
@@ -72,12 +72,12 @@ def _hh_parts(row: Row) -> tuple[str, list[str]]:
 def messages(row: Row) -> list[Pair]:
     """OpenAI's form: {messages: [{role, content}]}, in Guanaco's conversation form. Content is text, or a list of text
     parts {type: "text", text}; names and content may be ShareGPT's (forms/turns)."""
-    return _guanaco(_one_system(row, "messages", plain_turns(row, "messages")))
+    return guanaco(one_system(row, "messages", plain_turns(row, "messages")))
 
 
 def sharegpt(row: Row) -> list[Pair]:
     """ShareGPT's form: {conversations: [{from, value}]}, in Guanaco's conversation form; or OpenAI's names there."""
-    return _guanaco(_one_system(row, "conversations", plain_turns(row, "conversations")))
+    return guanaco(one_system(row, "conversations", plain_turns(row, "conversations")))
 
 
 def gather_messages(rows: Sequence[Row]) -> list[Row]:
@@ -135,7 +135,7 @@ def is_single_message(row: Row) -> bool:
     return "replies" not in row.fields and not {"parent_id", "parent_message_id"}.isdisjoint(row.fields)
 
 
-def _guanaco(turns: list[Turn]) -> list[Pair]:
+def guanaco(turns: list[Turn]) -> list[Pair]:
     """The conversation up to its last answer that is learned and not blank; a system turn at its head is the source.
 
     A turn that is not to be learned is given, with its label, up to the next turn's label.
@@ -150,7 +150,8 @@ def _guanaco(turns: list[Turn]) -> list[Pair]:
     return [Pair(source, guanaco_conversation(turns), given=given)] if turns else []
 
 
-def _one_system(row: Row, field: str, turns: list[Turn]) -> list[Turn]:
+def one_system(row: Row, field: str, turns: list[Turn]) -> list[Turn]:
+    """The turns. Raises InputError where a system turn is not the first of them."""
     if any(turn["role"] == "system" for turn in turns[1:]):
         bad(row, field, f"a system turn that is not the first in {field}: there is no form for it")
     return turns

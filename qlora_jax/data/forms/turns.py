@@ -29,30 +29,39 @@ Turn = dict[str, Any]  # {"role": "system" | "user" | "assistant" | "tool", "con
 
 _TURN_READS = ("role", "from", "content", "value", *MARKS)
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-_CHAT_READS = ("tool_calls", "function_call", *_THOUGHTS)
+_CALLS = ("tool_calls", "function_call")
+_CHAT_READS = (*_CALLS, *_THOUGHTS)
 _TEXTS = {"name": "name", "tool_call_id": "tool_call_id"} | dict.fromkeys(_THOUGHTS, "reasoning_content")
 _CHAT = "set data.template=chat, which has one"
+_NO_TOOLS = (
+    "tools are written by chat templates alone. Set data.template=chat with a model whose tokenizer has a template, as "
+    "instruct models do, or take the conversations with tools out"
+)
 
 
-def plain_turns(row: Row, field: str) -> list[Turn]:
+def plain_turns(row: Row, field: str, with_system: bool = True) -> list[Turn]:
     """The turns of a conversation for the paper's form: text alone, a system turn at most at its head.
+
+    with_system: the system message of a field of the row is the first turn.
 
     Raises:
       InputError: a role or a part of a turn that the form has no place for, or content that is not text.
     """
     turns = []
     for message in objects(row, field):
+        if given := [name for name in _CALLS if not is_empty(message.fields.get(name))]:
+            bad(message, given[0], f"the paper's form has no place for {given[0]}: {_NO_TOOLS}")
         refuse_unread(message, _TURN_READS, "the paper's form of a conversation", _CHAT_READS, _CHAT)
         role = _role(message, field, with_tools=False)
         turn = _marked(message, {"role": role, "content": _content(message, field)})
         if role == "system" and turn.get("learn"):
             bad(message, _mark(message), "a system turn is marked to be learned, but it is given; take the mark out")
         turns.append(turn)
-    return _with_system(row, field, turns)
+    return _with_system(row, field, turns) if with_system else turns
 
 
-def chat_turns(row: Row, field: str) -> list[Turn]:
-    """The turns of a conversation for a chat template, with all that these know.
+def chat_turns(row: Row, field: str, with_system: bool = True) -> list[Turn]:
+    """The turns of a conversation for a chat template, with all that these know; `with_system` as of `plain_turns`.
 
     Raises:
       InputError: an unknown role, content that is not text, calls that are not JSON, or a part that is not read.
@@ -80,7 +89,7 @@ def chat_turns(row: Row, field: str) -> list[Turn]:
                 "answers alone are; take the mark out, or learn all turns with data.template=paper",
             )
         turns.append(turn)
-    return _with_system(row, field, turns)
+    return _with_system(row, field, turns) if with_system else turns
 
 
 def chat_tools(row: Row) -> list[Any] | None:
@@ -116,7 +125,7 @@ _ROLE, _CONTENT = ("role", "from"), ("content", "value")  # OpenAI's names and S
 
 def _name(message: Row, field: str, names: tuple[str, str]) -> str:
     """The one of two names that the turn has; that of `field`'s form where it has neither."""
-    preferred = names if field == "messages" else names[::-1]
+    preferred = names[::-1] if field == "conversations" else names
     both = [name for name in preferred if name in message.fields]
     said = [name for name in both if message.fields[name] is not None]
     if len(said) == 2 and message.fields[said[0]] != message.fields[said[1]] and names == _CONTENT:
@@ -134,7 +143,7 @@ def _role(message: Row, field: str, with_tools: bool) -> str:
     if found in _TOOL_ROLES and with_tools:
         return _TOOL_ROLES[found]
     if found in _TOOL_ROLES:
-        bad(message, name, f"the paper's form of a conversation has no place for a turn of the role {found}: {_CHAT}")
+        bad(message, name, f"the paper's form has no place for a turn of the role {found}: {_NO_TOOLS}")
     known = [*ROLES, *(_TOOL_ROLES if with_tools else ())]
     bad(message, name, f"expected {', '.join(known[:-1])} or {known[-1]} in the field {name}, found {found!r}")
 
@@ -145,9 +154,10 @@ def _content(message: Row, field: str) -> str:
     if not isinstance(message.fields.get(name), list):
         return text(message, name, blank=True)
     parts = objects(message, name)
-    for part in parts:
-        if part.fields.get("type") != "text":
-            bad(part, "type", f'expected content parts of type "text", found {part.fields.get("type")!r}')
+    for number, part in enumerate(parts, 1):
+        if (found := part.fields.get("type")) != "text":
+            place = f"part {number} of {len(parts)} in the field {name}"
+            bad(message, name, f'{place}: expected content parts of type "text", found {found!r}')
     return "".join(text(part, "text", blank=True) for part in parts)
 
 
@@ -192,7 +202,7 @@ def _is_call(message: Row, field: str) -> bool:
 def _calls(message: Row, field: str) -> list[dict[str, Any]]:
     """The calls of tools of a turn, in whichever form: {"function": {"name", "arguments"}, ...}, the arguments an
     object where they are JSON text, as templates want them."""
-    given = [name for name in ("tool_calls", "function_call") if not is_empty(message.fields.get(name))]
+    given = [name for name in _CALLS if not is_empty(message.fields.get(name))]
     name = given[0] if given else _name(message, field, _CONTENT)
     if len(given) > 1:
         bad(message, given[1], "both tool_calls and function_call are given; leave one out")
