@@ -7,10 +7,9 @@ import runpy
 import sys
 from pathlib import Path
 
-import experiments
 from experiments.support import command
 
-_FOLDER = Path(experiments.__file__).parent
+_FOLDER = Path(__file__).resolve().parents[1]
 _FIRST = ("train", "generate", "plan", "evaluate", "quantize", "export", "data", "quickstart", "report")
 
 
