@@ -6,6 +6,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from textwrap import shorten
 
 from experiments.support import command
 
@@ -42,7 +43,7 @@ def commands() -> list[str]:
 def listing() -> str:
     """Every command with the first sentence of its docstring; none is imported for it."""
     lines = ["qlora NAME --flag=value ... (the same as python -m experiments.NAME)", ""]
-    lines += [f"  {name:14}{sentence(name)}" for name in commands()]
+    lines += [f"  {name:14}{shorten(sentence(name), 84, placeholder=' ..')}" for name in commands()]
     lines += ["", "qlora NAME --help says more.", "An example: qlora train --model=quickstart --data=quickstart"]
     return "\n".join(lines)
 
