@@ -75,7 +75,7 @@ def fill(config: Any, given: Collection[str], say: Callable[[str], None]) -> Non
     examples = len(batches.examples)
     if "data.eval_examples" not in given and not data.eval_path:
         data.eval_examples = _held_out(batches.examples, data.seed)
-    _batch(config, given, rows / examples, batches.max_length)
+    _batch(config, given, rows, examples, batches.max_length)
     if "train.steps" not in given:
         rows_left = rows * (1 - (0 if data.eval_path else data.eval_examples) / examples)
         epoch = math.ceil(rows_left / train.batch_size)
@@ -142,18 +142,19 @@ def _held_out(examples: Sequence[Example], seed: int) -> int:
     return wanted
 
 
-def _batch(config: Any, given: Collection[str], rows_of_example: float, length: int) -> None:
-    """Rows a step that hold about EXAMPLES examples, and micro-batches of them: of one row, or on CPUs of some."""
+def _batch(config: Any, given: Collection[str], rows: int, examples: int, length: int) -> None:
+    """Rows a step that hold about EXAMPLES examples, no more than there are; and micro-batches of them: of one row, or
+    on CPUs of some."""
     train = config.train
     if "train.batch_size" not in given:
-        wanted = max(1.0, EXAMPLES * rows_of_example)
-        train.batch_size = 2 ** round(math.log2(wanted))
+        wanted = max(1.0, EXAMPLES * rows / examples)
+        train.batch_size = min(2 ** round(math.log2(wanted)), 2 ** int(math.log2(rows)))
         if "train.grad_accum" in given:
             train.batch_size = train.grad_accum * math.ceil(train.batch_size / train.grad_accum)
     if "train.grad_accum" not in given:
         together = max(1, CPU_TOKENS // length) if jax.default_backend() == "cpu" else 1
-        rows = max(n for n in range(1, train.batch_size + 1) if train.batch_size % n == 0 and n <= together)
-        train.grad_accum = train.batch_size // rows
+        micro = max(n for n in range(1, train.batch_size + 1) if train.batch_size % n == 0 and n <= together)
+        train.grad_accum = train.batch_size // micro
 
 
 def _without_batches(config: Any) -> Any:
