@@ -14,6 +14,7 @@ from qlora_jax.models import llama
 from qlora_jax.models.dropout import Dropout
 from qlora_jax.train.backward import block_input_bytes
 from qlora_jax.train.step import make_evaluation, make_gradient
+from tests.random_arrays import random_normal
 
 FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
 G, B, T = 2, 2, 37
@@ -26,7 +27,7 @@ def parts(golden, remat="block", sequence_chunk=0, dropout=0.2, dtype=jnp.float3
     for place, name in enumerate(lora.LINEARS):
         layer = lora.linear(model, name)
         shape = layer.lora_b.get_value().shape
-        layer.lora_b.set_value(0.1 * jax.random.normal(jax.random.key(place), shape))
+        layer.lora_b.set_value(0.1 * random_normal(place, shape))
     return lora.split(model)
 
 
