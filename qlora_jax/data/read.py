@@ -37,13 +37,15 @@ def read_rows(path: str, revision: str = "main", columns: Sequence[str] = ()) ->
 def data_sets(paths: str | Sequence[str]) -> tuple[str, ...]:
     """The names of the data sets that data.path gives: one, several with commas between them, or a list of them.
 
-    Raises InputError for a name that is empty.
+    Raises InputError for a name that is empty, or no text.
     """
+    if not isinstance(paths, str | list | tuple) or not all(isinstance(path, str) for path in paths):
+        raise InputError(f"{paths!r} names no data set; expected text, names with commas, or a list of names")
     if isinstance(paths, str):
         if not paths.strip() or os.path.isfile(os.path.expanduser(paths)):  # a file's name may have commas
             return (paths,) if paths.strip() else ()
         paths = paths.split(",")
-    names = tuple(str(path).strip() for path in paths)
+    names = tuple(path.strip() for path in paths)
     if "" in names:
         raise InputError(f"an empty name among the data sets {', '.join(names)}; expected names with commas, as a,b")
     return names
