@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 
+from qlora_jax.data.detect import find_format
 from qlora_jax.errors import InputError
 from qlora_jax.feed import tokenized
 from qlora_jax.feed.cache import cache_folder
@@ -136,6 +137,10 @@ def test_tokens_stand_in_where_the_hub_is_not_reached(hub, byte_tokenizer, monke
     assert any("the hub cannot be reached: the files of owner/large are those" in line for line in again.report)
     with pytest.raises(InputError, match="owner/large: no local file, and the hub cannot be reached"):
         load(byte_tokenizer, revision="other")
+
+
+def test_the_format_is_found_in_the_first_file(hub):
+    assert find_format("owner/large") == "prompt-completion" and Hub.fetched() == [0]
 
 
 def test_a_hub_that_does_not_tell_contents(hub, byte_tokenizer):
