@@ -151,6 +151,7 @@ def test_rows_are_as_long_as_the_data_where_the_config_does_not_say(quickstart, 
     [
         ("", None, "data.path is empty; give both lengths"),
         ("no/such.json", None, "no/such.json is no file on this machine; give both lengths"),
+        ("setup.cfg,no/such.json", None, "no/such.json is no file on this machine; give both lengths"),
         ("alpaca", None, r"alpaca is no file on this machine; give both lengths \(384 and 128 are common for it\)"),
         (None, "huggyllama/llama-7b", "huggyllama/llama-7b is no folder with a tokenizer on this machine"),
     ],
