@@ -110,12 +110,12 @@ class WarmLoop:
         from qlora_jax.optim.pages import Pages
         from qlora_jax.train.memory import Program
         from qlora_jax.train.setup import prepare
-        from qlora_jax.train.step import make_evaluation, make_gradient
+        from qlora_jax.train.step import evaluation_of, gradient_of
 
         self.prepared = prepare(config, lambda line: None, lambda done, total: None)
         graph, chunk = self.prepared.graph, config.train.loss_chunk
-        self.gradient = Program(make_gradient(graph, chunk, config.optimizer.max_grad_norm))
-        self.evaluation = Program(make_evaluation(graph, chunk))
+        self.gradient = Program(gradient_of(graph, chunk, config.optimizer.max_grad_norm))
+        self.evaluation = Program(evaluation_of(graph, chunk))
         pages = Pages(self.prepared.tx, self.prepared.adapter, config.optimizer.page_bytes)
         self.optimizer = PagedOptimizer(pages, self.prepared.adapter)
 

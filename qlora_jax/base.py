@@ -3,7 +3,7 @@
 Recipe: QLoRA (Dettmers et al., 2023), section 5 and appendix B; sizes up to 13B.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 
 def get_config() -> ConfigDict:
@@ -43,18 +43,20 @@ def get_config() -> ConfigDict:
     c.lora.init_from = ""  # PEFT folder to start from; "" starts at zero effect (B = 0)
 
     c.data = ConfigDict()
-    c.data.path = ""  # file (.json .jsonl .csv .tsv .parquet, also .gz), hub data set (owner/name, owner/name:file), or
-    # oasst1 | hh-rlhf | alpaca | alpaca-clean | unnatural-instructions | chip2 | longform | dolly (data/known.py).
-    # Several with commas between them; of a hub data set also several files, by a pattern (owner/name:data/*.parquet)
+    # file (.json .jsonl .csv .tsv .parquet, also .gz), hub data set (owner/name, owner/name:file, or with a pattern as
+    # owner/name:data/*.parquet), or one known by name: oasst1 | hh-rlhf | alpaca | alpaca-clean |
+    # unnatural-instructions | chip2 | longform | dolly (data/known.py). Several as a tuple, or with commas between them
+    c.data.path = FieldReference("", field_type=object)
+    c.data.revision = "main"
+    # alpaca | input-output | oasst1 | hh-rlhf | self-instruct | unnatural-instructions | flan-v2 | chip2 | longform |
+    # dolly | messages (OpenAI's chats) | sharegpt | prompt-completion | preference (chosen is learned, rejected is not
+    # used) | text (all of it is learned) | auto (found from the first rows: the one format that reads them all). One
+    # for all data sets, or one for each, as a tuple or with commas
+    c.data.format = FieldReference("alpaca", field_type=object)
     # shares of several data sets in the examples that are drawn, as (0.7, 0.3): an epoch has as many examples as all
     # sets together, that share of them of each. A set that has fewer repeats them, all equally often; one that has more
     # goes on with the others in the next epoch. (): every example of every set once an epoch
     c.data.weights = ()
-    c.data.revision = "main"
-    c.data.format = "alpaca"  # alpaca | input-output | oasst1 | hh-rlhf | self-instruct | unnatural-instructions |
-    # flan-v2 | chip2 | longform | dolly | messages (OpenAI's chats) | sharegpt | prompt-completion | preference (chosen
-    # is learned, rejected is not used) | text (all of it is learned) | auto (found from the first rows: the one format
-    # that reads them all). One for all data sets, or one for each, with commas between them
     c.data.template = "auto"  # the text around what a row says: paper (the prompt of its format: Alpaca's, Guanaco's
     # conversation, ...) | chat (the model's own chat template, for every format; the assistant's turns are learned,
     # each with the token that ends it) | auto: chat for rows of messages if the model has a template, else paper
@@ -86,7 +88,8 @@ def get_config() -> ConfigDict:
     # a hub data set is fetched, tokenized and deleted file by file: the disk holds one file and the tokens (5 bytes
     # each). All of it, or max_rows, is read before the first step
     c.data.streaming = False
-    c.data.eval_path = ""  # file of held-out examples; "" holds out a seeded split of the data
+    # files of held-out examples, named as in path and of the same format; "" holds out a seeded split of the data
+    c.data.eval_path = FieldReference("", field_type=object)
     c.data.eval_examples = 100  # examples held out; 0 holds out none of a split, and takes all of eval_path
     c.data.seed = 0  # of the split and the order
 

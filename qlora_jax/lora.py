@@ -132,8 +132,9 @@ def fresh_adapter(model: Llama, config: LoRAConfig, key: jax.Array) -> dict[str,
             O, I = shape(model, name)
             bound = 1 / math.sqrt(I)
             a_shape, b_shape = (model.config.L, config.rank, I), (model.config.L, O, config.rank)
-            a = jax.random.uniform(jax.random.fold_in(key, place), a_shape, jnp.float32, -bound, bound)
-            arrays[name] = a, jnp.zeros(b_shape, jnp.float32)
+            # drawn flat: the same numbers, but XLA:CPU unrolls their hash over short axes, and compiles for seconds
+            a = jax.random.uniform(jax.random.fold_in(key, place), (math.prod(a_shape),), jnp.float32, -bound, bound)
+            arrays[name] = a.reshape(a_shape), jnp.zeros(b_shape, jnp.float32)
     return arrays
 
 

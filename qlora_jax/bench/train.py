@@ -24,7 +24,7 @@ from qlora_jax.train.memory import Program, memory_limit, out_of_memory_said, pe
 from qlora_jax.train.residency import RESERVED, decide
 from qlora_jax.train.shapes import BatchShape
 from qlora_jax.train.spec import RunSpec
-from qlora_jax.train.step import make_evaluation, make_gradient
+from qlora_jax.train.step import evaluation_of, gradient_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +85,10 @@ class Bench:
         self._note_peak("model")
         self.has_dropout = spec.model.lora.dropout > 0
         self.gradient = Program(
-            make_gradient(model.graph, config.train.loss_chunk, config.optimizer.max_grad_norm),
+            gradient_of(model.graph, config.train.loss_chunk, config.optimizer.max_grad_norm),
             compiler_options(spec.model.remat),
         )
-        self.evaluation = Program(make_evaluation(model.graph, config.train.loss_chunk))
+        self.evaluation = Program(evaluation_of(model.graph, config.train.loss_chunk))
         self.pages = Pages(
             make_optimizer(config.optimizer, config.train.steps), self.adapter, config.optimizer.page_bytes
         )

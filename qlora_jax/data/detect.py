@@ -25,13 +25,14 @@ _GIVES_WAY = {
 
 def find_format(path: str | Sequence[str], revision: str = "main") -> str:
     """The data.format of a data set, as `data_files` takes its name; of one known by name the format of its owners.
+    Of a hub data set the first file is fetched.
 
     Of several (`data_sets`) the one that all have, or each one's, with commas between them.
 
     Raises:
       InputError: a data set cannot be read, no format reads its first rows, or more than one does.
     """
-    found = [known_format(name) or format_of_file(*data_files(name, revision)[0][::-1]) for name in data_sets(path)]
+    found = [known_format(name) or format_of_file(*data_files(name, revision, 1)[0][::-1]) for name in data_sets(path)]
     if not found:
         raise InputError("no data set given: set data.path to a file or a hub data set's name (owner/name)")
     return found[0] if len(set(found)) == 1 else ",".join(found)

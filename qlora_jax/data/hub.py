@@ -45,8 +45,10 @@ def looks_like_dataset(path: str) -> bool:
     return _NAME.fullmatch(path) is not None
 
 
-def dataset_files(path: str, revision: str, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
-    """The training files of `owner/name` at `revision`, or the files of `owner/name:file`, fetched.
+def dataset_files(
+    path: str, revision: str, suffixes: tuple[str, ...], most: int | None = None
+) -> list[tuple[str, Path]]:
+    """The training files of `owner/name` at `revision`, or the files of `owner/name:file`, fetched: the first `most`.
 
     Returns:
       (label, local path) of every file, shards in their order; a label is `owner/name:file`.
@@ -57,7 +59,7 @@ def dataset_files(path: str, revision: str, suffixes: tuple[str, ...]) -> list[t
     repo, _, file = path.partition(":")
     is_named = file and not _is_pattern(file)
     files = [file] if is_named else _chosen(repo, file, _list_files(repo, revision), suffixes)
-    return [(f"{repo}:{name}", _download(repo, name, revision)) for name in files]
+    return [(f"{repo}:{name}", _download(repo, name, revision)) for name in files[:most]]
 
 
 def shards(path: str, revision: str, suffixes: tuple[str, ...]) -> list[Shard]:

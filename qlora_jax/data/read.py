@@ -38,25 +38,28 @@ def read_rows(path: str, revision: str = "main", columns: Sequence[str] = ()) ->
 def data_sets(paths: str | Sequence[str]) -> tuple[str, ...]:
     """The names of the data sets that data.path gives: one, several with commas between them, or a list of them.
 
-    Raises InputError for a name that is empty.
+    Raises InputError for a name that is empty, or no text.
     """
+    if not isinstance(paths, str | list | tuple) or not all(isinstance(path, str) for path in paths):
+        raise InputError(f"{paths!r} names no data set; expected text, names with commas, or a list of names")
     if isinstance(paths, str):
         if not paths.strip() or os.path.isfile(os.path.expanduser(paths)):  # a file's name may have commas
             return (paths,) if paths.strip() else ()
         paths = paths.split(",")
-    names = tuple(str(path).strip() for path in paths)
+    names = tuple(path.strip() for path in paths)
     if "" in names:
         raise InputError(f"an empty name among the data sets {', '.join(names)}; expected names with commas, as a,b")
     return names
 
 
-def data_files(path: str, revision: str = "main") -> list[tuple[str, Path]]:
+def data_files(path: str, revision: str = "main", most: int | None = None) -> list[tuple[str, Path]]:
     """The files of a data set, each with its name in errors (a hub file's path in the cache would say nothing).
 
     Args:
       path: a local file, a hub data set as `owner/name` (its train split) or `owner/name:file` (that file, or those of
         a pattern as `data/*.parquet`), or a name of KNOWN_SETS.
       revision: branch, tag or commit of a hub data set; without meaning for a local file.
+      most: of a hub data set no more than the first `most` files are fetched.
 
     Raises:
       InputError: the file is missing, or the hub has no such data set.
@@ -71,7 +74,7 @@ def data_files(path: str, revision: str = "main") -> list[tuple[str, Path]]:
     if path in KNOWN_SETS:
         return [file for name in KNOWN_SETS[path].names(path) for file in data_files(name, revision)]
     if is_on_hub(path):
-        return list(hub.dataset_files(path, revision, SUFFIXES))
+        return list(hub.dataset_files(path, revision, SUFFIXES, most))
     known = f"; data sets known by name: {', '.join(KNOWN_SETS)}" if "/" not in path and "." not in path else ""
     raise InputError(f"{path}: no such file{_near_names(local)}{known}")
 

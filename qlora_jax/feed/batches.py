@@ -78,7 +78,7 @@ class Batches:
         self._mixture: Mixture | None = None
         if shares is not None:
             groups = [_longest_first(group, self._lengths) for group in shares.groups()]
-            self._mixture = Mixture(groups, shares.weights, len(examples), shares, seed)
+            self._mixture = Mixture(groups, shares.weights, len(examples), shares, seed, "examples")
         self._orders = Orders(self._make_order)
 
     @property

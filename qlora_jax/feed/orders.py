@@ -63,22 +63,23 @@ class Mixture:
     time, and of a small one copies.
     """
 
-    def __init__(self, groups: Sequence[np.ndarray], weights: Sequence[float], total: int, shares: Shares, seed: int):
+    def __init__(
+        self, groups: Sequence[np.ndarray], weights: Sequence[float], total: int, shares: Shares, seed: int, what: str
+    ):
         """
         Args:
           groups: items of each group, int [m]; the first of each comes in the first epoch.
           weights: how many of `total` are drawn of each, in ratio.
-          shares: names the groups in errors.
+          shares: names the groups in errors. what: the items.
 
         Raises:
           InputError: a group has no item in an epoch.
         """
         self.counts = _rounded(np.array(weights, np.float64) / np.sum(weights) * total)
-        for name, count, weight in zip(shares.names, self.counts, shares.weights, strict=True):
+        for name, count in zip(shares.names, self.counts, strict=True):
             if not count:
-                part = weight / sum(shares.weights)
                 raise InputError(
-                    f"data.weights: {part:.2%} of {total:,} an epoch is not one of {name}; make its weight larger"
+                    f"data.weights: {name} would have none of the {total:,} {what} of an epoch; make its weight larger"
                 )
         self._groups, self._seed = groups, seed
         self._lines = [Orders(lambda epoch, k=k: self._order(k, epoch)) for k in range(len(groups))]  # type: ignore[misc]

@@ -149,7 +149,7 @@ def _mixed(lengths: np.ndarray, order: np.ndarray, T: int, shares: Shares, seed:
     plan = Plan(np.concatenate([plan.examples for plan in plans]), np.concatenate([[0], np.cumsum(ends)]))
     rows = [np.arange(first, last) for first, last in zip(begins[:-1], begins[1:], strict=True)]
     weights = [w * len(own) / len(group) for w, own, group in zip(shares.weights, rows, groups, strict=True)]
-    return plan, Mixture(rows, weights, plan.rows, shares, seed)
+    return plan, Mixture(rows, weights, plan.rows, shares, seed, "packed rows")
 
 
 def packed_eval_batches(

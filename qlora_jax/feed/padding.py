@@ -1,5 +1,6 @@
 """How much of a run's batches is padding."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from qlora_jax.data.examples import Example
+from qlora_jax.errors import InputError
 from qlora_jax.feed.batches import Batches
 from qlora_jax.feed.orders import Shares
 from qlora_jax.feed.packing import PackedBatches, pack_length
@@ -50,7 +52,8 @@ def padding_by_method(
     """The same examples shuffled, grouped by length and packed; `data` is the config's section, `shares` are those of
     several data sets.
 
-    Packed is left out where an example is longer than the rows (data.pack_length).
+    Packed is left out where it cannot be: an example is longer than the rows (data.pack_length), or a share of few rows
+    is none.
     """
     rest = (data.pad_to_multiple_of, 0, data.seed, shares)
     found = {
@@ -58,7 +61,8 @@ def padding_by_method(
         "grouped by length": padding(Batches(examples, batch_size, True, *rest)),
     }
     longest = int(lengths_of(examples).max())
-    if longest <= (T := pack_length(data, longest)):
+    T = pack_length(data, longest)
+    with contextlib.suppress(InputError):
         found[f"packed to {T}"] = padding(PackedBatches(examples, batch_size, T, 0, data.seed, shares))
     return found
 

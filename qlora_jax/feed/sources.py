@@ -51,7 +51,7 @@ def heldout_sources(data: Any) -> list[Source]:
 
 def _formats(data: Any) -> tuple[str, ...]:
     given = data.format.split(",") if isinstance(data.format, str) else data.format
-    formats = tuple(str(format).strip() for format in given)
+    formats = tuple(str(format).strip() for format in (given if isinstance(given, list | tuple) else [given]))
     for format in formats:
         if format != AUTO:
             check_format(format)

@@ -194,8 +194,8 @@ def _fitting(key: str, value: Any, known: dict[str, Any]) -> Any:
     if isinstance(old, float) and type(value) is int:
         return float(value)
     if isinstance(old, tuple | list) and isinstance(value, tuple | list):
-        kind = type(old[0]) if old else str
-        if all(type(item) is kind for item in value):
+        kinds = (type(old[0]),) if old else (str, int, float)
+        if all(type(item) in kinds for item in value):
             return list(value)
     elif type(value) is type(old):
         return value

@@ -26,7 +26,11 @@ def random_weights(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """Weights of a Llama: Gaussian with deviation 0.02, divided by sqrt(2 L) where a layer writes into the residual
     stream."""
     keys = iter(jax.random.split(key, len(LINEARS) + 2))
-    normal = lambda shape, std: std * jax.random.normal(next(keys), shape, jnp.float32)  # noqa: E731
+
+    def normal(shape: tuple[int, ...], std: float) -> jax.Array:
+        flat = jax.random.normal(next(keys), (math.prod(shape),), jnp.float32)  # which XLA:CPU compiles sooner
+        return std * flat.reshape(shape)
+
     layers = {}
     for name, letters in LINEARS.items():
         residual = name.endswith(("o_proj", "down_proj"))

@@ -85,7 +85,7 @@ def test_single_messages_become_trees():
         (
             "messages",
             {"messages": [{"role": "tool", "content": "x"}]},
-            "has no place for a turn of the role tool: tools are written by chat templates alone. Set data.template=chat",
+            "has no place for a turn of the role tool: tools are written by chat templates alone. Set data.temp",
         ),
         (
             "messages",

@@ -9,6 +9,7 @@ def test_three_ways_are_compared(run_commands, assert_one_line_error, tmp_path):
     """The third, a process a run, is test_loop's killed command; here it is left out."""
     out = tmp_path / "packs.json"
     small = ["--random", "--members=2", "--steps=2", "--processes=0", "--config.model.remat=none"]
+    small += ["--config.lora.targets=q_proj,down_proj"]
     small += ["--config.data.max_target_len=8", "--config.data.max_source_len=8", f"--out={out}"]
     found, none, unknown = run_commands(
         [["experiments.bench_packs", *flags] for flags in (small, ["--members=0"], ["--config.train.stepz=3"])]

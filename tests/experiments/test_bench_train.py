@@ -21,6 +21,7 @@ SMALL = [
     "--config.train.batch_size=4",
     "--config.train.grad_accum=2",
     "--config.lora.dropout=0.1",
+    "--config.lora.targets=q_proj,down_proj",
     "--config.optimizer.page_bytes=500000",
     "--config.optimizer.warmup_steps=0",
     "--steps=2",

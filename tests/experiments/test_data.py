@@ -54,6 +54,8 @@ def results(run_commands, folder):
     chats = [{"messages": [{"role": "user", "content": f"Q{n}"}, {"role": "assistant", "content": "A"}]} for n in "ab"]
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     (folder / "zero.json").write_text("")
+    chosen = [*chats[0]["messages"][:1], {"role": "assistant", "content": "B"}]
+    (folder / "trl.jsonl").write_text(json.dumps({"chosen": chats[0]["messages"], "rejected": chosen}) + "\n")
     base = [
         "experiments.data",
         "--config=configs/quickstart.py",
@@ -80,6 +82,18 @@ def results(run_commands, folder):
         "unknown": [*base, "--config.data.path=alpacca"],
         "batches": [*base, "--config.data.batches=b.npy"],
         "png folder": [*chat, "--config.data.format=messages", f"--png={folder}"],
+        "several": [
+            *base,
+            f"--config.data.path={folder / 'chats.jsonl'},{folder / 'trl.jsonl'}",
+            "--config.data.format=auto",
+            "--config.data.weights=0.25,0.75",
+            "--show=0",
+            "--config.data.packing=false",
+            f"--out={folder / 'several.json'}",
+        ],
+        "weights": [*chat, "--config.data.format=messages", "--config.data.weights=1,2"],
+        "not clear": [*base, f"--config.data.path={folder / 'trl.jsonl'}", "--config.data.format=alpaca,dolly"],
+        "no hub": [*chat, "--config.data.format=messages", "--config.data.streaming"],
         "help": ["experiments.data", "--help"],
     }
     for name, content in BAD_FILES.items():
@@ -126,6 +140,26 @@ def test_errors(results, assert_one_line_error):
     assert_one_line_error(results["unknown"], ["alpacca: no such file", *KNOWN_SETS])
     assert_one_line_error(results["png folder"], ["--png=", "is a folder"])
     assert_one_line_error(results["batches"], ["data.batches", "give data.path"])
+
+
+def test_several_data_sets_and_their_shares(results, assert_one_line_error, folder):
+    result = results["several"]
+    assert result["status"] == 0, result["err"]
+    for part in (
+        "chats.jsonl (messages, found from its rows): 2 rows, 2 examples",
+        "trl.jsonl (preference, found from its rows): 1 rows, 1 examples",
+        "data: of each pair the chosen answer is learned, as if there were no other; rejected is not used",
+        "data: 75.0% of the examples drawn are of ",
+    ):
+        assert part in result["out"]
+    sources = json.loads((folder / "several.json").read_text())["sources"]
+    assert [(source["format"], source["rows"], source["share"]) for source in sources] == [
+        ("messages", 2, 0.25),
+        ("preference", 1, 0.75),
+    ]
+    assert_one_line_error(results["weights"], ["data.weights has 2 weights and data.path 1 data sets"])
+    assert_one_line_error(results["not clear"], ["data.format has 2 formats (alpaca, dolly) and data.path 1 data sets"])
+    assert_one_line_error(results["no hub"], ["data.streaming is for data sets of the hub", "leave it off"])
 
 
 @pytest.mark.parametrize("name", BAD_FILES)

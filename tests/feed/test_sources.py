@@ -169,11 +169,11 @@ def test_the_first_rows_alone(paths, byte_tokenizer):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weights": (0.7,)}, r"data.weights has 1 weights and data.path 2 data sets \(.*big.jsonl, .*\); give one for"),
+        ({"weights": (0.7,)}, r"data.weights has 1 weights and data.path 2 data sets \(.*big.jsonl, .*\); give one"),
         ({"weights": (0.7, 0)}, "data.weights has 0, expected numbers above 0, as 0.7,0.3"),
         ({"weights": ("0.7", "x")}, "data.weights has 'x', expected numbers"),
         ({"weights": (float("nan"), 1)}, "data.weights has nan"),
-        ({"weights": (1, 1e-9)}, "data.weights: 0.00% of 100 an epoch is not one of .*small.jsonl; make its weight lar"),
+        ({"weights": (1, 1e-9)}, "data.weights: .*small.jsonl would have none of the 100 examples of an epoch; make"),
         ({"format": "alpaca,dolly,text"}, "data.format has 3 formats .* and data.path 2 data sets"),
         ({"format": "input-output,alpacca"}, "unknown data.format 'alpacca'"),
         ({"max_rows": -1}, "data.max_rows is -1"),

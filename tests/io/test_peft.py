@@ -15,6 +15,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.io.load import QuantSpec, load_model
 from qlora_jax.io.peft import load_adapter, read_adapter, write_adapter
 from qlora_jax.lora import LoRAConfig
+from tests.random_arrays import random_normal
 
 KEY = "base_model.model.model.layers.{}.{}.lora_{}.weight"
 WEIGHTS = "adapter_model.safetensors"
@@ -111,7 +112,7 @@ def test_written_and_read_bit_for_bit(model, tmp_path, targets):
     names = lora.attach(model, config, jax.random.key(0))
     for name in names:
         layer = lora.linear(model, name)
-        layer.lora_b.set_value(jax.random.normal(jax.random.key(1), layer.lora_b.get_value().shape))
+        layer.lora_b.set_value(random_normal(1, layer.lora_b.get_value().shape))
     _, adapter, _ = lora.split(model)
     write_adapter(tmp_path / "out", adapter, config, "some/base")
     arrays = lora.adapter_arrays(adapter)

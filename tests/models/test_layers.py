@@ -10,12 +10,13 @@ from pallas_kernels.nf4_matmul import dense_matmul
 from qlora_jax.models.dropout import Dropout
 from qlora_jax.models.layers import Linear
 from qlora_jax.quant.tensor import matmul, quantize
+from tests.random_arrays import random_normal
 
 SCALE = 0.75
 
 
 def normal(*shape: int, seed: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
+    return random_normal(seed, shape)
 
 
 def formula(x, weight, a, b, dropout):

@@ -16,6 +16,7 @@ from qlora_jax.io.load import QuantSpec, load_model
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models import llama
 from qlora_jax.models.dropout import Dropout
+from tests.random_arrays import random_normal
 
 FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
 LLAMAS = ("llama1", "llama2", "llama3", "linear_rope", "head_dim")
@@ -140,7 +141,7 @@ def adapted(model, dropout: float = 0.0, targets: tuple[str, ...] = ("all-linear
     for place, name in enumerate(names):
         layer = lora.linear(model, name)
         b = layer.lora_b.get_value()
-        layer.lora_b.set_value(0.1 * jax.random.normal(jax.random.key(place), b.shape))
+        layer.lora_b.set_value(0.1 * random_normal(place, b.shape))
     return model
 
 

@@ -11,6 +11,7 @@ from qlora_jax.io.load import QuantSpec, load_model
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.attention import causal_attention, chunked_attention, segment_starts
 from qlora_jax.train.step import make_evaluation, make_gradient
+from tests.random_arrays import random_normal
 
 FAST = {"xla_backend_optimization_level": 0}
 LENGTHS = ((7, 12, 1, 9), (16, 13))  # of the examples in each row
@@ -47,8 +48,7 @@ def test_where_segments_begin():
     ],
 )
 def test_attention_stays_within_its_segment(attend):
-    keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v, d_out = (2 * jax.random.normal(key, (2, T, n, 8)) for key, n in zip(keys, (4, 2, 2, 4), strict=True))
+    q, k, v, d_out = (2 * random_normal(place, (2, T, n, 8)) for place, n in enumerate((4, 2, 2, 4)))
     starts = segment_starts(jnp.asarray(segments_of(LENGTHS)))
     found = with_gradient(lambda q, k, v: attend(q, k, v, starts), q, k, v, d_out)
     segments = jnp.asarray(segments_of(LENGTHS))
@@ -70,7 +70,7 @@ def with_gradient(attend, q, k, v, d_out):
 
 def test_keys_before_the_earliest_start_are_not_visited():
     """In a chunk of queries of a late example even a NaN among the early keys changes nothing."""
-    q, k, v = (jax.random.normal(jax.random.key(n), (1, 32, 2, 8)) for n in range(3))
+    q, k, v = (random_normal(n, (1, 32, 2, 8)) for n in range(3))
     starts = segment_starts(jnp.repeat(jnp.array([[1, 2]]), 16, axis=1))
     clean = chunked_attention(q, k, v, 8, 8, starts)
     spoiled = chunked_attention(q, k.at[:, :16].set(jnp.nan), v.at[:, :16].set(jnp.nan), 8, 8, starts)
@@ -90,7 +90,7 @@ def parts(golden, attention, sequence_chunk, remat):
     lora.attach(model, LoRAConfig(rank=2, dropout=0.0), jax.random.key(0))
     for place, name in enumerate(lora.LINEARS):
         layer = lora.linear(model, name)
-        layer.lora_b.set_value(0.1 * jax.random.normal(jax.random.key(place), layer.lora_b.get_value().shape))
+        layer.lora_b.set_value(0.1 * random_normal(place, layer.lora_b.get_value().shape))
     return model
 
 

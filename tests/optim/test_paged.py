@@ -43,11 +43,12 @@ def kinds(states) -> set[str]:
 )
 def test_paged_is_unpaged_is_partly_resident_bit_for_bit_and_optax(name, page_bytes):
     tx, _ = TRANSFORMATIONS[name]
-    none, half, everything = (make(tx, page_bytes, resident) for resident in (0, 800, math.inf))
-    results = [run(optimizer) for optimizer in (none, half, everything)]
-    for result in results[:2]:
-        assert_same_bits(result, results[2])
-    for optimizer, (_, states) in zip((none, half, everything), results, strict=True):
+    half = [800] if name == "adamw" else []  # its pages have the programs of the others
+    optimizers = [make(tx, page_bytes, resident) for resident in (0, *half, math.inf)]
+    results = [run(optimizer) for optimizer in optimizers]
+    for result in results[:-1]:
+        assert_same_bits(result, results[-1])
+    for optimizer, (_, states) in zip(optimizers, results, strict=True):
         for state, kept in zip(states, optimizer.resident, strict=True):
             assert kinds(state) <= {"device" if kept else "pinned_host"}
     params = tree(0)

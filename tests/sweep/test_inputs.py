@@ -7,6 +7,7 @@ import pytest
 
 from configs import quickstart
 from qlora_jax.errors import InputError
+from qlora_jax.sweep.check import check_points
 from qlora_jax.sweep.grid import axis, expand
 from qlora_jax.sweep.inputs import check_inputs, contents
 from qlora_jax.sweep.ledger import Ledger, Outcome
@@ -45,6 +46,20 @@ def change(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-6] ^= 1
     file.write_bytes(content)
+
+
+def test_each_of_several_data_sets_is_noted(config, tmp_path):
+    both = f"{tmp_path / 'a.json'},{tmp_path / 'b.json'}"
+    points = expand(config, axis("data.path", [both, str(tmp_path / "b.json")])).points
+    names = contents([point.config for point in points])
+    assert {f"data.path={tmp_path / name}" for name in ("a.json", "b.json")} <= names.keys()
+    config.data.path = both
+    weighted = expand(config, axis("data.weights", [(0.7, 0.3), (1, 1)]))
+    check_points(weighted.points, "cpu")
+    assert [point.config["data"]["weights"] for point in weighted.points] == [[0.7, 0.3], [1, 1]]
+    config.data.weights = (1.0, 2.0)
+    with pytest.raises(InputError, match="data.weights has 2 weights and data.path 1 data sets"):
+        check_points(expand(config, axis("data.path", [both, str(tmp_path / "b.json")])).points, "cpu")
 
 
 @pytest.mark.parametrize(

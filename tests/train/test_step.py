@@ -15,6 +15,7 @@ from qlora_jax.lora import LoRAConfig
 from qlora_jax.optim.paged import PagedOptimizer
 from qlora_jax.optim.pages import Pages
 from qlora_jax.train.step import make_evaluation, make_gradient
+from tests.random_arrays import random_normal
 
 FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
 VARIANTS = {"base32": "none", "base32_seldom_clipped": "none", "nf4_dq": "nf4"}
@@ -64,7 +65,7 @@ def parts(golden):
     model = load_model(golden / "llama" / "llama1", QuantSpec("none"), jnp.float32, remat="none")
     lora.attach(model, LoRAConfig(rank=2, targets=("v_proj",), dropout=0.2), jax.random.key(0))
     layer = lora.linear(model, "self_attn.v_proj")
-    layer.lora_b.set_value(0.1 * jax.random.normal(jax.random.key(1), layer.lora_b.get_value().shape))
+    layer.lora_b.set_value(0.1 * random_normal(1, layer.lora_b.get_value().shape))
     return lora.split(model)
 
 

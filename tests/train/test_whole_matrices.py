@@ -12,6 +12,7 @@ from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.layers import Trained
 from qlora_jax.models.vocabulary import grow
 from qlora_jax.train.step import make_gradient
+from tests.random_arrays import random_normal
 
 FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
 BOTH = ("embed_tokens", "lm_head")
@@ -24,7 +25,7 @@ def parts(golden, checkpoint, modules, remat="block", dtype=jnp.float32):
     config = LoRAConfig(rank=2, dropout=0.0, targets=("v_proj",), modules_to_save=modules)
     for place, name in enumerate(lora.attach(model, config, jax.random.key(0))):
         layer = lora.linear(model, name)
-        layer.lora_b.set_value(0.1 * jax.random.normal(jax.random.key(place), layer.lora_b.get_value().shape))
+        layer.lora_b.set_value(0.1 * random_normal(place, layer.lora_b.get_value().shape))
     return lora.split(model)
 
 

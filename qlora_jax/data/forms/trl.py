@@ -21,7 +21,7 @@ _END = "<|endoftext|>"  # of GPT-3, at the end of completions; our examples end 
 
 def is_conversational(row: Row) -> bool:
     """Whether a row has messages where others have text."""
-    return any(isinstance(row.fields.get(name), list) for name in ("prompt", "completion", "chosen"))
+    return any(isinstance(value := row.fields.get(name), list) and value for name in ("prompt", "completion", "chosen"))
 
 
 def prompt_completion(row: Row) -> list[Pair]:
