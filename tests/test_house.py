@@ -17,6 +17,7 @@ ORDER = (
     "experiments.support",
     "configs",
     "qlora_jax.report",
+    "qlora_jax.doctor",
     "qlora_jax.sweep",
     "qlora_jax.bench",
     "qlora_jax.plan",
