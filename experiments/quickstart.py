@@ -1,4 +1,4 @@
-"""Quantizes a small Llama, finetunes it in 4 bits, and compares that with 16 bits: all in a minute, on any machine.
+"""Quantizes a small Llama, finetunes it in 4 bits, and compares that with 16 bits. It needs a minute or two.
 
     python -m experiments.quickstart
 
