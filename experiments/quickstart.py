@@ -16,16 +16,18 @@ from typing import Any
 from absl import flags
 
 from experiments.support import cli
+from experiments.support.command import command, this_command
 
 CONFIG = cli.config_flag("configs/quickstart.py")
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder for everything that is written.")
 
 
-def main() -> None:
+def main() -> int:
     begun = time.perf_counter()
     import jax
 
     from qlora_jax.files import write_json
+    from qlora_jax.train.loop import Stopped
     from qlora_jax.train.memory import peak_host_bytes
 
     config, workdir = CONFIG.value, Path(WORKDIR.value)
@@ -40,7 +42,11 @@ def main() -> None:
         asked_before = beside.submit(models["4-bit"].answers, rows)
         for name, model in models.items():
             print(f"\n{name} base:")
-            runs[name] = train(model.config, workdir / name)
+            try:
+                runs[name] = train(model.config, workdir / name)
+            except Stopped as stopped:
+                print(f"{stopped}:\n  {this_command()}")
+                return 143  # 128 + SIGTERM
         asked_after = beside.submit(models["4-bit"].answers, rows, workdir / "4-bit" / "adapter")
         after_16 = models["16-bit"].answers(rows, workdir / "16-bit" / "adapter")
         before, after = asked_before.result(), asked_after.result()
@@ -58,10 +64,10 @@ def main() -> None:
         ("quickstart.json", "the figures above"),
     ):
         print(f"  {file:35} {what}")
-    chat = (
-        f"python -m experiments.generate --model={config.model.path} --quant=nf4+dq --adapter={workdir}/4-bit/adapter"
-    )
-    print(f"\ntook {results['seconds']:.0f} s. Ask it yourself:\n  .venv/bin/{chat} --template=alpaca")
+    flags = [f"--model={config.model.path}", "--quant=nf4+dq", f"--adapter={workdir}/4-bit/adapter"]
+    chat = command("generate", *flags, "--template=alpaca")
+    print(f"\ntook {results['seconds']:.0f} s. Ask it yourself:\n  {chat}")
+    return 0
 
 
 def print_sizes(model: str) -> dict[str, float]:
