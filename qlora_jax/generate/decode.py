@@ -32,6 +32,7 @@ PAD_TO = 64  # tokens; prompt lengths and cache sizes are multiples of it
 PREFILL = 256  # tokens of each prompt read at a time
 CHUNK = 16  # decoding steps of a device call when nobody watches; a stop is seen after it
 _BROKEN = -2  # stands where a token would, had the logits been finite
+WIDTH = 16  # tokens that a program has room for, or a multiple: calls of other numbers of steps share it
 ROWS = 8  # a batch has a multiple of so many rows where its size allows
 
 
@@ -236,7 +237,8 @@ class Decoding:
 
         Raises InputError where a row's logits are not finite: no token follows from them.
         """
-        self._rows, drawn, taken = _decode(self._graph, self._state, self._rows, self._settings, steps)
+        width = -(-steps // WIDTH) * WIDTH
+        self._rows, drawn, taken = _decode(self._graph, self._state, self._rows, self._settings, steps, width)
         self.steps += int(taken)
         new: list[list[int]] = []
         for row, ids in enumerate(np.asarray(drawn)[: len(self.tokens)].tolist()):
@@ -305,9 +307,11 @@ def _read(
     return cache, jnp.where(((place >= 0) & (place < T))[:, None], last, hidden)
 
 
-@partial(jax.jit, static_argnames=("graph", "steps"), donate_argnames="rows")
-def _decode(graph: Any, state: Any, rows: Rows, settings: Settings, steps: int) -> tuple[Rows, jax.Array, jax.Array]:
-    """Up to `steps` tokens a row: int32 [B, steps], -1 where a row drew none, _BROKEN where its logits were not finite;
+@partial(jax.jit, static_argnames=("graph", "width"), donate_argnames="rows")
+def _decode(
+    graph: Any, state: Any, rows: Rows, settings: Settings, steps: jax.Array | int, width: int
+) -> tuple[Rows, jax.Array, jax.Array]:
+    """Up to `steps` tokens a row: int32 [B, width], -1 where a row drew none, _BROKEN where its logits were not finite;
     and how many steps were taken."""
     model = nnx.merge(graph, state)
 
@@ -330,7 +334,7 @@ def _decode(graph: Any, state: Any, rows: Rows, settings: Settings, steps: int) 
         done = rows.done | ended | broken | (counts >= settings.limits)
         return step + 1, Rows(cache, out[:, 0], lengths, counts, done), drawn
 
-    drawn = jnp.full((rows.done.shape[0], steps), -1, jnp.int32)
+    drawn = jnp.full((rows.done.shape[0], width), -1, jnp.int32)
     taken, rows, drawn = jax.lax.while_loop(unfinished, draw, (jnp.int32(0), rows, drawn))
     return rows, drawn, taken
 
