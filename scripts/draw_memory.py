@@ -49,7 +49,8 @@ def draw(found: dict[str, dict[str, int]], out: Path) -> None:
             axes.barh(list(found), sizes, left=left, label=part, color=colour)
             left = [begin + size for begin, size in zip(left, sizes, strict=True)]
     for place, total in enumerate(left):
-        axes.text(total + 0.4, place, f"{total:.1f} GB", va="center", fontsize=9)
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over a card's line
+        axes.text(total + 0.4, place, f"{total:.1f} GB", va="center", fontsize=9, bbox=white)
     for card, size in CARDS.items():
         axes.axvline(size * 2**30 / 1e9, color="black", linewidth=0.8, linestyle="--")
         axes.text(size * 2**30 / 1e9 - 0.3, -0.9, card, ha="right", va="center", fontsize=8)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qlora_jax import embedded
+from qlora_jax.api.model import Model
 from qlora_jax.base import get_config
 from qlora_jax.settings import SECTIONS, flatten
 from tests.tiny_checkpoint import write_tiny_checkpoint
@@ -22,6 +23,8 @@ FENCE = re.compile(r"^(<!-- run -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.
 SEPARATORS = {"&&", "||", "|", ";", "&"}
 SHELL, PYTHON = "bash", "python"
 MESSAGE = re.compile(r"^\*\*`(.+)`\*\*$", re.MULTILINE)
+# settings in place of a block's steps: the notebook's shapes, whose programs other tests compile too
+SMALL = "steps=2, rank=16, batch_size=4"
 # what stands as a key does: of a model in Python, of an example of what is wrong
 NO_KEYS = {"model.generate", "model.template", "train"}
 HOLE = "\0"  # in a message of the code, where a value stands
@@ -165,10 +168,11 @@ def python_blocks() -> list:
 
 @pytest.mark.parametrize("text, runs", python_blocks())
 def test_python_blocks(text, runs, tiny_quickstart, tmp_path, monkeypatch):
-    """All compile; those under <!-- run --> run, on a smaller model, with fewer steps."""
-    code = compile(re.sub(r"\bsteps=\d+", "steps=2, rank=2", text), "a block", "exec")
+    """All compile; those under <!-- run --> run, on a smaller model, with fewer steps and tokens."""
+    code = compile(re.sub(r"\bsteps=\d+", SMALL, text), "a block", "exec")
     if not runs:
         return
+    monkeypatch.setattr(Model.generate, "__defaults__", (6, *Model.generate.__defaults__[1:]))
     monkeypatch.setitem(embedded.MODELS, "quickstart", str(tiny_quickstart))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "alpaca.jsonl").write_text('{"instruction": "Say hi.", "input": "", "output": "hi"}\n' * 8)
@@ -177,7 +181,7 @@ def test_python_blocks(text, runs, tiny_quickstart, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tiny_quickstart(tmp_path_factory):
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("docs") / "model")
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("docs") / "model", context=256)
 
 
 def test_messages_are_those_of_the_code():
@@ -198,7 +202,7 @@ def test_a_message_that_is_gone_is_found():
 
 def pattern_of(message: str) -> str:
     """Matches within a line: the texts between holes in this order."""
-    return ".*".join(re.escape(part) for part in message.split("…"))
+    return ".*".join(re.escape(part) for part in message.strip("…").split("…"))
 
 
 def messages_of_the_code() -> list[str]:
