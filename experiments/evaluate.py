@@ -83,11 +83,10 @@ def perplexity_table(result: dict[str, Any]) -> str:
 
 def measure_perplexity() -> dict[str, Any]:
     """The result, as it is written."""
-    from tqdm import tqdm
-
     from qlora_jax.errors import InputError
     from qlora_jax.evaluate.perplexity import perplexity
     from qlora_jax.io.load import load_config
+    from qlora_jax.progress import Progress
 
     if (TEXT.value is None) == (TOKENS.value is None):
         raise InputError("--task=perplexity takes one of --text=FILE and --tokens=FILE.npy")
@@ -102,13 +101,8 @@ def measure_perplexity() -> dict[str, Any]:
     if bos_id is None:
         print("BOS is not put before a text here: the first token of a window is not scored", file=sys.stderr)
     started = time.perf_counter()
-    with tqdm(desc="scoring", unit="window", delay=2) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        found = perplexity(loaded.model, texts, bos_id, CONTEXT.value, BATCH_SIZE.value, progress)
+    with Progress("scoring", unit="window") as scoring:
+        found = perplexity(loaded.model, texts, bos_id, CONTEXT.value, BATCH_SIZE.value, scoring.to)
     return {
         "task": "perplexity",
         "quant": loaded.quant,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
-from tqdm import tqdm
 
 from experiments.support import cli
 
@@ -80,6 +79,7 @@ def merge(source: Source, out: Path) -> None:
     from qlora_jax.io.load import stored_quant
     from qlora_jax.io.merge import REPORT, merge_folder
     from qlora_jax.io.shards import size_text
+    from qlora_jax.progress import Progress
 
     try:
         base = resolve(source.model or "", source.revision)
@@ -91,14 +91,9 @@ def merge(source: Source, out: Path) -> None:
             "or merge into it as it is (--merge_into=original)"
         )
     print(f"export: {base} + {source.adapter} -> {out}: merged, {DTYPE.value}")
-    with tqdm(desc="merging", unit="tensor", leave=False, delay=2) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with Progress("merging", unit="tensor") as merging:
         report = merge_folder(
-            base, source.adapter, out, source.quant, MERGE_INTO.value, DTYPE.value, OVERWRITE.value, progress=progress
+            base, source.adapter, out, source.quant, MERGE_INTO.value, DTYPE.value, OVERWRITE.value, progress=merging.to
         )
     print(_consequence(report, source.quant))
     print(

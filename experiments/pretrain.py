@@ -1,6 +1,8 @@
 """Makes the embedded model of the quickstart, from text that every Python has and generated material.
 
-python -m experiments.pretrain --out=runs/tiny_llama
+    python -m experiments.pretrain --out=runs/tiny_llama
+
+--config names another recipe: configs/pretrain_mini.py makes the mini grid's model.
 """
 
 import json

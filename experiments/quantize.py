@@ -11,7 +11,6 @@ qlora_jax_quantize.json.
 from pathlib import Path
 
 from absl import flags
-from tqdm import tqdm
 
 from experiments.support import cli
 
@@ -29,18 +28,14 @@ def main() -> None:
     from qlora_jax.io.load import stored_quant
     from qlora_jax.io.remote import name_of
     from qlora_jax.io.write import REPORT, choose_quant, quantize_folder
+    from qlora_jax.progress import Progress
 
     source, out = resolve(MODEL.value, REVISION.value), Path(OUT.value).expanduser()
     stored = stored_quant(source)
     quant = choose_quant(stored, QUANT.value, BLOCK_SIZE.value, source)
     print(f"quantize: {name_of(source)} ({stored or 'not quantized'}) -> {out}: {quant}, {FORMAT.value} form")
-    with tqdm(desc="quantizing", unit="tensor", leave=False, delay=2) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        report = quantize_folder(source, out, FORMAT.value, quant, OVERWRITE.value, progress=progress)
+    with Progress("quantizing", unit="tensor") as quantizing:
+        report = quantize_folder(source, out, FORMAT.value, quant, OVERWRITE.value, progress=quantizing.to)
     print(table(report))
     print(f"written: {out} ({', '.join(report['files'])}; this table as JSON in {REPORT})")
 

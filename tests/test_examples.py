@@ -18,7 +18,7 @@ def code_cells(notebook: Path) -> list[str]:
 
 @pytest.mark.parametrize("notebook", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebook_runs(notebook, tmp_path, monkeypatch):
-    monkeypatch.setitem(embedded.MODELS, "quickstart", str(write_tiny_checkpoint(tmp_path / "model")))
+    monkeypatch.setitem(embedded.MODELS, "quickstart", str(write_tiny_checkpoint(tmp_path / "model", context=256)))
     monkeypatch.chdir(tmp_path)
     names: dict = {"__name__": "__main__"}
     for number, cell in enumerate(code_cells(notebook)):

@@ -19,6 +19,7 @@ ORDER = (
     "qlora_jax",  # the front door: it hands on names of the rooms below when they are asked for
     "qlora_jax.api",
     "qlora_jax.report",
+    "qlora_jax.doctor",
     "qlora_jax.sweep",
     "qlora_jax.bench",
     "qlora_jax.planning",

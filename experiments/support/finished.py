@@ -1,5 +1,6 @@
 """What a finished run says: what it made, and three commands to go on with."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def _plain_prompt(data: Any) -> str:
         return "Once upon a time"
     if data.format == "hh-rlhf":
         return f"{prompts.HH_LABELS['user']} {_QUESTION}{prompts.HH_LABELS['assistant']}"
-    forms = {
+    forms: dict[str, Callable[[str], str]] = {
         "self-instruct": prompts.self_instruct_prompt,
         "unnatural-instructions": prompts.unnatural_prompt,
         "flan-v2": prompts.chain_of_thought_prompt,

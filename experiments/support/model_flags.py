@@ -68,12 +68,11 @@ class ModelFlags:
 
         Raises InputError for a folder, an adapter or a quantization that does not fit.
         """
-        from tqdm import tqdm
-
         from qlora_jax.api.opening import check_adapter, quant_name
         from qlora_jax.io.load import load_model
         from qlora_jax.io.peft import load_adapter
         from qlora_jax.io.remote import name_of
+        from qlora_jax.progress import Progress
 
         self._check_kernel()
         folder = self.folder()
@@ -81,17 +80,12 @@ class ModelFlags:
         adapter = self.adapter_folder()
         check_adapter(adapter, spec)  # before minutes of loading
         dtype = self._dtype()
-        with tqdm(desc="loading", unit="tensor", leave=False, delay=2) as bar:
-
-            def progress(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            model = load_model(folder, spec, dtype, kernel=self.kernel.value, progress=progress)
+        with Progress("loading", unit="tensor") as loading:
+            model = load_model(folder, spec, dtype, kernel=self.kernel.value, progress=loading.to)
         tuned = ""
         if adapter is not None:
-            with tqdm(desc="adapter", unit="weight", leave=False, delay=2) as bar:
-                config = load_adapter(model, adapter, progress)
+            with Progress("adapter", unit="weight") as taking_out:
+                config = load_adapter(model, adapter, taking_out.to)
             tuned = f", adapter {adapter} of rank {config.rank}"
             tuned += f" on what {config.residual} left of the base" if config.residual else ""
         stored_as = "not quantized" if spec.format == "none" else str(spec)

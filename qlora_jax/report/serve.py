@@ -32,7 +32,8 @@ class Follower:
     """
 
     def __init__(self, report: Report, host: str = "127.0.0.1", port: int = 0):
-        self._report, self._page, self._version, self._seen = report, b"", "", (None,)
+        self._report, self._page, self._version = report, b"", ""
+        self._seen: tuple[tuple[str, int, int], ...] | None = None
         self.finished = False
         self.refresh()
         try:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 from pallas_kernels.finite import all_finite
 from qlora_jax.data.examples import Example
 from qlora_jax.errors import InputError
+from qlora_jax.feed.batches import Batches
 from qlora_jax.feed.pipeline import prefetched, step_dataset
 from qlora_jax.generate.trained import template_of, write_template
 from qlora_jax.io.peft import write_adapter
@@ -114,6 +116,7 @@ class Run:
         self.states = self.optimizer.init(self.adapter)
         self.speeds: deque[float] = deque(maxlen=_RECENT)  # tokens/s of steps that compiled nothing
         self.stop = threading.Event()
+        self.ahead = ThreadPoolExecutor(1, thread_name_prefix="compiling")
         self.feed: Any = None  # the batches to come; `finish` knows where they begin
 
     def finish(self) -> dict[str, Any]:
@@ -133,6 +136,7 @@ class Run:
         steps = self.prepared.steps
         # one run trains on one device (setup.check_values), so it takes whole batches
         self.feed = prefetched(step_dataset(self.prepared.data.batches, steps, shard_index=0, shard_count=1), start)
+        self._compile_ahead(start)
         with _on_sigterm(self.stop):
             if self.config.eval.every and start == 0:
                 self._log_evaluation(0, self.say)
@@ -144,12 +148,12 @@ class Run:
 
     def _go(self, step: int, progress: Progress) -> None:
         """A step, and what is due after it."""
-        config, steps, programs = self.config, self.prepared.steps, self._programs_compiled()
+        config, steps, waits = self.config, self.prepared.steps, self._waits()
         row = self._step(step)
         done = step + 1
         if done % config.train.log_every == 0 or done == steps:
             self._log(row)
-        typical = self._programs_compiled() == programs
+        typical = self._waits() == waits
         if typical:
             self.speeds.append(row["tokens"] / row["seconds"])
         progress.step(self._status(row), typical=typical)
@@ -177,7 +181,8 @@ class Run:
         self.loggers.log(row)
 
     def close(self) -> None:
-        """Ends what reads ahead."""
+        """Ends what reads and compiles ahead."""
+        self.ahead.shutdown(cancel_futures=True)
         if self.feed is not None:
             self.feed.close()
 
@@ -196,17 +201,34 @@ class Run:
     def _compile_largest(self) -> None:
         """The programs of the longest batches, which training and evaluation come to in any case."""
         config, prepared = self.config, self.prepared
-        batches, G = prepared.data.batches, prepared.grad_accum
-        shape = (G, batches.batch_size // G, batches.max_length)
-        tokens, mask = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.int32, np.bool_))
-        key = jax.random.key(0) if config.lora.dropout else None
-        segments = [tokens] if prepared.data.is_packed else []
-        self.gradient.compile(self.adapter, prepared.base, tokens, mask, key, *segments)
+        self.gradient.compile(*self._gradient_shapes(prepared.data.batches.max_length))
         heldout = prepared.data.eval_batches(prepared.data.heldout, config.eval.batch_size)
         for batch in itertools.islice(heldout, 1):  # the longest first
             self.evaluation.compile(self.adapter, prepared.base, *arrays_of(batch))
         if self.mmlu is not None:
             self.mmlu.compile_largest(self.adapter, prepared.base)
+
+    def _compile_ahead(self, start: int) -> None:
+        """The gradients of all lengths to come, in the order in which they come, beside evaluation and steps.
+
+        Not on GPUs: there compiling tries products out on the device, which then has the training on it.
+        """
+        batches = self.prepared.data.batches
+        if jax.default_backend() != "cpu" or not isinstance(batches, Batches):
+            return
+        lengths = batches.padded(self.prepared.steps)[1][start:].tolist()
+        for length in dict.fromkeys(lengths):
+            self.ahead.submit(self.gradient.compile, *self._gradient_shapes(length))
+
+    def _gradient_shapes(self, length: int) -> list[Any]:
+        """Arguments of the gradient for batches of rows of `length` tokens."""
+        prepared, batches = self.prepared, self.prepared.data.batches
+        shape = (prepared.grad_accum, batches.batch_size // prepared.grad_accum, length)
+        tokens, mask = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.int32, np.bool_))
+        key = jax.random.key(0) if self.config.lora.dropout else None
+        # a step gives its adapter away: while another thread compiles, only shapes are sure to be there
+        adapter = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.adapter)
+        return [adapter, prepared.base, tokens, mask, key, *([tokens] if prepared.data.is_packed else [])]
 
     def evaluate(self, examples: Sequence[Example]) -> float | None:
         """Mean loss over the target tokens of held-out examples, nats; None without any."""
@@ -287,8 +309,9 @@ class Run:
         speed = [f"{statistics.median(self.speeds):,.0f} tokens/s"] if self.speeds else []
         return ", ".join([f"loss {row['loss']:.4f}", *speed, memory_said()])
 
-    def _programs_compiled(self) -> int:
-        return self.gradient.count + self.optimizer.programs_compiled
+    def _waits(self) -> int:
+        """Times that a step had to wait for the compiler."""
+        return self.gradient.waits + self.optimizer.programs_compiled
 
     def _device_bytes(self) -> tuple[int, str]:
         return peak_device_bytes(self._program_bytes() + self.optimizer.resident_bytes)

@@ -3,7 +3,9 @@
 import os
 import resource
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,34 +17,53 @@ MEMORY_FRACTION = 0.95  # of a GPU, for JAX's allocator; XLA_CLIENT_MEM_FRACTION
 
 
 class Program:
-    """A jitted function compiled once a shape, so that each program's own memory figures are at hand."""
+    """A jitted function compiled once a shape, so that each program's own memory figures are at hand.
+
+    Several threads may compile and call it: who needs a program that is being compiled waits for it.
+    """
 
     def __init__(
         self, function: Any, compiler_options: dict[str, str] | None = None, donate_argnums: tuple[int, ...] = ()
     ):
         self._jitted = jax.jit(function, compiler_options=compiler_options, donate_argnums=donate_argnums)
-        self._compiled: dict[Any, Any] = {}
+        self._compiled: dict[Any, Future] = {}
+        self._lock = threading.Lock()
+        self.waits = 0  # calls whose program was not there yet
         self.peak_bytes = 0  # largest program so far: arguments, results and temporaries
 
-    @property
-    def count(self) -> int:
-        """Programs compiled so far."""
-        return len(self._compiled)
-
     def __call__(self, *arguments: Any) -> Any:
+        program = self._compiled.get(_key(arguments))
+        if program is None or not program.done():
+            self.waits += 1
         return self.compile(*arguments)(*arguments)
 
     def compile(self, *arguments: Any) -> Any:
         """The program for arrays of these shapes, whose memory then counts in peak_bytes."""
-        key = (jax.tree.structure(arguments), *((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments)))
-        if key not in self._compiled:
-            compiled = self._jitted.lower(*arguments).compile()
-            self._compiled[key] = compiled
-            memory = compiled.memory_analysis()
-            if memory is not None:
-                used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        key = _key(arguments)
+        with self._lock:
+            is_mine = key not in self._compiled
+            program = self._compiled.setdefault(key, Future())
+        if is_mine:
+            try:
+                program.set_result(self._compile(arguments))
+            except BaseException as error:
+                with self._lock:
+                    del self._compiled[key]  # whoever asks next tries again
+                program.set_exception(error)
+        return program.result()
+
+    def _compile(self, arguments: tuple) -> Any:
+        compiled = self._jitted.lower(*arguments).compile()
+        memory = compiled.memory_analysis()
+        if memory is not None:
+            used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+            with self._lock:
                 self.peak_bytes = max(self.peak_bytes, used - memory.alias_size_in_bytes)
-        return self._compiled[key]
+        return compiled
+
+
+def _key(arguments: tuple) -> Any:
+    return (jax.tree.structure(arguments), *((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments)))
 
 
 @contextmanager

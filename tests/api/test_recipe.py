@@ -11,7 +11,7 @@ from qlora_jax.feed.load import load_data
 from qlora_jax.generate.trained import template_of
 from qlora_jax.models.known import known_config
 from qlora_jax.text.tokenizer import Tokenizer
-from tests.byte_tokenizer import write_byte_tokenizer
+from tests.byte_tokenizer import TEMPLATE, write_byte_tokenizer
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
@@ -25,7 +25,11 @@ def model(tmp_path_factory):
     write_tiny_checkpoint(folder / "model", context=1024)
     for file in (folder / "model").glob("tokenizer*"):
         file.unlink()
-    return write_byte_tokenizer(folder / "model")
+    write_byte_tokenizer(folder / "model")
+    settings = folder / "model" / "tokenizer_config.json"
+    ended = TEMPLATE.replace("{{ message['content'] }}", "{{ message['content'] }}</s>")
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": ended}))
+    return folder / "model"
 
 
 def filled(model, tmp_path, rows, **keys):

@@ -14,7 +14,7 @@ FAST = ["--config.train.steps=4", "--config.lora.rank=16", "--config.train.batch
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model")
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model", context=256)
 
 
 @pytest.fixture
@@ -81,13 +81,27 @@ def test_mistakes_are_one_line(qlora, assert_one_line_error, arguments, words):
     assert_one_line_error(qlora("train", *arguments), words)
 
 
-def test_plan_from_a_model(qlora, checkpoint, tmp_path):
+def test_plan_from_a_model(qlora, checkpoint, tmp_path, monkeypatch):
+    """In Python and by the command the same is planned; it is compiled once."""
     import qlora_jax as qj
+    from qlora_jax.api import plan as api
+    from qlora_jax.planning import plan as planning
 
+    planned = []
+
+    def plan_once(config, gpu, *rest):
+        if not planned:
+            planned.append((config.to_dict(), gpu, real(config, gpu, *rest)))
+        assert planned[0][:2] == (config.to_dict(), gpu)
+        return planned[0][2]
+
+    real = planning.make_plan
+    monkeypatch.setattr(api, "make_plan", plan_once)
+    monkeypatch.setattr(planning, "make_plan", plan_once)
+    report = qj.plan(checkpoint, gpu="rtx4090", steps=10)
     out = tmp_path / "plan.json"
-    result = qlora("plan", f"--model={checkpoint}", "--gpu=rtx4090", "--config.train.batch_size=16", f"--out={out}")
+    result = qlora("plan", f"--model={checkpoint}", "--gpu=rtx4090", "--config.train.steps=10", f"--out={out}")
     assert result["status"] == 0, result["err"]
-    report = qj.plan(checkpoint, gpu="rtx4090")
     assert report.fits and report.to_json() == json.loads(out.read_text())
     assert repr(report).strip() in result["out"] and "it fits" in repr(report)
     with pytest.raises(AttributeError, match="device_peak_bytes"):

@@ -242,7 +242,7 @@ def test_ctrl_c_saves_what_is_on_its_way(folder) -> None:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
         sent = len(server.requests)
-        assert process.returncode == 130 and err.splitlines()[-1].startswith("interrupted; run the same command again")
+        assert process.returncode == 130 and err.splitlines()[-2].startswith("interrupted; run the same command again")
         assert "requests on their way" in out + err and len(read(folder / "stopped.jsonl")) == sent < 40
         process = start(arguments)
         process.communicate()

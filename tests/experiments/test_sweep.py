@@ -24,7 +24,7 @@ MISTAKES = {
     "no sweep in the file": (["--config=configs/quickstart.py", "--dry_run"], ["neither sweep() nor search()"]),
     "a typo in an axis": (["--config={typo}", "--dry_run"], ["lora.rnak", "did you mean lora.rank"]),
     "a value that no run can have": (["--config={value}", "--dry_run"], ["lora.rank = 0", "at least 1"]),
-    "an axis on the command line": ([TINY, "--dry_run", "--config.lora.rank=4"], ["--config.lora.rank", "sweep()"]),
+    "an axis on the command line": ([TINY, "--dry_run", "--config.train.seed=4"], ["--config.train.seed", "sweep()"]),
     "an unknown card": ([TINY, "--dry_run", "--gpu=v100"], ["--gpu=v100", "known: rtx3090"]),
     "a pack of none": ([TINY, "--dry_run", "--pack_size=0"], ["--pack_size=0"]),
     "a cluster for one process": (

@@ -143,7 +143,8 @@ def test_a_member_that_is_spoiled_stops_and_the_others_go_on(runners, members, t
     assert stopped.reason.startswith(f"step {at}: loss ") and "other.npy, batch" in stopped.reason
     assert any("member 1" in line and "the others go on" in line for line in said)
     assert all(np.isfinite(x).all() for pair in stopped.adapter.values() for x in pair)
-    before = train_pack([members[0], varied(wild, train__steps=at - 1)], say=quiet, runner=runners["map"])[1]
+    ended = varied(wild, train__steps=at - 1)
+    before = train_pack([members[0], ended, *members[2:]], say=quiet, runner=runners["map"])[1]
     assert_same_adapter(exported(stopped, tmp_path / "a"), exported(before, tmp_path / "b"))
     for number in (0, 2, 3):
         assert_same_adapter(exported(results[number], tmp_path / "a"), exported(good[number], tmp_path / "b"))
