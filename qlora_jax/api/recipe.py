@@ -84,7 +84,7 @@ def fill(config: Any, given: Collection[str], say: Callable[[str], None]) -> Non
     say(
         f"recipe: {examples:,} examples, {held}; {form}; {train.batch_size} rows a step (some "
         f"{round(train.batch_size * examples / rows):,} examples), {train.steps:,} steps, learning rate "
-        f"{config.optimizer.learning_rate:g}, rank {config.lora.rank}; every key of the config changes it"
+        f"{config.optimizer.learning_rate:g}, rank {config.lora.rank}; any key of the config can be set"
     )
 
 
@@ -120,7 +120,7 @@ def _format(config: Any, given: Collection[str], say: Callable[[str], None]) -> 
         config.data.format = AUTO
         return
     config.data.format = find_format(config.data.path, config.data.revision)
-    say(f"data: {config.data.path} is taken as {config.data.format}; data.format takes it as another")
+    say(f"data: {config.data.path} is taken as {config.data.format} (data.format says otherwise)")
 
 
 def _by_size(config: Any, sizes: ModelConfig, given: Collection[str]) -> None:

@@ -104,9 +104,9 @@ def stream_rows(path: Path, label: str, columns: Sequence[str] = ()) -> Iterator
       InputError: the file is empty, of an unknown kind, cut off, not UTF-8, or has a bad line: then at the end of the
         file, with the number of bad lines.
     """
-    name = label.lower().removesuffix(".gz")
-    suffix = next((s for s in SUFFIXES if name.endswith(s)), "")
-    if not suffix or not label.lower().endswith(SUFFIXES):
+    kind = next((name for name in (label.lower(), path.name.lower()) if name.endswith(SUFFIXES)), "")
+    suffix = next((s for s in SUFFIXES if kind.removesuffix(".gz").endswith(s)), "")
+    if not suffix:
         raise InputError(f"{label}: unknown kind of file, expected one of {', '.join(SUFFIXES)}")
     if path.stat().st_size == 0:
         raise InputError(f"{label} is empty (0 bytes)")

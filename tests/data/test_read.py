@@ -149,3 +149,9 @@ def test_real_files(shared_data):
     assert len(read_rows(str(shared_data / "hh_rlhf" / "harmless-base" / "test.jsonl.gz"))) == 2312
     assert len(read_rows(str(shared_data / "mmlu" / "zero_shot_mmlu_val.json"))) == 1531  # one object a line
     assert len(read_rows(str(shared_data / "oa_bench" / "pairwise_gpt4.csv"))) > 40_000
+
+
+def test_a_set_of_the_package_is_read_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = read_rows("quickstart")
+    assert len(rows) == 1500 and {"instruction", "output"} <= set(rows[0].fields)
