@@ -51,7 +51,7 @@ def test_it_keeps_on_the_device_what_the_loop_keeps(tiny_config, tmp_path, monke
 
 
 def test_a_loss_that_is_not_finite_is_said(tiny_config):
-    tiny_config.optimizer.learning_rate = 1e30
+    tiny_config.optimizer.learning_rate = 3e38
     with pytest.raises(InputError, match="loss nan|loss inf"):
         benchmark.measure(tiny_config, read_spec(tiny_config), steps=4, warmup=1)
 

@@ -192,5 +192,5 @@ def test_real_self_instruct_prompts_are_ours(shared_data):
 def test_every_format_is_in_the_config_that_lists_them():
     from qlora_jax.config_file import REPOSITORY
 
-    comment = (REPOSITORY / "configs" / "base.py").read_text()
+    comment = (REPOSITORY / "qlora_jax" / "base.py").read_text()
     assert [name for name in FORMATS if name not in comment] == []

@@ -22,7 +22,8 @@ SMALL = [
     "--config.train.grad_accum=2",
     "--config.lora.dropout=0.1",
     "--config.lora.targets=q_proj,down_proj",
-    "--config.optimizer.page_bytes=500000",
+    "--config.optimizer.page_bytes=150000",
+    "--config.eval.batch_size=4",
     "--config.optimizer.warmup_steps=0",
     "--steps=2",
     "--warmup=1",
@@ -82,7 +83,7 @@ def test_what_is_written(results):
     assert "--gpu-bytes=48GiB" in found["command"] and found["versions"]["jax"] and found["device"] == "cpu"
     assert found["gpu_bytes"] is None and found["torch"] is None and found["order"] == ["jax"]
     assert found["batch"] == {"micro_batches": 2, "sequences": 2, "length": 32}
-    assert found["tokens_per_step"] == 128 and found["trainable_params"] == 331776
+    assert found["tokens_per_step"] == 128 and found["trainable_params"] == 104448
     assert len(found["losses"]) == 3 and len(found["every_gradient_seconds"]) == 2
     assert np.isfinite(found["losses"]).all() and np.isfinite(found["grad_norms"]).all()
     assert found["losses"][0] == pytest.approx(np.log(1024) + 0.5, rel=0.05)  # logits of unit variance

@@ -94,7 +94,7 @@ def results(run_commands, folder):
         "weights": [*chat, "--config.data.format=messages", "--config.data.weights=1,2"],
         "not clear": [*base, f"--config.data.path={folder / 'trl.jsonl'}", "--config.data.format=alpaca,dolly"],
         "no hub": [*chat, "--config.data.format=messages", "--config.data.streaming"],
-        "help": ["experiments.data", "--help"],
+        "help": ["experiments.data", "--helpfull"],
     }
     for name, content in BAD_FILES.items():
         (folder / name).write_bytes(content)

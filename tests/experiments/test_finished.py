@@ -11,6 +11,7 @@ import pytest
 from configs import base
 from experiments.support.command import quoted
 from experiments.support.finished import finished, prompt_flags
+from qlora_jax.generate.trained import template_of, write_template
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 
@@ -86,10 +87,12 @@ def test_evaluating_a_run_takes_nothing_that_contradicts_it(folder, trained, run
         ("longform", ["--template=plain", "--prompt=Name three primes."]),
     ],
 )
-def test_the_template_is_what_was_trained(format, flags, folder):
+def test_the_template_is_what_was_trained(format, flags, tmp_path):
     config = base.get_config()
-    config.model.path, config.data.format = str(folder / "base"), format
-    assert prompt_flags(config) == flags
+    config.data.format = format
+    (tmp_path / "adapter").mkdir()
+    write_template(tmp_path / "adapter", template_of([{"format": format, "chat": False}]))
+    assert prompt_flags(config, tmp_path) == flags
 
 
 def test_without_held_out_examples_mmlu_is_asked(folder):

@@ -177,7 +177,7 @@ def test_a_rows_seed_is_that_of_the_command(results) -> None:
 
 def test_help_says_what_is_printed(results) -> None:
     assert results["help"]["status"] == 0
-    for named in ("--temperature: ", "(default: '0.7')", "--template: ", "--adapter: ", "stdout gets text alone"):
+    for named in ("--temperature=X", "(default: 0.7)", "--template=", "--adapter=", "stdout by default"):
         assert named in results["help"]["out"]
 
 
