@@ -239,7 +239,12 @@ class Decoding:
         """
         width = -(-steps // WIDTH) * WIDTH
         self._rows, drawn, taken = _decode(self._graph, self._state, self._rows, self._settings, steps, width)
-        self.steps += int(taken)
+        try:
+            self.steps += int(taken)
+        except KeyboardInterrupt:
+            # the device goes on with its steps; a process that ended under them would be aborted
+            jax.block_until_ready(self._rows)
+            raise
         new: list[list[int]] = []
         for row, ids in enumerate(np.asarray(drawn)[: len(self.tokens)].tolist()):
             if _BROKEN in ids:
