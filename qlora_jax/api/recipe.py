@@ -120,7 +120,7 @@ def _format(config: Any, given: Collection[str], say: Callable[[str], None]) -> 
         config.data.format = AUTO
         return
     config.data.format = find_format(config.data.path, config.data.revision)
-    say(f"data: {config.data.path} is taken as {config.data.format} (data.format says otherwise)")
+    say(f"data: {config.data.path} is read as {config.data.format}; data.format=NAME reads it as another")
 
 
 def _by_size(config: Any, sizes: ModelConfig, given: Collection[str]) -> None:

@@ -45,7 +45,7 @@ def test_the_run_is_where_it_says(made, home):
     assert run.config["data"]["packing"] and run.config["train"]["grad_accum"] == 1
     assert len(run.losses) == 4 and run.losses[-1] < run.losses[0]
     assert "4 steps" in repr(run) and str(run.workdir) in repr(run)
-    assert any("is taken as alpaca" in line for line in said)
+    assert any("is read as alpaca" in line for line in said)
 
 
 def test_the_model_answers_as_it_was_trained(made, at_home):

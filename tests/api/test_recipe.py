@@ -54,7 +54,7 @@ def filled(model, tmp_path, rows, **keys):
 )
 def test_the_format_and_how_it_is_asked_follow_from_the_rows(model, tmp_path, row, format, template):
     config, said = filled(model, tmp_path, [row] * 3)
-    assert config.data.format == format and f"is taken as {format}" in said[0]
+    assert config.data.format == format and f"is read as {format}" in said[0]
     loaded = load_data(config.data, Tokenizer.from_folder(model), 1, 400, 1024)
     assert template_of(loaded.sources) == template
 

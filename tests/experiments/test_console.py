@@ -55,7 +55,7 @@ def test_train_from_model_and_data(qlora, monkeypatch, tmp_path, checkpoint):
     first = qlora(*command)
     assert first["status"] == 0, first["err"]
     run = tmp_path / "runs" / "model-d"
-    assert f"run: {run}" in first["out"] and "is taken as alpaca" in first["out"]
+    assert f"run: {run}" in first["out"] and "is read as alpaca" in first["out"]
     assert f"qlora generate --model={checkpoint}" in first["out"] and "--template=alpaca" in first["out"]
     config = json.loads((run / "config.json").read_text())
     assert config["data"]["packing"] and config["train"]["steps"] == 4
