@@ -60,9 +60,12 @@ def call(path: str, function: str, missing: Any = None) -> Any:
 
 
 def known_files(*folders: Path) -> list[Path]:
-    """The config files of `folders` and of the project, seen from here."""
-    project = Path("configs") if Path("configs").is_dir() else REPOSITORY / "configs"
-    files = [file for folder in dict.fromkeys((*folders, project)) for file in sorted(folder.glob("*.py"))]
+    """The config files of `folders` and of the project, whose names are understood in any folder."""
+    project = Path("configs")
+    here = [*dict.fromkeys(folders)] + [project] * (project.is_dir() and project not in folders)
+    files = [file for folder in here for file in sorted(folder.glob("*.py"))]
+    if not project.is_dir():  # call() finds them
+        files += [project / file.name for file in sorted((REPOSITORY / project).glob("*.py"))]
     return [file for file in files if file.stem != "__init__"]
 
 

@@ -8,6 +8,8 @@ import pytest
 from qlora_jax import embedded
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
+pytestmark = pytest.mark.quick_compile
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 

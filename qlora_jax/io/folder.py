@@ -67,8 +67,8 @@ def resolve(path: str, revision: str = "main") -> Path:
         )
     if not _HUB_NAME.fullmatch(path):
         raise InputError(
-            f"{path}: no such folder (a hub name would read owner/name, a bucket gs:// or s3://; {', '.join(MODELS)} "
-            "comes with the package)"
+            f"{path}: no such folder (a hub name would read owner/name, a bucket gs:// or s3://; the model "
+            f"{', '.join(MODELS)} comes with the package)"
         )
     return _download(path, revision, _HUB_FILES)
 

@@ -13,6 +13,8 @@ import qlora_jax as qj
 from qlora_jax.train import setup
 from tests.api.conftest import ROWS, SETTINGS
 
+pytestmark = pytest.mark.quick_compile
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 hidden = jax.jit(lambda model, tokens: model(tokens)[0])
 GREEDY = {"temperature": 0, "max_new_tokens": 6}

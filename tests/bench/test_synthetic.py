@@ -15,6 +15,8 @@ from qlora_jax.planning.gpus import GPUS
 from qlora_jax.quant.tensor import dequantize
 from qlora_jax.train.shapes import ModelSpec, abstract_model
 
+pytestmark = pytest.mark.quick_compile
+
 RAW = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 64,

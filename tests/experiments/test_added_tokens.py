@@ -8,6 +8,8 @@ import pytest
 from qlora_jax.text.tokenizer import Tokenizer
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
+pytestmark = pytest.mark.quick_compile
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

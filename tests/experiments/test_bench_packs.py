@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+pytestmark = pytest.mark.quick_compile
+
 
 def test_three_ways_are_compared(run_commands, assert_one_line_error, tmp_path):
     """The third, a process a run, is test_loop's killed command; here it is left out."""

@@ -10,6 +10,8 @@ from qlora_jax.api import folders
 from tests.api.conftest import ROWS
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
+pytestmark = pytest.mark.quick_compile
+
 FAST = ["--config.train.steps=4", "--config.lora.rank=16", "--config.train.batch_size=4"]
 
 

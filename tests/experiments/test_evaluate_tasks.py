@@ -19,6 +19,8 @@ from qlora_jax.errors import InputError
 from tests.conftest import REPOSITORY
 from tests.evaluate.mmlu.mmlu_files import COUNTS, SUBJECTS, write_checkpoint, write_owners_folder
 
+pytestmark = pytest.mark.quick_compile
+
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("needs the extra eval", allow_module_level=True)
 

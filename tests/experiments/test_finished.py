@@ -14,6 +14,8 @@ from experiments.support.finished import finished, prompt_flags
 from qlora_jax.generate.trained import template_of, write_template
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
+pytestmark = pytest.mark.quick_compile
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:

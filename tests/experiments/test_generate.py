@@ -15,6 +15,8 @@ import pytest
 
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
+pytestmark = pytest.mark.quick_compile
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHORT = ["--max_new_tokens=8", "--temperature=0"]
 WARM = ["--max_new_tokens=8", "--temperature=3"]

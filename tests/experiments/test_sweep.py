@@ -17,6 +17,8 @@ from qlora_jax.sweep.packs import make_packs
 from tests.sweep import fake
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
+pytestmark = pytest.mark.quick_compile
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = "--config=tests/sweep/tiny_sweep.py"
 MISTAKES = {

@@ -15,6 +15,8 @@ from qlora_jax.text.tokenizer import Tokenizer
 from tests.chat_templates import TURNED, TURNING
 from tests.data.test_chat_examples import with_template
 
+pytestmark = pytest.mark.quick_compile
+
 GREEDY = Sampling(20, 0.0)
 
 

@@ -18,6 +18,8 @@ from qlora_jax.settings import resolved
 from qlora_jax.train.loop import finetune
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
+pytestmark = pytest.mark.quick_compile
+
 
 def quiet(line: str) -> None:
     pass

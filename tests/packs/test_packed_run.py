@@ -16,6 +16,8 @@ from qlora_jax.train.setup import check_values
 from qlora_jax.train.spec import read_spec
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
+pytestmark = pytest.mark.quick_compile
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):

@@ -19,6 +19,8 @@ from qlora_jax.train.loop import finetune
 from qlora_jax.train.setup import check_config
 from tests.evaluate.mmlu.mmlu_files import write_checkpoint, write_owners_folder
 
+pytestmark = pytest.mark.quick_compile
+
 
 @pytest.fixture
 def config(tiny_config, tmp_path):

@@ -10,6 +10,8 @@ from qlora_jax.errors import InputError
 from qlora_jax.io.load import load_model
 from qlora_jax.train.pretrain import pretrain
 
+pytestmark = pytest.mark.quick_compile
+
 HF = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 11, "tie_word_embeddings": True,
