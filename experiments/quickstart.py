@@ -52,7 +52,7 @@ def main() -> int:
         after_16 = models["16-bit"].answers(rows, workdir / "16-bit" / "adapter")
         before, after = asked_before.result(), asked_after.result()
     results = compare(runs, [row["output"] for row in rows], before, after, after_16)
-    draw_losses({name: workdir / name / "metrics.jsonl" for name in runs}, workdir / "loss.png")
+    draw_losses({name: workdir / name for name in runs}, workdir / "loss.png")
     show_answers(rows, before, after)
     results |= {"sizes": sizes, "seconds": round(time.perf_counter() - begun, 1), "peak_host_bytes": peak_host_bytes()}
     write_json(workdir / "quickstart.json", results)
@@ -186,12 +186,12 @@ def _short(text: str, limit: int = 70) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
-def draw_losses(metrics: dict[str, Path], out: Path) -> None:
+def draw_losses(runs: dict[str, Path], out: Path) -> None:
     """Training loss of each run, and its held-out loss as points."""
+    from qlora_jax.api.finetune import FinetuneRun
     from qlora_jax.api.plot import loss_figure
 
-    runs = {f"{name} base": path.read_text(encoding="utf-8").splitlines() for name, path in metrics.items()}
-    figure = loss_figure({name: [json.loads(line) for line in lines] for name, lines in runs.items()})
+    figure = loss_figure({f"{name} base": FinetuneRun(workdir).curve for name, workdir in runs.items()})
     figure.savefig(out, dpi=150)
 
 

@@ -4,14 +4,16 @@ Where stderr is neither, lines are printed whole: after the first step and then 
 minute. So a log of a day has some 1,400 of them, whatever a step takes.
 """
 
+import dataclasses
+import io
 import sys
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable
+from html import escape
 from typing import Any, Literal, Self
 
-from tqdm import TqdmWarning, tqdm
+from tqdm import tqdm
 
 _FIRST_GAP, _LONGEST_GAP = 10.0, 60.0  # seconds between lines of a log
 _RECENT = 50  # steps that the time left is reckoned from
@@ -126,13 +128,50 @@ class Progress:
         self._lines += 1
 
 
-def _bar(**settings: Any) -> Any:
-    """tqdm's, drawn by the notebook where there is one and it can."""
-    settings |= {"bar_format": _FORMAT, "dynamic_ncols": True, "file": sys.stderr}
-    if place() != "notebook":
-        return tqdm(**settings)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TqdmWarning)  # without ipywidgets it draws letters, as on a terminal
-        from tqdm.auto import tqdm as notebook_tqdm
+def _bar(**settings: Any) -> tqdm:
+    settings |= {"bar_format": _FORMAT, "dynamic_ncols": True}
+    return _NotebookBar(**settings) if place() == "notebook" else tqdm(file=sys.stderr, **settings)
 
-        return notebook_tqdm(**{name: value for name, value in settings.items() if name != "file"})
+
+class _NotebookBar(tqdm):
+    """A bar that a notebook shows at one place and changes there; what is saved with it is the last state alone.
+
+    Needs no widgets. tqdm's own writes letters where there are none, and each change stays as a line.
+    """
+
+    disable: bool
+
+    def __init__(self, **settings: Any):
+        self._shown: Any = None
+        super().__init__(file=io.StringIO(), **settings)  # tqdm writes nothing itself: `display` shows it
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        drawn = _Drawn(str(self) if msg is None else msg, self.n, self.total)
+        if self._shown is not None:
+            self._shown.update(drawn)
+        elif drawn.text:
+            from IPython.display import display
+
+            self._shown = display(drawn, display_id=True)
+
+    def close(self) -> None:
+        if not self.disable:
+            self.display(None if self.leave else "")
+        self.disable = True  # or tqdm would write once more
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+    """What a notebook shows: a bar and its line; "" is nothing."""
+
+    text: str
+    done: float
+    total: float | None
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_html_(self) -> str:
+        what, *parts = self.text.split("|", 2)
+        share = f' value="{self.done}" max="{self.total}"' if self.total else ""
+        return f"<div>{escape(what)} <progress{share}></progress> {escape(parts[-1])}</div>" if parts else ""

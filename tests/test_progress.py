@@ -103,16 +103,41 @@ def test_loaders_tell_how_many_are_done(capsys):
     assert re.findall(r"loading: tensor (\d) of 4", capsys.readouterr().err) == ["2", "4"]
 
 
-def test_a_notebook_draws_it(monkeypatch, capsys):
+def test_a_notebook_draws_it_in_one_place(monkeypatch, capsys):
+    shown = []
+
+    class Handle:
+        def update(self, drawn) -> None:
+            shown[-1].append(drawn)
+
+    def display(drawn, display_id):
+        assert display_id is True
+        shown.append([drawn])
+        return Handle()
+
     shell = SimpleNamespace(config={"IPKernelApp": {}})
-    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell, version_info=(8, 0)))
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
     assert place() == "notebook"
     clock = Clock()
-    with Progress("training", 2, brief=False, clock=clock) as progress:  # ipywidgets may be missing
+    with Progress("training <b>", 2, brief=False, clock=clock) as progress:
         clock.now += 1
         progress.step("loss 1.0")
+        progress.write("step 1: held-out loss 0.5")
         progress.step("loss 0.9")
-    found = capsys.readouterr()
-    assert "training" in found.out + found.err
+    assert capsys.readouterr() == ("step 1: held-out loss 0.5\n", "")
+    assert len(shown) == 1
+    last = shown[0][-1]
+    assert repr(last).startswith("training <b>: 100%|") and repr(last).endswith("| 2/2, loss 0.9")
+    assert last._repr_html_() == (
+        '<div>training &lt;b&gt;: 100% <progress value="2" max="2"></progress>  2/2, loss 0.9</div>'
+    )
+    with Progress("loading", 2, clock=clock) as brief:  # over before it shows
+        brief.step()
+    assert len(shown) == 1
+    monkeypatch.setattr("qlora_jax.progress._DELAY", 0)
+    with Progress("loading", 2, clock=clock) as brief:
+        brief.step()
+    assert repr(shown[1][0]).startswith("loading:") and repr(shown[1][-1]) == shown[1][-1]._repr_html_() == ""
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))
     assert place() == "log"

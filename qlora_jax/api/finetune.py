@@ -47,12 +47,15 @@ class FinetuneRun:
         """Of training, nats a target token, by logged steps."""
         return [row["loss"] for row in self.metrics if "loss" in row]
 
+    @property
+    def curve(self) -> list[dict[str, Any]]:
+        """`metrics`, and the held-out loss after the last step where there is one."""
+        last = self.summary.get("final_eval_loss")
+        return self.metrics + ([] if last is None else [{"step": self.summary["steps"], "eval_loss": last}])
+
     def plot(self) -> Figure:
         """The loss by step. In a notebook it shows itself; elsewhere run.plot().savefig("loss.png")."""
-        rows = list(self.metrics)
-        if self.summary.get("final_eval_loss") is not None:
-            rows.append({"step": self.summary["steps"], "eval_loss": self.summary["final_eval_loss"]})
-        return loss_figure({"": rows})
+        return loss_figure({"": self.curve})
 
     def __repr__(self) -> str:
         s, losses = self.summary, self.losses

@@ -29,7 +29,7 @@ def is_installed() -> bool:
 def described_device(gpu: PlannedGpu) -> Any:
     """A jax device to lower and compile for. Raises InputError where XLA:GPU's compiler is not installed."""
     if not is_installed():
-        raise InputError("planning for a GPU needs XLA's compiler for it: pip install -c constraints.txt -e '.[plan]'")
+        raise InputError("planning for a GPU needs XLA's compiler for it: pip install 'qlora_jax[plan]'")
     try:
         topology = topologies.get_topology_desc(
             platform="cuda", topology_name="", topology="1x1x1", target_config=gpu.target_config

@@ -37,7 +37,7 @@ def connect(address: str | None, workers: int) -> None:
         import ray
     except ImportError as error:
         raise InputError(
-            "the sweep runs on Ray, which is not installed: pip install -c constraints.txt -e '.[sweep]', or take "
+            "the sweep runs on Ray, which is not installed: pip install 'qlora_jax[sweep]', or take "
             "--executor=local (one process)"
         ) from error
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
