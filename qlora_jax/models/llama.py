@@ -11,7 +11,7 @@ from pallas_kernels.nf4_matmul import dense_matmul
 from qlora_jax.models.attention import attend_chunk, causal_attention, segment_starts
 from qlora_jax.models.chunks import chunk_size, layer_in_chunks
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.dropout import Dropout, DropoutRate
+from qlora_jax.models.dropout import Dropout, DropoutKey, DropoutRate
 from qlora_jax.models.layers import (
     Frozen,
     Linear,
@@ -180,7 +180,7 @@ class Llama(nnx.Module):
         tokens: jax.Array,
         positions: jax.Array | None = None,
         cache: Cache | None = None,
-        dropout_key: jax.Array | None = None,
+        dropout_key: jax.Array | DropoutKey | None = None,
         segments: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states.
@@ -189,7 +189,7 @@ class Llama(nnx.Module):
           tokens: int32 [B, T]; padding stands at the right, where causality hides it.
           positions: int32 [B, T]; 0..T-1 by default. With a cache, also the places that are written.
           cache: keys and values of earlier calls; None attends to these T tokens alone.
-          dropout_key: of LoRA dropout; None is no dropout.
+          dropout_key: of LoRA dropout; None is no dropout. A DropoutKey says which rows of a step's batch these are.
           segments: int32 [B, T] ids of the examples packed into each row, equal ones side by side; a token sees its own
             segment alone, whose positions begin at 0. None: a row is one example. Not with a cache.
         Returns:
@@ -246,7 +246,7 @@ class Llama(nnx.Module):
         self,
         block: Any,
         context: Context,
-        dropout_key: jax.Array | None,
+        dropout_key: jax.Array | DropoutKey | None,
         state: tuple[Any, Any],
         x: jax.Array,
         layer: jax.Array,
@@ -257,7 +257,7 @@ class Llama(nnx.Module):
         `state`: the layer's slice of `layers(nnx.LoRAParam, ...)`: adapter and frozen arrays. Where the sequence is cut
         into chunks T is what `pad` makes of it, and the frozen arrays get no gradient.
         """
-        key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
+        key = None if dropout_key is None else DropoutKey.of(dropout_key).fold_in(layer)
         if cache is None and self._is_chunked(x.shape[1]):
             adapter, frozen = state
             pieces = _ChunkedBlock(block, chunk_size(x.shape[1], self.sequence_chunk))
@@ -301,7 +301,7 @@ class _ChunkedBlock(NamedTuple):
         frozen, positions, starts, frequencies, dropout = arrays
         key, rate = (None, 0.0) if dropout is None else dropout
         if key is not None:
-            key = jax.random.fold_in(jax.random.fold_in(key, first // self.size), place)
+            key = key.fold_in(first // self.size).fold_in(place)
         positions = jax.lax.dynamic_slice_in_dim(positions, first, self.size, axis=1)
         if starts is not None:
             starts = jax.lax.dynamic_slice_in_dim(starts, first, self.size, axis=1)

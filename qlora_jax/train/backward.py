@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.dropout import DropoutKey
 from qlora_jax.models.llama import Llama
 from qlora_jax.train.loss import loss_and_gradient
 
@@ -49,7 +50,7 @@ def add_gradient(
     total: Any,
     tokens: jax.Array,
     loss_mask: jax.Array,
-    key: jax.Array | None,
+    key: jax.Array | DropoutKey | None,
     loss_chunk: int,
     segments: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
@@ -59,7 +60,7 @@ def add_gradient(
       model: with an adapter on its blocks; everything else is frozen.
       total: gradients so far, a state like the adapter of `lora.split`; its buffers are updated in place.
       tokens: int32 [B, T]. loss_mask: bool [B, T].
-      key: of dropout; None is no dropout.
+      key: of dropout; None is no dropout. A DropoutKey says which rows of a step's batch these are.
       loss_chunk: see summed_loss.
       segments: int32 [B, T], see Llama; None: a row is one example.
     Returns:

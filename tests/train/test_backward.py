@@ -138,7 +138,7 @@ def test_each_chunk_draws_its_own_dropout(golden, monkeypatch):
     class Watched(Dropout):
         def __init__(self, rate, key):
             super().__init__(rate, key)
-            jax.debug.callback(lambda data: keys.append(tuple(data.tolist())), jax.random.key_data(key))
+            jax.debug.callback(lambda data: keys.append(tuple(data.tolist())), jax.random.key_data(key.key))
 
     monkeypatch.setattr(llama, "Dropout", Watched)
     model = load_model(golden / "llama" / "llama2", compute_dtype=jnp.float32, sequence_chunk=16)
