@@ -13,7 +13,6 @@ from configs import guanaco
 def get_config() -> ConfigDict:
     c = guanaco.get_config()
     c.model.path = "huggyllama/llama-30b"
-    c.model.remat = "block+offload"  # 0.5 GB less on a 24 GB card; no GPU has run it yet (make gpu-check compares)
     c.lora.dropout = 0.05
     c.optimizer.learning_rate = 1e-4
     return c.lock()

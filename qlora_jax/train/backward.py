@@ -8,7 +8,9 @@ would make a fresh gradient of the whole adapter beside the accumulators, for ev
 Where embedding or head train (lora.modules_to_save), the head's gradient is added with each chunk of the loss, d x_0 to
 the rows of the embedding that the tokens took.
 
-Where model.remat is "block+offload", x_0 .. x_{L-1} go to pinned host memory as they come and return one by one.
+Where model.remat is "block+offload", x_0 .. x_{L-1} go to pinned host memory as they come and return one by one. Where
+it is "selective", the forward pass also keeps those values of each layer that spare the backward pass all products with
+frozen weights but those of d x (kept.NAMES; of sequences that go through a layer in chunks nothing but x_l is kept).
 """
 
 from functools import partial
@@ -21,6 +23,7 @@ from flax import nnx
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.dropout import DropoutKey
 from qlora_jax.models.llama import Llama
+from qlora_jax.train.kept import NAMES, keeping, with_kept
 from qlora_jax.train.loss import loss_and_gradient
 
 
@@ -36,13 +39,17 @@ def compiler_options(remat: str) -> dict[str, str]:
     return {"xla_disable_hlo_passes": passes} if remat == "block+offload" else {}
 
 
-def block_input_bytes(sizes: ModelConfig, B: int, T: int, itemsize: int) -> int:
-    """Bytes of x_0 .. x_{L-1}, all of them: pinned host memory where remat is "block+offload", else device memory.
+def kept_bytes(sizes: ModelConfig, remat: str, B: int, T: int, itemsize: int) -> int:
+    """Bytes of what is kept of all layers: x_0 .. x_{L-1}, and where remat is "selective" the named values.
 
-    A compiled program's host_temp_size_in_bytes says the same, and its temp_size_in_bytes holds what of them is on the
-    device even so. T as the layers see it (Llama.pad), itemsize of activations.
+    They lie in pinned host memory where remat is "block+offload", else on the device. A compiled program's
+    host_temp_size_in_bytes says the same, and its temp_size_in_bytes holds what of them is on the device even so. Of
+    "none" JAX decides what is kept: more than this. T as the layers see it (Llama.pad), itemsize of activations.
     """
-    return sizes.L * B * T * sizes.D * itemsize
+    widths = sizes.D
+    if remat == "selective":
+        widths += 2 * sizes.N * sizes.H + 2 * sizes.K * sizes.H + sizes.D + 2 * sizes.F
+    return sizes.L * B * T * widths * itemsize
 
 
 def add_gradient(
@@ -72,11 +79,12 @@ def add_gradient(
     apply_layer = partial(model.apply_layer, block, model.context(tokens, segments=segments), key)
     numbers = jnp.arange(model.config.L)
     offload = model.remat == "block+offload"
+    names = NAMES if model.remat == "selective" else ()
 
     def forward(x, layer):
         mine, others, number = layer
-        y, _ = apply_layer((mine, others), x, number)
-        return y, jax.device_put(x, jax.memory.Space.Host) if offload else x
+        y, kept = keeping(lambda x: apply_layer((mine, others), x, number)[0], names)(x)
+        return y, (jax.device_put(x, jax.memory.Space.Host) if offload else x, kept)
 
     x, inputs = jax.lax.scan(forward, model.embed(tokens), (adapter, frozen, numbers))
 
@@ -85,9 +93,10 @@ def add_gradient(
     loss, dx, head_sum = loss_and_gradient(model.norm, x, model.head_weight(), tokens, loss_mask, loss_chunk, head_sum)
 
     def backward(carry, layer):
-        (dx, total), (x, mine, others, number) = carry, layer
+        (dx, total), ((x, kept), mine, others, number) = carry, layer
         x = jax.device_put(x, jax.memory.Space.Device) if offload else x
-        _, pullback = jax.vjp(lambda mine, x: apply_layer((mine, others), x, number)[0], mine, x)
+        again = with_kept(lambda mine, x: apply_layer((mine, others), x, number)[0], kept)
+        _, pullback = jax.vjp(again, mine, x)
         gradient, dx = pullback(dx)
         total = jax.tree.map(lambda sums, g: sums.at[number].add(g), total, gradient)
         return (dx, total), None

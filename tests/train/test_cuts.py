@@ -45,32 +45,37 @@ def cut(arrays, G):
     return [array.reshape(G, ROWS // G, T) for array in arrays]
 
 
-SETTINGS = {
-    "layer by layer, packed": ({"remat": "block"}, True, (8, 4, 2, 1)),
-    "in chunks": ({"remat": "block", "sequence_chunk": 10}, False, (4, 1)),
-    "differentiated whole": ({"remat": "none"}, False, (8, 2)),
-}
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_every_cut_gives_the_same_step(parts, name):
-    settings, packed, cuts = SETTINGS[name]
+def step(parts, G, key=3, packed=True, **settings):
+    """The clipped mean gradient, its metrics, and the products that the program has."""
     graph, adapter, base = with_settings(parts, **settings)
-    arrays = batch()
-    gradient = jax.jit(make_gradient(graph, 64, 0.3), compiler_options=FAST)
+    tokens, mask, segments = cut(batch(), G)
+    arguments = (adapter, base, tokens, mask, jax.random.key(key), segments if packed else None)
+    gradient = jax.jit(make_gradient(graph, 64, 0.3), compiler_options=FAST).lower(*arguments).compile()
+    sums, metrics = gradient(*arguments)
+    gradients = [np.asarray(g * metrics.factor) for g in jax.tree.leaves(sums)]
+    return gradients, metrics, gradient.as_text().count(" dot(")
 
-    def step(G, key):
-        tokens, mask, segments = cut(arrays, G)
-        sums, metrics = gradient(adapter, base, tokens, mask, key, segments if packed else None)
-        return jax.tree.map(lambda g: np.asarray(g * metrics.factor), sums), metrics
 
-    expected, metrics = step(cuts[0], jax.random.key(3))
-    for G in cuts[1:]:
-        found, other = step(G, jax.random.key(3))
-        assert float(other.loss) == pytest.approx(float(metrics.loss), rel=1e-6)
-        assert float(other.grad_norm) == pytest.approx(float(metrics.grad_norm), rel=1e-5)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=0)
-    # the masks matter: with others the loss is another one
-    _, others = step(cuts[0], jax.random.key(4))
-    assert abs(float(others.loss) - float(metrics.loss)) > 1e-4 * float(metrics.loss)
+def assert_same(found, expected):
+    for a, b in zip(found[0], expected[0], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=0)
+    assert float(found[1].loss) == pytest.approx(float(expected[1].loss), rel=1e-6)
+    assert float(found[1].grad_norm) == pytest.approx(float(expected[1].grad_norm), rel=1e-5)
+
+
+def test_every_cut_gives_the_same_step_whatever_is_kept(parts):
+    """Packed rows; and what "selective" keeps is what would be computed again: six linear layers, one's B, p times v."""
+    expected = step(parts, 8)
+    for G in (4, 2, 1):
+        assert_same(found := step(parts, G), expected)
+    kept = step(parts, 1, remat="selective")
+    for a, b in zip(kept[0], found[0], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert found[2] - kept[2] == 6 + 1 + 1
+
+
+def test_every_cut_gives_the_same_step_in_chunks(parts):
+    expected = step(parts, 4, packed=False, sequence_chunk=10)
+    assert_same(step(parts, 1, packed=False, sequence_chunk=10), expected)
+    other = step(parts, 1, key=4, packed=False, sequence_chunk=10)  # the masks matter
+    assert abs(float(other[1].loss) - float(expected[1].loss)) > 1e-4 * float(expected[1].loss)
