@@ -10,13 +10,14 @@ Operations of one token, with P weights in linear layers, r the adapters' parame
     attention 4 N H_head T / 2 a layer forward and recomputed, twice that for its gradient (causal: half the square)
 
 Bytes of one micro-batch: packed codes and scales for each pass over the base; where XLA dequantizes, also a 16-bit
-weight written and read again in each pass; block inputs written and read; the head once a pass. Of a step: the paged
-state over the bus, both ways.
+weight written and read again in each pass; what is kept of the layers written and read; the head once a pass. Of a
+step: the paged state over the bus, both ways.
 """
 
 import dataclasses
 
 from qlora_jax.planning.gpus import PlannedGpu
+from qlora_jax.train.backward import kept_bytes
 from qlora_jax.train.spec import RunSpec
 
 PASSES = 3  # over the base: forward, recomputed, dx
@@ -63,7 +64,8 @@ def roofline(
     passes = PASSES if _recomputes(spec) else PASSES - 1
     head = sizes.V * sizes.D
     micro_flops = step_flops(spec, linear_weights, adapter_params) / batch.G
-    moved = passes * packed_bytes + 2 * PASSES * head + 4 * sizes.L * batch.B * batch.T * sizes.D
+    moved = passes * packed_bytes + 2 * PASSES * head
+    moved += 2 * kept_bytes(sizes, spec.model.remat, batch.B, batch.T, 2)
     if spec.model.kernel in ("auto", "xla", "scratch") and spec.model.quant.format != "none":
         moved += passes * 4 * linear_weights
     micro = max(micro_flops / gpu.flops_per_second, moved / gpu.bytes_per_second)

@@ -64,7 +64,7 @@ def assert_same(found, expected):
 
 
 def test_every_cut_gives_the_same_step_whatever_is_kept(parts):
-    """Packed rows; and what "selective" keeps is what would be computed again: six linear layers, one's B, p times v."""
+    """Packed rows. "selective" spares the products of six linear layers, of the adapter's B, of p and v."""
     expected = step(parts, 8)
     for G in (4, 2, 1):
         assert_same(found := step(parts, G), expected)
