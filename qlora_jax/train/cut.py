@@ -37,9 +37,10 @@ DEQUANTIZE = 5.3e-13  # seconds a weight
 MULTIPLY = 3.0e-15  # seconds a weight and token
 ELEMENTWISE = 2.5e-10  # seconds a token and feature of a layer's width
 BUS_BYTES_PER_SECOND = 25e9
-# what of a layer lives at once, in widths D and F of a token, and bytes a score of attention and a logit; fitted to
-# compiled programs of 7B to 65B on Ampere, Ada and Hopper
-WIDTHS, FEED_FORWARDS, SCORE, LOGIT = 12, 9, 4, 10
+# what of a layer lives at once beside what is kept, in widths D and F of a token, and bytes a score of attention and a
+# logit; fitted to compiled programs of 7B to 65B on Ampere, Ada and Hopper
+WIDTHS, KEEPS_F_WIDTHS = (12, 9), (22, 4)  # the second where gate and up are kept
+SCORE, LOGIT = 4, 6
 PASSES = {"none": 2.0, "selective": 2.0, "block": 2.78, "block+offload": 2.78}
 
 
@@ -178,7 +179,8 @@ def temporary_bytes(wanted: ToCut, cut: Cut, members: int = 1) -> int:
     if cut.remat == "block+offload":
         kept = 3 * kept // config.L  # on their way
     rows = cut.rows * T
-    layer = (WIDTHS * config.D + FEED_FORWARDS * config.F) * rows * itemsize
+    of_D, of_F = KEEPS_F_WIDTHS if cut.remat == "selective" else WIDTHS
+    layer = (of_D * config.D + of_F * config.F) * rows * itemsize
     if chosen(model.attention, T) == "xla" and not model.is_chunked(wanted.T):
         layer += SCORE * config.N * wanted.T**2 * cut.rows
     if cut.remat == "none":
