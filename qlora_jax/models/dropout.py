@@ -37,6 +37,7 @@ class DropoutKey(NamedTuple):
 
     key: Any  # key [], the same for all rows of a step
     first_row: Any = 0  # int32 [] or a number: which row of the step's batch x [B, T, I] begins with
+    words: Any = None  # uint32 [2], what a layer draws from its key; or of all layers [L, 2]; None: not drawn yet
 
     @classmethod
     def of(cls, key: "jax.Array | DropoutKey") -> "DropoutKey":
@@ -45,6 +46,16 @@ class DropoutKey(NamedTuple):
     def fold_in(self, number: Any) -> "DropoutKey":
         """Another key, for the same rows."""
         return DropoutKey(jax.random.fold_in(self.key, number), self.first_row)
+
+    def for_layers(self, L: int) -> "DropoutKey":
+        """The same, with the words of L layers drawn at once."""
+        draw = jax.vmap(lambda layer: _words(jax.random.fold_in(self.key, layer)))
+        return self._replace(words=draw(jnp.arange(L)))
+
+    def of_layer(self, layer: Any) -> "DropoutKey":
+        """The key of a layer's number, int32 []."""
+        own = self.fold_in(layer)
+        return own if self.words is None else own._replace(words=self.words[layer])
 
 
 class Dropout:
@@ -63,7 +74,8 @@ class Dropout:
         self.words = None
         if key is not None and not self.is_off:
             drawn = DropoutKey.of(key)
-            self.first_row, self.words = drawn.first_row, jax.random.bits(drawn.key, (2,), jnp.uint32)
+            self.first_row = drawn.first_row
+            self.words = _words(drawn.key) if drawn.words is None else drawn.words
 
     def skip(self) -> None:
         """Passes by a linear layer without an adapter."""
@@ -80,6 +92,11 @@ class Dropout:
         # behind a barrier a constant is no other factor than an input of the program: XLA would merge it with its like
         scale = jax.lax.optimization_barrier(jnp.asarray(self.rate.kept_scale, jnp.float32)).astype(x.dtype)
         return jnp.where(keep, x * scale, jnp.zeros((), x.dtype))
+
+
+def _words(key: jax.Array) -> jax.Array:
+    """uint32 [2] of a layer's key."""
+    return jax.random.bits(key, (2,), jnp.uint32)
 
 
 def random_bits(words: jax.Array, place: int, shape: tuple[int, ...], first_row: Any = 0) -> jax.Array:

@@ -260,7 +260,7 @@ class Llama(nnx.Module):
         `state`: the layer's slice of `layers(nnx.LoRAParam, ...)`: adapter and frozen arrays. Where the sequence is cut
         into chunks T is what `pad` makes of it, and the frozen arrays get no gradient.
         """
-        key = None if dropout_key is None else DropoutKey.of(dropout_key).fold_in(layer)
+        key = None if dropout_key is None else DropoutKey.of(dropout_key).of_layer(layer)
         if cache is None and self._is_chunked(x.shape[1]):
             adapter, frozen = state
             pieces = _ChunkedBlock(block, chunk_size(x.shape[1], self.sequence_chunk))

@@ -132,7 +132,8 @@ def plan_memory(
     inputs = 0
     if spec.model.remat in ("block", "selective"):  # of the temporaries, what is known
         itemsize = 2 if spec.model.is_16bit else 4
-        inputs = kept_bytes(spec.model.sizes, spec.model.remat, spec.batch.B, spec.batch.T, itemsize)
+        shape = (spec.batch.B, spec.batch.T, itemsize, spec.model.low_rank)
+        inputs = kept_bytes(spec.model.sizes, spec.model.remat, *shape)
     in_gradient = held | {
         "gradients": adapter,
         "block_inputs": inputs,

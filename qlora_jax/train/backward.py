@@ -39,16 +39,17 @@ def compiler_options(remat: str) -> dict[str, str]:
     return {"xla_disable_hlo_passes": passes} if remat == "block+offload" else {}
 
 
-def kept_bytes(sizes: ModelConfig, remat: str, B: int, T: int, itemsize: int) -> int:
+def kept_bytes(sizes: ModelConfig, remat: str, B: int, T: int, itemsize: int, low_rank: int = 0) -> int:
     """Bytes of what is kept of all layers: x_0 .. x_{L-1}, and where remat is "selective" the named values.
 
     They lie in pinned host memory where remat is "block+offload", else on the device. A compiled program's
     host_temp_size_in_bytes says the same, and its temp_size_in_bytes holds what of them is on the device even so. Of
-    "none" JAX decides what is kept: more than this. T as the layers see it (Llama.pad), itemsize of activations.
+    "none" JAX decides what is kept: more than this. T as the layers see it (Llama.pad), itemsize of activations;
+    low_rank: the ranks of a layer's adapters together.
     """
     widths = sizes.D
     if remat == "selective":
-        widths += 2 * sizes.N * sizes.H + 2 * sizes.K * sizes.H + sizes.D + 2 * sizes.F
+        widths += 2 * sizes.N * sizes.H + 2 * sizes.K * sizes.H + sizes.D + 2 * sizes.F + low_rank
     return sizes.L * B * T * widths * itemsize
 
 
@@ -76,6 +77,7 @@ def add_gradient(
     tokens, loss_mask = model.pad(tokens), model.pad(loss_mask)
     segments = None if segments is None else model.pad(segments)
     block, adapter, frozen = model.layers(nnx.LoRAParam, ...)
+    key = None if key is None else DropoutKey.of(key).for_layers(model.config.L)  # drawn once, not in each layer
     apply_layer = partial(model.apply_layer, block, model.context(tokens, segments=segments), key)
     numbers = jnp.arange(model.config.L)
     offload = model.remat == "block+offload"

@@ -175,7 +175,7 @@ def temporary_bytes(wanted: ToCut, cut: Cut, members: int = 1) -> int:
     model, config = wanted.model, wanted.model.sizes
     itemsize = model.itemsize
     T = chunk_size(wanted.T, model.sequence_chunk) if model.is_chunked(wanted.T) else wanted.T
-    kept = kept_bytes(config, cut.remat, cut.rows, wanted.T, itemsize)
+    kept = kept_bytes(config, cut.remat, cut.rows, wanted.T, itemsize, model.low_rank)
     if cut.remat == "block+offload":
         kept = 3 * kept // config.L  # on their way
     rows = cut.rows * T

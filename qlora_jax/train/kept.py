@@ -8,20 +8,22 @@ the value itself is then never used, and the compiler drops it: a linear layer w
 again. A value gets its name in the model, by `jax.ad_checkpoint.checkpoint_name`, which changes nothing else.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Literal
 
-# Of a decoder's layer (models/llama.py): enough that no product with a frozen weight is computed again.
-NAMES = ("queries", "keys", "values", "attention", "attended", "gate", "up")
+# Of a decoder's layer (models/llama.py): enough that no product is computed again but attention's scores. The last is
+# what the adapters' A give (pallas_kernels.nf4_matmul.low_rank_term).
+NAMES = ("queries", "keys", "values", "attention", "attended", "gate", "up", "low_rank")
 
 
 def keeping(function: Callable[..., Any], names: Collection[str]) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
-    """`function` that also returns its values of these names. Names within scans and custom gradients are not seen.
+    """`function` that also returns its values of these names, those of one name numbered in their order.
 
-    Raises ValueError where two values have one name.
+    Names within scans and custom gradients are not seen.
     """
 
     def with_values(*arguments: Any) -> tuple[Any, dict[str, jax.Array]]:
@@ -29,11 +31,9 @@ def keeping(function: Callable[..., Any], names: Collection[str]) -> Callable[..
         if not names:
             return function(*arguments), kept
 
-        def note(name: str, value: jax.Array) -> jax.Array:
+        def note(name: str, number: int, value: jax.Array) -> jax.Array:
             if name in names:
-                if name in kept:
-                    raise ValueError(f"two values of a layer are called {name!r}")
-                kept[name] = value
+                kept[f"{name} {number}"] = value
             return value
 
         return _run(function, arguments, note), kept
@@ -47,8 +47,9 @@ def with_kept(function: Callable[..., Any], kept: dict[str, jax.Array]) -> Calla
     if not kept:
         return function
 
-    def replace(name: str, value: jax.Array) -> jax.Array:
-        return _instead(value, kept[name]) if name in kept else value
+    def replace(name: str, number: int, value: jax.Array) -> jax.Array:
+        here = kept.get(f"{name} {number}")
+        return value if here is None else _instead(value, here)
 
     return lambda *arguments: _run(function, arguments, replace)
 
@@ -62,14 +63,18 @@ def _instead(value: jax.Array, kept: jax.Array) -> jax.Array:
 _instead.defvjp(lambda value, kept: (kept, None), lambda _, d_kept: (d_kept, None))
 
 
-def _run(function: Callable[..., Any], arguments: tuple, visit: Callable[[str, jax.Array], jax.Array]) -> Any:
+Visit = Callable[[str, int, jax.Array], jax.Array]  # name, which of that name, value -> what stands in its place
+
+
+def _run(function: Callable[..., Any], arguments: tuple, visit: Visit) -> Any:
     """function(*arguments), operation by operation; each named value is what `visit` makes of it."""
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
     out = _evaluate(closed, jax.tree.leaves(arguments), visit)
     return jax.tree.unflatten(jax.tree.structure(shape), out)
 
 
-def _evaluate(closed: ClosedJaxpr, inputs: list[Any], visit: Callable[[str, jax.Array], jax.Array]) -> list[Any]:
+def _evaluate(closed: ClosedJaxpr, inputs: list[Any], visit: Visit) -> list[Any]:
+    seen: Counter[str] = Counter()
     values: dict[Any, Any] = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     values |= dict(zip(closed.jaxpr.invars, inputs, strict=True))
     read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]  # noqa: E731
@@ -78,6 +83,8 @@ def _evaluate(closed: ClosedJaxpr, inputs: list[Any], visit: Callable[[str, jax.
         found = operation.primitive.bind(*map(read, operation.invars), **parameters)
         results = list(found) if operation.primitive.multiple_results else [found]
         if operation.primitive.name == "name":
-            results = [visit(operation.params["name"], results[0])]
+            name = operation.params["name"]
+            results = [visit(name, seen[name], results[0])]
+            seen[name] += 1
         values |= dict(zip(operation.outvars, results, strict=True))
     return [read(atom) for atom in closed.jaxpr.outvars]

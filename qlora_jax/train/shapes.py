@@ -39,6 +39,11 @@ class ModelSpec:
         """Bytes of an activation's value."""
         return 2 if self.is_16bit else 4
 
+    @property
+    def low_rank(self) -> int:
+        """Ranks of a layer's adapters together."""
+        return self.lora.rank * len(lora.select_targets(self.lora.targets, self.sizes.L))
+
     def is_chunked(self, T: int) -> bool:
         """Whether rows of T tokens go through a layer in chunks."""
         return 0 < self.sequence_chunk < T

@@ -64,14 +64,14 @@ def assert_same(found, expected):
 
 
 def test_every_cut_gives_the_same_step_whatever_is_kept(parts):
-    """Packed rows. "selective" spares the products of six linear layers, of the adapter's B, of p and v."""
+    """Packed rows. "selective" spares the products of six linear layers, of the adapter's A and B, of p and v."""
     expected = step(parts, 8)
     for G in (4, 2, 1):
         assert_same(found := step(parts, G), expected)
     kept = step(parts, 1, remat="selective")
     for a, b in zip(kept[0], found[0], strict=True):
         np.testing.assert_array_equal(a, b)
-    assert found[2] - kept[2] == 6 + 1 + 1
+    assert found[2] - kept[2] == 6 + 2 + 1
 
 
 def test_every_cut_gives_the_same_step_in_chunks(parts):
