@@ -10,7 +10,7 @@ the rows of the embedding that the tokens took.
 
 Where model.remat is "block+offload", x_0 .. x_{L-1} go to pinned host memory as they come and return one by one. Where
 it is "selective", the forward pass also keeps those values of each layer that spare the backward pass all products with
-frozen weights but those of d x (kept.NAMES; of sequences that go through a layer in chunks nothing but x_l is kept).
+frozen weights but those of d x (models/kept.NAMES). Of sequences that go through a layer in chunks x_l alone is kept.
 """
 
 from functools import partial
@@ -22,8 +22,8 @@ from flax import nnx
 
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.dropout import DropoutKey
+from qlora_jax.models.kept import NAMES, keeping, with_kept
 from qlora_jax.models.llama import Llama
-from qlora_jax.train.kept import NAMES, keeping, with_kept
 from qlora_jax.train.loss import loss_and_gradient
 
 

@@ -37,7 +37,7 @@ def test_what_a_loop_of_so_many_turns_launches():
 
 @pytest.mark.large_plans
 def test_kernels_a_layer_of_a_7b(xla_gpu):
-    """Forward and backward at the cut that an H100 takes. Sums that XLA splits without tuning are some forty of them."""
+    """Forward and backward at the cut that an H100 takes. Some forty finish sums that XLA splits."""
     spec = read_spec(importlib.import_module("configs.guanaco_7b").get_config()).with_cut(Cut(16, "selective"))
     compiled = compile_gradient(GPUS["h100"], abstract_model(spec.model), spec.batch, dropout=True)
     forward, backward = (sum(count.values()) for count in layer_kernels(compiled.as_text(), spec.model.sizes.L))

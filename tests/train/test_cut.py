@@ -128,7 +128,7 @@ def test_what_is_kept_of_a_layer_stands_in_for_what_would_be_computed():
     import jax
     from jax.ad_checkpoint import checkpoint_name
 
-    from qlora_jax.train.kept import keeping, with_kept
+    from qlora_jax.models.kept import keeping, with_kept
 
     def layer(w, x):
         y = checkpoint_name(jnp.sin(x * w), "y")
