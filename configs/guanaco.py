@@ -15,4 +15,6 @@ def get_config() -> ConfigDict:
     c.data.max_source_len = 16  # tokens; the source is BOS alone
     c.data.max_target_len = 512  # tokens; the whole conversation is the target, and the paper cuts it here
     c.optimizer.paging = "always"  # the paper's paged optimizer
+    c.train.grad_accum = "auto"  # the 16 conversations in as few micro-batches as the card takes
+    c.model.remat = "auto"  # together with what of a layer is kept for the backward pass
     return c.lock()

@@ -2,7 +2,8 @@
 
 python -m experiments.train --config=configs/guanaco_65b.py --config.data.path=FILE --workdir=runs/guanaco_65b
 
-By plan on an RTX A6000: 42.7 GB on the device, 6.4 GB of pinned host memory; at 60% of the roofline 21 hours.
+By plan on an RTX A6000: 4 rows a micro-batch, 45.8 GB on the device (one row: 42.7 GB), 6.4 GB of pinned host memory;
+at 60% of the roofline 21 hours.
 """
 
 from ml_collections import ConfigDict

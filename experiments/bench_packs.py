@@ -108,12 +108,14 @@ class WarmLoop:
     def __init__(self, config: Any):
         from qlora_jax.optim.paged import PagedOptimizer
         from qlora_jax.optim.pages import Pages
+        from qlora_jax.train.cut import default_cut
         from qlora_jax.train.memory import Program
         from qlora_jax.train.setup import prepare
         from qlora_jax.train.step import evaluation_of, gradient_of
 
         self.prepared = prepare(config, lambda line: None, lambda done, total: None)
-        graph, chunk = self.prepared.graph, config.train.loss_chunk
+        cut, chunk = default_cut(self.prepared.to_cut), config.train.loss_chunk
+        self.rows, graph = cut.rows, self.prepared.graph_with(cut.remat)
         self.gradient = Program(gradient_of(graph, chunk, config.optimizer.max_grad_norm))
         self.evaluation = Program(evaluation_of(graph, chunk))
         pages = Pages(self.prepared.tx, self.prepared.adapter, config.optimizer.page_bytes)
@@ -135,7 +137,7 @@ class WarmLoop:
         for step in range(prepared.steps):
             batch = prepared.data.batches.batch(step)
             tokens, mask = (
-                batch[name].reshape(prepared.grad_accum, -1, batch[name].shape[1]) for name in ("tokens", "loss_mask")
+                batch[name].reshape(-1, self.rows, batch[name].shape[1]) for name in ("tokens", "loss_mask")
             )
             key = jax.random.fold_in(jax.random.key(config.train.seed + 1), step) if config.lora.dropout else None
             grads, metrics = self.gradient(adapter, prepared.base, tokens, mask, key)

@@ -53,6 +53,8 @@ def main() -> None:
     config = CONFIG.value
     check_values(config, "cpu" if gpu_memory is None else "gpu")
     spec = read_spec(config)
+    if spec.to_cut.is_open:
+        spec = _cut(spec, cap, gpu_memory)
     if MEMBERS.value is not None:
         _check_pack(config, spec)
     if cap is not None and gpu_memory is not None:
@@ -77,6 +79,18 @@ def main() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
         print(f"written: {path}")
+
+
+def _cut(spec: "RunSpec", cap: int | None, gpu_memory: int | None) -> "RunSpec":
+    """As a run on this GPU would cut its batches, under the cap."""
+    from qlora_jax.planning.memory import held_bytes
+    from qlora_jax.train.cut import choose, described
+    from qlora_jax.train.memory import MEMORY_FRACTION
+
+    limit = None if gpu_memory is None else cap or int(MEMORY_FRACTION * gpu_memory)
+    choice = choose(spec.to_cut, held_bytes(spec), limit)
+    print(f"bench_train: {described(spec.to_cut, choice)}", flush=True)
+    return spec.with_cut(choice.cut)
 
 
 def _torch(spec: "RunSpec", cap: int | None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qlora_jax.sweep.grid import Point, Points
     from qlora_jax.sweep.ledger import Ledger
     from qlora_jax.sweep.packs import Pack
+    from qlora_jax.train.cut import Choice
 
 CONFIG = cli.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep, on a disk of this machine.")
@@ -215,7 +216,7 @@ def _forecast(points: "Points", chosen: "list[Point]") -> None:
     from qlora_jax.evaluate.tables import as_text
     from qlora_jax.planning.gpus import planned_gpu
     from qlora_jax.planning.plan import EFFICIENCIES
-    from qlora_jax.sweep.cost import pack_bytes, pack_seconds
+    from qlora_jax.sweep.cost import pack_bytes, pack_cut, pack_seconds
 
     gpu = planned_gpu(GPU.value) if GPU.value else None
     limit = _limit(gpu)
@@ -223,8 +224,11 @@ def _forecast(points: "Points", chosen: "list[Point]") -> None:
     sizes = [len(pack.points) for pack in packs]
     of = f"{len(packs):,} packs of {min(sizes)} to {max(sizes)}"
     print(f"\n{len(chosen):,} points in {of}, at most {limit / 1e9:,.1f} GB each")
-    takes = [pack_bytes(pack.points) for pack in packs]
+    choices = [pack_cut(pack.points, None if gpu is None else limit) for pack in packs]
+    takes = [pack_bytes(pack.points, choice.cut) for pack, choice in zip(packs, choices, strict=True)]
     print(f"predicted memory of a pack: {min(takes) / 1e9:,.2f} to {max(takes) / 1e9:,.2f} GB")
+    for line in _cuts(packs, choices):
+        print(line)
     over = [pack for pack, size in zip(packs, takes, strict=True) if size > limit]
     if over:
         models = sorted({pack.points[0].config["model"]["path"] for pack in over})
@@ -233,8 +237,8 @@ def _forecast(points: "Points", chosen: "list[Point]") -> None:
         print("--gpu=NAME plans for a card, with GPU-hours")
         return
     seconds: dict[str, float] = {}
-    for pack in packs:
-        each = pack_seconds(pack.points, gpu) / len(pack.points)
+    for pack, choice in zip(packs, choices, strict=True):
+        each = pack_seconds(pack.points, gpu, choice.cut) / len(pack.points)
         seconds |= {point.hash: each for point in pack.points}
 
     def row(name: str, members: "list[Point]") -> list[str]:
@@ -246,6 +250,20 @@ def _forecast(points: "Points", chosen: "list[Point]") -> None:
     header = ["group", "points", *(f"hours at {share:.0%}" for share in EFFICIENCIES)]
     print(f"\nGPU-hours of the training steps on {gpu.device_kind}, at shares of its roofline:\n")
     print(as_text(header, rows))
+
+
+def _cuts(packs: "list[Pack]", choices: "list[Choice]") -> list[str]:
+    """A line for each model, size of packs and cut of their steps, where configs leave it open."""
+    from qlora_jax.settings import AUTO
+
+    found: dict[str, int] = {}
+    for pack, choice in zip(packs, choices, strict=True):
+        config = pack.points[0].config
+        if AUTO in (config["train"]["grad_accum"], config["model"]["remat"]):
+            rows, remat = choice.cut
+            what = f"{config['model']['path']}, {len(pack.points)} a pack: {rows} rows a micro-batch, remat {remat}"
+            found[what] = found.get(what, 0) + 1
+    return [f"cut of {what} ({count:,} packs)" for what, count in found.items()]
 
 
 def _end(ledger: "Ledger", state: "State | None", packs: "list[Pack]") -> int:

@@ -13,8 +13,12 @@ def get_config() -> ConfigDict:
     c.model.path = ""  # folder of a Hugging Face checkpoint, or a hub name; must be given
     c.model.revision = "main"  # branch, tag or commit of a hub name
     c.model.compute_dtype = "bfloat16"  # bfloat16 | float32; norms, softmax and the loss are float32 always
-    c.model.remat = "block"  # block: keep one activation a layer and recompute the rest | none: keep everything
-    # | block+offload: block, its activations in pinned host memory until the backward pass needs them
+    # what of a layer is kept for the backward pass: block: its input, and the rest is computed again | selective: also
+    # q, k, v, attention's output, the sum after it, gate and up, so that no product with a frozen weight is computed
+    # again (7B: 3 MB a token, 11 times block's) | block+offload: block, its inputs in pinned host memory until they are
+    # needed | none: all that JAX keeps | auto: the fastest of selective, block and block+offload that fits the device
+    # together with train.grad_accum; block on devices that state no memory limit (CPUs)
+    c.model.remat = "block"
     c.model.attention = "auto"  # xla: all scores at once | chunked: never all, for long sequences | auto: xla up to
     # 2,048 tokens, chunked above | cudnn (flash attention; NVIDIA GPUs only)
     c.model.sequence_chunk = 0  # tokens that go through a layer at a time, for sequences far beyond the card; 0 is off.
@@ -111,7 +115,10 @@ def get_config() -> ConfigDict:
     c.train = ConfigDict()
     c.train.steps = 1875  # optimizer steps
     c.train.batch_size = 16  # sequences an optimizer step, micro-batches together
-    c.train.grad_accum = 16  # micro-batches an optimizer step
+    # micro-batches that a step's sequences are cut into, equally many in each; or auto: as few as fit the device, with
+    # model.remat (what is chosen is printed, and kept by a run that goes on). No cut changes a step but by rounding. On
+    # devices that state no memory limit auto makes micro-batches of 2,048 tokens at most, or of one sequence
+    c.train.grad_accum = FieldReference(16, field_type=object)
     c.train.loss_chunk = 1024  # tokens whose logits exist at a time
     c.train.checkpoint_every = 100  # steps
     c.train.keep_checkpoints = 2  # the newest that stay on disk; where one is found damaged a run goes on from the one

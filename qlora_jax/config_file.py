@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from qlora_jax.errors import InputError
-from qlora_jax.settings import GONE, flatten, nearest
+from qlora_jax.settings import AUTO, GONE, NUMBERS_OR_AUTO, flatten, nearest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _MISSING = object()
@@ -113,10 +113,11 @@ def override(config: ConfigDict, overrides: Sequence[tuple[str, str]], prefix: s
             raise InputError(f"{flag}: this key is gone, and every run is as with {GONE[key]!r}; leave it out")
         if key not in values:
             raise InputError(f"{flag}: no such key; {_hint(key, list(values), prefix)}")
-        value = _parse(text, values[key], flag)
+        value = _parse_number(text, flag) if key in NUMBERS_OR_AUTO else _parse(text, values[key], flag)
         if isinstance(value, tuple):
             value = given[key] = given.get(key, ()) + value
-        config.update_from_flattened_dict({key: value})
+        with config.ignore_type():  # the value's type is right, and a number may become "auto"
+            config.update_from_flattened_dict({key: value})
 
 
 def _keys_of(keys: Any, section: str) -> list[str]:
@@ -155,6 +156,13 @@ def _parse(text: str, old: Any, flag: str) -> Any:
     if isinstance(old, str):
         return text
     raise InputError(f"{flag}={text}: a value of type {type(old).__name__} can only be set in the config file")
+
+
+def _parse_number(text: str, flag: str) -> int | str:
+    try:
+        return AUTO if text == AUTO else int(text)
+    except ValueError:
+        raise InputError(f"{flag}={text}: expected an int (a whole number), or {AUTO}") from None
 
 
 def _parse_tuple(text: str, old: tuple, flag: str) -> tuple:

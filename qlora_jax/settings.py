@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 
 from qlora_jax.errors import InputError
 
+AUTO = "auto"  # a value that is chosen by what else is known
+NUMBERS_OR_AUTO = ("train.grad_accum",)  # keys of whole numbers that may also be AUTO
 SECTIONS = ("model", "quant", "lora", "data", "optimizer", "train", "mesh", "eval")
 # Keys that are gone, each with the value under which a run is the same without it. They count where they are missing,
 # so that folders, packs and ledgers from before keep their hashes and go on.

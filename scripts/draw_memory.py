@@ -2,7 +2,8 @@
 
     python scripts/draw_memory.py
 
-Four plans are compiled, a minute or two in all. The figures are those of `experiments.plan --config=FILE --gpu=a6000`.
+Four plans are compiled, a minute or two in all. The figures are the least that training takes, one row a micro-batch:
+`experiments.plan --config=FILE --gpu=a6000 --config.train.grad_accum=16 --config.model.remat=block`.
 """
 
 import sys
@@ -31,7 +32,10 @@ PARTS = {
 def main() -> None:
     from qlora_jax import plan
 
-    plans = {name: plan(REPOSITORY / f"configs/guanaco_{name}.py", GPU, advise=False, say=print) for name in MODELS}
+    keys = {"train.grad_accum": 16, "model.remat": "block"}
+    plans = {
+        name: plan(REPOSITORY / f"configs/guanaco_{name}.py", GPU, advise=False, say=print, **keys) for name in MODELS
+    }
     draw({name: made.device_bytes for name, made in plans.items()}, REPOSITORY / "docs" / "memory.svg")
 
 

@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_jax.api.names import set_keys
+from qlora_jax.base import get_config
 from qlora_jax.config_file import load_config, override
 from qlora_jax.errors import InputError
 from qlora_jax.settings import GONE, config_hash, differing_keys, resolved
@@ -42,6 +44,20 @@ def test_override_keeps_the_lock_and_the_types(config) -> None:
         override(config, [("note", "x")])
     with pytest.raises(InputError, match=r"--config.model.fuse_lora: this key is gone, and every run is as with False"):
         override(config, [("model.fuse_lora", "true")])
+
+
+def test_a_number_may_be_left_open() -> None:
+    """Also in a copy, where a key has the type of its value."""
+    for config in (get_config(), get_config().copy_and_resolve_references()):
+        for text, value in (("auto", "auto"), ("4", 4)):
+            override(config, [("train.grad_accum", text)])
+            assert config.train.grad_accum == value
+        set_keys(config, {"grad_accum": "auto"})
+        assert resolved(config)["train"]["grad_accum"] == "auto"
+        with pytest.raises(InputError, match=r"train.grad_accum=some: expected an int \(a whole number\), or auto"):
+            override(config, [("train.grad_accum", "some")])
+        with pytest.raises(InputError, match="train.grad_accum is 1.5; expected a whole number, or auto"):
+            set_keys(config, {"grad_accum": 1.5})
 
 
 def test_resolved_is_json(config) -> None:

@@ -147,11 +147,13 @@ def _dense(op: config.Op, x: jax.Array, packed: Packed, codec: Codec) -> jax.Arr
 def _not_before(x: jax.Array, packed: Packed) -> tuple[jax.Array, Packed]:
     """The same arrays; a weight that is dequantized from them is not dequantized before x is there.
 
-    Left alone, XLA:GPU dequantizes several of a layer's weights at its start and keeps them all. Only the scales pass
-    the barrier: it would make a copy of a layer's slice of the codes.
+    Left alone, XLA:GPU dequantizes several of a layer's weights at its start and keeps them all. Of the scales' offset,
+    one number, all weights depend; without one the scales pass the barrier. It makes a copy of a layer's slice of
+    whatever passes it: a kernel more.
     """
-    x, absmax = jax.lax.optimization_barrier((x, packed.absmax))
-    return x, packed._replace(absmax=absmax)
+    held = "absmax" if packed.offset is None else "offset"
+    x, value = jax.lax.optimization_barrier((x, getattr(packed, held)))
+    return x, packed._replace(**{held: value})
 
 
 def _forward(x, packed, codec):

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -36,9 +37,10 @@ dense_matmul.defvjp(_dense_forward, _dense_backward)
 def low_rank_term(dropped: jax.Array, a: jax.Array, b: jax.Array, scale: float | jax.Array) -> jax.Array:
     """scale * dropped A^T B^T: dropped [..., I], A [R, I], B [O, R] -> [..., O] in dropped's dtype.
 
-    A and B are rounded to that dtype, and so is every product.
+    A and B are rounded to that dtype, and so is every product. What A gives, [..., R], is named "low_rank": small, and
+    worth keeping for the backward pass.
     """
-    low_rank = dense_matmul(dropped, a.astype(dropped.dtype), contract=1)
+    low_rank = checkpoint_name(dense_matmul(dropped, a.astype(dropped.dtype), contract=1), "low_rank")
     return dense_matmul(low_rank, b.astype(dropped.dtype), contract=1) * jnp.asarray(scale, dropped.dtype)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_jax.errors import InputError
-from qlora_jax.settings import GONE, flatten, nearest
+from qlora_jax.settings import AUTO, GONE, NUMBERS_OR_AUTO, flatten, nearest
 
 # What a short name means where several sections have it.
 _PREFERRED = {"batch_size": "train.batch_size", "format": "data.format", "max_examples": "data.max_examples"}
@@ -46,7 +46,8 @@ def set_keys(config: Any, settings: Mapping[str, Any]) -> set[str]:
         if key in given:
             raise InputError(f"{name}: {key} is given twice")
         given[key] = as_kind(key, value, values[key])
-    config.update_from_flattened_dict(given)
+    with config.ignore_type():  # kinds are right, and a number may become "auto"
+        config.update_from_flattened_dict(given)
     return set(given)
 
 
@@ -56,6 +57,8 @@ def as_kind(key: str, value: Any, old: Any) -> Any:
         value = value.item()  # a number of numpy or JAX
     if isinstance(old, bool):
         fits, kind = isinstance(value, bool), "True or False"
+    elif key in NUMBERS_OR_AUTO:
+        fits, kind = value == AUTO or type(value) is int, f"a whole number, or {AUTO}"
     elif isinstance(old, int):
         fits, kind = isinstance(value, int) and not isinstance(value, bool), f"a whole number, as {old}"
     elif isinstance(old, float):

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from qlora_jax.data.detect import AUTO, find_format
+from qlora_jax.data.detect import find_format
 from qlora_jax.data.examples import Example
 from qlora_jax.errors import InputError
 from qlora_jax.feed.batches import FileBatches
@@ -20,6 +20,7 @@ from qlora_jax.io.folder import resolve
 from qlora_jax.io.load import load_config
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.sizes import linear_weights
+from qlora_jax.settings import AUTO
 from qlora_jax.text.added_tokens import extended_tokenizer
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.setup import added_tokens, check_values
@@ -29,7 +30,6 @@ EXAMPLES = 16  # a step, as the paper has them up to 13B
 PASSES, LEAST_STEPS, MOST_STEPS = 3, 50, 1875  # over the data; the paper's runs have 1,875 steps
 HELD_OUT, MOST_HELD_OUT, LEAST_TO_HOLD_OUT = 0.05, 100, 40  # share of the examples, at most, and in how many at least
 LARGE = 20e9  # weights from which the paper learns slower: 33B and 65B
-CPU_TOKENS = 2048  # of a micro-batch, where memory is not what is short
 SHORT_ROW = 512  # tokens of a packed row at least: short examples fill it better
 PLANNED_LENGTH = 1024  # tokens of a row, for a plan without data
 
@@ -51,6 +51,7 @@ def fill(config: Any, given: Collection[str], say: Callable[[str], None]) -> Non
     folder = resolve(config.model.path, config.model.revision)
     sizes = load_config(folder)
     _by_size(config, sizes, given)
+    _by_device(config, given)
     if data.batches:
         return
     if "data.packing" not in given:
@@ -75,7 +76,7 @@ def fill(config: Any, given: Collection[str], say: Callable[[str], None]) -> Non
     examples = len(batches.examples)
     if "data.eval_examples" not in given and not data.eval_path:
         data.eval_examples = _held_out(batches.examples, data.seed)
-    _batch(config, given, rows, examples, batches.max_length)
+    _batch(config, given, rows, examples)
     if "train.steps" not in given:
         rows_left = rows * (1 - (0 if data.eval_path else data.eval_examples) / examples)
         epoch = math.ceil(rows_left / train.batch_size)
@@ -95,6 +96,7 @@ def fill_for_plan(config: Any, sizes: ModelConfig, given: Collection[str], say: 
     """
     data = config.data
     _by_size(config, sizes, given)
+    _by_device(config, given)
     if data.batches or {"data.max_source_len", "data.max_target_len", "data.pack_length", "data.packing"} & set(given):
         return
     data.packing = config.model.attention != "cudnn"
@@ -142,25 +144,30 @@ def _held_out(examples: Sequence[Example], seed: int) -> int:
     return wanted
 
 
-def _batch(config: Any, given: Collection[str], rows: int, examples: int, length: int) -> None:
-    """Rows a step that hold about EXAMPLES examples, no more than there are; and micro-batches of them: of one row, or
-    on CPUs of some."""
+def _batch(config: Any, given: Collection[str], rows: int, examples: int) -> None:
+    """Rows a step that hold about EXAMPLES examples, no more than there are; how they are cut is left open."""
     train = config.train
     if "train.batch_size" not in given:
         wanted = max(1.0, EXAMPLES * rows / examples)
         train.batch_size = min(2 ** round(math.log2(wanted)), 2 ** int(math.log2(rows)))
-        if "train.grad_accum" in given:
+        if "train.grad_accum" in given and train.grad_accum != AUTO:
             train.batch_size = train.grad_accum * math.ceil(train.batch_size / train.grad_accum)
-    if "train.grad_accum" not in given:
-        together = max(1, CPU_TOKENS // length) if jax.default_backend() == "cpu" else 1
-        micro = max(n for n in range(1, train.batch_size + 1) if train.batch_size % n == 0 and n <= together)
-        train.grad_accum = train.batch_size // micro
+
+
+def _by_device(config: Any, given: Collection[str]) -> None:
+    """The cut into micro-batches, and what is kept of a layer, as the device's memory has it."""
+    with config.ignore_type():
+        for key, section in (("grad_accum", config.train), ("remat", config.model)):
+            name = f"train.{key}" if section is config.train else f"model.{key}"
+            if name not in given:
+                section[key] = AUTO
 
 
 def _without_batches(config: Any) -> Any:
     """A copy to check while batch and micro-batches are not chosen yet."""
     copy = config.copy_and_resolve_references()
-    copy.train.grad_accum = 1
+    with copy.ignore_type():
+        copy.train.grad_accum = AUTO
     if copy.train.batch_size < 1:
         raise InputError(f"train.batch_size is {copy.train.batch_size}; expected at least 1")
     return copy

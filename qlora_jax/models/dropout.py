@@ -4,11 +4,12 @@ A mask's bits are a hash of where a value stands, so that nothing is kept betwee
 
     token = mix(mix(mix(k0 ^ place) + b) + t),  other = mix(token ^ k1),  bits = mix(mix(token + i) ^ other)
 
-for row b, token t and feature i of x [B, T, I], the linear layer's place in its layer, and two words k0, k1 drawn from
-the layer's key. `mix` is a bijection of 32-bit words in which each input bit flips each output bit half of the time
-(its constants are of Wellons' hash prospector). Two rounds with words of their own a token keep two tokens from having
-the same mask shifted. That is 18 instructions a value; jax.random.bits hashes each by twenty rounds of Threefry, over
-100, which were 6 to 8% of a 7B step and a fifth of the time that a CPU takes to compile one.
+for row b of the step's batch, token t and feature i, the linear layer's place in its layer, and two words k0, k1 drawn
+from the layer's key. So a step's masks are the same however its batch is cut into micro-batches. `mix` is a bijection
+of 32-bit words in which each input bit flips each output bit half of the time (its constants are of Wellons' hash
+prospector). Two rounds with words of their own a token keep two tokens from having the same mask shifted. That is 18
+instructions a value; jax.random.bits hashes each by twenty rounds of Threefry, over 100, which were 6 to 8% of a 7B
+step and a fifth of the time that a CPU takes to compile one.
 """
 
 from typing import Any, NamedTuple
@@ -31,18 +32,50 @@ class DropoutRate(NamedTuple):
         return cls(min(round(rate * 65536), 65535), float(np.float32(1 / (1 - rate))))
 
 
+class DropoutKey(NamedTuple):
+    """What the masks of some rows are drawn from."""
+
+    key: Any  # key [], the same for all rows of a step
+    first_row: Any = 0  # int32 [] or a number: which row of the step's batch x [B, T, I] begins with
+    words: Any = None  # uint32 [2], what a layer draws from its key; or of all layers [L, 2]; None: not drawn yet
+
+    @classmethod
+    def of(cls, key: "jax.Array | DropoutKey") -> "DropoutKey":
+        return key if isinstance(key, DropoutKey) else cls(key)
+
+    def fold_in(self, number: Any) -> "DropoutKey":
+        """Another key, for the same rows."""
+        return DropoutKey(jax.random.fold_in(self.key, number), self.first_row)
+
+    def for_layers(self, L: int) -> "DropoutKey":
+        """The same, with the words of L layers drawn at once."""
+        draw = jax.vmap(lambda layer: _words(jax.random.fold_in(self.key, layer)))
+        return self._replace(words=draw(jnp.arange(L)))
+
+    def of_layer(self, layer: Any) -> "DropoutKey":
+        """The key of a layer's number, int32 []."""
+        own = self.fold_in(layer)
+        return own if self.words is None else own._replace(words=self.words[layer])
+
+
 class Dropout:
     """LoRA dropout of one layer in one step: hands each linear layer its own mask.
 
-    The mask depends on the key, the linear layer's place and each value's own place in x [B, T, I] alone: a recomputed
-    forward pass (remat) draws the same one, as does a batch with more padding, or an adapter on fewer linear layers.
+    The mask depends on the key, the linear layer's place and each value's own place in the step's batch alone: a
+    recomputed forward pass (remat) draws the same one, as does a batch that is cut otherwise, or has more padding, or
+    an adapter on fewer linear layers.
     """
 
-    def __init__(self, rate: float | DropoutRate, key: jax.Array | None):
+    def __init__(self, rate: float | DropoutRate, key: jax.Array | DropoutKey | None):
         self.rate = DropoutRate.of(rate)
         self.place = 0
+        self.first_row: Any = 0
         self.is_off = key is None or (isinstance(self.rate.threshold, int) and self.rate.threshold == 0)
-        self.words = None if key is None or self.is_off else jax.random.bits(key, (2,), jnp.uint32)
+        self.words = None
+        if key is not None and not self.is_off:
+            drawn = DropoutKey.of(key)
+            self.first_row = drawn.first_row
+            self.words = _words(drawn.key) if drawn.words is None else drawn.words
 
     def skip(self) -> None:
         """Passes by a linear layer without an adapter."""
@@ -54,23 +87,33 @@ class Dropout:
             return x
         self.place += 1
         # the high bits are the best mixed
-        keep = (random_bits(self.words, self.place, x.shape) >> 16) >= jnp.asarray(self.rate.threshold, jnp.uint32)
+        bits = random_bits(self.words, self.place, x.shape, self.first_row)
+        keep = (bits >> 16) >= jnp.asarray(self.rate.threshold, jnp.uint32)
         # behind a barrier a constant is no other factor than an input of the program: XLA would merge it with its like
         scale = jax.lax.optimization_barrier(jnp.asarray(self.rate.kept_scale, jnp.float32)).astype(x.dtype)
         return jnp.where(keep, x * scale, jnp.zeros((), x.dtype))
 
 
-def random_bits(words: jax.Array, place: int, shape: tuple[int, ...]) -> jax.Array:
+def _words(key: jax.Array) -> jax.Array:
+    """uint32 [2] of a layer's key."""
+    return jax.random.bits(key, (2,), jnp.uint32)
+
+
+def random_bits(words: jax.Array, place: int, shape: tuple[int, ...], first_row: Any = 0) -> jax.Array:
     """uint32 of `shape`, 32 random bits for each place in it.
 
     Args:
       words: uint32 [2], random.
       place: numbers whose bits shall differ.
       shape: the bits of [b, t, i] are the same in every shape that has this place.
+      first_row: int32 [] or a number, b of the first row.
     """
     token = mix(words[0] ^ jnp.uint32(place))
     for axis in range(len(shape) - 1):
-        token = mix(token[..., None] + jnp.arange(shape[axis], dtype=jnp.uint32))
+        numbers = jnp.arange(shape[axis], dtype=jnp.uint32)
+        if axis == 0:
+            numbers = numbers + jnp.asarray(first_row, jnp.uint32)
+        token = mix(token[..., None] + numbers)
     other = mix(token ^ words[1])
     return mix(mix(token[..., None] + jnp.arange(shape[-1], dtype=jnp.uint32)) ^ other[..., None])
 

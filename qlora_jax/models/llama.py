@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.nf4_matmul import dense_matmul
 from qlora_jax.models.attention import attend_chunk, causal_attention, segment_starts
 from qlora_jax.models.chunks import chunk_size, layer_in_chunks
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.dropout import Dropout, DropoutRate
+from qlora_jax.models.dropout import Dropout, DropoutKey, DropoutRate
 from qlora_jax.models.layers import (
     Frozen,
     Linear,
@@ -43,7 +44,7 @@ def sizes(config: ModelConfig, letters: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(values[letter] for letter in letters)
 
 
-REMAT = ("none", "block", "block+offload")
+REMAT = ("none", "selective", "block", "block+offload")
 
 
 class Cache(NamedTuple):
@@ -83,20 +84,21 @@ class Attention(nnx.Module):
             cache = Cache(cache.k.at[place].set(k), cache.v.at[place].set(v))
             seen = jnp.arange(cache.k.shape[2])[None, None, :] <= context.positions[:, :, None]  # [B, T, S]
             out = jax.nn.dot_product_attention(q, cache.k[layer], cache.v[layer], mask=seen[:, None])
-        out = out.reshape(B, T, self.N * self.H)
+        out = checkpoint_name(out.reshape(B, T, self.N * self.H), "attention")
         return gradient_after(self.o_proj(out, dropout), out), cache
 
     def queries(self, x: jax.Array, context: Context, dropout: Dropout) -> jax.Array:
         """x [B, T, D] -> [B, T, N, H], rotated."""
         q = self.q_proj(x, dropout).reshape(*x.shape[:2], self.N, self.H)
-        return rotate(q, context.positions, context.inverse_frequencies)
+        return checkpoint_name(rotate(q, context.positions, context.inverse_frequencies), "queries")
 
     def keys_values(self, x: jax.Array, context: Context, dropout: Dropout) -> tuple[jax.Array, jax.Array]:
         """x [B, T, D] -> keys, rotated, and values: [B, T, K, H] each."""
         k = self.k_proj(x, dropout).reshape(*x.shape[:2], self.K, self.H)
+        k = checkpoint_name(rotate(k, context.positions, context.inverse_frequencies), "keys")
         x, k = in_order(x, k)
         v = self.v_proj(x, dropout).reshape(*x.shape[:2], self.K, self.H)
-        return rotate(k, context.positions, context.inverse_frequencies), v
+        return k, checkpoint_name(v, "values")
 
 
 class FeedForward(nnx.Module):
@@ -106,9 +108,9 @@ class FeedForward(nnx.Module):
         self.down_proj = Linear(weights["mlp.down_proj"])
 
     def __call__(self, x: jax.Array, dropout: Dropout) -> jax.Array:
-        gate = self.gate_proj(x, dropout)
+        gate = checkpoint_name(self.gate_proj(x, dropout), "gate")
         x, gate = in_order(x, gate)
-        inner = jax.nn.silu(gate) * self.up_proj(x, dropout)
+        inner = jax.nn.silu(gate) * checkpoint_name(self.up_proj(x, dropout), "up")
         return gradient_after(self.down_proj(inner, dropout), inner)
 
 
@@ -123,7 +125,7 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, context: Context, cache: Cache | None, layer: jax.Array, dropout: Dropout):
         attended, cache = self.self_attn(self.input_layernorm(x), context, cache, layer, dropout)
-        x = x + attended
+        x = checkpoint_name(x + attended, "attended")
         return x + self.mlp(self.post_attention_layernorm(x), dropout), cache
 
     def keys_values(self, x: jax.Array, context: Context, dropout: Dropout) -> tuple[jax.Array, jax.Array]:
@@ -150,7 +152,8 @@ class Llama(nnx.Module):
         weight, names as in LINEARS (QuantizedTensor or [L, O, I]) and NORMS (float32 [L, D]).
       compute_dtype: of activations and matmuls.
       remat: one of REMAT. "block" keeps one activation a layer and recomputes the rest in the backward pass, "none"
-        keeps everything, "block+offload" is "block" whose activations train/backward.py keeps in host memory.
+        keeps everything. To train/backward.py "selective" is "block" that keeps the values with names too, and
+        "block+offload" "block" whose activations go to host memory.
       attention: one of attention.IMPLEMENTATIONS.
       sequence_chunk: tokens; longer sequences go through a layer in chunks of so many, with chunked attention whatever
         `attention` says. 0 is off.
@@ -180,7 +183,7 @@ class Llama(nnx.Module):
         tokens: jax.Array,
         positions: jax.Array | None = None,
         cache: Cache | None = None,
-        dropout_key: jax.Array | None = None,
+        dropout_key: jax.Array | DropoutKey | None = None,
         segments: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states.
@@ -189,7 +192,7 @@ class Llama(nnx.Module):
           tokens: int32 [B, T]; padding stands at the right, where causality hides it.
           positions: int32 [B, T]; 0..T-1 by default. With a cache, also the places that are written.
           cache: keys and values of earlier calls; None attends to these T tokens alone.
-          dropout_key: of LoRA dropout; None is no dropout.
+          dropout_key: of LoRA dropout; None is no dropout. A DropoutKey says which rows of a step's batch these are.
           segments: int32 [B, T] ids of the examples packed into each row, equal ones side by side; a token sees its own
             segment alone, whose positions begin at 0. None: a row is one example. Not with a cache.
         Returns:
@@ -246,7 +249,7 @@ class Llama(nnx.Module):
         self,
         block: Any,
         context: Context,
-        dropout_key: jax.Array | None,
+        dropout_key: jax.Array | DropoutKey | None,
         state: tuple[Any, Any],
         x: jax.Array,
         layer: jax.Array,
@@ -257,7 +260,7 @@ class Llama(nnx.Module):
         `state`: the layer's slice of `layers(nnx.LoRAParam, ...)`: adapter and frozen arrays. Where the sequence is cut
         into chunks T is what `pad` makes of it, and the frozen arrays get no gradient.
         """
-        key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
+        key = None if dropout_key is None else DropoutKey.of(dropout_key).of_layer(layer)
         if cache is None and self._is_chunked(x.shape[1]):
             adapter, frozen = state
             pieces = _ChunkedBlock(block, chunk_size(x.shape[1], self.sequence_chunk))
@@ -301,7 +304,7 @@ class _ChunkedBlock(NamedTuple):
         frozen, positions, starts, frequencies, dropout = arrays
         key, rate = (None, 0.0) if dropout is None else dropout
         if key is not None:
-            key = jax.random.fold_in(jax.random.fold_in(key, first // self.size), place)
+            key = key.fold_in(first // self.size).fold_in(place)
         positions = jax.lax.dynamic_slice_in_dim(positions, first, self.size, axis=1)
         if starts is not None:
             starts = jax.lax.dynamic_slice_in_dim(starts, first, self.size, axis=1)

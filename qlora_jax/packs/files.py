@@ -51,6 +51,10 @@ class PackFolder:
         self._workdir.begin(self._say)
         write_json(self.path / "members.json", self._plains)
 
+    @property
+    def workdir(self) -> Workdir:
+        return self._workdir
+
     def rows_until(self, step: int) -> list[tuple[int, dict[str, Any]]]:
         """(member, row) of the steps up to `step`; later ones are dropped from the file."""
         self._workdir.keep_metrics_until(step)

@@ -94,7 +94,6 @@ class PlannedMember:
     data: LoadedData
     heldout: str  # hash of the held-out examples
     steps: int
-    grad_accum: int
     rates: Rates
 
     def trainable_params(self, model: Llama) -> int:

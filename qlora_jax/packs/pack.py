@@ -27,7 +27,7 @@ from qlora_jax.packs.run import MemberResult, PackRun
 from qlora_jax.packs.warm import Base, Warm
 from qlora_jax.settings import config_hash, resolved
 from qlora_jax.train.loggers import refuse_loggers
-from qlora_jax.train.setup import check_config, read_lora_config, start_input, step_counts
+from qlora_jax.train.setup import check_config, read_lora_config, start_input, step_count
 
 __all__ = ["MemberResult", "PackRunner", "export_member", "pack_key", "train_pack"]
 
@@ -149,9 +149,9 @@ class PackRunner:
         refuse_residual(config.lora.init_from)
         targets = lora.select_targets(lora_config.targets, base.sizes.L)
         data, heldout = self.warm.data(config, base, say)
-        steps, grad_accum = step_counts(config, data)
+        steps = step_count(config, data)
         o = config.optimizer
         rates = learning_rates(o.schedule, o.learning_rate, steps, o.warmup_steps)
         return PlannedMember(
-            config, plain, config_hash(plain), lora_config, tuple(targets), data, heldout, steps, grad_accum, rates
+            config, plain, config_hash(plain), lora_config, tuple(targets), data, heldout, steps, rates
         )

@@ -13,13 +13,15 @@ import numpy as np
 from qlora_jax import lora
 from qlora_jax.finite import first_not_finite
 from qlora_jax.lora import LoRAConfig
+from qlora_jax.models.llama import Llama
 from qlora_jax.packs import members as pack_members
 from qlora_jax.packs.files import PackFolder
 from qlora_jax.packs.members import PlannedMember
 from qlora_jax.packs.step import MemberState, Steps, initial_optimizer
 from qlora_jax.packs.warm import Base, Warm
-from qlora_jax.train.memory import peak_device_bytes, peak_host_bytes
-from qlora_jax.train.setup import read_start
+from qlora_jax.train.cut import Cut, choose, default_cut, described
+from qlora_jax.train.memory import memory_limit, peak_device_bytes, peak_host_bytes
+from qlora_jax.train.setup import read_start, rows_to_cut
 
 STEPS_A_CALL = 16  # at most
 CALL_SECONDS = 1.0  # what a call is meant to take: rows come out, and checkpoints are due, between calls
@@ -59,13 +61,20 @@ class PackRun:
         # where an idle place costs nothing, packs of any size share a few programs
         self.slots = 1 << (len(members) - 1).bit_length() if warm.over == "map" else len(members)
         self.settings = pack_members.stacked_settings(members, self.slots)
-        graph, adapter, self.frozen = self._stack()
+        model = self._stacked_model()
+        _, adapter, self.frozen = lora.split(model)
         self.state = MemberState(
             adapter, initial_optimizer(self.config.optimizer, adapter), jax.numpy.ones(self.slots, bool)
         )
+        side_by_side = self.slots if warm.over == "vmap" else 1
+        self.cut = self._choose_cut(side_by_side)
+        model.remat = self.cut.remat
+        graph = lora.split(model)[0]
         has_dropout = any(member.lora.dropout for member in members)
         structure = (base.key, self.rank, pack_members.all_targets(members))
-        self.train_program, self.eval_program = warm.programs(structure, graph, self.config, has_dropout)
+        self.train_program, self.eval_program = warm.programs(
+            structure, graph, self.cut.remat, self.config, has_dropout
+        )
 
     def finish(self) -> list[MemberResult]:
         every, saving = self.config.eval.every, self.config.train.checkpoint_every
@@ -85,8 +94,24 @@ class PackRun:
     def rank(self) -> int:
         return max(member.lora.rank for member in self.members)
 
-    def _stack(self) -> tuple[Any, Any, Any]:
-        """lora.split of the model with the adapters of all members, [slots, L, ...]."""
+    def _choose_cut(self, side_by_side: int) -> Cut:
+        """How each member's rows are cut: as the pack's folder says if it goes on, else the fastest that should fit."""
+        kept = None if self.folder is None else self.folder.workdir.kept_cut()
+        longest = max(member.data.batches.max_length for member in self.members)
+        largest = dataclasses.replace(self.members[0].lora, rank=self.rank)
+        to_cut = rows_to_cut(self.config, self.base.sizes, largest, self.members[0].data)._replace(T=longest)
+        if not to_cut.is_open:
+            return default_cut(to_cut)
+        adapter, state = _bytes(self.state.adapter), _bytes(self.state.optimizer)
+        held = self.base.bytes + (3 if self.slots > 1 else 2) * adapter + state  # a pack's program holds one more copy
+        choice = kept or choose(to_cut, held, memory_limit(), members=side_by_side)
+        self.say(described(to_cut, choice))
+        if self.folder is not None:
+            self.folder.workdir.keep_cut(choice)
+        return choice.cut
+
+    def _stacked_model(self) -> Llama:
+        """The model with the adapters of all members, [slots, L, ...]."""
         model = self.base.model()
         shapes = {name: lora.shape(model, name) for name in pack_members.all_targets(self.members)}
         own = [
@@ -100,7 +125,7 @@ class PackRun:
         for name in shapes:
             a, b = (jax.numpy.asarray(np.stack([arrays[name][i] for arrays in each])) for i in range(2))
             lora.set_adapter(model, name, a, b, 1.0)
-        return lora.split(model)
+        return model
 
     def _trains(self, member: int, step: int) -> bool:
         return member not in self.stopped and step < self.members[member].steps
@@ -144,8 +169,8 @@ class PackRun:
         return batches[id(self.members[member].data.batches), step]
 
     def _steps(self, batches: dict, first: int, count: int, T: int) -> Steps:
-        G = self.members[0].grad_accum
-        B = self.members[0].data.batches.batch_size // G
+        B = self.cut.rows
+        G = self.members[0].data.batches.batch_size // B
         shape = (self.slots, STEPS_A_CALL, G, B, T)
         rates = np.zeros(shape[:2], np.float32)
         tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, np.bool_)
@@ -284,6 +309,8 @@ class PackRun:
         summary = {
             "config_hash": member.hash,
             "steps": member.steps if stopped is None else stopped["step"] - 1,
+            "micro_batch_rows": self.cut.rows,
+            "remat": self.cut.remat,
             "final_train_loss": rows[-1]["loss"] if rows else None,
             "final_eval_loss": None if evaluated is None else evaluated[0],
             "final_eval_accuracy": None if evaluated is None else evaluated[1],
@@ -303,3 +330,7 @@ class PackRun:
             member.hash, status, reason, summary, self.rows[index], pack_members.cut(mine, member),
             member.lora, str(self.config.model.path),
         )  # fmt: skip
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -87,25 +87,27 @@ class Warm:
         where = (config.model.path, config.model.revision)
         return self._data.get(_key(config.data.to_dict(), where, config.train.batch_size), read)
 
-    def programs(self, structure: Any, graph: Any, config: Any, has_dropout: bool) -> tuple[Program, Program]:
+    def programs(
+        self, structure: Any, graph: Any, remat: str, config: Any, has_dropout: bool
+    ) -> tuple[Program, Program]:
         """The programs that train and evaluate packs.
 
         Args:
           structure: hashable; equal where base, layers with adapters and largest rank are.
-          graph: of lora.split.
+          graph: of lora.split, of a model that keeps what `remat` says.
           config: of a member; what its members share is read.
         """
         o, chunk = config.optimizer, config.train.loss_chunk
 
         def steps() -> Program:
             function = make_steps(graph, o, chunk, has_dropout, self.over)
-            return Program(function, compiler_options(config.model.remat), donate_argnums=(0,))
+            return Program(function, compiler_options(remat), donate_argnums=(0,))
 
         def evaluation() -> Program:
             return Program(make_pack_evaluation(graph, chunk, self.over))
 
         optimizer = (o.name, o.beta1, o.beta2, o.eps)
-        training = self._programs.get(("steps", structure, chunk, optimizer, has_dropout), steps)
+        training = self._programs.get(("steps", structure, remat, chunk, optimizer, has_dropout), steps)
         return training, self._programs.get(("evaluation", structure, chunk), evaluation)
 
 

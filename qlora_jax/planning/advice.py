@@ -22,7 +22,7 @@ def changes(spec: RunSpec, paging: str) -> Iterator[Change]:
         free["optimizer.paging"] = "always"
         yield Change(dict(free))
     if spec.model.remat != "block+offload":
-        if spec.model.remat == "none":
+        if spec.model.remat in ("none", "selective"):
             yield Change(free | {"model.remat": "block"})
         free["model.remat"] = "block+offload"
         yield Change(dict(free))

@@ -13,7 +13,7 @@ _LABELS = {
     "modules_to_save": "embedding and head that train",
     "gradients": "gradients",
     "optimizer": "optimizer state on the device",
-    "block_inputs": "block inputs (remat)",
+    "block_inputs": "kept of the layers (remat)",
     "temporaries": "XLA's temporaries",
 }
 
@@ -38,8 +38,10 @@ def table(plan: Plan) -> str:
         row("host memory at the peak of loading", memory.load_host_peak_bytes),
         row("optimizer state", memory.optimizer_bytes, pages),
         "",
-        f"  a step: {batch.G} x {batch.B} sequences of {batch.T} = {batch.tokens:,} tokens, "
-        f"{plan.time.flops / 1e12:,.2f} TFLOP,",
+        f"  a step: {batch.G} micro-batches of {batch.B} rows of {batch.T} = {batch.tokens:,} tokens, remat "
+        f"{plan.spec.model.remat}",
+        f"  ({plan.choice.reason}),",
+        f"  {plan.time.flops / 1e12:,.2f} TFLOP,",
         f"  {plan.time.bytes / 1e9:,.2f} GB of device memory moved, {plan.time.bus_bytes / 1e9:,.3f} GB each way over "
         "the bus",
         f"  roofline {plan.time.seconds:.3g} s; tokens/s at "

@@ -8,6 +8,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.planning.gpus import PlannedGpu
 from qlora_jax.planning.memory import usable_bytes
 from qlora_jax.planning.plan import Plan, make_plan
+from qlora_jax.settings import AUTO
 
 STEP = 1024  # tokens: lengths are multiples of it
 FIRST = (4 * STEP, 8 * STEP)
@@ -62,5 +63,8 @@ def _with_length(config: Any, tokens: int) -> Any:
     changed.data.max_source_len, changed.data.max_target_len = tokens // 2, tokens - tokens // 2
     changed.data.pack_length = 0
     changed.data.eval_examples, changed.data.eval_path = 0, ""
-    changed.train.batch_size = changed.train.grad_accum = 1
+    with changed.ignore_type():  # it may be "auto"
+        changed.train.batch_size = changed.train.grad_accum = 1
+    if changed.model.remat == AUTO:
+        changed.model.remat = "block+offload"  # takes least
     return changed

@@ -27,7 +27,7 @@ from qlora_jax.optim.pages import Pages
 from qlora_jax.planning.gpus import PlannedGpu
 from qlora_jax.planning.program import compile_evaluation, compile_gradient, compile_update
 from qlora_jax.quant.tensor import QuantizedTensor
-from qlora_jax.train.backward import block_input_bytes
+from qlora_jax.train.backward import kept_bytes
 from qlora_jax.train.memory import MEMORY_FRACTION
 from qlora_jax.train.residency import decide
 from qlora_jax.train.shapes import AbstractModel, abstract_model
@@ -78,9 +78,22 @@ class Memory:
     @property
     def held_bytes(self) -> int:
         """Base, adapters and gradients: what no other batch, length, remat or paging makes smaller."""
+        return self._in_gradient("optimizer", "block_inputs", "temporaries")
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of the gradient, but for optimizer state that stays on the device."""
+        return self._in_gradient("optimizer")
+
+    def _in_gradient(self, *without: str) -> int:
         gradient = next(phase for phase in self.phases if phase.name == "gradient").bytes
-        passing = ("optimizer", "block_inputs", "temporaries")
-        return sum(size for kind, size in gradient.items() if kind not in passing)
+        return sum(size for kind, size in gradient.items() if kind not in without)
+
+
+def held_bytes(spec: RunSpec) -> int:
+    """Base, adapters and gradients of a run, whatever its cut into micro-batches."""
+    model = abstract_model(spec.model)
+    return _bytes(model.base) + 2 * _bytes(model.adapter)
 
 
 def base_bytes(model: AbstractModel) -> dict[str, int]:
@@ -117,8 +130,10 @@ def plan_memory(
     gradient = compile_gradient(gpu, model, spec.batch, spec.model.lora.dropout > 0, **run).memory_analysis()
     offloaded = gradient.host_temp_size_in_bytes
     inputs = 0
-    if spec.model.remat == "block":  # of the temporaries, what is known
-        inputs = block_input_bytes(spec.model.sizes, spec.batch.B, spec.batch.T, 2 if spec.model.is_16bit else 4)
+    if spec.model.remat in ("block", "selective"):  # of the temporaries, what is known
+        itemsize = 2 if spec.model.is_16bit else 4
+        shape = (spec.batch.B, spec.batch.T, itemsize, spec.model.low_rank)
+        inputs = kept_bytes(spec.model.sizes, spec.model.remat, *shape)
     in_gradient = held | {
         "gradients": adapter,
         "block_inputs": inputs,

@@ -49,7 +49,8 @@ class PackPlan:
 
 
 def plan_pack(config: Any, gpu: PlannedGpu, A: int) -> PackPlan:
-    """Plans a pack of A members like `config`, the largest of them: its rank, layers and longest rows.
+    """Plans a pack of A members like `config`, the largest of them: its rank, layers and longest rows. A cut that the
+    config leaves open is train/cut.default_cut.
 
     Raises InputError: a mistake in the config, a model whose sizes are not known, no compiler for the GPU.
     """

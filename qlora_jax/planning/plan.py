@@ -8,13 +8,18 @@ from typing import Any
 import jax
 
 from qlora_jax.models.sizes import linear_weights
+from qlora_jax.optim.pages import state_bytes
 from qlora_jax.optim.schedules import make_optimizer, paging
 from qlora_jax.planning.advice import Change, first_that_fits
 from qlora_jax.planning.gpus import PlannedGpu
-from qlora_jax.planning.memory import Memory, fits, plan_memory, usable_bytes
+from qlora_jax.planning.memory import Memory, fits, held_bytes, plan_memory, usable_bytes
 from qlora_jax.planning.roofline import Roofline, roofline
 from qlora_jax.settings import flatten
+from qlora_jax.train.cut import Choice, Cut, choose, described, with_cut
+from qlora_jax.train.memory import memory_limit
+from qlora_jax.train.residency import reserved
 from qlora_jax.train.setup import check_values
+from qlora_jax.train.shapes import abstract_model
 from qlora_jax.train.spec import RunSpec, read_spec
 
 EFFICIENCIES = (1.0, 0.6, 0.4)  # of the roofline, for which tokens/s are stated
@@ -28,6 +33,7 @@ class Plan:
     time: Roofline
     change: Change | None  # what would make it fit; None where it fits, or where nothing tried does
     tried: tuple[Change, ...]  # what does not
+    choice: Choice  # of the cut into micro-batches
 
     @property
     def fits(self) -> bool:
@@ -56,6 +62,9 @@ class Plan:
             "step_device_bytes_moved": self.time.bytes,
             "step_bus_bytes_each_way": self.time.bus_bytes,
             "tokens_per_step": tokens,
+            "micro_batch_rows": batch.B,
+            "remat": self.spec.model.remat,
+            "cut_reason": self.choice.reason,
             "tokens_per_second": {str(share): share * tokens / self.time.seconds for share in EFFICIENCIES},
             "batch": {"micro_batches": batch.G, "sequences": batch.B, "length": batch.T},
             "would_fit_with": None if self.change is None else self.change.keys,
@@ -84,8 +93,8 @@ def make_plan(
     """
     check_values(config, jax.default_backend() if gpu.is_here else "gpu")
     spec = read_spec(config, length)
-    say(f"compiling a step of {spec.batch.G} x {spec.batch.B} x {spec.batch.T} tokens for {gpu.device_kind}")
-    memory = _memory(config, spec, gpu)
+    choice, memory = _choose_cut(config, spec, gpu, say)
+    config, spec = with_cut(config, spec.to_cut, choice.cut), spec.with_cut(choice.cut)
     change: Change | None = None
     tried: list[Change] = []
     if advise and not fits(memory, gpu) and memory.held_bytes <= usable_bytes(gpu):
@@ -103,7 +112,32 @@ def make_plan(
         size for size, stays in zip(memory.page_bytes, memory.resident, strict=True) if stays
     )
     time = roofline(spec, gpu, packed, weights, kinds["adapters"] // 4, paged)
-    return Plan(gpu, spec, memory, time, change, tuple(tried))
+    return Plan(gpu, spec, memory, time, change, tuple(tried), choice)
+
+
+def _choose_cut(config: Any, spec: RunSpec, gpu: PlannedGpu, say: Callable[[str], None]) -> tuple[Choice, Memory]:
+    """As a run on this GPU cuts its batches (train/loop.py), and what it takes then."""
+    memories: dict[Cut, Memory] = {}
+
+    def take(cut: Cut) -> Memory:
+        if cut not in memories:
+            G, B, T = spec.to_cut.rows // cut.rows, cut.rows, spec.batch.T
+            say(f"compiling a step of {G} x {B} x {T} tokens, remat {cut.remat}, for {gpu.device_kind}")
+            memories[cut] = _memory(config, spec.with_cut(cut), gpu)
+        return memories[cut]
+
+    limit = None if gpu.is_here and memory_limit() is None else usable_bytes(gpu)
+    held, state = held_bytes(spec), 0
+    if paging(config.optimizer) == "never":
+        state = state_bytes(make_optimizer(config.optimizer, config.train.steps), abstract_model(spec.model).adapter)
+
+    def fits(cut: Cut) -> bool:
+        return limit is None or take(cut).gradient_bytes + state <= limit - reserved(limit)
+
+    choice = choose(spec.to_cut, held + state, limit, fits)
+    if spec.to_cut.is_open:
+        say(described(spec.to_cut, choice))
+    return choice, take(choice.cut)
 
 
 def _memory(config: Any, spec: RunSpec, gpu: PlannedGpu) -> Memory:

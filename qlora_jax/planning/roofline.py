@@ -2,20 +2,22 @@
 
 Operations of one token, with P weights in linear layers, r the adapters' parameters, H = V * D of the head:
 
-    base      2 P  forward, 2 P recomputed, 2 P for dx               (no gradient of frozen weights)
+    base      2 P  forward, 2 P recomputed, 2 P for dx               (no gradient of frozen weights; nothing is
+                   recomputed where remat is "none" or "selective")
     adapters  2 r  forward, 2 r recomputed, 4 r for dx, dA and dB
     head      2 H  forward, 2 H for dx; 2 H recomputed where remat is "none" (elsewhere both are done at once)
     head      2 H  more where it trains
     attention 4 N H_head T / 2 a layer forward and recomputed, twice that for its gradient (causal: half the square)
 
 Bytes of one micro-batch: packed codes and scales for each pass over the base; where XLA dequantizes, also a 16-bit
-weight written and read again in each pass; block inputs written and read; the head once a pass. Of a step: the paged
-state over the bus, both ways.
+weight written and read again in each pass; what is kept of the layers written and read; the head once a pass. Of a
+step: the paged state over the bus, both ways.
 """
 
 import dataclasses
 
 from qlora_jax.planning.gpus import PlannedGpu
+from qlora_jax.train.backward import kept_bytes
 from qlora_jax.train.spec import RunSpec
 
 PASSES = 3  # over the base: forward, recomputed, dx
@@ -41,7 +43,7 @@ def step_flops(spec: RunSpec, linear_weights: int, adapter_params: int, recomput
         takes 4 P + 6 r + 4 H, and attention three times its forward.
     """
     sizes, batch = spec.model.sizes, spec.batch
-    passes = PASSES if recomputed and spec.model.remat != "none" else PASSES - 1
+    passes = PASSES if recomputed and _recomputes(spec) else PASSES - 1
     head_passes = PASSES if recomputed and spec.model.remat == "none" else PASSES - 1
     head_passes += "lm_head" in spec.model.lora.modules_to_save
     head = 2 * head_passes * sizes.V * sizes.D
@@ -50,15 +52,20 @@ def step_flops(spec: RunSpec, linear_weights: int, adapter_params: int, recomput
     return token * batch.tokens
 
 
+def _recomputes(spec: RunSpec) -> bool:
+    return spec.model.remat in ("block", "block+offload")
+
+
 def roofline(
     spec: RunSpec, gpu: PlannedGpu, packed_bytes: int, linear_weights: int, adapter_params: int, bus_bytes: int
 ) -> Roofline:
     """The larger of computing and moving for each micro-batch, and the bus's time beside it."""
     sizes, batch = spec.model.sizes, spec.batch
-    passes = PASSES if spec.model.remat != "none" else PASSES - 1
+    passes = PASSES if _recomputes(spec) else PASSES - 1
     head = sizes.V * sizes.D
     micro_flops = step_flops(spec, linear_weights, adapter_params) / batch.G
-    moved = passes * packed_bytes + 2 * PASSES * head + 4 * sizes.L * batch.B * batch.T * sizes.D
+    moved = passes * packed_bytes + 2 * PASSES * head
+    moved += 2 * kept_bytes(sizes, spec.model.remat, batch.B, batch.T, 2)
     if spec.model.kernel in ("auto", "xla", "scratch") and spec.model.quant.format != "none":
         moved += passes * 4 * linear_weights
     micro = max(micro_flops / gpu.flops_per_second, moved / gpu.bytes_per_second)

@@ -2,9 +2,12 @@
 read only where it alone says how long its rows are.
 
     base       packed codes and scales, embeddings, head, norms: once, whatever the pack's size
-    a member   float32 adapter, gradient and optimizer state, at the pack's largest rank, all on the device; block
-               inputs (remat) and one layer's activations of its micro-batch; a chunk of logits
-    shared     two dequantized weights
+    a member   float32 adapter, gradient and optimizer state, at the pack's largest rank, all on the device; of its
+               micro-batch what is kept of the layers (remat), one layer's activations, a chunk of logits (train/cut.py)
+    shared     one dequantized weight
+
+Where train.grad_accum or model.remat are "auto", points are packed by the cut that takes least, and a pack's cut is
+then the fastest that fits it: members first, then rows.
 
 planning/pack.py compiles a pack's program for the GPU and knows better, at a minute or more a pack; a grid has
 hundreds.
@@ -27,13 +30,13 @@ from ml_collections import ConfigDict
 from qlora_jax.errors import InputError
 from qlora_jax.io.peaks import model_bytes
 from qlora_jax.lora import select_targets
-from qlora_jax.models.attention import chosen
 from qlora_jax.models.llama import LINEARS, sizes
 from qlora_jax.models.sizes import linear_bytes, linear_weights
 from qlora_jax.optim.schedules import OPTIMIZERS
 from qlora_jax.planning.gpus import PlannedGpu
 from qlora_jax.planning.roofline import roofline
 from qlora_jax.sweep.grid import Point
+from qlora_jax.train.cut import Choice, Cut, choose, cuts, temporary_bytes
 from qlora_jax.train.memory import host_memory_bytes
 from qlora_jax.train.shapes import BatchShape
 from qlora_jax.train.spec import RunSpec, read_spec
@@ -61,9 +64,6 @@ class _Shape:
     base_bytes: int
     packed_bytes: int  # codes and scales of the linear layers
     weights: int  # of the linear layers
-    itemsize: int  # of activations
-    activation_bytes: int  # of a member
-    shared_bytes: int
 
 
 @functools.cache
@@ -74,20 +74,12 @@ def _shape(text: str) -> _Shape:
         if section in plain:
             plain[section] = {key: _NEUTRAL[key] for key in keys if key in _NEUTRAL} | plain[section]
     spec = read_spec(ConfigDict(plain))
-    model, batch = spec.model, spec.batch
-    config, itemsize = model.sizes, 2 if model.is_16bit else 4
-    base = model_bytes(config, model.quant, itemsize)
+    model = spec.model
+    config = model.sizes
+    base = model_bytes(config, model.quant, model.itemsize)
     packed, _ = linear_bytes(config, model.quant.format, model.quant.block_size, model.quant.double_quant)
     weights = linear_weights(config)
-    rows = batch.B * batch.T
-    layer = (16 * config.D + 10 * config.F) * rows * itemsize
-    if chosen(model.attention, batch.T) == "xla":
-        layer += 4 * batch.B * config.N * batch.T**2
-    kept = config.L if model.remat == "none" else 0
-    inputs = config.L * rows * config.D * itemsize if model.remat == "block" else 2 * rows * config.D * itemsize
-    logits = 4 * min(plain["train"]["loss_chunk"], rows) * config.V
-    largest = max(math.prod(sizes(config, letters)) for letters in LINEARS.values())
-    return _Shape(spec, base, packed, weights, itemsize, inputs + max(kept, 1) * layer + logits, 2 * largest * itemsize)
+    return _Shape(spec, base, packed, weights)
 
 
 _NEUTRAL = {
@@ -119,29 +111,48 @@ def adapter_params(plain: dict[str, Any], rank: int | None = None) -> int:
     return (rank or lora["rank"]) * _adapter_width(_of(plain), tuple(lora["targets"]))
 
 
-def pack_bytes(points: Sequence[Point]) -> int:
-    """Device bytes of a pack at its peak; see above."""
-    first = _of(points[0].config)
+def pack_cut(points: Sequence[Point], limit: int | None) -> Choice:
+    """How each member's rows are cut (packs/run.py); `limit` as of train/cut.choose: None on CPUs."""
+    to_cut = _longest(points).spec.to_cut
+    return choose(to_cut, _held_bytes(points), limit, members=len(points))
+
+
+def pack_bytes(points: Sequence[Point], cut: Cut | None = None) -> int:
+    """Device bytes of a pack at its peak, see above; without a cut by the one that takes least."""
+    to_cut = _longest(points).spec.to_cut
+    if cut is None:
+        cut = min(cuts(to_cut), key=lambda cut: temporary_bytes(to_cut, cut))
+    return _held_bytes(points) + temporary_bytes(to_cut, cut, len(points))
+
+
+def _longest(points: Sequence[Point]) -> _Shape:
+    """Of the member with the longest rows: all are padded to it."""
+    return max((_of(point.config) for point in points), key=lambda shape: shape.spec.batch.T)
+
+
+def _held_bytes(points: Sequence[Point]) -> int:
+    """What stands there in every cut."""
     rank = max(point.config["lora"]["rank"] for point in points)
     stacked = _STACKED if len(points) > 1 else 0
-    total = float(first.base_bytes + first.shared_bytes)
+    total = float(_of(points[0].config).base_bytes)
     for point in points:
         name = point.config["optimizer"]["name"].removeprefix("paged_")
         if name not in _STATE:
             raise InputError(f"optimizer.name is {name!r}; known: {', '.join(OPTIMIZERS)}")
-        shape = _of(point.config)
-        total += (8 + stacked + _STATE[name]) * adapter_params(point.config, rank) + shape.activation_bytes
+        total += (8 + stacked + _STATE[name]) * adapter_params(point.config, rank)
     return math.ceil(total)
 
 
-def pack_seconds(points: Sequence[Point], gpu: PlannedGpu) -> float:
-    """Least seconds of a pack's steps on `gpu`: of its longest member, at its largest rank, all members throughout."""
+def pack_seconds(points: Sequence[Point], gpu: PlannedGpu, cut: Cut | None = None) -> float:
+    """Least seconds of a pack's steps on `gpu`: of its longest member, at its largest rank, all members throughout.
+    `cut`: of each member's rows; None is that of read_spec."""
     shape = _of(points[0].config)
     rank = max(point.config["lora"]["rank"] for point in points)
     params = max(adapter_params(point.config, rank) for point in points)
     steps = max(point.config["train"]["steps"] for point in points)
-    batch = shape.spec.batch
-    rows = dataclasses.replace(shape.spec, batch=BatchShape(batch.G, batch.B * len(points), batch.T))
+    spec = shape.spec if cut is None else shape.spec.with_cut(cut)
+    batch = spec.batch
+    rows = dataclasses.replace(spec, batch=BatchShape(batch.G, batch.B * len(points), batch.T))
     time = roofline(rows, gpu, shape.packed_bytes, shape.weights, params, 0)
     others = 24 * params * (len(points) - 1) / gpu.bytes_per_second  # their optimizers
     return steps * (time.seconds + others)

@@ -8,7 +8,9 @@ would make a fresh gradient of the whole adapter beside the accumulators, for ev
 Where embedding or head train (lora.modules_to_save), the head's gradient is added with each chunk of the loss, d x_0 to
 the rows of the embedding that the tokens took.
 
-Where model.remat is "block+offload", x_0 .. x_{L-1} go to pinned host memory as they come and return one by one.
+Where model.remat is "block+offload", x_0 .. x_{L-1} go to pinned host memory as they come and return one by one. Where
+it is "selective", the forward pass also keeps those values of each layer that spare the backward pass all products with
+frozen weights but those of d x (models/kept.NAMES). Of sequences that go through a layer in chunks x_l alone is kept.
 """
 
 from functools import partial
@@ -19,6 +21,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.dropout import DropoutKey
+from qlora_jax.models.kept import NAMES, keeping, with_kept
 from qlora_jax.models.llama import Llama
 from qlora_jax.train.loss import loss_and_gradient
 
@@ -35,13 +39,18 @@ def compiler_options(remat: str) -> dict[str, str]:
     return {"xla_disable_hlo_passes": passes} if remat == "block+offload" else {}
 
 
-def block_input_bytes(sizes: ModelConfig, B: int, T: int, itemsize: int) -> int:
-    """Bytes of x_0 .. x_{L-1}, all of them: pinned host memory where remat is "block+offload", else device memory.
+def kept_bytes(sizes: ModelConfig, remat: str, B: int, T: int, itemsize: int, low_rank: int = 0) -> int:
+    """Bytes of what is kept of all layers: x_0 .. x_{L-1}, and where remat is "selective" the named values.
 
-    A compiled program's host_temp_size_in_bytes says the same, and its temp_size_in_bytes holds what of them is on the
-    device even so. T as the layers see it (Llama.pad), itemsize of activations.
+    They lie in pinned host memory where remat is "block+offload", else on the device. A compiled program's
+    host_temp_size_in_bytes says the same, and its temp_size_in_bytes holds what of them is on the device even so. Of
+    "none" JAX decides what is kept: more than this. T as the layers see it (Llama.pad), itemsize of activations;
+    low_rank: the ranks of a layer's adapters together.
     """
-    return sizes.L * B * T * sizes.D * itemsize
+    widths = sizes.D
+    if remat == "selective":
+        widths += 2 * sizes.N * sizes.H + 2 * sizes.K * sizes.H + sizes.D + 2 * sizes.F + low_rank
+    return sizes.L * B * T * widths * itemsize
 
 
 def add_gradient(
@@ -49,7 +58,7 @@ def add_gradient(
     total: Any,
     tokens: jax.Array,
     loss_mask: jax.Array,
-    key: jax.Array | None,
+    key: jax.Array | DropoutKey | None,
     loss_chunk: int,
     segments: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
@@ -59,7 +68,7 @@ def add_gradient(
       model: with an adapter on its blocks; everything else is frozen.
       total: gradients so far, a state like the adapter of `lora.split`; its buffers are updated in place.
       tokens: int32 [B, T]. loss_mask: bool [B, T].
-      key: of dropout; None is no dropout.
+      key: of dropout; None is no dropout. A DropoutKey says which rows of a step's batch these are.
       loss_chunk: see summed_loss.
       segments: int32 [B, T], see Llama; None: a row is one example.
     Returns:
@@ -68,14 +77,16 @@ def add_gradient(
     tokens, loss_mask = model.pad(tokens), model.pad(loss_mask)
     segments = None if segments is None else model.pad(segments)
     block, adapter, frozen = model.layers(nnx.LoRAParam, ...)
+    key = None if key is None else DropoutKey.of(key).for_layers(model.config.L)  # drawn once, not in each layer
     apply_layer = partial(model.apply_layer, block, model.context(tokens, segments=segments), key)
     numbers = jnp.arange(model.config.L)
     offload = model.remat == "block+offload"
+    names = NAMES if model.remat == "selective" else ()
 
     def forward(x, layer):
         mine, others, number = layer
-        y, _ = apply_layer((mine, others), x, number)
-        return y, jax.device_put(x, jax.memory.Space.Host) if offload else x
+        y, kept = keeping(lambda x: apply_layer((mine, others), x, number)[0], names)(x)
+        return y, (jax.device_put(x, jax.memory.Space.Host) if offload else x, kept)
 
     x, inputs = jax.lax.scan(forward, model.embed(tokens), (adapter, frozen, numbers))
 
@@ -84,9 +95,10 @@ def add_gradient(
     loss, dx, head_sum = loss_and_gradient(model.norm, x, model.head_weight(), tokens, loss_mask, loss_chunk, head_sum)
 
     def backward(carry, layer):
-        (dx, total), (x, mine, others, number) = carry, layer
+        (dx, total), ((x, kept), mine, others, number) = carry, layer
         x = jax.device_put(x, jax.memory.Space.Device) if offload else x
-        _, pullback = jax.vjp(lambda mine, x: apply_layer((mine, others), x, number)[0], mine, x)
+        again = with_kept(lambda mine, x: apply_layer((mine, others), x, number)[0], kept)
+        _, pullback = jax.vjp(again, mine, x)
         gradient, dx = pullback(dx)
         total = jax.tree.map(lambda sums, g: sums.at[number].add(g), total, gradient)
         return (dx, total), None

@@ -35,10 +35,11 @@ from qlora_jax.settings import config_hash
 from qlora_jax.text.added_tokens import write_tokenizer
 from qlora_jax.train.backward import compiler_options
 from qlora_jax.train.checkpoints import Checkpoints
+from qlora_jax.train.cut import Cut, choose, described
 from qlora_jax.train.loggers import Loggers
 from qlora_jax.train.memory import Program, memory_limit, memory_said, peak_device_bytes, peak_host_bytes
 from qlora_jax.train.mmlu import MMLU
-from qlora_jax.train.residency import decide
+from qlora_jax.train.residency import decide, reserved
 from qlora_jax.train.setup import Base, Prepared, check_config, prepare
 from qlora_jax.train.step import arrays_of, evaluation_of, gradient_of, mean_loss
 from qlora_jax.train.workdir import Workdir, refuse_other_config
@@ -106,10 +107,8 @@ class Run:
         self.config, self.plain, self.prepared, self.say = config, plain, prepared, say
         self.workdir, self.checkpoints = workdir, checkpoints
         self.adapter = prepared.adapter
-        self.gradient = Program(
-            gradient_of(prepared.graph, config.train.loss_chunk, config.optimizer.max_grad_norm),
-            compiler_options(config.model.remat),
-        )
+        self.pages = Pages(prepared.tx, self.adapter, config.optimizer.page_bytes)
+        self.cut, self.gradient = self._choose_cut()
         self.evaluation = Program(evaluation_of(prepared.graph, config.train.loss_chunk))
         self.mmlu = None if prepared.mmlu is None else MMLU(prepared.graph, prepared.mmlu)
         self.optimizer = self._make_optimizer()
@@ -186,22 +185,47 @@ class Run:
         if self.feed is not None:
             self.feed.close()
 
+    def _choose_cut(self) -> tuple[Cut, Program]:
+        """How a step's rows are cut, and the program of its gradient: as the run's folder says if it goes on, else the
+        fastest cut that fits where the config leaves it open."""
+        prepared, paged = self.prepared, paging(self.config.optimizer)
+        to_cut, limit = prepared.to_cut, memory_limit()
+        programs: dict[Cut, Program] = {}
+        state = sum(self.pages.bytes) if paged == "never" else 0
+
+        def fits(cut: Cut) -> bool:
+            programs[cut] = self._gradient_program(cut)
+            programs[cut].compile(*self._gradient_shapes(prepared.data.batches.max_length, cut))
+            return limit is None or programs[cut].peak_bytes + state <= limit - reserved(limit)
+
+        choice = self.workdir.kept_cut()
+        if choice is None:
+            adapter = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.adapter))
+            choice = choose(to_cut, prepared.base_bytes + 2 * adapter + state, limit, fits)
+        if to_cut.is_open or to_cut.rows // choice.cut.rows != to_cut.grad_accum:
+            self.say(described(to_cut, choice))
+        if to_cut.is_open:
+            self.workdir.keep_cut(choice)
+        return choice.cut, programs.get(choice.cut) or self._gradient_program(choice.cut)
+
+    def _gradient_program(self, cut: Cut) -> Program:
+        graph = self.prepared.graph_with(cut.remat)
+        o = self.config.optimizer
+        return Program(gradient_of(graph, self.config.train.loss_chunk, o.max_grad_norm), compiler_options(cut.remat))
+
     def _make_optimizer(self) -> PagedOptimizer:
         """With as much of its state on the device as optimizer.paging says."""
-        section, prepared = self.config.optimizer, self.prepared
-        limit = memory_limit()
+        section, limit = self.config.optimizer, memory_limit()
         if paging(section) == "auto" and limit is not None:
             self._compile_largest()
-        pages = Pages(prepared.tx, self.adapter, section.page_bytes)
-        programs = self._program_bytes()
-        residency = decide(paging(section), pages, limit, programs)
+        residency = decide(paging(section), self.pages, limit, self._program_bytes())
         self.say(residency.reason)
-        return PagedOptimizer(pages, self.adapter, residency.resident_bytes)
+        return PagedOptimizer(self.pages, self.adapter, residency.resident_bytes)
 
     def _compile_largest(self) -> None:
         """The programs of the longest batches, which training and evaluation come to in any case."""
         config, prepared = self.config, self.prepared
-        self.gradient.compile(*self._gradient_shapes(prepared.data.batches.max_length))
+        self.gradient.compile(*self._gradient_shapes(prepared.data.batches.max_length, self.cut))
         heldout = prepared.data.eval_batches(prepared.data.heldout, config.eval.batch_size)
         for batch in itertools.islice(heldout, 1):  # the longest first
             self.evaluation.compile(self.adapter, prepared.base, *arrays_of(batch))
@@ -218,12 +242,12 @@ class Run:
             return
         lengths = batches.padded(self.prepared.steps)[1][start:].tolist()
         for length in dict.fromkeys(lengths):
-            self.ahead.submit(self.gradient.compile, *self._gradient_shapes(length))
+            self.ahead.submit(self.gradient.compile, *self._gradient_shapes(length, self.cut))
 
-    def _gradient_shapes(self, length: int) -> list[Any]:
+    def _gradient_shapes(self, length: int, cut: Cut) -> list[Any]:
         """Arguments of the gradient for batches of rows of `length` tokens."""
-        prepared, batches = self.prepared, self.prepared.data.batches
-        shape = (prepared.grad_accum, batches.batch_size // prepared.grad_accum, length)
+        prepared = self.prepared
+        shape = (prepared.to_cut.rows // cut.rows, cut.rows, length)
         tokens, mask = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.int32, np.bool_))
         key = jax.random.key(0) if self.config.lora.dropout else None
         # a step gives its adapter away: while another thread compiles, only shapes are sure to be there
@@ -273,7 +297,7 @@ class Run:
         config, prepared = self.config, self.prepared
         begun = time.perf_counter()
         batch = next(self.feed)
-        micro = lambda x: x.reshape(prepared.grad_accum, -1, x.shape[-1])  # noqa: E731
+        micro = lambda x: x.reshape(-1, self.cut.rows, x.shape[-1])  # noqa: E731
         key = None
         if config.lora.dropout:
             key = jax.random.fold_in(jax.random.key(config.train.seed + 1), step)
@@ -341,6 +365,8 @@ class Run:
         summary = {
             "config_hash": config_hash(self.plain),
             "steps": prepared.steps,
+            "micro_batch_rows": self.cut.rows,
+            "remat": self.cut.remat,
             "final_train_loss": rows[-1]["loss"] if rows else None,
             "final_eval_loss": eval_loss,
             "tokens_per_second": round(float(np.median(speeds)), 1) if speeds else None,

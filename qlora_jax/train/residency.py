@@ -33,7 +33,7 @@ def decide(paging: str, pages: Pages, limit: int | None, program_bytes: int) -> 
         return Residency(
             math.inf, _line(pages, math.inf, "optimizer.paging = auto: this device states no memory limit")
         )
-    free = limit - math.ceil(RESERVED * limit) - program_bytes
+    free = limit - reserved(limit) - program_bytes
     why = (
         f"optimizer.paging = auto: of {_mib(limit)}, training takes {_mib(program_bytes)} and {RESERVED:.0%} is "
         f"reserved, which leaves {_mib(free)}"
@@ -43,6 +43,11 @@ def decide(paging: str, pages: Pages, limit: int | None, program_bytes: int) -> 
     moving = pages.in_flight_bytes([False] * len(pages))
     resident = max(free - moving, 0)
     return Residency(resident, _line(pages, resident, f"{why}, {_mib(moving)} of it for pages under way"))
+
+
+def reserved(limit: int) -> int:
+    """Bytes of the device's limit that are left free."""
+    return math.ceil(RESERVED * limit)
 
 
 def _line(pages: Pages, resident_bytes: float, why: str) -> str:

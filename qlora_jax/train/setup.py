@@ -29,7 +29,7 @@ from qlora_jax.io.peft_config import read_config
 from qlora_jax.io.remote import name_of
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models import attention
-from qlora_jax.models.config import read_json
+from qlora_jax.models.config import ModelConfig, read_json
 from qlora_jax.models.layers import Frozen
 from qlora_jax.models.llama import LINEARS, REMAT, Llama
 from qlora_jax.models.vocabulary import grow
@@ -37,15 +37,18 @@ from qlora_jax.optim.paged import PAGING
 from qlora_jax.optim.pages import state_bytes
 from qlora_jax.optim.schedules import make_optimizer, make_schedule, paging
 from qlora_jax.residual import check_base
+from qlora_jax.settings import AUTO
 from qlora_jax.text.added_tokens import AddedTokens, extended_tokenizer, find_added
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train import mmlu
+from qlora_jax.train.cut import ToCut
 from qlora_jax.train.loggers import check_loggers
 from qlora_jax.train.mmlu import Asked
+from qlora_jax.train.shapes import ModelSpec, model_settings
 
 _CHOICES = {
     ("model", "compute_dtype"): ("bfloat16", "float32"),
-    ("model", "remat"): REMAT,
+    ("model", "remat"): (*REMAT, AUTO),
     ("model", "attention"): attention.IMPLEMENTATIONS,
     ("model", "kernel"): nf4_matmul.BACKENDS,
     ("data", "template"): TEMPLATES,
@@ -53,7 +56,7 @@ _CHOICES = {
 }
 _NOT_SETTINGS = ("transformers_version", "_name_or_path")  # of config.json: who wrote it
 _AT_LEAST_ONE = (
-    ("train", "steps"), ("train", "batch_size"), ("train", "grad_accum"), ("train", "loss_chunk"),
+    ("train", "steps"), ("train", "batch_size"), ("train", "loss_chunk"),
     ("train", "checkpoint_every"), ("train", "keep_checkpoints"), ("train", "log_every"),
     ("optimizer", "page_bytes"), ("eval", "batch_size"), ("eval", "mmlu_batch_size"),
     ("mesh", "devices"),
@@ -91,13 +94,19 @@ class Prepared:
     tx: Any  # optax, without clipping
     schedule: Callable[[int], Any]
     steps: int  # optimizer steps of the run
-    grad_accum: int  # micro-batches an optimizer step
+    to_cut: ToCut  # a step's rows, and how the config wants them cut
     base_bytes: int  # the frozen model on the device
     base_bits_per_param: float  # of the linear layers, scales included
     trainable_params: int
     total_params: int
     mmlu: Asked | None  # questions of MMLU that are asked on the way
     added: AddedTokens | None  # to the tokenizer; None where the config adds none
+
+    def graph_with(self, remat: str) -> Any:
+        """`graph` of the model that keeps for its gradient what `remat` says."""
+        model = nnx.merge(self.graph, self.adapter, self.base)
+        model.remat = remat
+        return lora.split(model)[0]
 
     def grown_matrices(self) -> dict[str, Any]:
         """Embedding and head that do not train, where they have rows for new tokens: the adapter needs them too.
@@ -132,11 +141,7 @@ def check_values(config: Any, backend: str | None = None) -> None:
     for section, key in _AT_LEAST_ONE:
         if config[section][key] < 1:
             raise InputError(f"{section}.{key} is {config[section][key]}; expected at least 1")
-    if not config.data.batches and config.train.batch_size % config.train.grad_accum:
-        raise InputError(
-            f"train.batch_size {config.train.batch_size} cannot be cut into train.grad_accum {config.train.grad_accum} "
-            "equal micro-batches; make it a multiple"
-        )
+    _check_cut(config)
     Lengths.of(config.data)
     if config.data.path and not config.data.batches:
         sources_of(config.data)
@@ -162,6 +167,19 @@ def check_values(config: Any, backend: str | None = None) -> None:
         )
     if config.mesh.devices != 1:
         raise InputError(f"mesh.devices is {config.mesh.devices}; one run trains on one device")
+
+
+def _check_cut(config: Any) -> None:
+    G = config.train.grad_accum
+    if G == AUTO:
+        return
+    if not isinstance(G, int) or G < 1:
+        raise InputError(f"train.grad_accum is {G!r}; expected at least 1, or {AUTO}")
+    if not config.data.batches and config.train.batch_size % G:
+        raise InputError(
+            f"train.batch_size {config.train.batch_size} cannot be cut into train.grad_accum {G} equal micro-batches; "
+            "make it a multiple"
+        )
 
 
 def _check_optimizer(section: Any) -> None:
@@ -231,11 +249,9 @@ def prepare(
     longest = data.batches.longest_example if data.is_packed else data.batches.max_length
     if longest > model_config.context:
         say(f"warning: sequences of up to {longest} tokens, but the model was made for {model_config.context}")
-    steps, grad_accum = step_counts(config, data)
+    steps = step_count(config, data)
     if steps != config.train.steps:
         say(f"data: one pass over data.batches: {steps} steps, fewer than train.steps = {config.train.steps}")
-    if grad_accum != config.train.grad_accum:
-        say(f"data: {grad_accum} micro-batches a step, not {config.train.grad_accum}: the file's batches are smaller")
     tx = make_optimizer(config.optimizer, steps)
     _say_attention(config.model, data.batches.max_length, say)
     model, base_input = load_base(config, folder, progress) if base is None else base.fresh(config.model)
@@ -255,6 +271,7 @@ def prepare(
         for name, matrix in start.matrices.items():
             lora.train_whole(model, name, jnp.asarray(matrix))
     graph, adapter, frozen = lora.split(model)
+    to_cut = rows_to_cut(config, dataclasses.replace(model_config, V=V), lora_config, data)
     base_bytes = _bytes(frozen)
     bits, base_params = base_size(model)
     trainable = sum(leaf.size for leaf in jax.tree.leaves(adapter))
@@ -273,7 +290,7 @@ def prepare(
     o = config.optimizer
     schedule = make_schedule(o.schedule, o.learning_rate, steps, o.warmup_steps)
     return Prepared(
-        folder, tokenizer, data, graph, adapter, frozen, lora_config, tx, schedule, steps, grad_accum,
+        folder, tokenizer, data, graph, adapter, frozen, lora_config, tx, schedule, steps, to_cut,
         base_bytes, bits, trainable, base_params + trainable, asked, added,
     )  # fmt: skip
 
@@ -300,12 +317,16 @@ def _say_tokens(added: AddedTokens, V: int, config: LoRAConfig, say: Callable[[s
         say(f"tokens: warning: lora.modules_to_save leaves out {names}: new rows there do not train and stay the mean")
 
 
-def step_counts(config: Any, data: LoadedData) -> tuple[int, int]:
-    """Optimizer steps of the run, at most a file of ready batches once, and micro-batches of each."""
+def step_count(config: Any, data: LoadedData) -> int:
+    """Optimizer steps of the run, at most a file of ready batches once."""
     steps = config.train.steps
-    if isinstance(data.batches, FileBatches):
-        steps = min(steps, len(data.batches))
-    return steps, math.gcd(config.train.grad_accum, data.batches.batch_size)
+    return min(steps, len(data.batches)) if isinstance(data.batches, FileBatches) else steps
+
+
+def rows_to_cut(config: Any, sizes: ModelConfig, lora_config: LoRAConfig, data: LoadedData) -> ToCut:
+    """The rows of a step of `data`; `sizes` with added tokens in V."""
+    spec = ModelSpec(sizes, quantization(config), lora_config, **model_settings(config.model))
+    return ToCut.of(config, spec, data.batches.batch_size, data.batches.max_length)
 
 
 def load_base(config: Any, folder: Path, progress: Callable[[int, int], None]) -> Base:

@@ -13,6 +13,7 @@ from qlora_jax.models import llama
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.llama import LINEARS, NORMS, Llama
 from qlora_jax.quant.tensor import quantize
+from qlora_jax.settings import AUTO
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,29 @@ class ModelSpec:
     @property
     def is_16bit(self) -> bool:
         return self.compute_dtype != "float32"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an activation's value."""
+        return 2 if self.is_16bit else 4
+
+    @property
+    def low_rank(self) -> int:
+        """Ranks of a layer's adapters together."""
+        return self.lora.rank * len(lora.select_targets(self.lora.targets, self.sizes.L))
+
+    def is_chunked(self, T: int) -> bool:
+        """Whether rows of T tokens go through a layer in chunks."""
+        return 0 < self.sequence_chunk < T
+
+
+def model_settings(section: Any) -> dict[str, Any]:
+    """Of the config's `model` section, as ModelSpec has them."""
+    remat = "block" if section.remat == AUTO else section.remat
+    return {
+        "compute_dtype": section.compute_dtype, "remat": remat, "attention": section.attention,
+        "kernel": section.kernel, "sequence_chunk": section.sequence_chunk,
+    }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """What a config asks for, in sizes: no weights are read, and data only where it alone says how long its rows are."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from qlora_jax.models.known import KNOWN, known_config
 from qlora_jax.quant import native
 from qlora_jax.text.added_tokens import extended_tokenizer
 from qlora_jax.text.tokenizer import Tokenizer
+from qlora_jax.train.cut import Cut, ToCut, default_cut
 from qlora_jax.train.setup import added_tokens, read_lora_config
-from qlora_jax.train.shapes import BatchShape, ModelSpec
+from qlora_jax.train.shapes import BatchShape, ModelSpec, model_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +32,18 @@ class RunSpec:
     batch: BatchShape  # of a train step, at the longest row
     evaluation: BatchShape | None  # one batch of held-out examples; None where there are none
     form: str  # of the weights on disk: one of io/peaks.FORMS
+    to_cut: ToCut  # the rows of the train step, and how the config wants them cut
+
+    def with_cut(self, cut: Cut) -> "RunSpec":
+        """The same run, cut otherwise."""
+        batch = dataclasses.replace(self.batch, G=self.to_cut.rows // cut.rows, B=cut.rows)
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, remat=cut.remat), batch=batch)
 
 
 def read_spec(config: Any, length: int | None = None) -> RunSpec:
     """Sizes of the run that `config` (as configs/base.py) describes, at its longest sequences, or at those of `length`.
 
+    Where the config leaves its cut into micro-batches open (`to_cut.is_open`) it is that of train/cut.default_cut.
     Where the config does not say how long examples may be, the longest of the data set is found as a run finds it, and
     what was tokenized for that is kept for the run.
 
@@ -49,27 +56,18 @@ def read_spec(config: Any, length: int | None = None) -> RunSpec:
     sizes = dataclasses.replace(sizes, V=rows)
     lora = read_lora_config(config.lora, adds_tokens, sizes.tied)
     quant = QuantSpec(config.quant.format, config.quant.block_size, config.quant.double_quant)
-    m = config.model
-    model = ModelSpec(
-        sizes,
-        quant,
-        lora,
-        m.compute_dtype,
-        _kept(dtype, m.compute_dtype),
-        m.remat,
-        m.attention,
-        m.kernel,
-        m.sequence_chunk,
-    )
+    kept = _kept(dtype, config.model.compute_dtype)
+    model = ModelSpec(sizes, quant, lora, kept_dtype=kept, **model_settings(config.model))
     rows, batches = config.train.batch_size, FileBatches(config.data.batches) if config.data.batches else None
     if batches is not None:
         rows, length = batches.batch_size, batches.max_length
     length = length or longest_row(config, sizes)
-    G = math.gcd(config.train.grad_accum, rows)
+    to_cut = ToCut.of(config, model, rows, length)
     has_evaluation = bool(config.data.eval_examples or config.data.eval_path) and not config.data.batches
     packed = config.data.packing
     evaluation = BatchShape(1, config.eval.batch_size, length, packed) if has_evaluation else None
-    return RunSpec(model, BatchShape(G, rows // G, length, packed), evaluation, form)
+    spec = RunSpec(model, BatchShape(1, rows, length, packed), evaluation, form, to_cut)
+    return spec.with_cut(default_cut(to_cut))
 
 
 def _rows(config: Any, V: int) -> tuple[int, bool]:

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from qlora_jax.models.dropout import DropoutKey
 from qlora_jax.models.llama import Llama
 from qlora_jax.train.backward import add_gradient
 from qlora_jax.train.loss import summed_loss
@@ -38,8 +39,8 @@ def make_gradient(
     Returns:
       gradient(adapter, base, tokens int32 [G, B, T], loss_mask bool [G, B, T], key or None, segments int32 [G, B, T] or
       None) -> (sums, StepMetrics), G being micro-batches, segments as Llama takes them. The gradient is
-      metrics.factor * sums: the mean over all target tokens of the G * B sequences, so it does not depend on how they
-      are cut.
+      metrics.factor * sums: the mean over all target tokens of the G * B sequences. However these are cut it is
+      the same within rounding: a row's dropout too depends on its place among the G * B alone.
     """
 
     def micro_loss(adapter, base, tokens, loss_mask, key, segments):
@@ -51,7 +52,7 @@ def make_gradient(
     def gradient(adapter, base, tokens, loss_mask, key, segments=None):
         def add(total, inputs):
             micro_tokens, micro_mask, index, micro_segments = inputs
-            micro_key = None if key is None else jax.random.fold_in(key, index)
+            micro_key = None if key is None else DropoutKey(key, index * micro_tokens.shape[0])
             model = merge(graph, adapter, base)
             if model.remat == "none":
                 loss, grads = jax.value_and_grad(micro_loss)(

@@ -1,6 +1,7 @@
 """The folder of a run: its config, what it was made from, metrics and summary. One folder belongs to one run.
 
-config.json says what was asked for, inputs.json what the names in it stood for: checksums of what was read. A run that
+config.json says what was asked for, cut.json how its batches are cut into micro-batches where that was left open, and
+inputs.json what the names in it stood for: checksums of what was read. A run that
 goes on is refused where that is not what it was, for it would become another run without a word. What counts is the
 content, of data the examples that came of it, of a model the values of its tensors: files may have moved.
 """
@@ -16,10 +17,11 @@ from qlora_jax.errors import InputError
 from qlora_jax.files import hold_folder, write_json
 from qlora_jax.models.config import read_json
 from qlora_jax.settings import differing_keys, flatten
+from qlora_jax.train.cut import Choice, Cut
 
 # Keys that name files and folders: another name with the same content is the same run.
 _PATHS = ("model.path", "data.path", "data.eval_path", "data.batches", "lora.init_from", "eval.mmlu_data")
-INPUTS = "inputs.json"
+INPUTS, CUT = "inputs.json", "cut.json"
 
 
 def refuse_other_config(path: Path, config: dict[str, Any]) -> None:
@@ -96,11 +98,12 @@ class Workdir:
         self._moved = _moved(path, config)
         self._before = {key: value for key, value in (_recorded(path) or {}).items() if key in self._moved}
         self._inputs: dict[str, Input] = {}
+        self._goes_on = False  # from a checkpoint
 
     def go_on(self, say: Callable[[str], None]) -> None:
         """From here on what `check` takes must be what it was: there is a checkpoint."""
         recorded = _recorded(self.path)
-        self._before = recorded or {}
+        self._before, self._goes_on = recorded or {}, True
         if recorded is None:
             how = "is damaged" if (self.path / INPUTS).exists() else "is missing (an older version made this run)"
             say(f"run: {self.path / INPUTS} {how}: whether data and weights are what they were cannot be checked")
@@ -136,6 +139,26 @@ class Workdir:
             say(f"run: {key} is {flatten(self._config)[key]} now and was {old}; its content is the same")
         write_json(self.path / "config.json", self._config)
         write_json(self.path / INPUTS, {key: value._asdict() for key, value in self._inputs.items()})
+
+    def kept_cut(self) -> Choice | None:
+        """The cut of the run's batches until its checkpoint; None where there is no checkpoint, or nothing is known.
+
+        Raises InputError for a file that is damaged: another cut would round otherwise.
+        """
+        file = self.path / CUT
+        if not self._goes_on or not file.exists():
+            return None
+        try:
+            found = json.loads(file.read_bytes())
+            return Choice(Cut(int(found["micro_batch_rows"]), str(found["remat"])), "kept: the run began with it")
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{file} is damaged; put it back, or start anew in another --workdir") from error
+
+    def keep_cut(self, choice: Choice) -> None:
+        """Writes down how a run's batches are cut, as a new one has chosen it."""
+        if not (self._goes_on and (self.path / CUT).exists()):
+            rows, remat = choice.cut
+            write_json(self.path / CUT, {"micro_batch_rows": rows, "remat": remat, "reason": choice.reason})
 
     def keep_metrics_until(self, step: int) -> None:
         """Drops the lines of steps after `step` (they will be run again) and a line that a kill cut short."""

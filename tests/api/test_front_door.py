@@ -44,7 +44,7 @@ def test_the_run_is_where_it_says(made, home):
     assert json.loads((folder / "config.json").read_text()) == run.config
     assert run.config["train"] | {"steps": 4, "batch_size": 4} == run.config["train"]
     assert (run.config["lora"]["rank"], run.config["data"]["format"]) == (16, "alpaca")
-    assert run.config["data"]["packing"] and run.config["train"]["grad_accum"] == 1
+    assert run.config["data"]["packing"] and run.config["train"]["grad_accum"] == "auto"
     assert len(run.losses) == 4 and run.losses[-1] < run.losses[0]
     assert "4 steps" in repr(run) and str(run.workdir) in repr(run)
     assert any("is read as alpaca" in line for line in said)

@@ -47,11 +47,12 @@ def test_several_cards(results):
     assert plans[0]["device_kind"] == "NVIDIA H200"
     keys = {
         "gpu", "fits", "device_peak_bytes", "device_bytes", "pinned_host_bytes", "load_host_peak_bytes",
-        "step_seconds_roofline", "tokens_per_step",
+        "step_seconds_roofline", "tokens_per_step", "micro_batch_rows", "remat",
     }  # fmt: skip
     for plan in plans:
         assert keys <= plan.keys()
         assert plan["fits"] is True and plan["device_peak_bytes"] == sum(plan["device_bytes"].values())
         assert plan["device_peak_bytes"] == max(sum(kinds.values()) for kinds in plan["phases"].values())
         assert plan["tokens_per_step"] == 16 * 96
+        assert (plan["micro_batch_rows"], plan["remat"]) == (16, "block")  # as the config says
         assert plan["step_seconds_roofline"] > 0 and plan["load_host_peak_bytes"] > 0

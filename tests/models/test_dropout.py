@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.models.dropout import Dropout, DropoutRate, random_bits
+from qlora_jax.models.dropout import Dropout, DropoutKey, DropoutRate, random_bits
 
 SHAPE = (4, 128, 1024)
 SIGMAS = 5  # of a binomial count, or of a correlation of independent values
@@ -86,3 +86,14 @@ def test_what_is_kept_is_scaled_and_a_linear_layer_without_adapter_takes_its_pla
     assert (masks[0] != masks[1]).any()
     np.testing.assert_array_equal(np.asarray(second(x), np.float32), masks[1])
     assert Dropout(0.0, jax.random.key(0))(x) is x and Dropout(0.25, None)(x) is x
+
+
+def test_a_row_has_its_mask_wherever_the_batch_is_cut():
+    whole = np.asarray(bits(words(0), 1, SHAPE))
+    for first, rows in ((0, 1), (1, 2), (3, 1)):
+        part = bits(words(0), 1, (rows, *SHAPE[1:]), jnp.int32(first))
+        np.testing.assert_array_equal(np.asarray(part), whole[first : first + rows])
+    x = jnp.ones((4, 3, 400))
+    mask = Dropout(0.5, jax.random.key(0))(x)
+    lower = Dropout(0.5, DropoutKey(jax.random.key(0), 2))(x[2:])
+    np.testing.assert_array_equal(np.asarray(lower), np.asarray(mask)[2:])

@@ -163,7 +163,7 @@ def test_each_layer_draws_its_own_dropout(llama2, tokens, monkeypatch):
     class Watched(Dropout):
         def __init__(self, rate, key):
             super().__init__(rate, key)
-            jax.debug.callback(lambda data: keys.append(tuple(data.tolist())), jax.random.key_data(key))
+            jax.debug.callback(lambda data: keys.append(tuple(data.tolist())), jax.random.key_data(key.key))
 
     monkeypatch.setattr(llama, "Dropout", Watched)
     for seed in (0, 1):

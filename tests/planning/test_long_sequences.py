@@ -11,7 +11,7 @@ from qlora_jax.planning import topology
 from qlora_jax.planning.buffers import compile_with_values
 from qlora_jax.planning.gpus import GPUS
 from qlora_jax.planning.program import compile_gradient
-from qlora_jax.train.backward import block_input_bytes
+from qlora_jax.train.backward import kept_bytes
 from qlora_jax.train.shapes import BatchShape, ModelSpec, abstract_model
 
 if not topology.is_installed():
@@ -37,7 +37,7 @@ def test_70b_trains_on_65536_tokens_in_48_gb():
 
     compiled, values = compile_with_values(compile)
     memory = compiled.memory_analysis()
-    inputs = block_input_bytes(LLAMA3_70B, 1, T, 2)
+    inputs = kept_bytes(LLAMA3_70B, "block", 1, T, 2)
     assert memory.host_temp_size_in_bytes == inputs == 80 * T * 8192 * 2
     device = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     assert device - memory.alias_size_in_bytes < A6000

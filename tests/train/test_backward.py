@@ -12,7 +12,7 @@ from qlora_jax.io.load import QuantSpec, load_model
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models import llama
 from qlora_jax.models.dropout import Dropout
-from qlora_jax.train.backward import block_input_bytes
+from qlora_jax.train.backward import kept_bytes
 from qlora_jax.train.step import make_evaluation, make_gradient
 from tests.random_arrays import random_normal
 
@@ -138,7 +138,7 @@ def test_each_chunk_draws_its_own_dropout(golden, monkeypatch):
     class Watched(Dropout):
         def __init__(self, rate, key):
             super().__init__(rate, key)
-            jax.debug.callback(lambda data: keys.append(tuple(data.tolist())), jax.random.key_data(key))
+            jax.debug.callback(lambda data: keys.append(tuple(data.tolist())), jax.random.key_data(key.key))
 
     monkeypatch.setattr(llama, "Dropout", Watched)
     model = load_model(golden / "llama" / "llama2", compute_dtype=jnp.float32, sequence_chunk=16)
@@ -152,4 +152,4 @@ def test_each_chunk_draws_its_own_dropout(golden, monkeypatch):
 
 def test_bytes_of_the_block_inputs(golden):
     model = load_model(golden / "llama" / "llama2")
-    assert block_input_bytes(model.config, B=3, T=40, itemsize=2) == model.config.L * 3 * 40 * model.config.D * 2
+    assert kept_bytes(model.config, "block", B=3, T=40, itemsize=2) == model.config.L * 3 * 40 * model.config.D * 2
