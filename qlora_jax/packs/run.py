@@ -13,6 +13,7 @@ import numpy as np
 from qlora_jax import lora
 from qlora_jax.finite import first_not_finite
 from qlora_jax.lora import LoRAConfig
+from qlora_jax.models.kind import Kind
 from qlora_jax.packs import members as pack_members
 from qlora_jax.packs.files import PackFolder
 from qlora_jax.packs.members import PlannedMember
@@ -37,6 +38,7 @@ class MemberResult:
     adapter: dict[str, tuple[np.ndarray, np.ndarray]]  # {"self_attn.q_proj": (A [L, R, I], B [L, O, R])}
     lora: LoRAConfig
     base: str  # path or name of the frozen model
+    kind: Kind  # of it
 
 
 class PackRun:
@@ -64,7 +66,7 @@ class PackRun:
             adapter, initial_optimizer(self.config.optimizer, adapter), jax.numpy.ones(self.slots, bool)
         )
         has_dropout = any(member.lora.dropout for member in members)
-        structure = (base.key, self.rank, pack_members.all_targets(members))
+        structure = (base.key, self.rank, pack_members.all_targets(members, base.sizes))
         self.train_program, self.eval_program = warm.programs(structure, graph, self.config, has_dropout)
 
     def finish(self) -> list[MemberResult]:
@@ -88,7 +90,7 @@ class PackRun:
     def _stack(self) -> tuple[Any, Any, Any]:
         """lora.split of the model with the adapters of all members, [slots, L, ...]."""
         model = self.base.model()
-        shapes = {name: lora.shape(model, name) for name in pack_members.all_targets(self.members)}
+        shapes = {name: lora.shape(model, name) for name in pack_members.all_targets(self.members, model.config)}
         own = [
             read_start(model, Path(member.config.lora.init_from), member.lora).arrays
             if member.config.lora.init_from
@@ -301,5 +303,5 @@ class PackRun:
         reason = None if stopped is None else stopped["reason"]
         return MemberResult(
             member.hash, status, reason, summary, self.rows[index], pack_members.cut(mine, member),
-            member.lora, str(self.config.model.path),
+            member.lora, str(self.config.model.path), self.base.sizes.kind,
         )  # fmt: skip

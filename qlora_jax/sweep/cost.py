@@ -28,7 +28,6 @@ from qlora_jax.errors import InputError
 from qlora_jax.io.peaks import model_bytes
 from qlora_jax.lora import select_targets
 from qlora_jax.models.attention import chosen
-from qlora_jax.models.llama import LINEARS, sizes
 from qlora_jax.models.sizes import linear_bytes, linear_weights
 from qlora_jax.optim.schedules import OPTIMIZERS
 from qlora_jax.planning.gpus import PlannedGpu
@@ -86,7 +85,7 @@ def _shape(text: str) -> _Shape:
     kept = config.L if model.remat == "none" else 0
     inputs = config.L * rows * config.D * itemsize if model.remat == "block" else 2 * rows * config.D * itemsize
     logits = 4 * min(plain["train"]["loss_chunk"], rows) * config.V
-    largest = max(math.prod(sizes(config, letters)) for letters in LINEARS.values())
+    largest = max(map(math.prod, config.linears.values()))
     return _Shape(spec, base, packed, weights, itemsize, inputs + max(kept, 1) * layer + logits, 2 * largest * itemsize)
 
 
@@ -111,7 +110,7 @@ def _of(plain: dict[str, Any]) -> _Shape:
 def _adapter_width(shape: _Shape, targets: tuple[str, ...]) -> int:
     """Parameters of an adapter of rank 1."""
     config = shape.spec.model.sizes
-    return config.L * sum(sum(sizes(config, LINEARS[name])) for name in select_targets(targets, config.L))
+    return config.L * sum(sum(config.linears[name]) for name in select_targets(targets, config))
 
 
 def adapter_params(plain: dict[str, Any], rank: int | None = None) -> int:
