@@ -206,6 +206,7 @@ class Decoding:
         self._graph, self._state = nnx.split(model)
         self._sampling, self._eos_ids = sampling, frozenset(eos_ids)
         self._prompts = [list(prompt) for prompt in prompts]
+        self._rows: Rows
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.steps = 0
         self._reasons: list[str | None] = [None] * len(prompts)
