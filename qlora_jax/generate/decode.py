@@ -217,7 +217,7 @@ class Decoding:
             start, cache = earlier._hand_over(self._prompts[0])
         cache = model.new_cache(B, room) if cache is None else _grown(cache, room)
         lengths = np.asarray([*map(len, prompts), *[1] * fill], np.int32)
-        hidden = jnp.zeros((B, model.config.D), model.compute_dtype)
+        hidden = jnp.zeros((B, model.config.head_width), model.compute_dtype)
         padded = np.zeros((B, _padded(int(lengths.max()) - start)), np.int32)
         for row, prompt in enumerate(self._prompts):
             padded[row, : len(prompt) - start] = prompt[start:]

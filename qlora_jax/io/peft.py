@@ -243,7 +243,7 @@ def read_matrices(model: Decoder, folder: Path) -> dict[str, np.ndarray]:
     if shapes and model.config.kind.head_bias:
         raise InputError(f"{folder / WEIGHTS}: whole matrices are not read for a model whose head has a bias")
     problems = [f"missing {keys[name]} (modules_to_save)" for name in config.modules_to_save if name not in shapes]
-    V, D = model.config.V, model.config.D
+    V, D = model.config.V, model.config.head_width
     for name, shape in shapes.items():
         if len(shape) != 2 or shape[1] != D or shape[0] < V:
             problems.append(f"{keys[name]} is {list(shape)}, expected [{V} or more, {D}]")

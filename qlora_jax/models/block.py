@@ -107,7 +107,12 @@ class Block(nnx.Module):
         """x [B, T, D] -> [B, T, N, H], rotated."""
         if "qkv" in self.kind.linear:
             return self.fused(x, context, dropout)[0]
-        return self.turned(self.heads(self.linear("q")(x, dropout), "q_norm", self.N), context)
+        q = self.turned(self.heads(self.linear("q")(x, dropout), "q_norm", self.N), context)
+        growth, step = self.kind.query_growth
+        if not growth:
+            return q
+        grown = 1 + growth * jnp.log1p(jnp.floor(context.positions.astype(jnp.float32) / step))
+        return (q * grown[:, :, None, None]).astype(q.dtype)
 
     def keys_values(self, x: jax.Array, context: Context, dropout: Dropout) -> tuple[jax.Array, jax.Array]:
         """x [B, T, D] -> keys, rotated, and values: [B, T, K, H] each."""
@@ -175,8 +180,10 @@ class Block(nnx.Module):
             shared = kind.norm_of["feed_forward_in"] == kind.norm_of["attention_in"]
             entering = entering if shared else self.norm("feed_forward_in", x)
             return x + attended + self.scaled(self.feed_forward(entering, dropout))
-        x = self.norm("attention_end", x + attended)
-        fed = self.feed_forward(self.norm("feed_forward_in", x), dropout)
+        x = self.norm("attention_end", (entering if kind.normed_residual else x) + attended)
+        entering = self.norm("feed_forward_in", x)
+        x = entering if kind.normed_residual else x
+        fed = self.feed_forward(entering, dropout)
         return self.norm("feed_forward_end", x + self.scaled(self.norm("feed_forward_out", fed)))
 
     def scaled(self, y: jax.Array) -> jax.Array:

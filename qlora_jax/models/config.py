@@ -67,7 +67,11 @@ class ModelConfig:
     def outer(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """What stands outside of the layers: its name in Decoder's weights -> Hugging Face key, shape."""
         kind, D = self.kind, self.D
-        found: dict[str, tuple[str, tuple[int, ...]]] = {"embedding": (f"{kind.embedding}.weight", (self.V, D))}
+        E = self.head_width
+        found: dict[str, tuple[str, tuple[int, ...]]] = {"embedding": (f"{kind.embedding}.weight", (self.V, E))}
+        if kind.project_in:
+            found["project_in"] = f"{kind.project_in}.weight", (D, E)
+            found["project_out"] = f"{kind.project_out}.weight", (E, D)
         for slot, name in (("norm", kind.final_norm), ("embedding_norm", kind.embedding_norm)):
             if name:
                 found[slot] = f"{name}.weight", (D,)
@@ -76,10 +80,15 @@ class ModelConfig:
         if kind.positions:
             found["positions"] = f"{kind.positions}.weight", (self.context + kind.position_offset, D)
         if not self.tied:
-            found["head"] = f"{kind.head}.weight", (self.V, D)
+            found["head"] = f"{kind.head}.weight", (self.V, E)
         if kind.head_bias:
             found["head.bias"] = f"{kind.head}.bias", (self.V,)
         return found
+
+    @property
+    def head_width(self) -> int:
+        """Of the embedding, and of hidden states as the head takes them."""
+        return self.kind.embedding_width or self.D
 
     @property
     def embedding_key(self) -> str:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.nf4_matmul import dense_matmul
 from qlora_jax.errors import InputError
 from qlora_jax.models.attention import segment_starts
 from qlora_jax.models.block import Block, Cache, Context
@@ -14,7 +15,7 @@ from qlora_jax.models.chunks import chunk_size, layer_in_chunks
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.dropout import Dropout, DropoutRate
 from qlora_jax.models.head import Head, head_logits
-from qlora_jax.models.layers import Frozen, NoNorm, Norm
+from qlora_jax.models.layers import Frozen, NoNorm, Norm, Projected
 from qlora_jax.models.rope import Rotation, depends_on_length, rotation
 
 REMAT = ("none", "block", "block+offload")
@@ -52,7 +53,9 @@ class Decoder(nnx.Module):
         kind = config.kind
         self.embedding = Frozen(weights["embedding"])
         self.blocks = Block(config, weights["layers"])
-        self.norm = _norm(config, weights, "norm") if kind.final_norm else NoNorm()
+        self.norm: Any = _norm(config, weights, "norm") if kind.final_norm else NoNorm()
+        if kind.project_in:
+            self.project_in, self.norm = Frozen(weights["project_in"]), Projected(self.norm, weights["project_out"])
         self.head = nnx.data(None if config.tied else Frozen(weights["head"]))
         if kind.head_bias:
             self.head_bias = Frozen(weights["head.bias"])
@@ -82,7 +85,7 @@ class Decoder(nnx.Module):
           lengths: int32 [B], tokens of each row without its padding, where a rope's turn depends on them; None: T,
             or the longest segment's. With a cache its room decides.
         Returns:
-          hidden [B, T, D] after the final norm, and the cache with these tokens added (None without one).
+          hidden [B, T, config.head_width] after the final norm, and the cache with these tokens added (None without one).
         """
         T = tokens.shape[1]
         if cache is None:
@@ -178,6 +181,8 @@ class Decoder(nnx.Module):
         x = rows.astype(self.compute_dtype)
         if kind.embedding_scale != 1:
             x = x * jnp.asarray(kind.embedding_scale, self.compute_dtype)
+        if kind.project_in:
+            x = dense_matmul(x, self.project_in.get_value().astype(x.dtype), contract=1)
         if kind.positions:
             table = self.positions.get_value()
             places = jnp.arange(x.shape[1]) if positions is None else positions
@@ -233,7 +238,11 @@ class Decoder(nnx.Module):
         """One of config.outer, as the model holds it: outer("norm.bias")."""
         own = {"head.bias": "head_bias"}.get(slot, slot)
         part, _, bias = own.partition(".")
+        if part == "project_out":
+            return self.norm.weight.get_value()
         found = getattr(self, part)
+        if isinstance(found, Projected):
+            found = found.norm
         if isinstance(found, Norm):
             found = found.bias if bias else found.weight
         return found.get_value()

@@ -50,6 +50,8 @@ class Kind:
     head: str = "lm_head"
     positions: str = ""  # learned ones; "": none
     embedding_norm: str = ""
+    project_in: str = ""  # from an embedding of another width than D, and back before the head; "": none
+    project_out: str = ""
     linears: Pairs = names(
         q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", o="self_attn.o_proj",
         gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj",
@@ -68,6 +70,7 @@ class Kind:
     qk_norm: str = "head"  # one of [H] for "head", of all heads at once for "whole", one [N, H] a head for "heads"
     qkv_layout: str = "blocks"  # of a fused projection: q, k, v one after the other; "groups": queries, k, v of each K
     activation: str = "silu"
+    normed_residual: bool = False  # what is added to is the norm's output, not what it was given
     parallel: bool = False  # x + attention(norm x) + feed_forward(norm x)
 
     # positions
@@ -83,6 +86,8 @@ class Kind:
     softcap: float = 0.0  # of attention scores s: cap * tanh(s / cap); 0: none
     logit_softcap: float = 0.0
     attention_scale: float | None = None  # None: 1 / sqrt(H)
+    query_growth: tuple[float, float] = (0.0, 1.0)  # (b, c): queries times 1 + b log(1 + floor(position / c))
+    embedding_width: int = 0  # 0 is D
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of what attention and feed-forward add
     logit_scale: float = 1.0
@@ -100,7 +105,8 @@ class Kind:
     @property
     def plain_embedding(self) -> bool:
         """Whether a token's row of the embedding enters the first layer as it is."""
-        return self.embedding_scale == 1 and not self.positions and not self.embedding_norm
+        others = self.positions or self.embedding_norm or self.project_in
+        return self.embedding_scale == 1 and not others
 
     @property
     def layers_differ(self) -> bool:

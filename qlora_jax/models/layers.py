@@ -88,6 +88,16 @@ class NoNorm(nnx.Module):
         return x
 
 
+class Projected(nnx.Module):
+    """The final norm, and the projection [E, D] to the head's width that follows it."""
+
+    def __init__(self, norm: Norm | NoNorm, weight: jax.Array):
+        self.norm, self.weight = norm, Frozen(weight)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return dense_matmul(self.norm(x), self.weight.get_value().astype(x.dtype), contract=1)
+
+
 class Group(nnx.Module):
     """A name on disk between a layer and its parts, such as "self_attn": it holds them."""
 

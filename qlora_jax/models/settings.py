@@ -136,7 +136,7 @@ class Settings:
         check_positive("rope_theta", theta, self.where)
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         kind = self.defaults.get("rope_names", {}).get(kind, kind)
-        if parameters.get("llama_4_scaling_beta"):
+        if parameters.get("llama_4_scaling_beta") and not self.defaults.get("reads_llama_4_scaling"):
             raise InputError(f"{self.where}: llama_4_scaling_beta, which scales queries by place, is not supported")
         if kind == "default":
             return float(theta), ()

@@ -68,7 +68,7 @@ BLOOM = {"n_layer": 2, "hidden_size": 24, "n_head": 3} | only(A, *_OUTER)
 MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 7}
 GEMMA2 = {"query_pre_attn_scalar": 20, "sliding_window": 5}
 
-# NAME -> prefix of transformers' classes, settings of NAME_a and of NAME_b
+# NAME -> prefix of transformers' classes, settings of NAME_a and of NAME_b. A place is a seed: new ones go last
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": (
         "Llama",
@@ -166,9 +166,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "opt": (
         "OPT",
         only(A, *_OPT) | {"ffn_dim": 24},
-        only(B, *_OPT) | {"ffn_dim": 24, "do_layer_norm_before": False, "enable_bias": False},
+        only(B, *_OPT)
+        | {"ffn_dim": 24, "do_layer_norm_before": False, "enable_bias": False, "word_embed_proj_dim": 16},
     ),
-    "bloom": ("Bloom", BLOOM, BLOOM | {"tie_word_embeddings": True, "n_head": 4}),
+    "bloom": (
+        "Bloom",
+        BLOOM,
+        BLOOM | {"tie_word_embeddings": True, "n_head": 4, "apply_residual_connection_post_layernorm": True},
+    ),
+    "ministral3": (
+        "Ministral3",
+        A | {"head_dim": 8, "sliding_window": 7} | rope(YARN | {"llama_4_scaling_beta": 0.5}),
+        B | WIDE | rope(THETA | {"llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 6}),
+    ),
 }
 ADAPTED = ("gpt2_a", "gpt_neox_a", "opt_a", "phi3_a", "phi_a", "falcon_b")
 CONFIGS = {"Gemma3": "Gemma3TextConfig"}

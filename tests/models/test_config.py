@@ -7,6 +7,8 @@ import pytest
 from qlora_jax.errors import InputError
 from qlora_jax.io.load import expected_shapes
 from qlora_jax.models.config import parse_config, read_json
+from qlora_jax.models.families import FAMILIES
+from tests.conftest import REPOSITORY
 
 
 @pytest.fixture
@@ -95,6 +97,12 @@ def test_two_rope_settings_that_say_the_same(llama3):
     assert parse_config(llama3 | {"rope_scaling": None}, "f") == expected
     with pytest.raises(InputError, match=r"differ: keep the one that is meant \(.* with theta 10000, and forgets"):
         parse_config(llama3 | {"rope_scaling": parameters}, "f")
+
+
+def test_every_family_is_in_the_docs():
+    text = (REPOSITORY / "docs" / "models.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in text for name in FAMILIES)
+    assert f"{len(FAMILIES)} architectures" in (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
 def test_several_end_tokens(llama3):

@@ -1,10 +1,12 @@
 """Families that are Llama with a few things more: RMSNorm, a gated feed-forward, rotary embedding."""
 
+import dataclasses
+
 from qlora_jax.errors import InputError
 from qlora_jax.models.families.description import SLIDES as _SLIDES
 from qlora_jax.models.families.description import Described, Family, local_ropes, whole_heads, windows_of
 from qlora_jax.models.kind import LLAMA, NO_ROPE, OWN_ROPE, Kind, names
-from qlora_jax.models.settings import Settings
+from qlora_jax.models.settings import Settings, check_positive
 
 ALL_ATTENTION = ("q", "k", "v", "o")
 ALL_FEED_FORWARD = ("gate", "up", "down")
@@ -33,6 +35,21 @@ def mistral(c: Settings, sizes: dict[str, int]) -> Described:
 def ministral(c: Settings, sizes: dict[str, int]) -> Described:
     windows = windows_of(c.layer_types(sizes["L"]), c.window(), sizes["L"], all_layers=True)
     return described(c, sizes, Kind(windows=windows, activation=c.activation()))
+
+
+def ministral3(c: Settings, sizes: dict[str, int]) -> Described:
+    """Mistral whose queries grow with the logarithm of their place."""
+    said = c.raw.get("rope_parameters")
+    if not isinstance(said, dict):
+        raise c.wrong("rope_parameters", "an object, which this family always has")
+    growth = said.get("llama_4_scaling_beta")
+    if not isinstance(growth, int | float) or isinstance(growth, bool) or growth < 0:
+        raise InputError(f"{c.where}: llama_4_scaling_beta of rope_parameters is {growth!r}; expected 0 or more")
+    original = said.get("original_max_position_embeddings", sizes["context"])
+    check_positive("original_max_position_embeddings", original, c.where)
+    found = mistral(c, sizes)
+    kind = dataclasses.replace(found.kind, query_growth=(float(growth), float(original)))
+    return dataclasses.replace(found, kind=kind)
 
 
 def _qwen_windows(c: Settings, L: int) -> tuple[int, ...]:
@@ -141,7 +158,11 @@ FAMILIES = {
     "MistralForCausalLM": Family(mistral, {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096}),
     "MinistralForCausalLM": Family(ministral, {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096}),
     "Ministral3ForCausalLM": Family(
-        mistral, {"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128, "sliding_window": None}
+        ministral3,
+        {
+            "rms_norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128, "sliding_window": None,
+            "reads_llama_4_scaling": True,
+        },
     ),
     "Qwen2ForCausalLM": Family(qwen2, _QWEN | {"num_key_value_heads": 32}),
     "Qwen3ForCausalLM": Family(qwen3, _QWEN | {"num_key_value_heads": 32, "head_dim": 128}),

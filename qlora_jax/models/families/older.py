@@ -35,12 +35,11 @@ _OPT_AFTER = names(attention_end="self_attn_layer_norm", feed_forward_end="final
 
 
 def opt(c: Settings, sizes: dict[str, int]) -> Described:
-    """Positions begin in the third row of their table; 350M norms after each addition and not at the end."""
+    """Positions begin in the third row of their table; 350M norms after each addition, projects its embedding."""
     before = c.flag("do_layer_norm_before")
     c.only("layer_norm_elementwise_affine", True, why="norms without weights are not read")
-    width = c.get("word_embed_proj_dim")
-    if width not in (None, sizes["D"]):
-        raise c.wrong("word_embed_proj_dim", f"{sizes['D']}, the hidden size: projected embeddings are not read")
+    width = sizes["D"] if c.get("word_embed_proj_dim") is None else c.count("word_embed_proj_dim")
+    projects = width != sizes["D"]
     linears = names(
         q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", o="self_attn.out_proj", up="fc1", down="fc2"
     )
@@ -58,14 +57,15 @@ def opt(c: Settings, sizes: dict[str, int]) -> Described:
         biased=tuple(role for role, _ in linears) * c.flag("enable_bias"),
         rotary="",
         activation=c.activation("activation_function"),
+        project_in="model.decoder.project_in" if projects else "",
+        project_out="model.decoder.project_out" if projects else "",
+        embedding_width=width if projects else 0,
     )
     return Described(kind, sizes={"K": sizes["N"]})
 
 
 def bloom(c: Settings, sizes: dict[str, int]) -> Described:
     """ALiBi, a normed embedding, and GELU by tanh whatever config.json says."""
-    post = "apply_residual_connection_post_layernorm"
-    c.only(post, False, None, why="a residual stream of normed values is not computed")
     linears = names(
         qkv="self_attention.query_key_value", o="self_attention.dense", up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h"
     )
@@ -83,6 +83,7 @@ def bloom(c: Settings, sizes: dict[str, int]) -> Described:
         biased=tuple(role for role, _ in linears),
         rotary="",
         alibi=True,
+        normed_residual=c.flag("apply_residual_connection_post_layernorm"),
         activation="gelu_new",
     )
     return Described(kind, sizes={"K": sizes["N"]})
