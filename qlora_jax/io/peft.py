@@ -9,7 +9,7 @@ files stand beside them.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def write_arrays(
         "modules_to_save": [_last(keys[name]) for name in trained] or None,
         "peft_type": "LORA",
         "r": config.rank,
-        "target_modules": sorted(name.split(".")[-1] for name in arrays),
+        "target_modules": sorted({_target(name, arrays, kind) for name in arrays}),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": config.use_rslora,
@@ -162,6 +162,13 @@ def _matrix_keys(kind: Kind) -> dict[str, str]:
 def _last(key: str) -> str:
     """The name of a key's module: embed_tokens."""
     return key.removesuffix(".weight").rpartition(".")[2]
+
+
+def _target(name: str, carrying: Container[str], kind: Kind) -> str:
+    """How target_modules names a projection: by its end, unless that is also the end of one without an adapter."""
+    end = name.rpartition(".")[2]
+    alike = [other for other in kind.linear.values() if other.rpartition(".")[2] == end]
+    return end if all(other in carrying for other in alike) else name
 
 
 def check_residual(init: str, quantized: bool, kind: Kind) -> None:

@@ -85,7 +85,7 @@ class Decoder(nnx.Module):
           lengths: int32 [B], tokens of each row without its padding, where a rope's turn depends on them; None: T,
             or the longest segment's. With a cache its room decides.
         Returns:
-          hidden [B, T, config.head_width] after the final norm, and the cache with these tokens added (None without one).
+          hidden [B, T, config.head_width] after the final norm, and the cache with these tokens added, if there is one.
         """
         T = tokens.shape[1]
         if cache is None:

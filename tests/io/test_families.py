@@ -70,6 +70,17 @@ def test_old_files_without_a_prefix(name, prefix, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_one_of_two_projections_of_a_name(tmp_path):
+    """GPT-2 has a c_proj in attention and another behind it: an adapter on the one is not one on both."""
+    model = load_model(FOLDERS / "gpt2_a", compute_dtype=jnp.float32)
+    config = LoRAConfig(2, targets=("attn.c_proj",))
+    assert lora.attach(model, config, jax.random.key(0)) == ["attn.c_proj"]
+    peft.write_adapter(tmp_path / "one", lora.split(model)[1], config, "gpt2", kind=model.config.kind)
+    assert json.loads((tmp_path / "one" / "adapter_config.json").read_text())["target_modules"] == ["attn.c_proj"]
+    again, arrays = peft.read_adapter(model, tmp_path / "one")
+    assert again.targets == tuple(arrays) == ("attn.c_proj",)
+
+
 def test_what_does_not_train_is_refused():
     model = load_model(FOLDERS / "phi_a", compute_dtype=jnp.float32)
     with pytest.raises(InputError, match="a head with a bias does not train whole"):

@@ -66,6 +66,8 @@ def opt(c: Settings, sizes: dict[str, int]) -> Described:
 
 def bloom(c: Settings, sizes: dict[str, int]) -> Described:
     """ALiBi, a normed embedding, and GELU by tanh whatever config.json says."""
+    if c.get("pretraining_tp", 1) != 1:
+        c.only("slow_but_exact", False, None, why="transformers leaves out biases then")
     linears = names(
         qkv="self_attention.query_key_value", o="self_attention.dense", up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h"
     )
