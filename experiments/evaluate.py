@@ -150,10 +150,10 @@ def read_texts(tokenizer: "Tokenizer | None", V: int) -> list:
 def bits_per_param(loaded: Loaded) -> float:
     """Bits a weight of the linear layers, scales included."""
     from qlora_jax import lora
-    from qlora_jax.models.llama import LINEARS
 
-    stored = [lora.linear(loaded.model, name).weight.get_value() for name in LINEARS]
-    weights = [O * I * loaded.model.config.L for O, I in (lora.shape(loaded.model, name) for name in LINEARS)]
+    config = loaded.model.config
+    stored = [lora.linear(loaded.model, name).weight.get_value() for name in config.linears]
+    weights = [config.L * O * I for O, I in config.linears.values()]
     return 8 * sum(w.nbytes for w in stored) / sum(weights)
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qlora_jax.generate.answer_file import AnswerFile
     from qlora_jax.generate.answers import Prepared
     from qlora_jax.generate.sampling import Sampling
-    from qlora_jax.models.llama import Llama
+    from qlora_jax.models.decoder import Decoder
     from qlora_jax.text.tokenizer import Tokenizer
 
 MODEL = model_flags()
@@ -54,7 +54,7 @@ MODEL_ID = flags.DEFINE_string("model_id", None, "name of the answering system i
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    model: "Llama"
+    model: "Decoder"
     tokenizer: "Tokenizer"
     sampling: "Sampling"
     eos_ids: list[int]

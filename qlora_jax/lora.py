@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.errors import InputError
-from qlora_jax.models.layers import Linear, Trained
-from qlora_jax.models.llama import LINEARS, Llama
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.layers import Linear, Trained, part_of
 
-MODULES = {"embed_tokens": "embedding", "lm_head": "head"}  # what may train whole: PEFT's name -> Llama's attribute
+MODULES = {"embed_tokens": "embedding", "lm_head": "head"}  # what may train whole: its name here -> Decoder's attribute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,26 +48,26 @@ class LoRAConfig:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
-def select_targets(targets: Sequence[str], layers: int) -> list[str]:
-    """Names of the linear layers that carry an adapter, in the order of LINEARS.
+def select_targets(targets: Sequence[str], model: ModelConfig) -> list[str]:
+    """Names of the linear layers that carry an adapter, in the order of config.linears.
 
     Args:
       targets: "all-linear", a layer's name ("q_proj", "mlp.up_proj"), or a regular expression that matches a full name
         ("model.layers.0.self_attn.q_proj").
-      layers: L. Layers are stacked, so a projection carries an adapter in every layer or in none.
+      model: sizes and names. Layers are stacked, so a projection carries an adapter in every layer or in none.
     Raises:
       InputError: a target matches nothing, is no regular expression, or picks only some of the layers.
     """
     chosen: set[str] = set()
     for target in targets:
         if target == "all-linear":
-            chosen |= set(LINEARS)
+            chosen |= set(model.linears)
             continue
-        named = {name for name in LINEARS if name == target or name.endswith("." + target)}
-        chosen |= named or _matched(target, layers)
+        named = {name for name in model.linears if name == target or name.endswith("." + target)}
+        chosen |= named or _matched(target, model)
     if not chosen:
         raise InputError('lora.targets is empty; expected "all-linear", names or regular expressions')
-    return [name for name in LINEARS if name in chosen]
+    return [name for name in model.linears if name in chosen]
 
 
 def select_modules(names: Sequence[str], adds_tokens: bool, tied: bool) -> tuple[str, ...]:
@@ -83,36 +84,35 @@ def select_modules(names: Sequence[str], adds_tokens: bool, tied: bool) -> tuple
     return tuple(name for name in MODULES if name in wanted or (tied and wanted))
 
 
-def _matched(pattern: str, layers: int) -> set[str]:
+def _matched(pattern: str, model: ModelConfig) -> set[str]:
     try:
         expression = re.compile(pattern)
     except re.error as error:
         raise InputError(f"lora.targets: {pattern!r} is no regular expression: {error}") from error
     counts = {
-        name: sum(bool(expression.fullmatch(f"model.layers.{index}.{name}")) for index in range(layers))
-        for name in LINEARS
+        name: sum(bool(expression.fullmatch(model.module(index, name))) for index in range(model.L))
+        for name in model.linears
     }
-    partly = [f"{name} in {count} of {layers}" for name, count in counts.items() if 0 < count < layers]
+    partly = [f"{name} in {count} of {model.L}" for name, count in counts.items() if 0 < count < model.L]
     if partly:
         raise InputError(
             f"lora.targets: {pattern!r} picks {', '.join(partly)} layers; a projection takes adapters in all or none"
         )
     matched = {name for name, count in counts.items() if count}
     if not matched:
-        known = ", ".join(name.split(".")[-1] for name in LINEARS)
+        known = ", ".join(name.split(".")[-1] for name in model.linears)
         raise InputError(
             f"lora.targets: {pattern!r} matches no linear layer; known: {known}, or an expression over full names"
         )
     return matched
 
 
-def linear(model: Llama, name: str) -> Linear:
+def linear(model: Decoder, name: str) -> Linear:
     """The stacked layer called `name`, such as "self_attn.q_proj"."""
-    group, projection = name.split(".")
-    return getattr(getattr(model.blocks, group), projection)
+    return part_of(model.blocks, name)
 
 
-def attach(model: Llama, config: LoRAConfig, key: jax.Array) -> list[str]:
+def attach(model: Decoder, config: LoRAConfig, key: jax.Array) -> list[str]:
     """Puts a fresh adapter on the model in place and returns the names of the layers that carry one."""
     arrays = fresh_adapter(model, config, key)
     for name, (a, b) in arrays.items():
@@ -123,11 +123,11 @@ def attach(model: Llama, config: LoRAConfig, key: jax.Array) -> list[str]:
     return list(arrays)
 
 
-def fresh_adapter(model: Llama, config: LoRAConfig, key: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
+def fresh_adapter(model: Decoder, config: LoRAConfig, key: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
     """{"self_attn.q_proj": (A [L, R, I] drawn, B [L, O, R] zero)} of the targeted layers; the model is only read."""
-    names = select_targets(config.targets, model.config.L)
+    names = select_targets(config.targets, model.config)
     arrays = {}
-    for place, name in enumerate(LINEARS):
+    for place, name in enumerate(model.config.linears):
         if name in names:
             O, I = shape(model, name)
             bound = 1 / math.sqrt(I)
@@ -138,33 +138,35 @@ def fresh_adapter(model: Llama, config: LoRAConfig, key: jax.Array) -> dict[str,
     return arrays
 
 
-def set_adapter(model: Llama, name: str, a: jax.Array, b: jax.Array, scale: float) -> None:
+def set_adapter(model: Decoder, name: str, a: jax.Array, b: jax.Array, scale: float) -> None:
     """a [L, R, I], b [L, O, R], float32."""
     layer = linear(model, name)
     layer.lora_a, layer.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
     layer.lora_scale = scale
 
 
-def drop_adapter(model: Llama, name: str) -> None:
+def drop_adapter(model: Decoder, name: str) -> None:
     """Takes an adapter off a layer, if it carries one."""
     layer = linear(model, name)
     layer.lora_a, layer.lora_b = nnx.data(None), nnx.data(None)
 
 
-def train_whole(model: Llama, name: str, value: jax.Array | None = None) -> None:
+def train_whole(model: Decoder, name: str, value: jax.Array | None = None) -> None:
     """Makes one of MODULES train, in float32, from its own values or from `value` [V, D]."""
+    if model.config.kind.head_bias:
+        raise InputError("lora.modules_to_save: a head with a bias does not train whole here; leave it empty")
     attribute = MODULES[name] if model.head is not None else "embedding"
     value = getattr(model, attribute).get_value() if value is None else value
     setattr(model, attribute, Trained(value.astype(jnp.float32)))
 
 
-def shape(model: Llama, name: str) -> tuple[int, int]:
+def shape(model: Decoder, name: str) -> tuple[int, int]:
     """(O, I) of a linear layer."""
     w = linear(model, name).weight.get_value()
     return w.shape[-2], w.shape[-1]
 
 
-def split(model: Llama) -> tuple[Any, Any, Any]:
+def split(model: Decoder) -> tuple[Any, Any, Any]:
     """(graph, adapter, base): `nnx.merge(graph, adapter, base)` is the model again. Only the adapter trains."""
     graph, adapter, *rest = nnx.split(model, nnx.LoRAParam, ...)
     return graph, adapter, rest[0]
@@ -172,12 +174,17 @@ def split(model: Llama) -> tuple[Any, Any, Any]:
 
 def adapter_arrays(adapter: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
     """The adapter's state -> {"self_attn.q_proj": (A [L, R, I], B [L, O, R])}."""
-    pure = nnx.to_pure_dict(adapter)["blocks"] if jax.tree.leaves(adapter) else {}
-    return {
-        f"{group}.{projection}": (arrays["lora_a"], arrays["lora_b"])
-        for group, projections in pure.items()
-        for projection, arrays in projections.items()
-    }
+    found: dict[str, tuple[jax.Array, jax.Array]] = {}
+
+    def collect(parts: dict[Any, Any], name: str) -> None:
+        if "lora_a" in parts:
+            found[name] = parts["lora_a"], parts["lora_b"]
+            return
+        for step, inner in parts.items():
+            collect(inner, f"{name}.{step}" if name else step)
+
+    collect(nnx.to_pure_dict(adapter)["blocks"] if jax.tree.leaves(adapter) else {}, "")
+    return found
 
 
 def whole_matrices(adapter: Any) -> dict[str, jax.Array]:

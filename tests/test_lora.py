@@ -1,5 +1,7 @@
 """Adapters: which layers, how they start, what dropout does."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,11 @@ from qlora_jax.errors import InputError
 from qlora_jax.io.load import QuantSpec, load_model
 from qlora_jax.lora import LoRAConfig, select_targets
 from qlora_jax.models.dropout import Dropout
+from qlora_jax.models.known import known_config
 from qlora_jax.models.layers import Linear
-from qlora_jax.models.llama import LINEARS
+from tests.llama_names import LINEARS
+
+TWELVE_LAYERS = dataclasses.replace(known_config("huggyllama/llama-7b"), L=12)
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 
@@ -35,7 +40,7 @@ def model(golden):
     ],
 )
 def test_targets(targets, expected):
-    assert select_targets(targets, layers=12) == expected
+    assert select_targets(targets, TWELVE_LAYERS) == expected
 
 
 @pytest.mark.parametrize(
@@ -53,7 +58,7 @@ def test_targets(targets, expected):
 )
 def test_targets_refused(targets, message):
     with pytest.raises(InputError, match=message):
-        select_targets(targets, layers=12)
+        select_targets(targets, TWELVE_LAYERS)
 
 
 @pytest.mark.parametrize("field", [{"rank": 0}, {"dropout": 1.0}, {"dropout": -0.1}, {"alpha": 0.0}, {"alpha": np.nan}])

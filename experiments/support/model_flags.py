@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qlora_jax.io.load import QuantSpec
-    from qlora_jax.models.llama import Llama
+    from qlora_jax.models.decoder import Decoder
     from qlora_jax.text.tokenizer import Tokenizer
 
 # flags defined in here belong to the command that calls
@@ -25,7 +25,7 @@ class Loaded:
     """A model with its adapter. `quant`: one of QUANTS, what the linear layers are in."""
 
     folder: "Path"
-    model: "Llama"
+    model: "Decoder"
     quant: str
 
 

@@ -26,7 +26,7 @@ from qlora_jax.generate.trained import read_template
 from qlora_jax.io.folder import resolve
 from qlora_jax.io.merge import copy_adapter, merge_folder
 from qlora_jax.io.peft import load_adapter
-from qlora_jax.models.llama import Llama
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.progress import Progress
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.setup import Base, check_values, load_base, quantization
@@ -250,7 +250,7 @@ class Model:
         return name
 
     @property
-    def llama(self) -> Llama:
+    def llama(self) -> Decoder:
         """The model that answers, as a Flax module: hidden, cache = model.llama(tokens)."""
         return self._llama
 

@@ -9,7 +9,7 @@ from qlora_jax.io.load import QuantSpec, load_config, stored_quant
 from qlora_jax.io.peft import has_tokenizer, matrix_shapes
 from qlora_jax.io.peft_config import read_config
 from qlora_jax.io.write import quant_spec
-from qlora_jax.models.llama import Llama
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.residual import check_base
 from qlora_jax.text.tokenizer import Tokenizer
 
@@ -51,8 +51,9 @@ def find_tokenizer(folder: Path, adapter: Path | None) -> Tokenizer:
 
 def vocabulary(folder: Path, adapter: Path | None) -> int:
     """Rows of the embedding, with those that the adapter adds."""
-    shapes = matrix_shapes(adapter) if adapter is not None else {}
-    return next((shape[0] for shape in shapes.values()), load_config(folder).V)
+    config = load_config(folder)
+    shapes = matrix_shapes(adapter, config.kind) if adapter is not None else {}
+    return next((shape[0] for shape in shapes.values()), config.V)
 
 
 def check_adapter(adapter: Path | None, spec: QuantSpec) -> str:
@@ -67,7 +68,7 @@ def check_adapter(adapter: Path | None, spec: QuantSpec) -> str:
     return residual
 
 
-def eos_ids(model: Llama, tokenizer: Tokenizer) -> list[int]:
+def eos_ids(model: Decoder, tokenizer: Tokenizer) -> list[int]:
     """The ids that end an answer, by tokenizer and model."""
     return sorted({*tokenizer.eos_ids, *model.config.eos_ids})
 

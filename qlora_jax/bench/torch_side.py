@@ -15,6 +15,7 @@ def specification(config: Any, spec: "RunSpec", steps: int, warmup: int, gpu_byt
     """What the script reads. Raises InputError where these libraries have nothing like what the config asks for."""
     from qlora_jax.errors import InputError
     from qlora_jax.lora import select_targets
+    from qlora_jax.models.kind import LLAMA
 
     sizes, lora, quant = spec.model.sizes, spec.model.lora, spec.model.quant
     for key, found, takes in (
@@ -25,6 +26,8 @@ def specification(config: Any, spec: "RunSpec", steps: int, warmup: int, gpu_byt
             raise InputError(
                 f"--torch measures {key} {' and '.join(takes)}, found {found!r}: change it, or drop --torch"
             )
+    if sizes.kind != LLAMA:
+        raise InputError("--torch measures Llamas without biases, and this model is another: drop --torch")
     letters = ("D", "F", "L", "N", "K", "H", "V", "context", "norm_eps", "rope_theta", "tied")
     o = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "max_grad_norm")
     return {
@@ -35,7 +38,7 @@ def specification(config: Any, spec: "RunSpec", steps: int, warmup: int, gpu_byt
             "alpha": lora.alpha,
             "dropout": lora.dropout,
             "use_rslora": lora.use_rslora,
-            "targets": [name.split(".")[-1] for name in select_targets(lora.targets, sizes.L)],
+            "targets": [name.split(".")[-1] for name in select_targets(lora.targets, sizes)],
         },
         "batch": {"G": spec.batch.G, "B": spec.batch.B, "T": spec.batch.T},
         "optimizer": {key: config.optimizer[key] for key in o},

@@ -20,7 +20,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.evaluate.scoring import ScoredTokens, token_scores
 from qlora_jax.generate.decode import complete
 from qlora_jax.generate.sampling import Sampling
-from qlora_jax.models.llama import Llama
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.text.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 256  # where a task does not say
@@ -44,7 +44,7 @@ class HarnessModel(TemplateLM):
 
     def __init__(
         self,
-        model: Llama,
+        model: Decoder,
         tokenizer: Tokenizer,
         name: str = "",
         context: int | None = None,

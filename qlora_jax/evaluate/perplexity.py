@@ -16,7 +16,7 @@ import numpy as np
 
 from qlora_jax.errors import InputError
 from qlora_jax.evaluate.scoring import ScoredTokens, token_scores
-from qlora_jax.models.llama import Llama
+from qlora_jax.models.decoder import Decoder
 
 _MOST = 700.0  # nats a token, whose perplexity a float still holds; a guess among 10^300 tokens
 
@@ -78,7 +78,7 @@ def windows(texts: Sequence[Sequence[int] | np.ndarray], context: int, bos_id: i
 
 
 def perplexity(
-    model: Llama,
+    model: Decoder,
     texts: Sequence[Sequence[int] | np.ndarray],
     bos_id: int | None,
     context: int | None = None,

@@ -18,7 +18,8 @@ from flax import nnx
 
 from qlora_jax import lora
 from qlora_jax.errors import InputError
-from qlora_jax.models.llama import Llama, head_logits
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.head import head_logits
 
 BATCH_TOKENS = 8192  # of a batch, padding included, where no batch size is given
 LOGITS_CHUNK = 1024  # positions whose logits exist at a time
@@ -81,7 +82,7 @@ def length_batches(lengths: Sequence[int], batch_size: int | None = None) -> lis
 
 
 def token_scores(
-    model: Llama,
+    model: Decoder,
     sequences: Sequence[ScoredTokens],
     batch_size: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -95,6 +96,12 @@ def token_scores(
     Raises:
       InputError: batch_size is less than 1, or a log-probability is not finite.
     """
+    longest = max((len(sequence.tokens) - 1 for sequence in sequences), default=0)
+    if model.config.kind.positions and longest > model.config.context:
+        raise InputError(
+            f"{longest} tokens are to be read, but the model has {model.config.context} learned positions: ask for a "
+            "context of at most so many"
+        )
     graph, adapter, base = lora.split(model)
     found: dict[int, TokenScores] = {}
     rows: dict[bytes, list[int]] = {}  # what is read -> sequences that differ in their last token or their start alone
@@ -139,7 +146,8 @@ def _token_scores(
 ) -> tuple[jax.Array, jax.Array]:
     """tokens int32 [B, T]; places and labels int32 [B, W] -> log-probabilities float32 [B, W], greedy bool [B, W]."""
     model = nnx.merge(graph, adapter, base)
-    hidden, _ = model(tokens)
+    # of each row without its padding, its last token counted that is scored and never read
+    hidden, _ = model(tokens, lengths=jnp.max(places, axis=1) + 2)
     rows = jnp.take_along_axis(hidden, places[..., None], axis=1).reshape(-1, hidden.shape[-1])
     count = rows.shape[0]
     chunk = min(LOGITS_CHUNK, count)
@@ -163,13 +171,13 @@ def make_option_logits(graph: Any) -> Callable[..., jax.Array]:
 
     def option_logits(adapter, base, tokens, last, options):
         model = nnx.merge(graph, adapter, base)
-        hidden, _ = model(tokens)
+        hidden, _ = model(tokens, lengths=last + 1)
         return head_logits(hidden[jnp.arange(tokens.shape[0]), last], model.head_weight()[options])
 
     return option_logits
 
 
-def option_logits_of(model: Llama) -> Callable[..., jax.Array]:
+def option_logits_of(model: Decoder) -> Callable[..., jax.Array]:
     """option_logits(tokens, last, options) of a model, compiled once a shape."""
     graph, adapter, base = lora.split(model)
     return lambda *arguments: _option_logits(graph, adapter, base, *arguments)

@@ -2,7 +2,7 @@
 
 Which examples share a row is decided once for a seed: the longest come first, equally long ones shuffled, and each goes
 into the first row that has room for it (first-fit). An epoch is a permutation of the rows, so every epoch has the same
-number of them, and the step is all the position there is. A row's examples do not see each other (Llama's `segments`),
+number of them, and the step is all the position there is. A row's examples do not see each other (Decoder's segments),
 so it does not matter to them that they meet again in the next epoch. grain's own packing fills its bins as examples
 come by: there the position is the state of a pipeline, and a batch cannot be made from its number.
 

@@ -17,7 +17,7 @@ from qlora_jax.generate.decode import Completion, check_prompt, complete_batches
 from qlora_jax.generate.prompting import MANY_TURNS, Answer, Request, answer_text, prompt_ids, system_turn
 from qlora_jax.generate.sampling import Sampling
 from qlora_jax.generate.seeds import Draws, draws_of_all
-from qlora_jax.models.llama import Llama
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.text.tokenizer import Tokenizer
 
 
@@ -86,7 +86,7 @@ def check_answered(prepared: Sequence[Prepared], rows: Sequence[Mapping[str, Any
 
 
 def answer(
-    model: Llama,
+    model: Decoder,
     tokenizer: Tokenizer,
     prepared: Sequence[Prepared],
     sampling: Sampling,

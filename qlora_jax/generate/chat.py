@@ -6,7 +6,7 @@ from qlora_jax.generate.decode import Decoding, check_prompt, room_for
 from qlora_jax.generate.prompting import MANY_TURNS, Answer, Request, prompt_ids, system_turn
 from qlora_jax.generate.sampling import Sampling
 from qlora_jax.generate.seeds import draws_of
-from qlora_jax.models.llama import Llama
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.text.chat_prompt import answered
 from qlora_jax.text.tokenizer import Tokenizer
 
@@ -27,7 +27,7 @@ class Chat:
 
     def __init__(
         self,
-        model: Llama,
+        model: Decoder,
         tokenizer: Tokenizer,
         template: str,
         sampling: Sampling,

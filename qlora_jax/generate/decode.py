@@ -26,7 +26,8 @@ from pallas_kernels.finite import largest_magnitude
 from qlora_jax.errors import InputError
 from qlora_jax.generate.sampling import Sampling, next_tokens
 from qlora_jax.generate.seeds import Draws, draws_of_all, row_keys
-from qlora_jax.models.llama import Cache, Llama
+from qlora_jax.models.block import Cache
+from qlora_jax.models.decoder import Decoder
 
 PAD_TO = 64  # tokens; prompt lengths and cache sizes are multiples of it
 PREFILL = 256  # tokens of each prompt read at a time
@@ -60,7 +61,7 @@ class Rows(NamedTuple):
 
 
 def generate(
-    model: Llama,
+    model: Decoder,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int = 512,
     temperature: float = 0.7,
@@ -80,7 +81,7 @@ def never(number: int, tokens: Sequence[int]) -> bool:
 
 
 def complete(
-    model: Llama,
+    model: Decoder,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     eos_ids: Sequence[int],
@@ -96,7 +97,7 @@ def complete(
 
 
 def complete_batches(
-    model: Llama,
+    model: Decoder,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     eos_ids: Sequence[int],
@@ -157,7 +158,7 @@ def complete_batches(
         yield numbers, [Completion(*end) for end in batch.ends()]
 
 
-def check_prompt(prompt: Sequence[int], model: Llama, name: str) -> None:
+def check_prompt(prompt: Sequence[int], model: Decoder, name: str) -> None:
     """Raises InputError unless the prompt has tokens, all of the vocabulary, and leaves room for one more."""
     V, context = model.config.V, model.config.context
     if not prompt:
@@ -171,7 +172,7 @@ def check_prompt(prompt: Sequence[int], model: Llama, name: str) -> None:
         )
 
 
-def room_for(model: Llama, length: int, max_new_tokens: int) -> int:
+def room_for(model: Decoder, length: int, max_new_tokens: int) -> int:
     """Cache positions that a prompt of this length and its answer need, padded."""
     return _padded(min(length + max_new_tokens, model.config.context))
 
@@ -193,7 +194,7 @@ class Decoding:
 
     def __init__(
         self,
-        model: Llama,
+        model: Decoder,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         eos_ids: Sequence[int],
@@ -205,15 +206,18 @@ class Decoding:
         self._graph, self._state = nnx.split(model)
         self._sampling, self._eos_ids = sampling, frozenset(eos_ids)
         self._prompts = [list(prompt) for prompt in prompts]
+        self._rows: Rows
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.steps = 0
         self._reasons: list[str | None] = [None] * len(prompts)
         self._limits = [min(sampling.max_new_tokens, model.config.context - len(prompt)) for prompt in prompts]
         B = len(prompts) + fill
-        start, cache = (0, None) if earlier is None else earlier._hand_over(self._prompts[0])
+        start, cache = 0, None
+        if earlier is not None and model.turns_alike(earlier._rows.cache.k.shape[2], room):
+            start, cache = earlier._hand_over(self._prompts[0])
         cache = model.new_cache(B, room) if cache is None else _grown(cache, room)
         lengths = np.asarray([*map(len, prompts), *[1] * fill], np.int32)
-        hidden = jnp.zeros((B, model.config.D), model.compute_dtype)
+        hidden = jnp.zeros((B, model.config.head_width), model.compute_dtype)
         padded = np.zeros((B, _padded(int(lengths.max()) - start)), np.int32)
         for row, prompt in enumerate(self._prompts):
             padded[row, : len(prompt) - start] = prompt[start:]

@@ -8,28 +8,26 @@ import numpy as np
 
 from qlora_jax.errors import InputError
 from qlora_jax.files import save_tensors, write_json
-from qlora_jax.models.llama import EMBEDDING, FINAL_NORM, HEAD, LAYER, LINEARS, NORMS, Llama
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.layers import part_of
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
-def write_checkpoint(out: Path, hf_config: dict, model: Llama, dtype: str = "bfloat16") -> None:
+def write_checkpoint(out: Path, hf_config: dict, model: Decoder, dtype: str = "bfloat16") -> None:
     """config.json and model.safetensors of an unquantized model; other files of the folder stay.
 
     Raises InputError for an unknown dtype.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
-    tensors = {EMBEDDING: model.embedding.get_value(), FINAL_NORM: model.norm.weight.get_value()}
-    if model.head is not None:
-        tensors[HEAD] = model.head.get_value()
-    for name in LINEARS:
-        group, projection = name.split(".")
-        stacked = getattr(getattr(model.blocks, group), projection).weight.get_value()
-        tensors |= {LAYER.format(index, name): stacked[index] for index in range(model.config.L)}
-    for name in NORMS:
-        stacked = getattr(model.blocks, name).weight.get_value()
-        tensors |= {LAYER.format(index, name): stacked[index] for index in range(model.config.L)}
+    config = model.config
+    tensors = {key: model.outer(slot) for slot, (key, _) in config.outer.items()}
+    for name in (*config.linears, *config.vectors):
+        stacked = part_of(model.blocks, name if name.endswith(".bias") else f"{name}.weight").get_value()
+        if name in config.linears and config.kind.transposed:
+            stacked = stacked.swapaxes(1, 2)
+        tensors |= {config.key(index, name): stacked[index] for index in range(config.L)}
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", hf_config | {"torch_dtype": dtype})
     partial = out / ".model.safetensors.partial"

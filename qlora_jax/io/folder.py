@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -96,14 +96,19 @@ def _download(name: str, revision: str, files: list[str]) -> Path:
 class TensorFiles:
     """The tensors of a checkpoint folder: model.safetensors, or shards under model.safetensors.index.json.
 
-    `files` names those to read, in place of the folder's choice.
+    `files` names those to read, in place of the folder's choice. `rename` gives keys other names than the files do.
     `shapes` and `dtypes` are known from the headers at once. `folder` is what errors call it. No value that is not
     finite, and no negative scale of a quantized weight, gets out of here: each piece is looked at as it is read, which
     costs less than reading it from memory. A tensor that is read in order is hashed on the way, and refused at its end
     where its file states another checksum; `checksums` has those of the tensors that were read.
     """
 
-    def __init__(self, folder: Path, files: Sequence[str] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        files: Sequence[str] | None = None,
+        rename: Callable[[Sequence[str]], dict[str, str]] = lambda keys: {},
+    ):
         self._source = remote.source_of(folder)
         self.folder = self._source.name
         files, promised = _choose(folder) if files is None else (files, [])
@@ -114,6 +119,9 @@ class TensorFiles:
             except (ValueError, OSError) as error:
                 raise InputError(f"{self.folder}/{name} is damaged or cut short: {error}") from error
             self._places |= {key: (name, place) for key, place in places.items()}
+        new = rename(list(self._places))
+        self._places = {new.get(key, key): place for key, place in self._places.items()}
+        promised = [new.get(key, key) for key in promised]
         self.checksums: dict[str, str] = {}
         self._hashing: dict[str, tuple[checksums.Running, int]] = {}  # with the number of values that are hashed
         self.shapes = {key: place.shape for key, (_, place) in self._places.items()}

@@ -7,8 +7,8 @@ names and shapes are checked against the headers first, so that one error lists 
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Container
-from functools import cache
+from collections.abc import Callable, Container, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from qlora_jax.errors import InputError
 from qlora_jax.io.folder import TensorFiles, are_equal, has_weights, signature
 from qlora_jax.io.place import put, to_device
 from qlora_jax.io.remote import name_of
-from qlora_jax.models import llama
 from qlora_jax.models.config import ModelConfig, parse_config, read_json
-from qlora_jax.models.llama import EMBEDDING, FINAL_NORM, HEAD, LAYER, LINEARS, NORMS, Llama
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.kind import Kind
 from qlora_jax.quant import bitsandbytes, native
 from qlora_jax.quant.codebooks import codebook
 from qlora_jax.quant.tensor import QuantizedTensor, check_block_size, dequantize, quantize
@@ -102,26 +102,38 @@ def skipped_linears(folder: Path, config: ModelConfig) -> frozenset[str]:
 
 
 def _linear_keys(config: ModelConfig) -> list[str]:
-    return [LAYER.format(index, name) for index in range(config.L) for name in LINEARS]
+    return [config.key(index, name) for index in range(config.L) for name in config.linears]
+
+
+def open_files(folder: Path, config: ModelConfig) -> TensorFiles:
+    """The folder's tensors under the keys of `expected_shapes`, whichever of a family's spellings they have."""
+    return TensorFiles(folder, rename=partial(_own_keys, config.kind))
+
+
+def _own_keys(kind: Kind, keys: Sequence[str]) -> dict[str, str]:
+    """Keys of old or other spellings -> those of the family's table."""
+    found, head = {}, f"{kind.head}."
+    if kind.optional_prefix and not any(key.startswith(kind.optional_prefix) for key in keys):
+        found = {key: kind.optional_prefix + key for key in keys if not key.startswith(head)}
+    for theirs, ours in kind.renamed:
+        found |= {key: ours + key.removeprefix(theirs) for key in keys if key.startswith(theirs)}
+    return {key: new for key, new in found.items() if new not in keys}
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of an unquantized checkpoint: Hugging Face key -> shape."""
-    V, D = config.V, config.D
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (V, D), FINAL_NORM: (D,)}
-    if not config.tied:
-        shapes[HEAD] = (V, D)
+    shapes: dict[str, tuple[int, ...]] = dict(config.outer.values())
     for index in range(config.L):
-        for name, letters in (LINEARS | NORMS).items():
-            shapes[LAYER.format(index, name)] = llama.sizes(config, letters)
+        shapes |= {config.key(index, name): config.stored(shape) for name, shape in config.linears.items()}
+        shapes |= {config.key(index, name): shape for name, shape in config.vectors.items()}
     return shapes
 
 
 def expected_stacks(config: ModelConfig, quant: QuantSpec) -> dict[str, tuple[tuple[int, ...], str]]:
     """Every quantized array of a folder in our own form: key -> shape, dtype."""
     found = {}
-    for name, letters in LINEARS.items():
-        q = native.abstract(llama.sizes(config, letters), quant.format, quant.block_size, quant.double_quant)
+    for name, shape in config.linears.items():
+        q = native.abstract(shape, quant.format, quant.block_size, quant.double_quant)
         for part, value in native.parts(q).items():
             found[native.stack_key(name, part)] = ((config.L, *value.shape), value.dtype.name)
     return found
@@ -152,8 +164,9 @@ def check_tensors(
         if is_native(files):
             expected |= {key: (shape, (dtype,)) for key, (shape, dtype) in expected_stacks(config, stored).items()}
         else:  # bitsandbytes packs the head too where a list of modules to skip leaves it out
-            packed = linears | ({HEAD} if is_packed(files, HEAD) else set())
+            packed = linears | ({config.head_key} if is_packed(files, config.head_key) else set())
         expected = {key: value for key, value in expected.items() if key not in linears | packed}
+    harmless = (*_HARMLESS, *config.kind.buffers)
     owners = {key: bitsandbytes.part_of(key) for key in files.shapes}
     problems = [f"missing {key}, quantized" for key in sorted(packed - set(owners.values()))]
     for key, (shape, dtypes) in expected.items():
@@ -164,8 +177,8 @@ def check_tensors(
         elif files.dtypes[key] not in dtypes:
             problems.append(f"{key} is {files.dtypes[key]}, expected {_one_of(dtypes)}")
     for key in sorted(files.shapes):
-        known = key in expected or key in packed or owners[key] in packed or key.endswith(_HARMLESS)
-        if not known and not (config.tied and key == HEAD):
+        known = key in expected or key in packed or owners[key] in packed or key.endswith(harmless)
+        if not known and not (config.tied and key == config.head_key):
             problems.append(f"unexpected {key} {list(files.shapes[key])}")
     if problems:
         shown = "; ".join(problems[:40]) + (f"; and {len(problems) - 40} more" if len(problems) > 40 else "")
@@ -181,19 +194,19 @@ def _one_of(names: tuple[str, ...]) -> str:
 def load_config(folder: Path) -> ModelConfig:
     """What config.json says; but a head of its own in the weights unties a model, as it does in transformers."""
     config = parse_config(read_json(folder / "config.json"), f"{name_of(folder)}/config.json")
-    if config.tied and has_weights(folder) and _has_own_head(folder, signature(folder)):
+    if config.tied and has_weights(folder) and _has_own_head(folder, config, signature(folder)):
         return dataclasses.replace(config, tied=False)
     return config
 
 
 @cache
-def _has_own_head(folder: Path, _: Any) -> bool:
+def _has_own_head(folder: Path, config: ModelConfig, _: Any) -> bool:
     """Whether there is a head that differs from the embedding. Where there is one at all both are read."""
-    files = TensorFiles(folder)
-    if HEAD not in files.shapes or EMBEDDING not in files.shapes or are_equal(files, HEAD, files, EMBEDDING):
+    files, head, embedding = open_files(folder, config), config.head_key, config.embedding_key
+    if head not in files.shapes or embedding not in files.shapes or are_equal(files, head, files, embedding):
         return False
     log.warning(
-        "warning: %s: config.json ties the head to the embedding, but %s differs from it: not tied", files.folder, HEAD
+        "warning: %s: config.json ties the head to the embedding, but %s differs from it: not tied", files.folder, head
     )
     return True
 
@@ -208,14 +221,14 @@ def load_model(
     progress: Callable[[int, int], None] = lambda done, total: None,
     sequence_chunk: int = 0,
     take_checksum: Callable[[str], None] = lambda checksum: None,
-) -> Llama:
+) -> Decoder:
     """Reads a checkpoint.
 
     Args:
       folder: config.json and safetensors; unquantized, bnb-4bit, or written by `experiments.quantize`.
-      quant: how linear layers are kept; None keeps what the folder has. Embedding, norms and head are never quantized.
+      quant: how linear layers are kept; None keeps what the folder has. Nothing else is ever quantized.
       compute_dtype: of activations.
-      remat, attention, sequence_chunk: see Llama.
+      remat, attention, sequence_chunk: see Decoder.
       kernel: of the 4-bit matmul, one of nf4_matmul.BACKENDS.
       progress: called with (tensors done, tensors in all).
       take_checksum: called with the checksum of all tensors as they stand in the folder, whatever files they are in.
@@ -229,7 +242,7 @@ def load_model(
         raise InputError(
             f"{name_of(folder)} is already quantized ({stored}), not {quant}: ask for what it is, or for its original"
         )
-    files, skipped = TensorFiles(folder), skipped_linears(folder, config)
+    files, skipped = open_files(folder, config), skipped_linears(folder, config)
     check_tensors(files, config, stored, skipped)
     total, done = len(expected_shapes(config)), 0
 
@@ -243,21 +256,24 @@ def load_model(
         return to_device(files, key, dtype or _kept_dtype(files.dtypes[key], compute_dtype))
 
     def linear(name: str, index: int, as_array: bool) -> QuantizedTensor | jax.Array:
-        key = LAYER.format(index, name)
+        key = config.key(index, name)
         if quant.format == "none" or key in skipped:
-            return array(key, compute_dtype if as_array else None)
+            w = array(key, compute_dtype if as_array else None)
+            return w.T if config.kind.transposed else w
         count()
         if stored is None:
             where = f"{files.folder}: {key}"
-            return quantize(to_device(files, key), quant.format, quant.block_size, quant.double_quant, name=where)
-        q = read_quantized(files, name, index, quant, llama.sizes(config, LINEARS[name]))
+            w = to_device(files, key)
+            w = w.T if config.kind.transposed else w
+            return quantize(w, quant.format, quant.block_size, quant.double_quant, name=where)
+        q = read_quantized(files, config, name, index, quant)
         return _values(q, jnp.dtype(compute_dtype)) if as_array else q
 
-    def head() -> jax.Array:
-        if not is_packed(files, HEAD):
-            return array(HEAD)
-        count()
-        return _values(read_packed(files, HEAD, quant, (config.V, config.D)), jnp.dtype(compute_dtype))
+    def outer(slot: str, key: str, shape: tuple[int, ...]) -> jax.Array:
+        if slot == "head" and is_packed(files, key):
+            count()
+            return _values(read_packed(files, key, quant, shape), jnp.dtype(compute_dtype))
+        return array(key, jnp.float32 if "norm" in slot else None)
 
     mixed = _mixed(config, skipped)
     if mixed:
@@ -265,13 +281,11 @@ def load_model(
             "warning: %s: llm_int8_skip_modules keeps %s unquantized in some layers; layers are stacked, so here these "
             "are unquantized in all of them, with the values that they have there", files.folder, ", ".join(mixed),
         )  # fmt: skip
-    weights: dict[str, Any] = {"embedding": array(EMBEDDING), "norm": array(FINAL_NORM, jnp.float32), "layers": {}}
-    if not config.tied:
-        weights["head"] = head()
-    for name in LINEARS:
+    weights: dict[str, Any] = {slot: outer(slot, *place) for slot, place in config.outer.items()} | {"layers": {}}
+    for name, shape in config.linears.items():
         stack: Any = None
         if stored is not None and is_native(files):
-            stack = _read_stack(files, name, quant, llama.sizes(config, LINEARS[name]))
+            stack = _read_stack(files, name, quant, shape)
             count(config.L)
         else:
             for index in range(config.L):
@@ -279,17 +293,18 @@ def load_model(
         if isinstance(stack, QuantizedTensor):
             stack = dataclasses.replace(stack, backend=kernel)
         weights["layers"][name] = stack
-    for name in NORMS:
-        norms = [array(LAYER.format(index, name), jnp.float32) for index in range(config.L)]
-        weights["layers"][name] = jnp.stack(norms)
+    biases = {f"{name}.bias" for name in config.linears}
+    for name in config.vectors:
+        dtype = None if name in biases else jnp.float32
+        weights["layers"][name] = jnp.stack([array(config.key(index, name), dtype) for index in range(config.L)])
     progress(total, total)
     take_checksum(checksums.of(*(f"{key} {checksum}" for key, checksum in sorted(files.checksums.items()))))
-    return Llama(config, weights, compute_dtype, remat, attention, sequence_chunk)
+    return Decoder(config, weights, compute_dtype, remat, attention, sequence_chunk)
 
 
 def _mixed(config: ModelConfig, skipped: Container[str]) -> list[str]:
     """Linear layers that are skipped in some of the layers and not in others."""
-    counts = {name: sum(LAYER.format(index, name) in skipped for index in range(config.L)) for name in LINEARS}
+    counts = {name: sum(config.key(index, name) in skipped for index in range(config.L)) for name in config.linears}
     return [name for name, count in counts.items() if 0 < count < config.L]
 
 
@@ -305,18 +320,17 @@ def _read_stack(files: TensorFiles, name: str, quant: QuantSpec, shape: tuple[in
     return native.filled(q, arrays)
 
 
-def read_quantized(
-    files: TensorFiles, name: str, index: int, quant: QuantSpec, shape: tuple[int, ...]
-) -> QuantizedTensor:
+def read_quantized(files: TensorFiles, config: ModelConfig, name: str, index: int, quant: QuantSpec) -> QuantizedTensor:
     """One layer's projection [O, I] from a quantized folder, either form.
 
     Raises InputError when it is stored otherwise than `quant` says, or has another shape.
     """
+    shape = config.linears[name]
     if is_native(files):
         q = native.abstract(shape, quant.format, quant.block_size, quant.double_quant)
         arrays = {part: jnp.asarray(files.read(native.stack_key(name, part), index)) for part in native.parts(q)}
         return native.filled(q, arrays)
-    return read_packed(files, LAYER.format(index, name), quant, shape)
+    return read_packed(files, config.key(index, name), quant, shape)
 
 
 def read_packed(files: TensorFiles, key: str, quant: QuantSpec, shape: tuple[int, ...]) -> QuantizedTensor:

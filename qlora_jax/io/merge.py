@@ -23,13 +23,13 @@ from qlora_jax.files import write_json
 from qlora_jax.finite import first_not_finite
 from qlora_jax.io import peft
 from qlora_jax.io.export import DTYPES
-from qlora_jax.io.folder import TensorFiles
 from qlora_jax.io.load import (
     QuantSpec,
     check_tensors,
     expected_shapes,
     is_packed,
     load_config,
+    open_files,
     read_packed,
     skipped_linears,
     stored_quant,
@@ -39,9 +39,9 @@ from qlora_jax.io.remote import name_of
 from qlora_jax.io.shards import SHARD_BYTES, ShardWriter, copy_companions, new_folder
 from qlora_jax.io.write import hf_config, linear_keys, read_linear
 from qlora_jax.models.config import ModelConfig, read_json
-from qlora_jax.models.llama import EMBEDDING, HEAD, LAYER, LINEARS, NORMS, Llama, sizes
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.quant.tensor import QuantizedTensor, dequantize
-from qlora_jax.residual import check_base, residual
+from qlora_jax.residual import residual
 from qlora_jax.settings import config_hash
 
 INTO = ("dequantized", "original")
@@ -131,20 +131,20 @@ def merge_folder(
             raise InputError(f"{name} {value!r}; expected one of {', '.join(known)}")
     config, stored = load_config(base), stored_quant(base)
     source = _weights_to_take(base, stored, quant, into)
-    files = TensorFiles(base)
+    files = open_files(base, config)
     check_tensors(files, config, stored, skipped := skipped_linears(base, config))
     skeleton = _skeleton(config)
     lora_config, arrays = peft.read_adapter(skeleton, adapter)
-    check_base(lora_config.residual, source.format != "none")
-    replaced = {EMBEDDING: "embed_tokens", HEAD: "lm_head"}
+    peft.check_residual(lora_config.residual, source.format != "none", config.kind)
+    replaced = {config.embedding_key: "embed_tokens", config.head_key: "lm_head"}
     matrices = peft.read_matrices(skeleton, adapter)
     factors = {
-        LAYER.format(index, name): (np.asarray(a)[index], np.asarray(b)[index])
+        config.key(index, name): (np.asarray(a)[index], np.asarray(b)[index])
         for name, (a, b) in arrays.items()
         for index in range(config.L)
     }
     rows = len(next(iter(matrices.values()))) if matrices else config.V
-    shapes, linears = expected_shapes(dataclasses.replace(config, V=rows)), linear_keys(config.L)
+    shapes, linears = expected_shapes(dataclasses.replace(config, V=rows)), linear_keys(config)
     parameters = sum(math.prod(shape) for shape in shapes.values())
     norms = np.zeros(3)
     with new_folder(out, overwrite, [base, adapter], needed=parameters * np.dtype(DTYPES[dtype]).itemsize) as folder:
@@ -159,6 +159,7 @@ def merge_folder(
                 w = read_packed(files, key, source, shapes[key])
             else:
                 w = files.read(key)
+                w = w.T if key in linears and config.kind.transposed else w
             if key in factors:
                 how = lora_config.residual, lora_config.rank, lora_config.scale
                 kept = residual(w, *how, name=key) if lora_config.residual else w
@@ -166,6 +167,8 @@ def merge_folder(
                 norms += parts
             else:
                 merged = _rounded(_values(w), dtype, key)
+            if key in linears and config.kind.transposed:
+                merged = np.ascontiguousarray(merged.T)
             writer.add({key: merged})
             progress(done, len(shapes))
         names = writer.finish()
@@ -205,13 +208,12 @@ def _weights_to_take(base: Path, stored: QuantSpec | None, quant: QuantSpec | No
     return stored or quant or QuantSpec("none")
 
 
-def _skeleton(config: ModelConfig) -> Llama:
+def _skeleton(config: ModelConfig) -> Decoder:
     """The model's structure with shapes in place of arrays."""
     struct = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    layers = {name: struct((config.L, *sizes(config, letters))) for name, letters in (LINEARS | NORMS).items()}
-    embedding = struct((config.V, config.D))
-    weights = {"embedding": embedding, "head": embedding, "norm": struct((config.D,)), "layers": layers}
-    return Llama(config, weights, jnp.float32)
+    weights: dict[str, Any] = {slot: struct(shape) for slot, (_, shape) in config.outer.items()}
+    weights["layers"] = {name: struct((config.L, *shape)) for name, shape in (config.linears | config.vectors).items()}
+    return Decoder(config, weights, jnp.float32)
 
 
 def _values(w: Any) -> np.ndarray:

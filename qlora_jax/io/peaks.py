@@ -11,9 +11,7 @@ import numpy as np
 from qlora_jax.errors import InputError
 from qlora_jax.io.folder import PIECE_BYTES, PIECES_ALIVE, cut
 from qlora_jax.io.load import QuantSpec, expected_stacks
-from qlora_jax.models import llama
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.llama import LINEARS, NORMS
 from qlora_jax.quant import native
 from qlora_jax.quant.blockwise import temporary_bytes
 
@@ -41,8 +39,12 @@ def load_host_peak_bytes(
 
 def model_bytes(config: ModelConfig, quant: QuantSpec, itemsize: int = 2) -> int:
     """The loaded model. itemsize: bytes a value that is not quantized is kept in, but for norms: they are float32."""
-    matrices = config.V * config.D * (1 if config.tied else 2)
-    total = matrices * itemsize + 4 * config.D * (1 + config.L * len(NORMS))
+    biases = {f"{name}.bias" for name in config.linears}
+    total = 0
+    for slot, (_, shape) in config.outer.items():
+        total += math.prod(shape) * (4 if "norm" in slot else itemsize)
+    for name, shape in config.vectors.items():
+        total += config.L * math.prod(shape) * (itemsize if name in biases else 4)
     if quant.format == "none":
         return total + itemsize * config.L * sum(map(math.prod, _linears(config)))
     stacks = expected_stacks(config, quant).values()
@@ -76,7 +78,7 @@ def load_device_peak_bytes(
 
 
 def _linears(config: ModelConfig) -> list[tuple[int, ...]]:
-    return [llama.sizes(config, letters) for letters in LINEARS.values()]
+    return list(config.linears.values())
 
 
 def _piece(config: ModelConfig, form: str, itemsize: int) -> int:

@@ -102,7 +102,10 @@ _ANY_CASE = ("gaussian", OLORA, "mica")  # which PEFT compares in lower case
 _MOST_BYTES = 1_000_000  # of the file: a pattern for every module of a large model takes a tenth
 _LARGEST_RANK = 2**20
 _LARGEST_ALPHA = 1e30
-_MATRICES = {"embed_tokens": "embed_tokens", "model.embed_tokens": "embed_tokens", "lm_head": "lm_head"}
+_MATRICES = {
+    "embed_tokens": "embed_tokens", "model.embed_tokens": "embed_tokens", "lm_head": "lm_head",
+    "wte": "embed_tokens", "word_embeddings": "embed_tokens", "embed_in": "embed_tokens", "embed_out": "lm_head",
+}  # fmt: skip
 _LLAMA_TARGETS = ("q_proj", "v_proj")  # PEFT's choice where target_modules is null
 _LAYER_LISTS = ("layers", "model.layers")  # names of the list of layers, for layers_pattern
 
@@ -141,21 +144,23 @@ class AdapterConfig:
           InputError: an expression cannot be matched.
         """
         names = list(modules)
-        picked = self._named("target_modules", self.targets, names)
+        picked = self._named("target_modules", self.targets, modules)
         if self.layers is not None:  # a name in full is taken whatever its layer
             picked = {name for name in picked if name in self.targets or modules[name] in self.layers}
-        picked -= self._named("exclude_modules", self.excluded, names)
-        placed = [name for name in names if name in picked and _last(name) not in self.modules_to_save]
+        picked -= self._named("exclude_modules", self.excluded, modules)
+        saved = [name for name in names if modules[name] is None and _MATRICES.get(_last(name)) in self.modules_to_save]
+        placed = [name for name in names if name in picked and name not in saved]
         ranks = self._first_match("rank_pattern", self.ranks, placed)
         alphas = self._first_match("alpha_pattern", self.alphas, placed)
         return {name: (ranks.get(name, self.rank), alphas.get(name, self.alpha)) for name in placed}
 
-    def _named(self, key: str, wanted: str | tuple[str, ...], names: Sequence[str]) -> set[str]:
+    def _named(self, key: str, wanted: str | tuple[str, ...], modules: Mapping[str, int | None]) -> set[str]:
+        names = list(modules)
         if not isinstance(wanted, str):
             whole, ends = frozenset(wanted), tuple("." + end for end in wanted)
             return {name for name in names if name in whole or name.endswith(ends)}
         if key == "target_modules" and wanted.lower() == "all-linear":
-            return {name for name in names if _last(name) not in MODULES}
+            return {name for name in names if modules[name] is not None}
         self._match(key, wanted, names)  # an expression by itself, not only inside the next one
         return self._match(key, f"^(?:{wanted})$", names)
 

@@ -24,6 +24,7 @@ from qlora_jax.io.load import (
     expected_stacks,
     is_packed,
     load_config,
+    open_files,
     read_quantized,
     skipped_linears,
     stored_quant,
@@ -31,9 +32,7 @@ from qlora_jax.io.load import (
 from qlora_jax.io.place import to_device
 from qlora_jax.io.remote import name_of
 from qlora_jax.io.shards import SHARD_BYTES, ShardWriter, StackWriter, copy_companions, new_folder
-from qlora_jax.models import llama
 from qlora_jax.models.config import ModelConfig, read_json
-from qlora_jax.models.llama import EMBEDDING, HEAD, LAYER, LINEARS
 from qlora_jax.quant import bitsandbytes, native
 from qlora_jax.quant.tensor import QuantizedTensor, quantize
 
@@ -69,9 +68,9 @@ def choose_quant(stored: QuantSpec | None, name: str | None, block_size: int | N
     return stored
 
 
-def linear_keys(layers: int) -> dict[str, tuple[str, int]]:
+def linear_keys(config: ModelConfig) -> dict[str, tuple[str, int]]:
     """The weights that are quantized: Hugging Face key -> projection, layer."""
-    return {LAYER.format(index, name): (name, index) for index in range(layers) for name in LINEARS}
+    return {config.key(index, name): (name, index) for index in range(config.L) for name in config.linears}
 
 
 def linear_bytes(files: TensorFiles, linears: Container[str]) -> int:
@@ -89,9 +88,10 @@ def read_linear(
 ) -> QuantizedTensor:
     """One layer's projection [O, I] in 4 bits: as the folder holds it, or quantized from its 16 or 32 bits."""
     if stored is not None:
-        return read_quantized(files, name, index, quant, llama.sizes(config, LINEARS[name]))
-    key = LAYER.format(index, name)
-    return quantize(to_device(files, key), quant.format, quant.block_size, quant.double_quant, name=key)
+        return read_quantized(files, config, name, index, quant)
+    key = config.key(index, name)
+    w = to_device(files, key)
+    return quantize(w.T if config.kind.transposed else w, quant.format, quant.block_size, quant.double_quant, name=key)
 
 
 def quantize_folder(
@@ -126,21 +126,21 @@ def quantize_folder(
     if form == "bnb" and quant.format not in bitsandbytes.FORMATS:
         known = " and ".join(bitsandbytes.FORMATS)
         raise InputError(f"bitsandbytes has {known}, not {quant.format}: choose one of them, or --format=native")
-    files = TensorFiles(source)
-    if stored is not None and (skipped_linears(source, config) or is_packed(files, HEAD)):
+    files = open_files(source, config)
+    if stored is not None and (skipped_linears(source, config) or is_packed(files, config.head_key)):
         raise InputError(
             f"{name_of(source)} is quantized with llm_int8_skip_modules, so that other layers are in 4 bits than those "
             "that are written here: use it as it is, or quantize the model that it was made from"
         )
     check_tensors(files, config, stored)
-    shapes, linears = expected_shapes(config), linear_keys(config.L)
+    shapes, linears = expected_shapes(config), linear_keys(config)
     weights = sum(math.prod(shapes[key]) for key in linears)
     linear_before = linear_bytes(files, linears)
     others = sum(_bytes(files, key) for key in shapes if key not in linears)
     raw = read_json(source / "config.json")
     kept_dtype = raw.get("dtype") or raw.get("torch_dtype")
     if kept_dtype not in DTYPES:
-        kept_dtype = files.dtypes[EMBEDDING]
+        kept_dtype = files.dtypes[config.embedding_key]
     stacks = expected_stacks(config, quant)
     packed = sum(math.prod(shape) * numpy_dtype(dtype).itemsize for shape, dtype in stacks.values())
     with new_folder(out, overwrite, [source], needed=others + packed) as folder:
@@ -184,7 +184,7 @@ class _Job(NamedTuple):
 
 def _write_bnb(job: _Job, folder: Path) -> tuple[list[str], int]:
     """Returns the names of the files and the bytes of the linear layers in them."""
-    shapes, linears = expected_shapes(job.config), linear_keys(job.config.L)
+    shapes, linears = expected_shapes(job.config), linear_keys(job.config)
     writer, linear_after = ShardWriter(folder, job.shard_bytes), 0
     for done, key in enumerate(shapes, start=1):
         if key in linears:
@@ -200,11 +200,12 @@ def _write_bnb(job: _Job, folder: Path) -> tuple[list[str], int]:
 
 def _write_native(job: _Job, folder: Path) -> tuple[list[str], int]:
     """The same in our own form: what is copied first, then a projection of all layers after the other."""
-    files, shapes, linears = job.files, expected_shapes(job.config), linear_keys(job.config.L)
+    files, shapes, linears = job.files, expected_shapes(job.config), linear_keys(job.config)
     copied = [key for key in shapes if key not in linears]
     stacks = {key: (dtype, shape) for key, (shape, dtype) in expected_stacks(job.config, job.quant).items()}
     groups = [{key: (files.dtypes[key], files.shapes[key])} for key in copied]
-    groups += [{key: stacks[key] for key in stacks if key.startswith(native.stack_key(name, ""))} for name in LINEARS]
+    begins = [native.stack_key(name, "") for name in job.config.linears]
+    groups += [{key: stacks[key] for key in stacks if key.startswith(begin)} for begin in begins]
     done, linear_after = 0, 0
 
     def count() -> None:
@@ -220,7 +221,7 @@ def _write_native(job: _Job, folder: Path) -> tuple[list[str], int]:
                 first += piece.size
                 del piece
             count()
-        for name in LINEARS:
+        for name in job.config.linears:
             for index in range(job.config.L):
                 parts = native.parts(read_linear(files, name, index, job.quant, job.stored, job.config))
                 for part, value in parts.items():

@@ -1,6 +1,6 @@
 """The decoder.
 
-config (sizes from config.json), known and sizes → llama (table of names, block, decoder) on layers (Linear,
-RMSNorm, rotary) and attention (whole or in chunks), chunks (a layer chunk by chunk); vocabulary (rows of new
-tokens).
+kind (what one family does otherwise than another) and settings (keys of a config.json) → families/ (one reading of a
+config.json each) → config (sizes and kind), known and sizes → block (a layer) and decoder on layers (Linear, norms),
+rope, head and attention (whole or in chunks), chunks (a layer chunk by chunk); vocabulary (rows of new tokens).
 """

@@ -7,12 +7,13 @@ from log l + m. Keys beyond a chunk's last query are not visited at all. Source:
 2112.05682); Dao, 2023 (arXiv 2307.08691) for the backward pass.
 
 Of a row that holds several examples one after the other (packing) each token sees those of its own example alone:
-`starts` names the first of them for every token.
+`starts` names the first of them for every token. A window is a start too: a token's own place, less the window, plus
+one.
 """
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,43 @@ IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn")
 LONGEST_WHOLE = 2048  # tokens: what "auto" still gives to "xla", which keeps all scores: 1 GB of float32 at 64 heads
 QUERY_CHUNK = 1024  # queries that "chunked" takes at a time
 SCORES = 1024 * 512  # of a head at a time: 134 MB of float32 at 64 heads
+
+
+class Scoring(NamedTuple):
+    """How scores are made of products q k^T: cap * tanh(scale * q k^T / cap) - slope * distance.
+
+    scale: None is 1 / sqrt(H). softcap: 0 is none. slopes: one for each query head (ALiBi; Press et al., 2022), or ().
+    """
+
+    scale: float | None = None
+    softcap: float = 0.0
+    slopes: tuple[float, ...] = ()
+
+    @property
+    def is_a_scale(self) -> bool:
+        return not self.softcap and not self.slopes
+
+
+PLAIN = Scoring()
+
+
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """2^(-8 n / N), n = 1..N; where N is no power of two those of the next smaller, then every second of the next."""
+    power = 2 ** math.floor(math.log2(heads))
+    steps = [2 ** (-8 * n / power) for n in range(1, power + 1)]
+    between = [2 ** (-4 * n / power) for n in range(1, 2 * (heads - power) + 1, 2)]
+    return tuple(steps + between)
+
+
+def window_starts(starts: jax.Array | None, places: jax.Array, window: Any) -> jax.Array:
+    """The first place that each token sees where it sees `window` tokens, itself among them, within `starts`.
+
+    Args:
+      starts: int32 [B, T], or None for 0. places: int32 [B, T], of the tokens in their rows.
+      window: int or int32 []; 0 is no window.
+    """
+    first = jnp.where(jnp.asarray(window) > 0, jnp.maximum(places - window + 1, 0), 0)
+    return first if starts is None else jnp.maximum(starts, first)
 
 
 def chosen(implementation: str, T: int) -> str:
@@ -40,7 +78,12 @@ def segment_starts(segments: jax.Array) -> jax.Array:
 
 
 def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, implementation: str, starts: jax.Array | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    implementation: str,
+    starts: jax.Array | None = None,
+    scoring: Scoring = PLAIN,
 ) -> jax.Array:
     """Each token attends to itself and all before it, from its start on.
 
@@ -48,19 +91,51 @@ def causal_attention(
       q: [B, T, N, H]. k, v: [B, T, K, H], N a multiple of K.
       implementation: one of IMPLEMENTATIONS; "cudnn" takes no starts.
       starts: int32 [B, T], the first place that each token sees; None is 0 for all.
+      scoring: see Scoring; "cudnn" takes a scale alone.
     Returns:
       [B, T, N, H] in q's dtype; the softmax is float32.
     """
     implementation = chosen(implementation, q.shape[1])
     if implementation == "chunked":
-        return chunked_attention(q, k, v, starts=starts)
+        return chunked_attention(q, k, v, starts=starts, scoring=scoring)
     named: Any = implementation
-    if starts is None:
-        return jax.nn.dot_product_attention(q, k, v, implementation=named, is_causal=True)
+    if starts is None and scoring.is_a_scale:
+        return jax.nn.dot_product_attention(q, k, v, implementation=named, is_causal=True, scale=scoring.scale)
     if implementation == "cudnn":  # JAX would hand it a bias of [B, 1, T, T]: what flash attention is there to avoid
-        raise ValueError("cudnn attention takes no starts")
-    seen = jnp.arange(k.shape[1]) >= starts[..., None]  # [B, T, S]
-    return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], implementation=named, is_causal=True)
+        raise ValueError("cudnn attention takes no starts, no softcap and no slopes")
+    places = jnp.arange(k.shape[1])
+    if not scoring.is_a_scale:
+        seen = places <= places[:, None]  # [T, S]
+        seen = seen[None] if starts is None else seen & (places >= starts[..., None])
+        return masked_attention(q, k, v, seen, places[None], scoring)
+    assert starts is not None
+    seen = places >= starts[..., None]  # [B, T, S]
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=seen[:, None], implementation=named, is_causal=True, scale=scoring.scale
+    )
+
+
+def masked_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, places: jax.Array, scoring: Scoring
+) -> jax.Array:
+    """Attention with all scores at once.
+
+    Args:
+      q: [B, T, N, H]. k, v: [B, S, K, H].
+      seen: bool [B or 1, T, S].
+      places: int32 [B or 1, T], of the queries among the keys, for ALiBi's distances.
+      scoring: see Scoring.
+    Returns:
+      [B, T, N, H] in q's dtype; the softmax is float32.
+    """
+    if scoring.is_a_scale:
+        return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], scale=scoring.scale)
+    S, K, H = k.shape[1:]
+    grouped = _grouped(q, K)
+    distances = places[..., None] - jnp.arange(S)  # [B or 1, T, S]
+    scores = _scored(_einsum("bkgch,bskh->bkgcs", grouped, k), H, K, distances, scoring)
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -1e30), axis=-1)
+    return _ungrouped(_einsum("bkgcs,bskh->bkgch", weights.astype(v.dtype), v)).astype(q.dtype)
 
 
 def chunked_attention(
@@ -70,6 +145,7 @@ def chunked_attention(
     query_chunk: int = QUERY_CHUNK,
     key_chunk: int | None = None,
     starts: jax.Array | None = None,
+    scoring: Scoring = PLAIN,
 ) -> jax.Array:
     """As causal_attention, for query_chunk queries and key_chunk keys at a time (see attend_chunk): memory O(T)."""
     T = q.shape[1]
@@ -77,31 +153,35 @@ def chunked_attention(
     padded = jnp.pad(q, ((0, 0), (0, -T % size), (0, 0), (0, 0)))  # queries that nobody reads
     if starts is not None:
         starts = jnp.pad(starts, ((0, 0), (0, -T % size)), mode="edge")
-    attend = _Attend(key_chunk, size)
+    attend = _Attend(key_chunk, size, scoring)
     return in_chunks(attend, size, starts, (k, v), padded)[:, :T]
 
 
 class _Attend:
     """attend_chunk as a function for in_chunks; equal ones are one function to a compilation."""
 
-    def __init__(self, key_chunk: int | None, size: int):
-        self.key_chunk, self.size = key_chunk, size
+    def __init__(self, key_chunk: int | None, size: int, scoring: Scoring):
+        self.key_chunk, self.size, self.scoring = key_chunk, size, scoring
 
     def __call__(
         self, starts: jax.Array | None, keys: tuple[jax.Array, jax.Array], q: jax.Array, first: jax.Array
     ) -> jax.Array:
         if starts is not None:
             starts = jax.lax.dynamic_slice_in_dim(starts, first, self.size, axis=1)
-        return attend_chunk(q, *keys, first, starts, self.key_chunk)
+        return attend_chunk(q, *keys, first, starts, self.key_chunk, self.scoring)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Attend) and (self.key_chunk, self.size) == (other.key_chunk, other.size)
+        return isinstance(other, _Attend) and self._settings == other._settings
 
     def __hash__(self) -> int:
-        return hash((_Attend, self.key_chunk, self.size))
+        return hash((_Attend, self._settings))
+
+    @property
+    def _settings(self) -> tuple[Any, ...]:
+        return self.key_chunk, self.size, self.scoring
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def attend_chunk(
     q: jax.Array,
     k: jax.Array,
@@ -109,6 +189,7 @@ def attend_chunk(
     first: jax.Array,
     starts: jax.Array | None = None,
     key_chunk: int | None = None,
+    scoring: Scoring = PLAIN,
 ) -> jax.Array:
     """Attention of consecutive queries to the keys at and before each, from its start on.
 
@@ -119,13 +200,14 @@ def attend_chunk(
       starts: int32 [B, C], the first key that each query sees; None is 0 for all. Chunks of keys before the earliest
         are not visited.
       key_chunk: keys whose scores exist at a time; None makes them SCORES a head.
+      scoring: see Scoring.
     Returns:
       [B, C, N, H] in q's dtype.
     """
-    return _forward(q, k, v, first, starts, key_chunk)[0]
+    return _forward(q, k, v, first, starts, key_chunk, scoring)[0]
 
 
-def _forward(q, k, v, first, starts, key_chunk):
+def _forward(q, k, v, first, starts, key_chunk, scoring):
     B, C, N, H = q.shape
     S, K = k.shape[1:3]
     key_chunk = _keys_at_a_time(key_chunk, C, S)
@@ -133,7 +215,7 @@ def _forward(q, k, v, first, starts, key_chunk):
 
     def step(j, carry):
         m, l, out = carry
-        k_j, v_j, scores = _scores(grouped, k, v, first, starts, j, key_chunk)
+        k_j, v_j, scores = _scores(grouped, k, v, first, starts, j, key_chunk, scoring)
         new_m = jnp.maximum(m, scores.max(-1))
         p, fade = jnp.exp(scores - new_m[..., None]), jnp.exp(m - new_m)
         out = out * fade[..., None] + _einsum("bkgcs,bskh->bkgch", p.astype(v.dtype), v_j)
@@ -146,7 +228,7 @@ def _forward(q, k, v, first, starts, key_chunk):
     return out, (q, k, v, first, starts, out, m + jnp.log(l))
 
 
-def _backward(key_chunk, saved, d_out):
+def _backward(key_chunk, scoring, saved, d_out):
     q, k, v, first, starts, out, log_sum = saved
     S, K = k.shape[1:3]
     key_chunk = _keys_at_a_time(key_chunk, q.shape[1], S)
@@ -155,11 +237,11 @@ def _backward(key_chunk, saved, d_out):
 
     def step(j, carry):
         dq, dk, dv = carry
-        k_j, v_j, scores = _scores(grouped, k, v, first, starts, j, key_chunk)
+        k_j, v_j, scores = _scores(grouped, k, v, first, starts, j, key_chunk, scoring)
         p = jnp.exp(scores - log_sum[..., None])
         dv = _add(dv, _einsum("bkgcs,bkgch->bskh", p.astype(v.dtype), d_grouped), j, key_chunk)
         dp = _einsum("bkgch,bskh->bkgcs", d_grouped, v_j)
-        ds = (p * (dp - delta[..., None]) / math.sqrt(q.shape[-1])).astype(q.dtype)
+        ds = _unscored(p * (dp - delta[..., None]), grouped, k_j, scoring).astype(q.dtype)
         dk = _add(dk, _einsum("bkgcs,bkgch->bskh", ds, grouped), j, key_chunk)
         return dq + _einsum("bkgcs,bskh->bkgch", ds, k_j), dk, dv
 
@@ -186,7 +268,7 @@ def _start(j: jax.Array, S: int, key_chunk: int) -> jax.Array:
     return jnp.minimum(j * key_chunk, S - key_chunk)
 
 
-def _scores(grouped, k, v, first, starts, j, key_chunk):
+def _scores(grouped, k, v, first, starts, j, key_chunk, scoring):
     """Keys and values of chunk j [B, key_chunk, K, H], and their masked float32 scores [B, K, G, C, key_chunk]."""
     S, C = k.shape[1], grouped.shape[3]
     start = _start(j, S, key_chunk)
@@ -195,8 +277,30 @@ def _scores(grouped, k, v, first, starts, j, key_chunk):
     seen = (position >= j * key_chunk)[None, :] & (position[None, :] <= first + jnp.arange(C)[:, None])
     if starts is not None:
         seen = (seen & (position >= starts[..., None]))[:, None, None]
-    scores = _einsum("bkgch,bskh->bkgcs", grouped, k_j) / math.sqrt(k.shape[-1])
+    distances = first + jnp.arange(C)[:, None] - position
+    scores = _scored(_einsum("bkgch,bskh->bkgcs", grouped, k_j), k.shape[-1], k.shape[2], distances[None], scoring)
     return k_j, v_j, jnp.where(seen, scores, -jnp.inf)
+
+
+def _scored(products: jax.Array, H: int, K: int, distances: jax.Array, scoring: Scoring) -> jax.Array:
+    """float32 q k^T [B, K, G, C, S] -> scores; distances int32 [B or 1, C, S]."""
+    scores = products / math.sqrt(H) if scoring.scale is None else products * scoring.scale
+    if scoring.softcap:
+        scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
+    if scoring.slopes:
+        slopes = jnp.asarray(scoring.slopes, jnp.float32).reshape(K, -1)[:, :, None, None]
+        scores = scores - slopes * distances[:, None, None].astype(jnp.float32)
+    return scores
+
+
+def _unscored(d_scores: jax.Array, grouped: jax.Array, k: jax.Array, scoring: Scoring) -> jax.Array:
+    """d scores -> d products, of `_scored`."""
+    H = grouped.shape[-1]
+    if scoring.softcap:
+        scale = 1 / math.sqrt(H) if scoring.scale is None else scoring.scale
+        bent = jnp.tanh(_einsum("bkgch,bskh->bkgcs", grouped, k) * (scale / scoring.softcap))
+        d_scores = d_scores * (1 - bent * bent)
+    return d_scores / math.sqrt(H) if scoring.scale is None else d_scores * scoring.scale
 
 
 def _add(total: jax.Array, part: jax.Array, j: jax.Array, key_chunk: int) -> jax.Array:

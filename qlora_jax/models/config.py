@@ -1,14 +1,16 @@
-"""The sizes of a decoder, read from a Hugging Face config.json (old and transformers-5 spelling)."""
+"""The sizes and the kind of a decoder, read from a Hugging Face config.json (old and transformers-5 spelling)."""
 
 import dataclasses
+import difflib
 import json
-import math
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from qlora_jax.errors import InputError
-
-ARCHITECTURES = {"LlamaForCausalLM": "llama"}  # what config.json calls it -> file in this folder
+from qlora_jax.models.families import FAMILIES
+from qlora_jax.models.kind import LINEAR_ROLES, LLAMA, Kind
+from qlora_jax.models.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,87 @@ class ModelConfig:
     tied: bool  # the head is the embedding
     eos_ids: tuple[int, ...]
     bos_id: int | None
+    kind: Kind = LLAMA
+
+    @cached_property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """The linear layers of a layer, which are quantized: name -> [O, I], in the order in which they compute."""
+        values = {"D": self.D, "F": self.F, "2F": 2 * self.F, "NH": self.N * self.H, "KH": self.K * self.H}
+        values["QKV"] = values["NH"] + 2 * values["KH"]
+        found = {}
+        for role, (O, I) in LINEAR_ROLES.items():
+            if role in self.kind.linear:
+                found[self.kind.linear[role]] = values[O], values[I]
+        return found
+
+    @cached_property
+    def vectors(self) -> dict[str, tuple[int, ...]]:
+        """Everything else of a layer: names of norms, and of biases with ".bias" at the end -> shape."""
+        kind = self.kind
+        by_kind: dict[str, dict[str, tuple[int, ...]]] = {
+            "head": {"q_norm": (self.H,), "k_norm": (self.H,)},
+            "heads": {"q_norm": (self.N, self.H), "k_norm": (self.K, self.H)},
+            "whole": {"q_norm": (self.N * self.H,), "k_norm": (self.K * self.H,)},
+        }
+        of_heads = by_kind[kind.qk_norm]
+        found: dict[str, tuple[int, ...]] = {}
+        for role, name in kind.norms:
+            found[name] = of_heads.get(role, (self.D,))
+            if kind.norm_bias:
+                found[f"{name}.bias"] = found[name]
+        for role in kind.biased:
+            if role in kind.linear:
+                name = kind.linear[role]
+                found[f"{name}.bias"] = self.linears[name][:1]
+        return found
+
+    @cached_property
+    def outer(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """What stands outside of the layers: its name in Decoder's weights -> Hugging Face key, shape."""
+        kind, D = self.kind, self.D
+        E = self.head_width
+        found: dict[str, tuple[str, tuple[int, ...]]] = {"embedding": (f"{kind.embedding}.weight", (self.V, E))}
+        if kind.project_in:
+            found["project_in"] = f"{kind.project_in}.weight", (D, E)
+            found["project_out"] = f"{kind.project_out}.weight", (E, D)
+        for slot, name in (("norm", kind.final_norm), ("embedding_norm", kind.embedding_norm)):
+            if name:
+                found[slot] = f"{name}.weight", (D,)
+                if kind.norm_bias:
+                    found[f"{slot}.bias"] = f"{name}.bias", (D,)
+        if kind.positions:
+            found["positions"] = f"{kind.positions}.weight", (self.context + kind.position_offset, D)
+        if not self.tied:
+            found["head"] = f"{kind.head}.weight", (self.V, E)
+        if kind.head_bias:
+            found["head.bias"] = f"{kind.head}.bias", (self.V,)
+        return found
+
+    @property
+    def head_width(self) -> int:
+        """Of the embedding, and of hidden states as the head takes them."""
+        return self.kind.embedding_width or self.D
+
+    @property
+    def embedding_key(self) -> str:
+        return f"{self.kind.embedding}.weight"
+
+    @property
+    def head_key(self) -> str:
+        """Where a head of its own stands, whether or not this model has one."""
+        return f"{self.kind.head}.weight"
+
+    def module(self, index: int, name: str) -> str:
+        """(3, "self_attn.q_proj") -> "model.layers.3.self_attn.q_proj", as Hugging Face calls it."""
+        return f"{self.kind.layer.format(index)}.{name}"
+
+    def key(self, index: int, name: str) -> str:
+        """As `module`, of the tensor: a name's weight, or a bias whose name ends so."""
+        return self.module(index, name) + ("" if name.endswith(".bias") else ".weight")
+
+    def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """[O, I] of a linear layer as it lies in unquantized files."""
+        return shape[::-1] if self.kind.transposed else shape
 
 
 def read_json(path: Path) -> dict:
@@ -47,97 +130,69 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
 
     Raises:
       InputError: the architecture is unknown (known ones are listed), a size is missing or nonsense, or the model asks
-        for what is not implemented (biases, other rope types, other activations) and would be computed wrongly.
+        for what is not implemented and would be computed wrongly.
     """
-    names = raw.get("architectures") or [f"(none; model_type {raw.get('model_type')!r})"]
-    if names[0] not in ARCHITECTURES:
-        raise InputError(f"{where}: unknown architecture {names[0]}; known: {', '.join(ARCHITECTURES)}")
-    sizes = {}
-    keys = {
-        "D": "hidden_size",
-        "F": "intermediate_size",
-        "L": "num_hidden_layers",
-        "N": "num_attention_heads",
-        "V": "vocab_size",
-    }
-    for letter, key in keys.items():
-        value = raw.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{where}: {key} is {value!r}; expected a positive integer")
-        sizes[letter] = value
-    K = raw.get("num_key_value_heads") or sizes["N"]
-    if sizes["N"] % K:
-        raise InputError(f"{where}: {sizes['N']} attention heads cannot share {K} key/value heads evenly")
-    H = raw.get("head_dim") or sizes["D"] // sizes["N"]
-    if H % 2:
-        raise InputError(f"{where}: head width {H} is odd; rotary embedding turns pairs")
-    for key in ("attention_bias", "mlp_bias"):
-        if raw.get(key):
-            raise InputError(f"{where}: {key} is true; Llama models with biases are not supported")
+    name = (raw.get("architectures") or [f"(none; model_type {raw.get('model_type')!r})"])[0]
+    if name not in FAMILIES:
+        raise InputError(f"{where}: unknown architecture {name}{_near(name)}; known: {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    c = Settings(raw, where, family.defaults)
     file = raw.get("transformers_weights")
     if file not in (None, "model.safetensors", "model.safetensors.index.json"):
         raise InputError(f"{where}: transformers_weights is {file!r}; expected model.safetensors, or no such key")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise InputError(f"{where}: hidden_act is {raw['hidden_act']!r}; the Llama family uses 'silu'")
-    theta, scaling = _rope(raw, where)
-    _check_positive("rms_norm_eps", raw.get("rms_norm_eps", 1e-6), where)
-    eos = raw.get("eos_token_id")
+    keys = family.keys
+    D, L, N, V = (c.count(*keys[letter]) for letter in "DLNV")
+    says_F = bool(keys["F"]) and c.get(keys["F"][0]) is not None
+    F = c.count(*keys["F"]) if says_F or not family.default_F else 4 * D
+    K = next((value for key in keys["K"] if (value := c.get(key)) is not None), None) or N
+    if not isinstance(K, int) or K < 1 or N % K:
+        raise InputError(f"{where}: {N} attention heads cannot share {K} key/value heads evenly")
+    H = c.get("head_dim") if family.has_head_dim else None
+    if H is None and D % N and not family.has_head_dim:
+        raise InputError(f"{where}: {D} wide cannot be cut into {N} heads evenly")
+    H = H or D // N
+    if not isinstance(H, int) or H < 1:
+        raise c.wrong("head_dim", "a positive integer")
+    context = c.get(keys["context"][0], 2048)
+    if not isinstance(context, int) or context < 1:
+        raise c.wrong(keys["context"][0], "a positive integer")
+    sizes = {"D": D, "F": F, "L": L, "N": N, "K": K, "H": H, "V": V, "context": context}
+    described = family.describe(c, sizes)
+    kind, (theta, scaling) = described.kind, described.rope
+    width = kind.rotary_width or H
+    if kind.rotary and (width % 2 or width < 2):
+        raise InputError(f"{where}: head width {width} is odd; rotary embedding turns pairs")
+    if kind.rotary and width < 4 and dict(scaling).get("rope_type") == "dynamic":
+        raise InputError(f"{where}: rope scaling 'dynamic' needs heads that turn in 4 values or more, not {width}")
+    _check_factors(scaling, width, where)
+    _check_factors(kind.local_rope[1], width, where)
+    eos = raw.get("eos_token_id", family.defaults.get("eos_token_id"))
     return ModelConfig(
-        **sizes,
-        K=K,
-        H=H,
-        context=raw.get("max_position_embeddings", 2048),
-        norm_eps=raw.get("rms_norm_eps", 1e-6),
+        **(sizes | dict(described.sizes)),
+        norm_eps=c.positive(family.eps),
         rope_theta=theta,
         rope_scaling=scaling,
-        tied=bool(raw.get("tie_word_embeddings", False)),
+        tied=bool(c.get("tie_word_embeddings", False)),
         eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        bos_id=raw.get("bos_token_id"),
+        bos_id=raw.get("bos_token_id", family.defaults.get("bos_token_id")),
+        kind=kind,
     )
 
 
-def _rope(raw: dict, where: str) -> tuple[float, tuple[tuple[str, Any], ...]]:
-    """(theta, scaling items) from `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`.
-
-    Where there are both, transformers takes `rope_scaling` alone. That they differ is nobody's wish: it is an error.
-    """
-    found = {key: _read_rope(raw, key, where) for key in ("rope_parameters", "rope_scaling") if raw.get(key)}
-    if len(found) == 2 and found["rope_parameters"] != found["rope_scaling"]:
-        said = " and ".join(f"{key} {json.dumps(raw[key])}" for key in found)
-        raise InputError(
-            f"{where} has {said}, which differ: keep the one that is meant (transformers takes rope_scaling, with "
-            f"theta {found['rope_scaling'][0]:g}, and forgets rope_parameters)"
-        )
-    return next(iter(found.values()), None) or _read_rope(raw, "rope_parameters", where)
+def _near(name: str) -> str:
+    """A known architecture that an unknown one may be meant as, or be mistaken for."""
+    names = {known.lower(): known for known in FAMILIES}
+    near = difflib.get_close_matches(name.lower(), names, 1, 0.8)
+    if not near:
+        return ""
+    known = names[near[0]]
+    if name.lower() == known.lower():
+        return f" (written {known})"
+    return f" (which is not {known}, the nearest known one: its weights cannot be read as such)"
 
 
-def _read_rope(raw: dict, where_in: str, where: str) -> tuple[float, tuple[tuple[str, Any], ...]]:
-    """(theta, scaling items) of one of the two keys, or of none."""
-    parameters = dict(raw.get(where_in) or {})
-    theta = parameters.pop("rope_theta", raw.get("rope_theta", 10000.0))
-    kind = parameters.pop("rope_type", parameters.pop("type", "default"))
-    parameters.pop("type", None)
-    if (share := parameters.pop("partial_rotary_factor", raw.get("partial_rotary_factor"))) not in (None, 1):
-        raise InputError(f"{where}: partial_rotary_factor is {share!r}; Llama models turn all of a head")
-    _check_positive("rope_theta", theta, where)
-    if kind == "default":
-        return float(theta), ()
-    needed = {
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }
-    if kind not in needed:
-        raise InputError(
-            f"{where}: rope scaling of type {kind!r} is not supported; known: default, {', '.join(needed)}"
-        )
-    missing = [key for key in needed[kind] if key not in parameters]
-    if missing:
-        raise InputError(f"{where}: rope scaling {kind!r} lacks {', '.join(missing)}")
-    for key in needed[kind]:
-        _check_positive(key, parameters[key], where)
-    return float(theta), (("rope_type", kind), *((key, parameters[key]) for key in needed[kind]))
-
-
-def _check_positive(key: str, value: Any, where: str) -> None:
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise InputError(f"{where}: {key} is {value!r}; expected a positive number")
+def _check_factors(scaling: tuple[tuple[str, Any], ...], width: int, where: str) -> None:
+    for key, value in scaling:
+        if key in ("short_factor", "long_factor") and (not isinstance(value, tuple) or len(value) != width // 2):
+            found = len(value) if isinstance(value, tuple) else repr(value)
+            raise InputError(f"{where}: rope scaling has a {key} of {found} numbers; expected {width // 2}")

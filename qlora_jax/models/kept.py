@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Literal
 
-# Of a decoder's layer (llama.py): enough that no product is computed again but attention's scores. The last is
+# Of a decoder's layer (block.py): enough that no product is computed again but attention's scores. The last is
 # what the adapters' A give (pallas_kernels.nf4_matmul.low_rank_term).
 NAMES = ("queries", "keys", "values", "attention", "attended", "gate", "up", "low_rank")
 

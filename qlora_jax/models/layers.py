@@ -1,9 +1,9 @@
-"""Layers that every decoder shares: a linear layer over a frozen weight, RMSNorm, rotary embedding, attention.
+"""Layers that every decoder shares: a linear layer over a frozen weight, and norms.
 
 A block's arrays are stacked: inside `lax.scan` each layer sees its own slice, so a Linear here is for one layer.
 """
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,14 +23,20 @@ class Trained(nnx.LoRAParam):
     """A whole matrix that trains beside the adapters, in float32: it goes wherever they go."""
 
 
-class Linear(nnx.Module):
-    """y = x W^T, plus scale * dropout(x) A^T B^T where an adapter is attached.
+class Setting(nnx.Variable):
+    """A number that says what a layer is, where layers differ: stacked as its weights are."""
 
-    weight: W [O, I], QuantizedTensor or array. lora_a: A [R, I], lora_b: B [O, R], float32.
+
+class Linear(nnx.Module):
+    """y = x W^T (+ bias), plus scale * dropout(x) A^T B^T where an adapter is attached.
+
+    weight: W [O, I], QuantizedTensor or array. bias: [O] or None. lora_a: A [R, I], lora_b: B [O, R], float32.
     """
 
-    def __init__(self, weight: QuantizedTensor | jax.Array):
+    def __init__(self, weight: QuantizedTensor | jax.Array, bias: jax.Array | None = None):
         self.weight = Frozen(weight)
+        if bias is not None:
+            self.bias = Frozen(bias)
         self.lora_a: Any = nnx.data(None)
         self.lora_b: Any = nnx.data(None)
         self.lora_scale: Any = 1.0  # a number, or an array [] of the program's input
@@ -39,6 +45,8 @@ class Linear(nnx.Module):
         w = self.weight.get_value()
         # x's gradient is summed in the order of these products: another order rounds otherwise
         y = matmul(x, w) if isinstance(w, QuantizedTensor) else dense_matmul(x, w.astype(x.dtype), contract=1)
+        if hasattr(self, "bias"):
+            y = y + self.bias.get_value().astype(y.dtype)
         if self.lora_a is None:
             dropout.skip()
             return y
@@ -46,44 +54,91 @@ class Linear(nnx.Module):
         return y + low_rank_term(dropout(x), a, b, self.lora_scale)
 
 
-class RMSNorm(nnx.Module):
-    """x / rms(x) * weight, in float32; the result has x's dtype."""
+class Norm(nnx.Module):
+    """A norm over the last axes, as many as its weight has, in float32; the result has x's dtype.
 
-    def __init__(self, weight: jax.Array, eps: float):
+        rms     x / rms(x) * w                    rms+1   x / rms(x) * (1 + w)
+        layer   (x - mean(x)) / std(x) * w (+ bias)
+
+    A weight of two axes [N, H] norms each head by itself.
+    """
+
+    def __init__(self, weight: jax.Array, eps: float, kind: str = "rms", bias: jax.Array | None = None):
         self.weight = Frozen(weight)
-        self.eps = eps
+        if bias is not None:
+            self.bias = Frozen(bias)
+        self.eps, self.kind = eps, kind
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
+        if self.kind == "layer":
+            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * self.weight.get_value()).astype(x.dtype)
+        weight = self.weight.get_value()
+        x32 = x32 * (1 + weight if self.kind == "rms+1" else weight)
+        if hasattr(self, "bias"):
+            x32 = x32 + self.bias.get_value()
+        return x32.astype(x.dtype)
 
 
-def rope_inverse_frequencies(H: int, theta: float, scaling: dict) -> jax.Array:
-    """float32 [H / 2], angle a position; scaling is {} or transformers' rope parameters of type linear or llama3."""
-    inverse = 1.0 / theta ** (jnp.arange(0, H, 2, dtype=jnp.float32) / H)
-    if scaling.get("rope_type") == "linear":
-        return inverse / scaling["factor"]
-    if scaling.get("rope_type") == "llama3":
-        return _llama3_frequencies(inverse, scaling)
-    return inverse
+class NoNorm(nnx.Module):
+    """Where a family ends without a norm."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x
 
 
-def _llama3_frequencies(inverse: jax.Array, scaling: dict) -> jax.Array:
-    """Llama 3.1: long wavelengths slowed by `factor`, short ones kept, a linear blend between."""
-    context = scaling["original_max_position_embeddings"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    wavelength = 2 * math.pi / inverse
-    blend = jnp.clip((context / wavelength - low) / (high - low), 0, 1)
-    return (1 - blend) * inverse / scaling["factor"] + blend * inverse
+class Projected(nnx.Module):
+    """The final norm, and the projection [E, D] to the head's width that follows it."""
+
+    def __init__(self, norm: Norm | NoNorm, weight: jax.Array):
+        self.norm, self.weight = norm, Frozen(weight)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return dense_matmul(self.norm(x), self.weight.get_value().astype(x.dtype), contract=1)
 
 
-def rotate(x: jax.Array, positions: jax.Array, inverse_frequencies: jax.Array) -> jax.Array:
-    """Rotary embedding of x [B, T, N, H] at positions int32 [B, T]; pairs are (h, h + H / 2), as in HF's files."""
-    angles = positions[..., None].astype(jnp.float32) * inverse_frequencies
-    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+class Group(nnx.Module):
+    """A name on disk between a layer and its parts, such as "self_attn": it holds them."""
+
+
+def place(block: nnx.Module, name: str, part: nnx.Module) -> None:
+    """Puts a part where its name says: place(block, "self_attn.q_proj", linear)."""
+    *groups, last = name.split(".")
+    owner: Any = block
+    for group in groups:
+        if not hasattr(owner, group):
+            setattr(owner, group, Group())
+        owner = getattr(owner, group)
+    setattr(owner, last, part)
+
+
+def part_of(block: nnx.Module, name: str) -> Any:
+    """What `place` put there."""
+    found: Any = block
+    for step in name.split("."):
+        found = getattr(found, step)
+    return found
+
+
+def _tanh_gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _exact_gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # kind.ACTIVATIONS
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": _exact_gelu,
+    "gelu_new": _tanh_gelu,
+    "gelu_fast": _tanh_gelu,
+    "gelu_pytorch_tanh": _tanh_gelu,
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jax.nn.relu(x) ** 2,
+}
 
 
 def in_order(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:

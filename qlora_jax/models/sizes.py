@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.llama import LINEARS, sizes
 from qlora_jax.quant.tensor import quantize
 
 
 def linear_weights(config: ModelConfig) -> int:
     """Weights of all linear layers."""
-    return config.L * sum(math.prod(sizes(config, letters)) for letters in LINEARS.values())
+    return config.L * sum(map(math.prod, config.linears.values()))
 
 
 def linear_bytes(
@@ -21,8 +20,7 @@ def linear_bytes(
 ) -> tuple[int, float]:
     """(bytes, bits a weight) of all linear layers; format "none" is 16-bit."""
     total, weights = 0, 0
-    for letters in LINEARS.values():
-        shape = sizes(config, letters)
+    for shape in config.linears.values():
         weights += config.L * math.prod(shape)
         total += config.L * _bytes(shape, format, block_size, double_quant)
     return total, 8 * total / weights

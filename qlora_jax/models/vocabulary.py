@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.models.llama import Llama
+from qlora_jax.errors import InputError
+from qlora_jax.models.decoder import Decoder
 
 
-def grow(model: Llama, rows: int, fill: Sequence[int], real: int) -> None:
+def grow(model: Decoder, rows: int, fill: Sequence[int], real: int) -> None:
     """Gives embedding and head `rows` rows, in place.
 
     Rows `fill` become the mean of the first `real` rows, of the embedding and of an untied head each, in float32 and
@@ -20,12 +21,14 @@ def grow(model: Llama, rows: int, fill: Sequence[int], real: int) -> None:
     """
     if not len(fill):
         return
+    if model.config.kind.head_bias:
+        raise InputError("tokens cannot be added to a model whose head has a bias: leave data.added_tokens empty")
     for matrix in filter(None, (model.embedding, model.head)):
         matrix.set_value(_grown(matrix.get_value(), np.asarray(fill, np.int32), rows, real))
     set_rows(model, rows)
 
 
-def set_rows(model: Llama, rows: int) -> None:
+def set_rows(model: Decoder, rows: int) -> None:
     """Says in the model's config how many rows its embedding has."""
     model.config = dataclasses.replace(model.config, V=rows)
 

@@ -76,7 +76,7 @@ class PackFolder:
                 lines = "".join(json.dumps(row) + "\n" for row in result.rows)
                 (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
                 if all(first_not_finite(array) is None for pair in result.adapter.values() for array in pair):
-                    write_arrays(folder / "adapter", result.adapter, result.lora, result.base)
+                    write_arrays(folder / "adapter", result.adapter, result.lora, result.base, kind=result.kind)
                 write_json(folder / "summary.json", result.summary)
 
     def close(self) -> None:

@@ -13,8 +13,9 @@ from qlora_jax import lora
 from qlora_jax.errors import InputError
 from qlora_jax.feed.load import LoadedData
 from qlora_jax.lora import LoRAConfig
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.dropout import DropoutRate
-from qlora_jax.models.llama import LINEARS, Llama
 from qlora_jax.optim.schedules import make_schedule
 from qlora_jax.packs.step import Member
 from qlora_jax.settings import config_hash, differing_keys
@@ -90,13 +91,13 @@ class PlannedMember:
     plain: dict[str, Any]
     hash: str
     lora: LoRAConfig
-    targets: tuple[str, ...]  # full names, in the order of LINEARS
+    targets: tuple[str, ...]  # full names, in the order of config.linears
     data: LoadedData
     heldout: str  # hash of the held-out examples
     steps: int
     rates: Rates
 
-    def trainable_params(self, model: Llama) -> int:
+    def trainable_params(self, model: Decoder) -> int:
         shapes = [lora.shape(model, name) for name in self.targets]
         return sum(self.lora.rank * (O + I) for O, I in shapes) * model.config.L
 
@@ -108,9 +109,9 @@ def learning_rates(schedule: str, learning_rate: float, steps: int, warmup_steps
     return Rates(np.asarray(used), tuple(float(rate(k)) for k in range(steps)))
 
 
-def all_targets(members: Sequence[PlannedMember]) -> tuple[str, ...]:
-    """Layers that any member targets."""
-    return tuple(name for name in LINEARS if any(name in member.targets for member in members))
+def all_targets(members: Sequence[PlannedMember], sizes: ModelConfig) -> tuple[str, ...]:
+    """Layers that any member targets, in the order of config.linears."""
+    return tuple(name for name in sizes.linears if any(name in member.targets for member in members))
 
 
 def stacked_settings(members: Sequence[PlannedMember], slots: int) -> Member:

@@ -62,7 +62,7 @@ def train_pack(
 
 def export_member(result: MemberResult, out: Path) -> None:
     """Writes a member's adapter as a PEFT folder of its own rank and layers."""
-    write_arrays(out, result.adapter, result.lora, result.base)
+    write_arrays(out, result.adapter, result.lora, result.base, kind=result.kind)
 
 
 def refuse_paging(optimizer: Any) -> None:
@@ -147,7 +147,7 @@ class PackRunner:
         lora_config = read_lora_config(config.lora, adds_tokens=False, tied=base.sizes.tied)
         refuse_whole_matrices(lora_config, config.data)
         refuse_residual(config.lora.init_from)
-        targets = lora.select_targets(lora_config.targets, base.sizes.L)
+        targets = lora.select_targets(lora_config.targets, base.sizes)
         data, heldout = self.warm.data(config, base, say)
         steps = step_count(config, data)
         o = config.optimizer

@@ -13,7 +13,8 @@ import numpy as np
 from qlora_jax import lora
 from qlora_jax.finite import first_not_finite
 from qlora_jax.lora import LoRAConfig
-from qlora_jax.models.llama import Llama
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.kind import Kind
 from qlora_jax.packs import members as pack_members
 from qlora_jax.packs.files import PackFolder
 from qlora_jax.packs.members import PlannedMember
@@ -39,6 +40,7 @@ class MemberResult:
     adapter: dict[str, tuple[np.ndarray, np.ndarray]]  # {"self_attn.q_proj": (A [L, R, I], B [L, O, R])}
     lora: LoRAConfig
     base: str  # path or name of the frozen model
+    kind: Kind  # of it
 
 
 class PackRun:
@@ -71,7 +73,7 @@ class PackRun:
         model.remat = self.cut.remat
         graph = lora.split(model)[0]
         has_dropout = any(member.lora.dropout for member in members)
-        structure = (base.key, self.rank, pack_members.all_targets(members))
+        structure = (base.key, self.rank, pack_members.all_targets(members, base.sizes))
         self.train_program, self.eval_program = warm.programs(
             structure, graph, self.cut.remat, self.config, has_dropout
         )
@@ -110,10 +112,10 @@ class PackRun:
             self.folder.workdir.keep_cut(choice)
         return choice.cut
 
-    def _stacked_model(self) -> Llama:
+    def _stacked_model(self) -> Decoder:
         """The model with the adapters of all members, [slots, L, ...]."""
         model = self.base.model()
-        shapes = {name: lora.shape(model, name) for name in pack_members.all_targets(self.members)}
+        shapes = {name: lora.shape(model, name) for name in pack_members.all_targets(self.members, model.config)}
         own = [
             read_start(model, Path(member.config.lora.init_from), member.lora).arrays
             if member.config.lora.init_from
@@ -328,7 +330,7 @@ class PackRun:
         reason = None if stopped is None else stopped["reason"]
         return MemberResult(
             member.hash, status, reason, summary, self.rows[index], pack_members.cut(mine, member),
-            member.lora, str(self.config.model.path),
+            member.lora, str(self.config.model.path), self.base.sizes.kind,
         )  # fmt: skip
 
 

@@ -19,8 +19,8 @@ import optax
 from flax import nnx
 
 from qlora_jax import lora
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.dropout import DropoutRate
-from qlora_jax.models.llama import LINEARS, Llama
 from qlora_jax.optim.schedules import make_transformation
 from qlora_jax.train.loss import summed_loss_and_hits
 from qlora_jax.train.step import make_gradient
@@ -58,7 +58,7 @@ class Steps(NamedTuple):
     learning_rate: Any  # float32 [K]
     tokens: Any  # int32 [K, G, B, T]
     loss_mask: Any  # bool [K, G, B, T]
-    segments: Any  # int32 [K, G, B, T] of packed rows, as Llama takes them; else None
+    segments: Any  # int32 [K, G, B, T] of packed rows, as Decoder takes them; else None
     first: Any  # int32 [], number of the first step, from 0
     count: Any  # int32 [], how many of the K are to be taken
 
@@ -167,8 +167,8 @@ def _update(optimizer: Any, state: MemberState, member: Member, rate: jax.Array,
     return MemberState(optax.apply_updates(state.adapter, updates), inner, state.alive)
 
 
-def _merge_for(member: Member) -> Callable[..., Llama]:
-    def merge(graph: Any, adapter: Any, base: Any) -> Llama:
+def _merge_for(member: Member) -> Callable[..., Decoder]:
+    def merge(graph: Any, adapter: Any, base: Any) -> Decoder:
         model = _scaled(nnx.merge(graph, adapter, base), member.scale)
         model.dropout_rate = nnx.data(member.dropout)
         return model
@@ -176,9 +176,9 @@ def _merge_for(member: Member) -> Callable[..., Llama]:
     return merge
 
 
-def _scaled(model: Llama, scale: jax.Array) -> Llama:
+def _scaled(model: Decoder, scale: jax.Array) -> Decoder:
     """The model whose adapters have this scale; a layer's slice of it is a scalar."""
-    for name in LINEARS:
+    for name in model.config.linears:
         layer = lora.linear(model, name)
         if layer.lora_a is not None:
             layer.lora_scale = nnx.data(jnp.broadcast_to(scale, (model.config.L,)))

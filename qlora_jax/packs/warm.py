@@ -14,7 +14,7 @@ from qlora_jax.checksums import Input
 from qlora_jax.feed.load import LoadedData, load_data
 from qlora_jax.io.folder import resolve
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.llama import Llama
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.packs.step import make_pack_evaluation, make_steps, over_members
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.backward import compiler_options
@@ -40,7 +40,7 @@ class Base:
     params: int
     input: Input  # what model.path stood for
 
-    def model(self) -> Llama:
+    def model(self) -> Decoder:
         """A model of its own on the same arrays."""
         return nnx.merge(self.graph, self.state)
 

@@ -22,7 +22,6 @@ import optax
 from qlora_jax.io.peaks import load_device_peak_bytes, load_host_peak_bytes
 from qlora_jax.lora import linear, whole_matrices
 from qlora_jax.models.layers import Frozen
-from qlora_jax.models.llama import LINEARS
 from qlora_jax.optim.pages import Pages
 from qlora_jax.planning.gpus import PlannedGpu
 from qlora_jax.planning.program import compile_evaluation, compile_gradient, compile_update
@@ -100,7 +99,7 @@ def base_bytes(model: AbstractModel) -> dict[str, int]:
     """The frozen model by kind."""
     whole = model.merged()
     found = dict.fromkeys(("codes", "scales", "linear_16bit", "embeddings_and_head", "norms"), 0)
-    for name in LINEARS:
+    for name in whole.config.linears:
         w = linear(whole, name).weight.get_value()
         if isinstance(w, QuantizedTensor):
             found["codes"] += _bytes(w.codes)

@@ -30,7 +30,6 @@ from ml_collections import ConfigDict
 from qlora_jax.errors import InputError
 from qlora_jax.io.peaks import model_bytes
 from qlora_jax.lora import select_targets
-from qlora_jax.models.llama import LINEARS, sizes
 from qlora_jax.models.sizes import linear_bytes, linear_weights
 from qlora_jax.optim.schedules import OPTIMIZERS
 from qlora_jax.planning.gpus import PlannedGpu
@@ -103,7 +102,7 @@ def _of(plain: dict[str, Any]) -> _Shape:
 def _adapter_width(shape: _Shape, targets: tuple[str, ...]) -> int:
     """Parameters of an adapter of rank 1."""
     config = shape.spec.model.sizes
-    return config.L * sum(sum(sizes(config, LINEARS[name])) for name in select_targets(targets, config.L))
+    return config.L * sum(sum(config.linears[name]) for name in select_targets(targets, config))
 
 
 def adapter_params(plain: dict[str, Any], rank: int | None = None) -> int:

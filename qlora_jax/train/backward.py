@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.dropout import DropoutKey
 from qlora_jax.models.kept import NAMES, keeping, with_kept
-from qlora_jax.models.llama import Llama
 from qlora_jax.train.loss import loss_and_gradient
 
 
@@ -44,7 +44,7 @@ def kept_bytes(sizes: ModelConfig, remat: str, B: int, T: int, itemsize: int, lo
 
     They lie in pinned host memory where remat is "block+offload", else on the device. A compiled program's
     host_temp_size_in_bytes says the same, and its temp_size_in_bytes holds what of them is on the device even so. Of
-    "none" JAX decides what is kept: more than this. T as the layers see it (Llama.pad), itemsize of activations;
+    "none" JAX decides what is kept: more than this. T as the layers see it (Decoder.pad), itemsize of activations;
     low_rank: the ranks of a layer's adapters together.
     """
     widths = sizes.D
@@ -54,7 +54,7 @@ def kept_bytes(sizes: ModelConfig, remat: str, B: int, T: int, itemsize: int, lo
 
 
 def add_gradient(
-    model: Llama,
+    model: Decoder,
     total: Any,
     tokens: jax.Array,
     loss_mask: jax.Array,
@@ -70,15 +70,17 @@ def add_gradient(
       tokens: int32 [B, T]. loss_mask: bool [B, T].
       key: of dropout; None is no dropout. A DropoutKey says which rows of a step's batch these are.
       loss_chunk: see summed_loss.
-      segments: int32 [B, T], see Llama; None: a row is one example.
+      segments: int32 [B, T], see Decoder; None: a row is one example.
     Returns:
       float32 [] summed nats of the target tokens, and the new total.
     """
+    lengths = model.lengths(tokens, segments)
     tokens, loss_mask = model.pad(tokens), model.pad(loss_mask)
     segments = None if segments is None else model.pad(segments)
+    context = model.context(tokens, segments=segments, lengths=lengths)
     block, adapter, frozen = model.layers(nnx.LoRAParam, ...)
     key = None if key is None else DropoutKey.of(key).for_layers(model.config.L)  # drawn once, not in each layer
-    apply_layer = partial(model.apply_layer, block, model.context(tokens, segments=segments), key)
+    apply_layer = partial(model.apply_layer, block, context, key)
     numbers = jnp.arange(model.config.L)
     offload = model.remat == "block+offload"
     names = NAMES if model.remat == "selective" else ()
@@ -88,7 +90,7 @@ def add_gradient(
         y, kept = keeping(lambda x: apply_layer((mine, others), x, number)[0], names)(x)
         return y, (jax.device_put(x, jax.memory.Space.Host) if offload else x, kept)
 
-    x, inputs = jax.lax.scan(forward, model.embed(tokens), (adapter, frozen, numbers))
+    x, inputs = jax.lax.scan(forward, model.embed(tokens, context.positions), (adapter, frozen, numbers))
 
     head = "embedding" if model.head is None else "head"
     head_sum = jax.tree.leaves(total[head])[0] if head in total else None
@@ -109,5 +111,6 @@ def add_gradient(
     if head_sum is not None:
         total[head] = jax.tree.map(lambda _: head_sum, total[head])
     if "embedding" in total:
+        dx = model.embedding_gradient(tokens, context.positions, dx)
         total["embedding"] = jax.tree.map(lambda sums: sums.at[tokens].add(dx.astype(sums.dtype)), total["embedding"])
     return loss, total

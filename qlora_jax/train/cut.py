@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 from qlora_jax.models.attention import chosen
 from qlora_jax.models.chunks import chunk_size
-from qlora_jax.models.llama import LINEARS, sizes
 from qlora_jax.models.sizes import linear_weights
 from qlora_jax.settings import AUTO
 from qlora_jax.train.backward import kept_bytes
@@ -48,7 +47,7 @@ class Cut(NamedTuple):
     """Of an optimizer step's rows."""
 
     rows: int  # of a micro-batch
-    remat: str  # one of models/llama.REMAT
+    remat: str  # one of models/decoder.REMAT
 
 
 class ToCut(NamedTuple):
@@ -186,5 +185,5 @@ def temporary_bytes(wanted: ToCut, cut: Cut, members: int = 1) -> int:
     if cut.remat == "none":
         layer *= config.L
     logits = LOGIT * min(wanted.loss_chunk, cut.rows * wanted.T) * config.V
-    largest = max(math.prod(sizes(config, letters)) for letters in LINEARS.values())
+    largest = max(map(math.prod, config.linears.values()))
     return members * (kept + max(layer, logits)) + largest * itemsize

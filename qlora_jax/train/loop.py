@@ -357,7 +357,7 @@ class Run:
             if prepared.tokenizer is not None:
                 write_template(folder, template_of(prepared.data.sources))
 
-        write_adapter(workdir.adapter, self.adapter, prepared.lora_config, base, grown, write_beside)
+        write_adapter(workdir.adapter, self.adapter, prepared.lora_config, base, grown, write_beside, prepared.kind)
         eval_loss = self._heldout_loss(prepared.steps)
         rows = [row for row in workdir.metrics() if "loss" in row]
         device_bytes, source = self._device_bytes()

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.models.chunks import chunk_size
-from qlora_jax.models.llama import head_logits
+from qlora_jax.models.head import Head, head_logits
 
 
 def summed_loss(
-    hidden: jax.Array, head: jax.Array, tokens: jax.Array, loss_mask: jax.Array, chunk: int
+    hidden: jax.Array, head: jax.Array | Head, tokens: jax.Array, loss_mask: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
     """Summed negative log-likelihood of the target tokens, and their number.
 
@@ -38,7 +38,7 @@ def summed_loss(
 
 
 def summed_loss_and_hits(
-    hidden: jax.Array, head: jax.Array, tokens: jax.Array, loss_mask: jax.Array, chunk: int
+    hidden: jax.Array, head: jax.Array | Head, tokens: jax.Array, loss_mask: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As summed_loss, with the number of target tokens that are the likeliest between the two: float32 [] each."""
 
@@ -68,7 +68,7 @@ def _chunks(hidden: jax.Array, tokens: jax.Array, loss_mask: jax.Array, chunk: i
 def loss_and_gradient(
     norm: Callable[[jax.Array], jax.Array],
     x: jax.Array,
-    head: jax.Array,
+    head: jax.Array | Head,
     tokens: jax.Array,
     loss_mask: jax.Array,
     chunk: int,
@@ -103,7 +103,7 @@ def loss_and_gradient(
             loss, fresh = jax.value_and_grad(chunk_loss)(cut(rows), head)
         else:
             loss, (fresh, of_head) = jax.value_and_grad(chunk_loss, (0, 1))(cut(rows), head)
-            head_sum = head_sum + of_head
+            head_sum = head_sum + (of_head.weight if isinstance(of_head, Head) else of_head)
         dx = jax.lax.dynamic_update_slice_in_dim(dx, cut(dx) + fresh, start, axis=0)
         return (total + loss, dx, head_sum), None
 

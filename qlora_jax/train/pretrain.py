@@ -17,27 +17,29 @@ from flax import nnx
 from qlora_jax.errors import InputError
 from qlora_jax.io.export import write_checkpoint
 from qlora_jax.models.config import ModelConfig, parse_config
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.kind import LLAMA
 from qlora_jax.models.layers import Frozen
-from qlora_jax.models.llama import LINEARS, NORMS, Llama, sizes
 from qlora_jax.train.loss import summed_loss
 
 
 def random_weights(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """Weights of a Llama: Gaussian with deviation 0.02, divided by sqrt(2 L) where a layer writes into the residual
     stream."""
-    keys = iter(jax.random.split(key, len(LINEARS) + 2))
+    if config.kind != LLAMA:
+        raise InputError("pretraining makes Llamas without biases: set architectures to LlamaForCausalLM")
+    keys = iter(jax.random.split(key, len(config.linears) + 2))
 
     def normal(shape: tuple[int, ...], std: float) -> jax.Array:
         flat = jax.random.normal(next(keys), (math.prod(shape),), jnp.float32)  # which XLA:CPU compiles sooner
         return std * flat.reshape(shape)
 
     layers = {}
-    for name, letters in LINEARS.items():
+    for name, shape in config.linears.items():
         residual = name.endswith(("o_proj", "down_proj"))
         std = 0.02 / math.sqrt(2 * config.L) if residual else 0.02
-        layers[name] = normal((config.L, *sizes(config, letters)), std)
-    for name in NORMS:
-        layers[name] = jnp.ones((config.L, config.D), jnp.float32)
+        layers[name] = normal((config.L, *shape), std)
+    layers |= {name: jnp.ones((config.L, *shape), jnp.float32) for name, shape in config.vectors.items()}
     weights = {
         "embedding": normal((config.V, config.D), 0.02),
         "norm": jnp.ones(config.D, jnp.float32),
@@ -67,7 +69,7 @@ def pretrain(
     if config.batch_size < 1 or config.save_every < 1:
         raise InputError(f"batch_size is {config.batch_size}, save_every {config.save_every}; expected at least 1")
     model_config = parse_config(hf_config, "the pretraining config")
-    model = Llama(model_config, random_weights(model_config, jax.random.key(config.seed)), jnp.float32, remat="block")
+    model = Decoder(model_config, random_weights(model_config, jax.random.key(config.seed)), jnp.float32, remat="block")
     graph, params = nnx.split(model, Frozen)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup_steps, config.steps, 0.05 * config.learning_rate

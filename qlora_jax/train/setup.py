@@ -30,8 +30,9 @@ from qlora_jax.io.remote import name_of
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models import attention
 from qlora_jax.models.config import ModelConfig, read_json
+from qlora_jax.models.decoder import REMAT, Decoder
+from qlora_jax.models.kind import Kind
 from qlora_jax.models.layers import Frozen
-from qlora_jax.models.llama import LINEARS, REMAT, Llama
 from qlora_jax.models.vocabulary import grow
 from qlora_jax.optim.paged import PAGING
 from qlora_jax.optim.pages import state_bytes
@@ -66,7 +67,7 @@ _AT_LEAST_ONE = (
 class Base(NamedTuple):
     """A frozen model in memory, and what it was made of: its tensors, hashed as they were read, and config.json."""
 
-    model: Llama
+    model: Decoder
     made_of: Input
 
     def fresh(self, section: Any) -> "Base":
@@ -101,6 +102,7 @@ class Prepared:
     total_params: int
     mmlu: Asked | None  # questions of MMLU that are asked on the way
     added: AddedTokens | None  # to the tokenizer; None where the config adds none
+    kind: Kind  # of the model
 
     def graph_with(self, remat: str) -> Any:
         """`graph` of the model that keeps for its gradient what `remat` says."""
@@ -232,7 +234,7 @@ def prepare(
     model_config = load_config(folder)
     added = added_tokens(config.data, folder)
     lora_config = read_lora_config(config.lora, bool(added and added.new), model_config.tied)
-    lora.select_targets(lora_config.targets, model_config.L)
+    lora.select_targets(lora_config.targets, model_config)
     if config.lora.init_from:
         check_base(read_config(Path(config.lora.init_from)).residual, quant.format != "none")
     tokenizer, V = None, model_config.V
@@ -247,6 +249,11 @@ def prepare(
     asked = mmlu.read(config, tokenizer or folder, model_config.context, V, say) if config.eval.mmlu_data else None
     check(data.inputs | ({} if asked is None else {"eval.mmlu_data": asked.input}))
     longest = data.batches.longest_example if data.is_packed else data.batches.max_length
+    if longest > model_config.context and model_config.kind.positions:
+        raise InputError(
+            f"sequences of up to {longest} tokens, but the model has {model_config.context} learned positions: set "
+            "data.max_source_len and data.max_target_len (or data.pack_length) so that they fit"
+        )
     if longest > model_config.context:
         say(f"warning: sequences of up to {longest} tokens, but the model was made for {model_config.context}")
     steps = step_count(config, data)
@@ -291,7 +298,7 @@ def prepare(
     schedule = make_schedule(o.schedule, o.learning_rate, steps, o.warmup_steps)
     return Prepared(
         folder, tokenizer, data, graph, adapter, frozen, lora_config, tx, schedule, steps, to_cut,
-        base_bytes, bits, trainable, base_params + trainable, asked, added,
+        base_bytes, bits, trainable, base_params + trainable, asked, added, model_config.kind,
     )  # fmt: skip
 
 
@@ -374,12 +381,12 @@ class Start(NamedTuple):
     residual: str  # as LoRAConfig's
 
 
-def read_start(model: Llama, folder: Path, wanted: LoRAConfig, added: AddedTokens | None = None) -> Start:
+def read_start(model: Decoder, folder: Path, wanted: LoRAConfig, added: AddedTokens | None = None) -> Start:
     """A PEFT folder's adapter and whole matrices, to start from. Its rank, scale, layers and tokens must be the
     config's; a matrix that trains whole and that the folder does not have starts from the base's."""
     found, arrays = peft.read_adapter(model, folder, to_train=True)
     matrices = peft.read_matrices(model, folder)
-    names = lora.select_targets(wanted.targets, model.config.L)
+    names = lora.select_targets(wanted.targets, model.config)
     differing = [
         f"{key} {there!r} there, {here!r} in the config"
         for key, there, here in (
@@ -423,14 +430,15 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def base_size(model: Llama) -> tuple[float, int]:
+def base_size(model: Decoder) -> tuple[float, int]:
     """Bits a weight of the linear layers, and the parameters of the frozen model."""
     bits, weights = 0, 0
-    for name in LINEARS:
+    for name in model.config.linears:
         w = lora.linear(model, name).weight.get_value()
         O, I = lora.shape(model, name)
         bits += 8 * w.nbytes
         weights += model.config.L * O * I
-    others = [model.norm.weight, model.blocks.input_layernorm.weight, model.blocks.post_attention_layernorm.weight]
-    others += [matrix for matrix in (model.embedding, model.head) if isinstance(matrix, Frozen)]
-    return bits / weights, weights + sum(variable.get_value().size for variable in others)
+    trained = [slot for slot in ("embedding", "head") if not isinstance(getattr(model, slot), Frozen)]
+    shapes = [shape for slot, (_, shape) in model.config.outer.items() if slot not in trained]
+    others = sum(map(math.prod, shapes)) + model.config.L * sum(map(math.prod, model.config.vectors.values()))
+    return bits / weights, weights + others

@@ -9,9 +9,8 @@ from flax import nnx
 
 from qlora_jax import lora
 from qlora_jax.io.load import QuantSpec
-from qlora_jax.models import llama
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.llama import LINEARS, NORMS, Llama
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.quant.tensor import quantize
 from qlora_jax.settings import AUTO
 
@@ -42,7 +41,7 @@ class ModelSpec:
     @property
     def low_rank(self) -> int:
         """Ranks of a layer's adapters together."""
-        return self.lora.rank * len(lora.select_targets(self.lora.targets, self.sizes.L))
+        return self.lora.rank * len(lora.select_targets(self.lora.targets, self.sizes))
 
     def is_chunked(self, T: int) -> bool:
         """Whether rows of T tokens go through a layer in chunks."""
@@ -66,7 +65,7 @@ class AbstractModel:
     adapter: Any
     base: Any
 
-    def merged(self) -> Llama:
+    def merged(self) -> Decoder:
         """The model itself, of ShapeDtypeStructs."""
         return nnx.merge(self.graph, self.adapter, self.base)
 
@@ -76,21 +75,23 @@ def abstract_model(spec: ModelSpec) -> AbstractModel:
     config = spec.sizes
     stored = jnp.dtype(spec.kept_dtype)
 
-    def build() -> Llama:
+    def build() -> Decoder:
         weights: dict[str, Any] = {
-            "embedding": jnp.zeros((config.V, config.D), stored),
-            "norm": jnp.zeros(config.D, jnp.float32),
-            "layers": {name: jnp.zeros((config.L, config.D), jnp.float32) for name in NORMS},
+            slot: jnp.zeros(shape, jnp.float32 if "norm" in slot else stored)
+            for slot, (_, shape) in config.outer.items()
         }
-        if not config.tied:
-            weights["head"] = jnp.zeros((config.V, config.D), stored)
-        for name, letters in LINEARS.items():
-            one: Any = jnp.zeros(llama.sizes(config, letters), stored)
+        biases = {f"{name}.bias" for name in config.linears}
+        weights["layers"] = {
+            name: jnp.zeros((config.L, *shape), stored if name in biases else jnp.float32)
+            for name, shape in config.vectors.items()
+        }
+        for name, shape in config.linears.items():
+            one: Any = jnp.zeros(shape, stored)
             if spec.quant.format != "none":
                 one = quantize(one, spec.quant.format, spec.quant.block_size, spec.quant.double_quant)
                 one = dataclasses.replace(one, backend=spec.kernel)
             weights["layers"][name] = jax.tree.map(lambda x: jnp.zeros((config.L, *x.shape), x.dtype), one)
-        model = Llama(config, weights, spec.compute_dtype, spec.remat, spec.attention, spec.sequence_chunk)
+        model = Decoder(config, weights, spec.compute_dtype, spec.remat, spec.attention, spec.sequence_chunk)
         lora.attach(model, spec.lora, jax.random.key(0))
         return model
 

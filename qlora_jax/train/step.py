@@ -13,8 +13,8 @@ import numpy as np
 import optax
 from flax import nnx
 
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.dropout import DropoutKey
-from qlora_jax.models.llama import Llama
 from qlora_jax.train.backward import add_gradient
 from qlora_jax.train.loss import summed_loss
 
@@ -27,7 +27,7 @@ class StepMetrics(NamedTuple):
 
 
 def make_gradient(
-    graph: Any, loss_chunk: int, max_grad_norm: float | jax.Array, merge: Callable[..., Llama] = nnx.merge
+    graph: Any, loss_chunk: int, max_grad_norm: float | jax.Array, merge: Callable[..., Decoder] = nnx.merge
 ) -> Callable[..., tuple[Any, StepMetrics]]:
     """The function to jit: gradients of the adapter alone.
 
@@ -38,7 +38,7 @@ def make_gradient(
       merge: makes the model of (graph, adapter, base).
     Returns:
       gradient(adapter, base, tokens int32 [G, B, T], loss_mask bool [G, B, T], key or None, segments int32 [G, B, T] or
-      None) -> (sums, StepMetrics), G being micro-batches, segments as Llama takes them. The gradient is
+      None) -> (sums, StepMetrics), G being micro-batches, segments as Decoder takes them. The gradient is
       metrics.factor * sums: the mean over all target tokens of the G * B sequences. However these are cut it is
       the same within rounding: a row's dropout too depends on its place among the G * B alone.
     """

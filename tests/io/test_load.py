@@ -18,7 +18,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.io.folder import TensorFiles, cut
 from qlora_jax.io.load import QuantSpec, load_model, stored_quant
 from qlora_jax.io.write import quantize_folder
-from qlora_jax.models.llama import LAYER, LINEARS
+from tests.llama_names import LAYER, LINEARS
 
 
 @pytest.fixture
@@ -60,9 +60,9 @@ def test_all_that_does_not_fit_in_one_error(copy):
 
 
 def test_unknown_architecture(copy):
-    folder = copy("llama/llama1", config=lambda c: c.update(architectures=["FalconForCausalLM"]))
+    folder = copy("llama/llama1", config=lambda c: c.update(architectures=["RwkvForCausalLM"]))
     with pytest.raises(
-        InputError, match=r"config.json: unknown architecture FalconForCausalLM; known: LlamaForCausalLM"
+        InputError, match=r"config.json: unknown architecture RwkvForCausalLM; known: LlamaForCausalLM"
     ):
         load_model(folder)
 

@@ -17,7 +17,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.io import peft, shards
 from qlora_jax.io.load import QuantSpec, load_config, load_model
 from qlora_jax.io.merge import REPORT, copy_adapter, merge_folder, read_run
-from qlora_jax.models.llama import LINEARS, Llama, sizes
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.quant.tensor import dequantize, quantize
 from qlora_jax.settings import config_hash
 
@@ -25,11 +25,11 @@ UNQUANTIZED = QuantSpec("none")
 
 
 @nnx.jit
-def _logits(model: Llama, tokens: jax.Array) -> jax.Array:
+def _logits(model: Decoder, tokens: jax.Array) -> jax.Array:
     return model.logits(model(tokens)[0])
 
 
-def logits(model: Llama, tokens: np.ndarray) -> np.ndarray:
+def logits(model: Decoder, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(_logits(model, jnp.asarray(tokens)))
 
 
@@ -57,7 +57,7 @@ def adapter_for(tmp_path: Path):
         config, rng, tensors, folder = load_config(base), np.random.default_rng(1), {}, tmp_path / "adapter"
         for index in range(config.L):
             for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"):
-                O, I = sizes(config, LINEARS[name])
+                O, I = config.linears[name]
                 key = f"base_model.model.model.layers.{index}.{name}.lora_"
                 tensors[f"{key}A.weight"] = rng.normal(size=(3, I)).astype(np.float32) / np.float32(I**0.5)
                 tensors[f"{key}B.weight"] = np.float32(size) * rng.normal(size=(O, 3)).astype(np.float32)

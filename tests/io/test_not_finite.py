@@ -17,7 +17,7 @@ from qlora_jax.io.merge import copy_adapter, merge_folder
 from qlora_jax.io.peft import WEIGHTS, read_adapter, read_matrices
 from qlora_jax.io.source import LocalSource
 from qlora_jax.io.write import quantize_folder
-from qlora_jax.models.llama import EMBEDDING, FINAL_NORM, HEAD, LAYER
+from tests.llama_names import EMBEDDING, FINAL_NORM, HEAD, LAYER
 from tests.not_finite import DTYPES, not_finite
 
 DOWN, NORM = LAYER.format(1, "mlp.down_proj"), LAYER.format(1, "input_layernorm")

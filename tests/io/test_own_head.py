@@ -17,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 from qlora_jax.io.load import QuantSpec, load_config, load_model
 from qlora_jax.io.merge import merge_folder
 from qlora_jax.io.write import quantize_folder
-from qlora_jax.models.llama import EMBEDDING, HEAD
 from qlora_jax.train.spec import read_spec
 from tests import tiny_run
+from tests.llama_names import EMBEDDING, HEAD
 
 logits_of = jax.jit(lambda model, tokens: model.logits(model(tokens)[0]))
 

@@ -18,11 +18,11 @@ from qlora_jax.io.folder import TensorFiles
 from qlora_jax.io.load import QuantSpec, expected_shapes, load_config, load_model
 from qlora_jax.io.peaks import FORMS, load_device_peak_bytes, load_host_peak_bytes, model_bytes
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.llama import EMBEDDING
 from qlora_jax.planning import topology
 from qlora_jax.planning.gpus import GPUS
 from qlora_jax.quant.blockwise import CHUNK, quantize_packed, temporary_bytes
 from qlora_jax.quant.codebooks import codebook
+from tests.llama_names import EMBEDDING
 
 UNRUN = {"xla_backend_optimization_level": 0}  # buffers are assigned before LLVM begins
 SLACK = 32 * 2**20  # of the process beside the loader: new programs, the allocator's and the interpreter's own

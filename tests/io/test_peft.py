@@ -15,6 +15,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.io.load import QuantSpec, load_model
 from qlora_jax.io.peft import load_adapter, read_adapter, write_adapter
 from qlora_jax.lora import LoRAConfig
+from tests.llama_names import LINEARS
 from tests.random_arrays import random_normal
 
 KEY = "base_model.model.model.layers.{}.{}.lora_{}.weight"
@@ -63,7 +64,7 @@ def test_logits_of_peft(golden, model, name, rank, scale, residual):
     np.testing.assert_allclose(logits_of(model, tokens), expected, atol=1e-4, rtol=0)
     assert (config.rank, config.residual) == (rank, residual) and config.scale == pytest.approx(scale)
     if name == "all_linear_r4":
-        assert config.targets == tuple(lora.LINEARS) and config.dropout == pytest.approx(0.1)
+        assert config.targets == tuple(LINEARS) and config.dropout == pytest.approx(0.1)
     if name == "qv_rslora_r2":
         assert config.targets == ("self_attn.q_proj", "self_attn.v_proj")
 
@@ -146,7 +147,7 @@ def test_what_peft_wrote_is_written_again_alike(golden, model, tmp_path):
     "changes",
     [
         {"layers_to_transform": [0, 1], "layers_pattern": "layers"},
-        {"target_modules": [name.split(".")[1] for name in lora.LINEARS], "layers_to_transform": [1, 0]},
+        {"target_modules": [name.split(".")[1] for name in LINEARS], "layers_to_transform": [1, 0]},
         {"alpha_pattern": {"q_proj": 8, r".*\.down_proj": 8.0}},
         {"rank_pattern": {"lm_head": 64, "q_proj_of_another": 2}},
         {"rank_pattern": {"q_proj": 4}, "alpha_pattern": None, "loftq_config": {"loftq_bits": 4}},

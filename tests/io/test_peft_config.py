@@ -7,7 +7,7 @@ import pytest
 
 from qlora_jax.errors import InputError
 from qlora_jax.io.peft_config import INERT, INITS, KEYS, READ, read_config
-from qlora_jax.models.llama import LINEARS
+from tests.llama_names import LINEARS
 
 EARLIER = {"enable_lora", "merge_weights"}  # keys of peft 0.2
 L = 3

@@ -16,10 +16,10 @@ from qlora_jax import lora
 from qlora_jax.errors import InputError
 from qlora_jax.io.load import QuantSpec, load_config, load_model, skipped_linears, stored_quant
 from qlora_jax.io.write import quantize_folder
-from qlora_jax.models.llama import LINEARS
 from qlora_jax.quant.tensor import QuantizedTensor
 from qlora_jax.train.spec import read_spec
 from tests import tiny_run
+from tests.llama_names import LINEARS
 
 MIXED = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}  # 16 bits in the last layer alone
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.models import attention
-from qlora_jax.models.attention import causal_attention, chunked_attention
+from qlora_jax.models.attention import Scoring, alibi_slopes, causal_attention, chunked_attention, window_starts
 from tests.random_arrays import random_normal
 
 B, N, K, H = 2, 4, 2, 8
@@ -104,3 +104,34 @@ def every_equation(jaxpr):
 def inner_jaxprs(eqn):
     leaves = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"))
     return [getattr(x, "jaxpr", x) for x in leaves if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
+
+
+@pytest.mark.parametrize(
+    "scoring", [Scoring(0.3, 1.5), Scoring(None, 0.0, alibi_slopes(N)), Scoring(0.5, 2.0, alibi_slopes(N))]
+)
+def test_scores_with_caps_and_slopes_in_a_window(scoring):
+    """Whole and in chunks, forward and backward; whole against numpy."""
+    T, window = 21, 6
+    places = jnp.broadcast_to(jnp.arange(T), (B, T))
+    starts = window_starts(None, places, jnp.int32(window))
+    whole = with_gradient(lambda q, k, v: causal_attention(q, k, v, "xla", starts, scoring), *arrays(T))
+    cut = with_gradient(lambda q, k, v: chunked_attention(q, k, v, 8, 5, starts, scoring), *arrays(T))
+    for mine, theirs in zip(cut, whole, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-5, rtol=2e-4)
+    q, k, v, _ = (np.asarray(x, np.float64) for x in arrays(T))
+    k, v = (np.repeat(x, N // K, axis=2) for x in (k, v))
+    scores = np.einsum("btnh,bsnh->bnts", q, k) * (scoring.scale or H**-0.5)
+    scores = scoring.softcap * np.tanh(scores / scoring.softcap) if scoring.softcap else scores
+    distance = np.arange(T)[:, None] - np.arange(T)
+    if scoring.slopes:
+        scores = scores - np.asarray(scoring.slopes)[:, None, None] * distance
+    weights = np.exp(np.where((distance >= 0) & (distance < window), scores, -np.inf))
+    expected = np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
+    np.testing.assert_allclose(whole[0], expected, atol=2e-5)
+
+
+def test_slopes_of_alibi():
+    """Powers of two, and what BLOOM's 112 heads and six heads have (Press et al., 2022)."""
+    assert alibi_slopes(8) == tuple(2.0**-n for n in range(1, 9))
+    assert alibi_slopes(6) == (2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3)
+    assert len(alibi_slopes(112)) == 112 and alibi_slopes(112)[64] == 2 ** (-4 / 64)

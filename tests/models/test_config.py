@@ -7,6 +7,8 @@ import pytest
 from qlora_jax.errors import InputError
 from qlora_jax.io.load import expected_shapes
 from qlora_jax.models.config import parse_config, read_json
+from qlora_jax.models.families import FAMILIES
+from tests.conftest import REPOSITORY
 
 
 @pytest.fixture
@@ -37,8 +39,12 @@ def test_own_head_width(golden):
 
 
 def test_unknown_architecture_lists_the_known(llama3):
-    with pytest.raises(InputError, match="f: unknown architecture MistralForCausalLM; known: LlamaForCausalLM"):
-        parse_config(llama3 | {"architectures": ["MistralForCausalLM"]}, "f")
+    with pytest.raises(InputError, match=r"f: unknown architecture RwkvForCausalLM; known: LlamaForCausalLM, Mistral"):
+        parse_config(llama3 | {"architectures": ["RwkvForCausalLM"]}, "f")
+    with pytest.raises(InputError, match=r"architecture MixtralForCausalLM \(which is not MistralForCausalLM"):
+        parse_config(llama3 | {"architectures": ["MixtralForCausalLM"]}, "f")
+    with pytest.raises(InputError, match=r"architecture LLaMAForCausalLM \(written LlamaForCausalLM\)"):
+        parse_config(llama3 | {"architectures": ["LLaMAForCausalLM"]}, "f")
     with pytest.raises(InputError, match="unknown architecture .*'gpt2'"):
         parse_config({"model_type": "gpt2"}, "f")
 
@@ -51,20 +57,25 @@ def test_unknown_architecture_lists_the_known(llama3):
         ({"num_hidden_layers": True}, "num_hidden_layers is True"),
         ({"num_key_value_heads": 3}, "4 attention heads cannot share 3"),
         ({"head_dim": 7}, "head width 7 is odd"),
-        ({"attention_bias": True}, "attention_bias is true"),
-        ({"mlp_bias": True}, "mlp_bias is true"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_bias": "yes"}, "attention_bias is 'yes'; expected true or false"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'; expected one of silu"),
         (
-            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
-            "type 'yarn' is not supported; known: default, linear",
+            {"rope_parameters": {"rope_type": "spiral", "factor": 2.0}},
+            "type 'spiral' is not supported; known: default, linear",
         ),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn' lacks factor"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            "short_factor of 1 numbers; expected 4",
+        ),
+        ({"rope_parameters": {"full_attention": {}}}, "one entry for each kind of layer"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "'llama3' lacks low_freq_factor"),
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
             r"has rope_parameters \{.*\} and rope_scaling \{.*\}, which",
         ),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "type 'yarn' is not supported"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; Llama models turn all"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, r"which differ"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; models of this family turn all"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; expected a positive number"),
         ({"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta is inf; expected a positive number"),
         ({"rope_parameters": {"type": "linear", "factor": 0}}, "factor is 0; expected a positive number"),
@@ -86,6 +97,12 @@ def test_two_rope_settings_that_say_the_same(llama3):
     assert parse_config(llama3 | {"rope_scaling": None}, "f") == expected
     with pytest.raises(InputError, match=r"differ: keep the one that is meant \(.* with theta 10000, and forgets"):
         parse_config(llama3 | {"rope_scaling": parameters}, "f")
+
+
+def test_every_family_is_in_the_docs():
+    text = (REPOSITORY / "docs" / "models.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in text for name in FAMILIES)
+    assert f"{len(FAMILIES)} architectures" in (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
 def test_several_end_tokens(llama3):

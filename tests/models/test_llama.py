@@ -14,8 +14,9 @@ from jax.ad_checkpoint import print_saved_residuals
 from qlora_jax import lora
 from qlora_jax.io.load import QuantSpec, load_model
 from qlora_jax.lora import LoRAConfig
-from qlora_jax.models import llama
+from qlora_jax.models import decoder
 from qlora_jax.models.dropout import Dropout
+from tests.llama_names import LINEARS
 from tests.random_arrays import random_normal
 
 FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
@@ -165,7 +166,7 @@ def test_each_layer_draws_its_own_dropout(llama2, tokens, monkeypatch):
             super().__init__(rate, key)
             jax.debug.callback(lambda data: keys.append(tuple(data.tolist())), jax.random.key_data(key.key))
 
-    monkeypatch.setattr(llama, "Dropout", Watched)
+    monkeypatch.setattr(decoder, "Dropout", Watched)
     for seed in (0, 1):
         jax.block_until_ready(llama2(tokens, dropout_key=jax.random.key(seed))[0])
     jax.effects_barrier()
@@ -181,7 +182,7 @@ def test_no_16_bit_weight_is_kept_for_the_backward_pass(golden, capsys, remat):
     lines = capsys.readouterr().out.splitlines()
     shapes = [line.split(" ")[0] for line in lines]
     assert any(shape.startswith("u8[2,") for shape in shapes), shapes
-    for name in lora.LINEARS:
+    for name in LINEARS:
         O, I = lora.shape(model, name)
         weights = {f"[{O},{I}]", f"[{O * I}]", f"[2,{O},{I}]", f"[2,{O * I}]", f"[{I},{O}]", f"[2,{I},{O}]"}
         kept = [shape for shape in shapes if shape[shape.index("[") :] in weights and not shape.startswith("u8")]

@@ -11,6 +11,7 @@ from qlora_jax.io.load import QuantSpec, load_model
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.attention import causal_attention, chunked_attention, segment_starts
 from qlora_jax.train.step import make_evaluation, make_gradient
+from tests.llama_names import LINEARS
 from tests.random_arrays import random_normal
 
 FAST = {"xla_backend_optimization_level": 0}
@@ -88,7 +89,7 @@ def parts(golden, attention, sequence_chunk, remat):
     folder = golden / "llama" / "llama2"
     model = load_model(folder, QuantSpec("none"), jnp.float32, remat, attention, sequence_chunk=sequence_chunk)
     lora.attach(model, LoRAConfig(rank=2, dropout=0.0), jax.random.key(0))
-    for place, name in enumerate(lora.LINEARS):
+    for place, name in enumerate(LINEARS):
         layer = lora.linear(model, name)
         layer.lora_b.set_value(0.1 * random_normal(place, layer.lora_b.get_value().shape))
     return model

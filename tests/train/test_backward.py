@@ -10,10 +10,11 @@ import pytest
 from qlora_jax import lora
 from qlora_jax.io.load import QuantSpec, load_model
 from qlora_jax.lora import LoRAConfig
-from qlora_jax.models import llama
+from qlora_jax.models import decoder
 from qlora_jax.models.dropout import Dropout
 from qlora_jax.train.backward import kept_bytes
 from qlora_jax.train.step import make_evaluation, make_gradient
+from tests.llama_names import LINEARS
 from tests.random_arrays import random_normal
 
 FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
@@ -24,7 +25,7 @@ def parts(golden, remat="block", sequence_chunk=0, dropout=0.2, dtype=jnp.float3
     """Grouped-query attention, an adapter with B not zero on all layers: graph, adapter, base."""
     model = load_model(golden / "llama" / "llama2", QuantSpec(quant), dtype, remat, sequence_chunk=sequence_chunk)
     lora.attach(model, LoRAConfig(rank=2, dropout=dropout), jax.random.key(0))
-    for place, name in enumerate(lora.LINEARS):
+    for place, name in enumerate(LINEARS):
         layer = lora.linear(model, name)
         shape = layer.lora_b.get_value().shape
         layer.lora_b.set_value(0.1 * random_normal(place, shape))
@@ -140,7 +141,7 @@ def test_each_chunk_draws_its_own_dropout(golden, monkeypatch):
             super().__init__(rate, key)
             jax.debug.callback(lambda data: keys.append(tuple(data.tolist())), jax.random.key_data(key.key))
 
-    monkeypatch.setattr(llama, "Dropout", Watched)
+    monkeypatch.setattr(decoder, "Dropout", Watched)
     model = load_model(golden / "llama" / "llama2", compute_dtype=jnp.float32, sequence_chunk=16)
     tokens = jnp.asarray(batch()[0][0])
     for seed in (0, 1, 0):

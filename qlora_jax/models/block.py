@@ -1,0 +1,209 @@
+"""One layer of the decoder: attention and feed-forward over the parts that a Kind names."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from qlora_jax.models.attention import (
+    Scoring,
+    alibi_slopes,
+    attend_chunk,
+    causal_attention,
+    masked_attention,
+    window_starts,
+)
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.dropout import Dropout
+from qlora_jax.models.layers import ACTIVATIONS, Linear, Norm, Setting, gradient_after, in_order, part_of, place
+from qlora_jax.models.rope import Rotation, rotate
+
+
+class Cache(NamedTuple):
+    """Keys and values seen so far: [L, B, S, K, H] each, in the compute dtype. S is the room, not the number filled.
+
+    Layers with a window have the same room as others: a mask hides what lies outside of it.
+    """
+
+    k: jax.Array
+    v: jax.Array
+
+
+class Context(NamedTuple):
+    """What every layer of one forward pass shares."""
+
+    positions: jax.Array  # int32 [B, T]
+    rotation: Rotation | None  # None: a model without rotary embedding
+    implementation: str  # of attention: one of attention.IMPLEMENTATIONS
+    starts: jax.Array | None = None  # int32 [B, T], the first place each token sees; None: all see the row's first
+
+
+class Block(nnx.Module):
+    """One decoder layer; its arrays carry a leading L, and a scan hands each layer its slice.
+
+    Its parts stand under the names that they have on disk, and are found by their roles (kind.py).
+    """
+
+    def __init__(self, config: ModelConfig, weights: dict[str, Any]):
+        kind = self.kind = config.kind
+        self.N, self.K, self.H = config.N, config.K, config.H
+        self.scoring = Scoring(kind.attention_scale, kind.softcap, alibi_slopes(config.N) if kind.alibi else ())
+        for name in config.linears:
+            place(self, name, Linear(weights[name], weights.get(f"{name}.bias")))
+        for name in dict.fromkeys(kind.norm_of.values()):
+            place(self, name, Norm(weights[name], config.norm_eps, kind.norm, weights.get(f"{name}.bias")))
+        if len(set(kind.windows)) > 1:
+            self.window = Setting(jnp.asarray(kind.windows, jnp.int32))
+        if len(set(kind.layer_ropes)) > 1:
+            self.rope = Setting(jnp.asarray(kind.layer_ropes, jnp.int32))
+
+    def __call__(self, x: jax.Array, context: Context, cache: Cache | None, layer: jax.Array, dropout: Dropout):
+        """x [B, T, D] -> [B, T, D], and the cache with these T positions of this layer written, in place."""
+        B, T, _ = x.shape
+        entering = self.norm("attention_in", x)
+        if "qkv" in self.kind.linear:
+            q, k, v = self.fused(entering, context, dropout)
+        else:
+            q = self.queries(entering, context, dropout)
+            after, q = in_order(entering, q)
+            k, v = self.keys_values(after, context, dropout)
+        if cache is None:
+            out = causal_attention(q, k, v, context.implementation, self.starts(context), self.scoring)
+        else:
+            at = (layer, jnp.arange(B)[:, None], context.positions)
+            cache = Cache(cache.k.at[at].set(k), cache.v.at[at].set(v))
+            places = jnp.arange(cache.k.shape[2])[None, None, :]
+            seen = places <= context.positions[:, :, None]  # [B, T, S]
+            if self.has_window:
+                first = window_starts(None, context.positions, self.window_size)
+                seen = seen & (places >= first[:, :, None])
+            out = masked_attention(q, cache.k[layer], cache.v[layer], seen, context.positions, self.scoring)
+        out = checkpoint_name(out.reshape(B, T, self.N * self.H), "attention")
+        attended = gradient_after(self.linear("o")(out, dropout), out)
+        return self.join(x, entering, attended, dropout), cache
+
+    def linear(self, role: str) -> Linear:
+        return part_of(self, self.kind.linear[role])
+
+    def norm(self, role: str, x: jax.Array) -> jax.Array:
+        """x through the norm of that role; x itself where there is none."""
+        return part_of(self, self.kind.norm_of[role])(x) if role in self.kind.norm_of else x
+
+    def heads(self, y: jax.Array, norm: str, count: int) -> jax.Array:
+        """A projection [B, T, count * H] -> [B, T, count, H], normed where the family norms queries and keys."""
+        shape = (*y.shape[:2], count, self.H)
+        if self.kind.qk_norm == "whole":
+            return self.norm(norm, y).reshape(shape)
+        return self.norm(norm, y.reshape(shape))
+
+    def turned(self, x: jax.Array, context: Context) -> jax.Array:
+        if context.rotation is None:
+            return x
+        choice = self.rope.get_value() if len(set(self.kind.layer_ropes)) > 1 else None
+        return rotate(x, context.positions, context.rotation.of_layer(choice), self.kind.rotary == "pairs")
+
+    def queries(self, x: jax.Array, context: Context, dropout: Dropout) -> jax.Array:
+        """x [B, T, D] -> [B, T, N, H], rotated."""
+        if "qkv" in self.kind.linear:
+            return self.fused(x, context, dropout)[0]
+        q = self.turned(self.heads(self.linear("q")(x, dropout), "q_norm", self.N), context)
+        growth, step = self.kind.query_growth
+        if growth:
+            grown = 1 + growth * jnp.log1p(jnp.floor(context.positions.astype(jnp.float32) / step))
+            q = (q * grown[:, :, None, None]).astype(q.dtype)
+        return checkpoint_name(q, "queries")
+
+    def keys_values(self, x: jax.Array, context: Context, dropout: Dropout) -> tuple[jax.Array, jax.Array]:
+        """x [B, T, D] -> keys, rotated, and values: [B, T, K, H] each."""
+        if "qkv" in self.kind.linear:
+            return self.fused(x, context, dropout)[1:]
+        k = self.turned(self.heads(self.linear("k")(x, dropout), "k_norm", self.K), context)
+        k = checkpoint_name(k, "keys")
+        x, k = in_order(x, k)
+        v = self.linear("v")(x, dropout).reshape(*x.shape[:2], self.K, self.H)
+        return k, checkpoint_name(v, "values")
+
+    def fused(self, x: jax.Array, context: Context, dropout: Dropout) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [B, T, D] -> queries [B, T, N, H], keys and values [B, T, K, H], of one projection."""
+        B, T, _ = x.shape
+        N, K, H = self.N, self.K, self.H
+        y = self.linear("qkv")(x, dropout)
+        if self.kind.qkv_layout == "groups":  # for each key head its queries, then the key and the value
+            y = y.reshape(B, T, K, N // K + 2, H)
+            q, k, v = y[..., :-2, :].reshape(B, T, N * H), y[..., -2, :], y[..., -1, :]
+        else:
+            q, k, v = jnp.split(y, [N * H, (N + K) * H], axis=-1)
+        q = self.turned(self.heads(q, "q_norm", N), context)
+        k = self.turned(self.heads(k.reshape(B, T, K * H), "k_norm", K), context)
+        v = v.reshape(B, T, K, H)
+        return checkpoint_name(q, "queries"), checkpoint_name(k, "keys"), checkpoint_name(v, "values")
+
+    @property
+    def has_window(self) -> bool:
+        return any(self.kind.windows)
+
+    @property
+    def window_size(self) -> Any:
+        """int, or int32 [] where layers differ; 0 is none."""
+        return self.window.get_value() if len(set(self.kind.windows)) > 1 else self.kind.windows[0]
+
+    def starts(self, context: Context) -> jax.Array | None:
+        """The first place that each token sees, int32 [B, T]; None: all see the row's first."""
+        B, T = context.positions.shape
+        if min((window for window in self.kind.windows if window), default=T) >= T:
+            return context.starts
+        places = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+        return window_starts(context.starts, places, self.window_size)
+
+    def given(self, x: jax.Array, context: Context, dropout: Dropout) -> tuple[jax.Array, jax.Array]:
+        """What a chunk x [B, C, D] gives to the attention of all: keys and values, [B, C, K, H] each."""
+        return self.keys_values(self.norm("attention_in", x), context, dropout)
+
+    def rest(
+        self, x: jax.Array, kv: tuple[jax.Array, jax.Array], first: jax.Array, context: Context, dropout: Dropout
+    ) -> jax.Array:
+        """What a chunk x [B, C, D] becomes whose first token stands at `first`, given all keys and values."""
+        entering = self.norm("attention_in", x)
+        q = self.queries(entering, context, dropout)
+        starts = context.starts
+        if self.has_window:
+            places = jnp.broadcast_to(first + jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+            starts = window_starts(starts, places, self.window_size)
+        out = attend_chunk(q, *kv, first, starts, None, self.scoring)
+        attended = self.linear("o")(out.reshape(*x.shape[:2], -1), dropout)
+        return self.join(x, entering, attended, dropout)
+
+    def join(self, x: jax.Array, entering: jax.Array, attended: jax.Array, dropout: Dropout) -> jax.Array:
+        """The layer after its attention: x and what attention gives, [B, T, D] each, and feed-forward."""
+        kind = self.kind
+        attended = self.scaled(self.norm("attention_out", attended))
+        if kind.parallel:
+            shared = kind.norm_of["feed_forward_in"] == kind.norm_of["attention_in"]
+            entering = entering if shared else self.norm("feed_forward_in", x)
+            return x + attended + self.scaled(self.feed_forward(entering, dropout))
+        x = checkpoint_name((entering if kind.normed_residual else x) + attended, "attended")
+        x = self.norm("attention_end", x)
+        entering = self.norm("feed_forward_in", x)
+        x = entering if kind.normed_residual else x
+        fed = self.feed_forward(entering, dropout)
+        return self.norm("feed_forward_end", x + self.scaled(self.norm("feed_forward_out", fed)))
+
+    def scaled(self, y: jax.Array) -> jax.Array:
+        """What is added to the residual stream."""
+        return y if self.kind.residual_scale == 1 else y * self.kind.residual_scale
+
+    def feed_forward(self, x: jax.Array, dropout: Dropout) -> jax.Array:
+        """[B, T, D] -> [B, T, D]: through a gate, or plain."""
+        activation = ACTIVATIONS[self.kind.activation]
+        if "gate_up" in self.kind.linear:
+            gate, up = jnp.split(self.linear("gate_up")(x, dropout), 2, axis=-1)
+            inner = activation(checkpoint_name(gate, "gate")) * checkpoint_name(up, "up")
+        elif "gate" in self.kind.linear:
+            gate = checkpoint_name(self.linear("gate")(x, dropout), "gate")
+            x, gate = in_order(x, gate)
+            inner = activation(gate) * checkpoint_name(self.linear("up")(x, dropout), "up")
+        else:
+            inner = activation(checkpoint_name(self.linear("up")(x, dropout), "up"))
+        return gradient_after(self.linear("down")(inner, dropout), inner)

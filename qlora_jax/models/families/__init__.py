@@ -1,0 +1,10 @@
+"""What each family of decoders is: its config.json as a Kind. A file has those that resemble each other.
+
+description (what a family's entry says) → llamas, gemmas, parallel (attention beside feed-forward), older (learned
+positions, ALiBi).
+"""
+
+from qlora_jax.models.families import gemmas, llamas, older, parallel
+from qlora_jax.models.families.description import Family
+
+FAMILIES: dict[str, Family] = llamas.FAMILIES | gemmas.FAMILIES | parallel.FAMILIES | older.FAMILIES

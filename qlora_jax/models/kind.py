@@ -1,0 +1,117 @@
+"""What one family of decoders does otherwise than another: a description, and the defaults are Llama's.
+
+The decoder (block.py, decoder.py) is written once, over roles: "q" is whatever projects queries, and here stands what
+it is called on disk. The files of families/ make a Kind of a config.json.
+"""
+
+import dataclasses
+from functools import cached_property
+
+Pairs = tuple[tuple[str, str], ...]  # role -> name in a layer, as Hugging Face names it
+
+
+def names(**by_role: str) -> Pairs:
+    """names(q="self_attn.q_proj", ...): what a layer's parts are called; "" or None leaves a role out."""
+    return tuple((role, name) for role, name in by_role.items() if name)
+
+
+# Role of a linear layer -> letters of its weight [O, I], in ModelConfig's letters: QKV is NH + 2 KH, 2F is 2 F.
+LINEAR_ROLES: dict[str, tuple[str, str]] = {
+    "q": ("NH", "D"),
+    "k": ("KH", "D"),
+    "v": ("KH", "D"),
+    "qkv": ("QKV", "D"),
+    "o": ("D", "NH"),
+    "gate": ("F", "D"),
+    "up": ("F", "D"),
+    "gate_up": ("2F", "D"),
+    "down": ("D", "F"),
+}
+# Where a norm may stand, in the order of a layer: on what attention and feed-forward take and give ("in", "out"), after
+# what they give was added ("end"), and on queries and keys.
+NORM_ROLES = (
+    "attention_in", "q_norm", "k_norm", "attention_out", "attention_end",
+    "feed_forward_in", "feed_forward_out", "feed_forward_end",
+)  # fmt: skip
+
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2")  # as ACT2FN
+
+OWN_ROPE, LOCAL_ROPE, NO_ROPE = 0, 1, 2  # what Kind.layer_ropes names
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """The description. Numbers of a model stand here only where most families have none of them."""
+
+    # names on disk
+    layer: str = "model.layers.{}"
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"  # "": none
+    head: str = "lm_head"
+    positions: str = ""  # learned ones; "": none
+    embedding_norm: str = ""
+    project_in: str = ""  # from an embedding of another width than D, and back before the head; "": none
+    project_out: str = ""
+    linears: Pairs = names(
+        q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", o="self_attn.o_proj",
+        gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj",
+    )  # fmt: skip
+    norms: Pairs = names(attention_in="input_layernorm", feed_forward_in="post_attention_layernorm")
+    buffers: tuple[str, ...] = ()  # ends of keys that old checkpoints carry and that follow from config.json
+    optional_prefix: str = ""  # of all keys but the head's; old checkpoints were written without it
+    renamed: Pairs = ()  # beginnings of keys that other versions of transformers write -> those of this table
+    transposed: bool = False  # linear weights lie [I, O] on disk (transformers' Conv1D)
+
+    # parts
+    biased: tuple[str, ...] = ()  # roles of the linear layers that add one
+    head_bias: bool = False
+    norm: str = "rms"  # "rms", "rms+1" (times 1 + w), or "layer"
+    norm_bias: bool = False
+    qk_norm: str = "head"  # one of [H] for "head", of all heads at once for "whole", one [N, H] a head for "heads"
+    qkv_layout: str = "blocks"  # of a fused projection: q, k, v one after the other; "groups": queries, k, v of each K
+    activation: str = "silu"
+    normed_residual: bool = False  # what is added to is the norm's output, not what it was given
+    parallel: bool = False  # x + attention(norm x) + feed_forward(norm x)
+
+    # positions
+    rotary: str = "half"  # pairs (h, h + H / 2); "pairs": (2 h, 2 h + 1); "": none
+    rotary_width: int = 0  # of a head, from its first; 0 is all of H
+    position_offset: int = 0  # first row of the learned positions that a token takes
+    alibi: bool = False
+    local_rope: tuple[float, tuple] = (10000.0, ())  # theta and scaling of layers with LOCAL_ROPE
+    layer_ropes: tuple[int, ...] = ()  # OWN_ROPE, LOCAL_ROPE or NO_ROPE for each layer; (): OWN_ROPE in all
+    windows: tuple[int, ...] = ()  # tokens that each layer sees, itself among them; 0: all; (): all in all layers
+
+    # numbers
+    softcap: float = 0.0  # of attention scores s: cap * tanh(s / cap); 0: none
+    logit_softcap: float = 0.0
+    attention_scale: float | None = None  # None: 1 / sqrt(H)
+    query_growth: tuple[float, float] = (0.0, 1.0)  # (b, c): queries times 1 + b log(1 + floor(position / c))
+    embedding_width: int = 0  # 0 is D
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and feed-forward add
+    logit_scale: float = 1.0
+
+    @cached_property
+    def linear(self) -> dict[str, str]:
+        """Role -> name of the linear layers."""
+        return dict(self.linears)
+
+    @cached_property
+    def norm_of(self) -> dict[str, str]:
+        """Role -> name of the norms. Two roles may share one."""
+        return dict(self.norms)
+
+    @property
+    def plain_embedding(self) -> bool:
+        """Whether a token's row of the embedding enters the first layer as it is."""
+        others = self.positions or self.embedding_norm or self.project_in
+        return self.embedding_scale == 1 and not others
+
+    @property
+    def layers_differ(self) -> bool:
+        """Whether a layer is told what it is (its window, its rope)."""
+        return len(set(self.windows)) > 1 or len(set(self.layer_ropes)) > 1
+
+
+LLAMA = Kind()

@@ -1,0 +1,96 @@
+"""Adapters of families with other names than Llama's: PEFT's in and out, merged, quantized."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from qlora_jax import lora
+from qlora_jax.errors import InputError
+from qlora_jax.io import peft
+from qlora_jax.io.load import QuantSpec, load_config, load_model
+from qlora_jax.io.merge import merge_folder
+from qlora_jax.io.write import quantize_folder
+from qlora_jax.lora import LoRAConfig
+from tests.families import FOLDERS, logits_of
+
+ADAPTED = sorted(path.parent.name for path in FOLDERS.glob("*/adapter"))
+
+
+def golden(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """tokens, and logits with the adapter."""
+    with np.load(FOLDERS / name / "logits.npz") as file:
+        return file["tokens"], file["adapted"]
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapters_of_peft(name, tmp_path):
+    """Read, written again under PEFT's own keys, and merged into a checkpoint of the family."""
+    folder, (tokens, expected) = FOLDERS / name, golden(name)
+    model = load_model(folder, compute_dtype=jnp.float32)
+    config = peft.load_adapter(model, folder / "adapter")
+    assert config.targets == tuple(model.config.linears)
+    np.testing.assert_allclose(logits_of(model, tokens), expected, atol=1e-4, rtol=0)
+
+    peft.write_adapter(tmp_path / "ours", lora.split(model)[1], config, name, kind=model.config.kind)
+    theirs, ours = (load_file(path / peft.WEIGHTS) for path in (folder / "adapter", tmp_path / "ours"))
+    assert theirs.keys() == ours.keys() and all(np.array_equal(theirs[key], ours[key]) for key in theirs)
+    said = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert said["fan_in_fan_out"] == name.startswith("gpt2")
+
+    merge_folder(folder, folder / "adapter", tmp_path / "merged", QuantSpec("none"), dtype="float32")
+    merged = load_model(tmp_path / "merged", compute_dtype=jnp.float32)
+    np.testing.assert_allclose(logits_of(merged, tokens), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt2_a", "phi3_a"])
+def test_both_quantized_forms_hold_what_is_quantized_here(name, tmp_path):
+    here = load_model(FOLDERS / name, quant := QuantSpec("nf4", 32, True), jnp.float32)
+    for form in ("native", "bnb"):
+        quantize_folder(FOLDERS / name, tmp_path / form, form, quant)
+        there = load_model(tmp_path / form, compute_dtype=jnp.float32)
+        for a, b in zip(jax.tree.leaves(lora.split(here)[2]), jax.tree.leaves(lora.split(there)[2]), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("gpt2_a", "transformer."), ("opt_a", "model.")])
+def test_old_files_without_a_prefix(name, prefix, tmp_path):
+    """Of the time when a base model was saved, with the masks that GPT-2 kept in its file."""
+    tensors = load_file(FOLDERS / name / "model.safetensors")
+    tensors = {key if key.startswith("lm_head") else key.removeprefix(prefix): value for key, value in tensors.items()}
+    if name == "gpt2_a":
+        tensors["h.0.attn.bias"] = np.ones((1, 1, 32, 32), np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((FOLDERS / name / "config.json").read_text())
+    old, new = (load_model(folder, compute_dtype=jnp.float32) for folder in (tmp_path, FOLDERS / name))
+    for a, b in zip(jax.tree.leaves(lora.split(old)[2]), jax.tree.leaves(lora.split(new)[2]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_one_of_two_projections_of_a_name(tmp_path):
+    """GPT-2 has a c_proj in attention and another behind it: an adapter on the one is not one on both."""
+    model = load_model(FOLDERS / "gpt2_a", compute_dtype=jnp.float32)
+    config = LoRAConfig(2, targets=("attn.c_proj",))
+    assert lora.attach(model, config, jax.random.key(0)) == ["attn.c_proj"]
+    peft.write_adapter(tmp_path / "one", lora.split(model)[1], config, "gpt2", kind=model.config.kind)
+    assert json.loads((tmp_path / "one" / "adapter_config.json").read_text())["target_modules"] == ["attn.c_proj"]
+    again, arrays = peft.read_adapter(model, tmp_path / "one")
+    assert again.targets == tuple(arrays) == ("attn.c_proj",)
+
+
+def test_what_does_not_train_is_refused():
+    model = load_model(FOLDERS / "phi_a", compute_dtype=jnp.float32)
+    with pytest.raises(InputError, match="a head with a bias does not train whole"):
+        lora.attach(model, LoRAConfig(2, modules_to_save=("lm_head",)), jax.random.key(0))
+
+
+def test_targets_have_the_names_of_the_family():
+    config = load_config(FOLDERS / "gpt_neox_a")
+    assert lora.select_targets(["dense"], config) == ["attention.dense"]
+    found = lora.select_targets([r"gpt_neox\.layers\.\d+\.mlp\..*"], config)
+    assert found == ["mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]
+    with pytest.raises(InputError, match="'q_proj' matches no linear layer; known: query_key_value, dense, dense_h"):
+        lora.select_targets(["q_proj"], config)
