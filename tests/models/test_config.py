@@ -99,6 +99,19 @@ def test_two_rope_settings_that_say_the_same(llama3):
         parse_config(llama3 | {"rope_scaling": parameters}, "f")
 
 
+def test_layers_of_qwen_see_all_where_windows_are_off():
+    """As its files on the hub are: a window and the layers that would have it, and use_sliding_window false."""
+    raw = {
+        "architectures": ["Qwen3ForCausalLM"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99, "sliding_window": 8,
+        "max_window_layers": 1,
+    }  # fmt: skip
+    assert parse_config(raw, "f").kind.windows == ()
+    assert parse_config(raw | {"use_sliding_window": True}, "f").kind.windows == (0, 8, 8, 8)
+    with pytest.raises(InputError, match="layer_types has sliding_attention, but use_sliding_window"):
+        parse_config(raw | {"layer_types": ["sliding_attention"] * 4}, "f")
+
+
 def test_every_family_is_in_the_docs():
     text = (REPOSITORY / "docs" / "models.md").read_text(encoding="utf-8")
     assert all(f"| `{name}` |" in text for name in FAMILIES)

@@ -56,7 +56,7 @@ def _qwen_windows(c: Settings, L: int) -> tuple[int, ...]:
     window = c.window() if c.flag("use_sliding_window") else 0
     types, last = c.layer_types(L), c.get("max_window_layers")
     if types is None:
-        types = [_SLIDES if index >= last else "full_attention" for index in range(L)]
+        types = [_SLIDES if window and index >= last else "full_attention" for index in range(L)]
     if _SLIDES in types and not window:
         raise InputError(
             f"{c.where}: layer_types has {_SLIDES}, but use_sliding_window and sliding_window say no window"

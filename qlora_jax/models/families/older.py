@@ -93,7 +93,7 @@ def bloom(c: Settings, sizes: dict[str, int]) -> Described:
 
 _GPT2_KEYS = {"D": ("n_embd",), "F": ("n_inner",), "L": ("n_layer",), "N": ("n_head",), "K": ("n_head",)}
 _BLOOM_KEYS = {
-    "D": ("hidden_size", "n_embed"), "L": ("n_layer", "num_hidden_layers"), "F": (),
+    "D": ("n_embed", "hidden_size"), "L": ("n_layer", "num_hidden_layers"), "F": (),
     "N": ("n_head", "num_attention_heads"), "K": ("n_head", "num_attention_heads"), "context": ("seq_length",),
 }  # fmt: skip
 FAMILIES = {

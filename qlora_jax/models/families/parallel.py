@@ -199,7 +199,7 @@ FAMILIES = {
     "FalconForCausalLM": Family(
         falcon,
         _FALCON,
-        keys=KEYS | {"D": ("hidden_size", "n_embed"), "F": ("ffn_hidden_size",), "K": ("num_kv_heads",)},
+        keys=KEYS | {"D": ("n_embed", "hidden_size"), "F": ("ffn_hidden_size",), "K": ("num_kv_heads",)},
         eps="layer_norm_epsilon",
         has_head_dim=False,
         default_F=True,
