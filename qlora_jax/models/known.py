@@ -35,6 +35,98 @@ def _llama3(width: int, feed_forward: int, layers: int, heads: int) -> dict[str,
     }
 
 
+_QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "eos_token_id": 151645,
+    "bos_token_id": 151643,
+    "vocab_size": 151936,
+}
+_MISTRAL = {
+    "architectures": ["MistralForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "vocab_size": 32768,
+}
+_LLAMA32_3B = _llama3(3072, 8192, 28, 24) | {
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+    "rope_scaling": {
+        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+_PHI4 = {
+    "architectures": ["Phi3ForCausalLM"],
+    "hidden_size": 5120,
+    "intermediate_size": 17920,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 10,
+    "max_position_embeddings": 16384,
+    "original_max_position_embeddings": 16384,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 250000,
+    "bos_token_id": 100257,
+    "eos_token_id": 100265,
+    "vocab_size": 100352,
+}
+_SMOLLM3 = {
+    "architectures": ["SmolLM3ForCausalLM"],
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 65536,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 5000000.0,
+    "no_rope_layer_interval": 4,
+    "tie_word_embeddings": True,
+    "eos_token_id": 128012,
+    "vocab_size": 128256,
+}
+_GEMMA2_9B = {
+    "architectures": ["Gemma2ForCausalLM"],
+    "hidden_size": 3584,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 42,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "max_position_embeddings": 8192,
+    "sliding_window": 4096,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "vocab_size": 256000,
+}
+
+
+def _qwen3(width: int, feed_forward: int, layers: int, heads: int) -> dict[str, Any]:
+    return _QWEN3 | {
+        "hidden_size": width,
+        "intermediate_size": feed_forward,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+    }
+
+
 KNOWN = {
     "huggyllama/llama-7b": _llama1(4096, 11008, 32, 32),
     "huggyllama/llama-13b": _llama1(5120, 13824, 40, 40),
@@ -43,6 +135,15 @@ KNOWN = {
     "TinyLlama/TinyLlama_v1.1": _llama1(2048, 5632, 22, 32) | {"num_key_value_heads": 4, "rms_norm_eps": 1e-5},
     "meta-llama/Meta-Llama-3-8B": _llama3(4096, 14336, 32, 32),
     "meta-llama/Meta-Llama-3-70B": _llama3(8192, 28672, 80, 64),
+    "meta-llama/Llama-3.2-3B": _LLAMA32_3B,
+    "meta-llama/Llama-3.2-3B-Instruct": _LLAMA32_3B,
+    "mistralai/Mistral-7B-v0.3": _MISTRAL,
+    "mistralai/Mistral-7B-Instruct-v0.3": _MISTRAL,
+    "Qwen/Qwen3-8B": _qwen3(4096, 12288, 36, 32),
+    "Qwen/Qwen3-14B": _qwen3(5120, 17408, 40, 40),
+    "microsoft/phi-4": _PHI4,
+    "HuggingFaceTB/SmolLM3-3B": _SMOLLM3,
+    "google/gemma-2-9b-it": _GEMMA2_9B,
 }
 
 

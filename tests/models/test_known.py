@@ -1,0 +1,46 @@
+"""Sizes that are known by name, against the parameters that the models' owners state."""
+
+import importlib
+import math
+from pathlib import Path
+
+import pytest
+
+from qlora_jax.models.known import KNOWN, known_config
+from qlora_jax.models.sizes import linear_weights
+
+# billions, by the model cards and papers
+PARAMETERS = {
+    "huggyllama/llama-7b": 6.738,
+    "huggyllama/llama-13b": 13.016,
+    "huggyllama/llama-30b": 32.529,
+    "huggyllama/llama-65b": 65.286,
+    "TinyLlama/TinyLlama_v1.1": 1.100,
+    "meta-llama/Meta-Llama-3-8B": 8.030,
+    "meta-llama/Meta-Llama-3-70B": 70.554,
+    "meta-llama/Llama-3.2-3B": 3.213,
+    "meta-llama/Llama-3.2-3B-Instruct": 3.213,
+    "mistralai/Mistral-7B-v0.3": 7.248,
+    "mistralai/Mistral-7B-Instruct-v0.3": 7.248,
+    "Qwen/Qwen3-8B": 8.191,
+    "Qwen/Qwen3-14B": 14.768,
+    "microsoft/phi-4": 14.660,
+    "HuggingFaceTB/SmolLM3-3B": 3.075,
+    "google/gemma-2-9b-it": 9.242,
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_parameters_are_those_of_the_model_card(name):
+    config = known_config(name)
+    outer = sum(math.prod(shape) for _, shape in config.outer.values())
+    vectors = config.L * sum(map(math.prod, config.vectors.values()))
+    assert (linear_weights(config) + outer + vectors) / 1e9 == pytest.approx(PARAMETERS[name], abs=6e-4)
+
+
+def test_configs_name_models_whose_sizes_are_known():
+    """So that each can be planned for without its files."""
+    for file in sorted((Path(__file__).parents[2] / "configs").glob("*.py")):
+        module = importlib.import_module(f"configs.{file.stem}")
+        path = module.get_config().get("model", {}).get("path") if file.stem not in ("__init__", "pretrain") else ""
+        assert not path or path in KNOWN or path.startswith("assets/"), file
