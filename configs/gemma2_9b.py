@@ -2,7 +2,7 @@
 
 python -m experiments.train --config=configs/gemma2_9b.py --config.data.path=FILE --workdir=runs/gemma2_9b
 
-PLAN
+By plan on an RTX 4090: one row a micro-batch, 17.9 GB on the device; at 60% of the roofline 0.9 hours.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
 python -m experiments.train --config=configs/llama3_2_3b.py --config.data.path=FILE --workdir=runs/llama3_2_3b
 
-PLAN
+By plan on an RTX 4090: 4 rows a micro-batch, 21.6 GB on the device; at 60% of the roofline 0.3 hours.
 """
 
 from ml_collections import ConfigDict

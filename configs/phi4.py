@@ -2,7 +2,7 @@
 
 python -m experiments.train --config=configs/phi4.py --config.data.path=FILE --workdir=runs/phi4
 
-PLAN
+By plan on an RTX 4090: one row a micro-batch, 21.7 GB on the device; at 60% of the roofline 1.4 hours.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
 python -m experiments.train --config=configs/qwen3_8b.py --config.data.path=FILE --workdir=runs/qwen3_8b
 
-PLAN
+By plan on an RTX 4090: 2 rows a micro-batch, 22.8 GB on the device; at 60% of the roofline 0.7 hours.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
 python -m experiments.train --config=configs/smollm3.py --config.data.path=FILE --workdir=runs/smollm3
 
-PLAN
+By plan on an RTX 4090: 2 rows a micro-batch, 13.5 GB on the device; at 60% of the roofline 0.3 hours.
 """
 
 from ml_collections import ConfigDict

@@ -63,6 +63,10 @@ def traced_for(gpu: PlannedGpu) -> Iterator[None]:
 # products fit no Ampere card, and XLA tries all their tilings before it gives up.)
 _UNRUN = {"xla_backend_optimization_level": 0, "xla_gpu_autotune_level": 0}
 
+# XLA fuses a product with what makes its operand (a fused projection's gradient, joined from three) and tunes that on
+# the card; without one it has no setting for it at all. Not fused, the operand takes a buffer of its own.
+_UNTUNED = "No supported config found for HLO"
+
 
 def compile_for(
     gpu: PlannedGpu,
@@ -81,7 +85,13 @@ def compile_for(
         except RuntimeError as error:  # of a kernel that is not for this GPU
             raise InputError(f"{gpu.device_kind}: {str(error).splitlines()[0]}") from error
         lowered = traced.lower(lowering_platforms=("cuda",))
-        return lowered.compile(compiler_options=_UNRUN | (compiler_options or {}))
+        options = _UNRUN | (compiler_options or {})
+        try:
+            return lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if _UNTUNED not in str(error):
+                raise
+            return lowered.compile(compiler_options=options | {"xla_gpu_enable_triton_gemm": False})
 
 
 @contextlib.contextmanager
