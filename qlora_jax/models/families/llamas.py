@@ -3,8 +3,7 @@
 import dataclasses
 
 from qlora_jax.errors import InputError
-from qlora_jax.models.families.description import SLIDES as _SLIDES
-from qlora_jax.models.families.description import Described, Family, local_ropes, whole_heads, windows_of
+from qlora_jax.models.families.description import FULL, SLIDES, Described, Family, local_ropes, whole_heads, windows_of
 from qlora_jax.models.kind import LLAMA, NO_ROPE, OWN_ROPE, Kind, names
 from qlora_jax.models.settings import Settings, check_positive
 
@@ -56,10 +55,12 @@ def _qwen_windows(c: Settings, L: int) -> tuple[int, ...]:
     window = c.window() if c.flag("use_sliding_window") else 0
     types, last = c.layer_types(L), c.get("max_window_layers")
     if types is None:
-        types = [_SLIDES if window and index >= last else "full_attention" for index in range(L)]
-    if _SLIDES in types and not window:
+        if not isinstance(last, int) or last < 0:
+            raise c.wrong("max_window_layers", "a number of layers")
+        types = [SLIDES if window and index >= last else FULL for index in range(L)]
+    if SLIDES in types and not window:
         raise InputError(
-            f"{c.where}: layer_types has {_SLIDES}, but use_sliding_window and sliding_window say no window"
+            f"{c.where}: layer_types has {SLIDES}, but use_sliding_window and sliding_window say no window"
         )
     return windows_of(types, window, L)
 
@@ -88,10 +89,10 @@ def smollm3(c: Settings, sizes: dict[str, int]) -> Described:
     if not isinstance(turns, list) or len(turns) < L or any(turn not in (0, 1) for turn in turns):
         raise c.wrong("no_rope_layers", f"{L} of 0 and 1")
     window = c.window() if c.flag("use_sliding_window") else 0
-    types = c.layer_types(L) or [_SLIDES if window and not turn else "full_attention" for turn in turns[:L]]
-    if _SLIDES in types and not window:
+    types = c.layer_types(L) or [SLIDES if window and not turn else FULL for turn in turns[:L]]
+    if SLIDES in types and not window:
         raise InputError(
-            f"{c.where}: layer_types has {_SLIDES}, but use_sliding_window and sliding_window say no window"
+            f"{c.where}: layer_types has {SLIDES}, but use_sliding_window and sliding_window say no window"
         )
     kind = Kind(
         biased=ALL_ATTENTION * c.flag("attention_bias") + ALL_FEED_FORWARD * c.flag("mlp_bias"),
@@ -110,7 +111,7 @@ def olmo2(c: Settings, sizes: dict[str, int]) -> Described:
 def olmo3(c: Settings, sizes: dict[str, int]) -> Described:
     """OLMo 2 whose layers slide but for every fourth; those that slide have a rope of their own, without scaling."""
     L, context = sizes["L"], sizes["context"]
-    types = c.layer_types(L) or ["full_attention" if (index + 1) % 4 == 0 else _SLIDES for index in range(L)]
+    types = c.layer_types(L) or [FULL if (index + 1) % 4 == 0 else SLIDES for index in range(L)]
     kind = Kind(
         norms=_OLMO_NORMS,
         qk_norm="whole",
