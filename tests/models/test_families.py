@@ -11,6 +11,7 @@ from flax import nnx
 from qlora_jax.io.load import QuantSpec, load_model
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.config import parse_config, read_json
+from qlora_jax.models.kept import NAMES, keeping
 from qlora_jax.train.shapes import ModelSpec, abstract_model
 from tests.families import FAST, FOLDERS, logits_of
 
@@ -57,6 +58,28 @@ def test_a_cache_made_for_longer_answers_turns_otherwise():
     assert model.turns_alike(64, 64) and model.turns_alike(128, 192) and not model.turns_alike(64, 128)
     assert load_model(FOLDERS / "llama_a", compute_dtype=jnp.float32).turns_alike(64, 128)
     assert load_model(FOLDERS / "gpt2_a", compute_dtype=jnp.float32).turns_alike(64, 128)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in FOLDERS.glob("*_a")))
+def test_what_selective_remat_keeps_is_there(name):
+    """Every kind of layer names its values: without the names they would be computed again, and nothing said so."""
+    config = parse_config(read_json(FOLDERS / name / "config.json"), name)
+    parts = abstract_model(ModelSpec(config, QuantSpec("none"), LoRAConfig(2), "float32", "float32"))
+
+    def kept(adapter, base, tokens):
+        model = nnx.merge(parts.graph, adapter, base)
+        context = model.context(tokens, lengths=model.lengths(tokens))
+        block, *stacked = model.layers(nnx.LoRAParam, ...)
+        first = tuple(jax.tree.map(lambda leaf: leaf[0], part) for part in stacked)
+        layer = lambda x: model.apply_layer(block, context, None, first, x, jnp.int32(0))[0]  # noqa: E731
+        return keeping(layer, NAMES)(model.embed(tokens, context.positions))[1]
+
+    found = jax.eval_shape(kept, parts.adapter, parts.base, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    roles = config.kind.linear
+    expected = {"queries", "keys", "values", "attention", "up", "low_rank"}
+    expected |= {"gate"} if roles.keys() & {"gate", "gate_up"} else set()
+    expected |= set() if config.kind.parallel else {"attended"}
+    assert {key.split()[0] for key in found} == expected
 
 
 def test_depth_adds_no_program():
