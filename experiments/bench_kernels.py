@@ -1,9 +1,10 @@
-"""Times the 4-bit matmul against a dense one and against dequantize-then-dot.
+"""Times the 4-bit matmul against a dense one.
 
     python -m experiments.bench_kernels --rows=64
 
 Every form of one product is timed in turns in one run, and so are the ceilings (a large copy, a large matmul) that its
-bytes/s and FLOP/s are held against. On a GPU the kernels join (scratch; triton forward, up to 16 rows; mosaic on
+bytes/s and FLOP/s are held against. All of them by slope: what many rounds take more than one, so that no figure holds
+what starting and awaiting a program costs. On a GPU the kernels join (scratch; triton forward, up to 16 rows; mosaic on
 Hopper), and bitsandbytes where it can be imported; on a CPU there are the XLA forms. A form that refuses a weight or
 fails stands in the table with what it said. --tune (GPU) measures every backend and Triton's tile sizes first, and
 writes the table that kernel=auto reads, product by product: run again, it goes on with those that are missing. Several
@@ -35,6 +36,8 @@ MINUTES = flags.DEFINE_float("minutes", None, "Stop timing after so long; what i
 TUNE = flags.DEFINE_bool("tune", False, "Measure backends and tile sizes, and write the GPU's table (GPU only).")
 TUNE_MINUTES = flags.DEFINE_float("tune_minutes", None, "Stop tuning after so long.", lower_bound=0)
 
+METHOD = "slope: (many rounds - one round) / (many - 1) / copies of the weight; median over the turns"
+LOST = "lost in the noise of this machine: take more --repeats"
 CPU_SHAPES = ["tinyllama-1b/attention", "tinyllama-1b/down"]
 GPU_SHAPES = ["llama-7b", "llama-3-8b", "llama-65b"]
 
@@ -93,6 +96,7 @@ def main() -> None:
         "format": FORMAT.value,
         "block_size": BLOCK_SIZE.value,
         "repeats": repeats,
+        "method": METHOD,
         "ceilings": {},
         "results": results,
         "failures": failures,
@@ -114,9 +118,13 @@ def main() -> None:
         failures += [{"shape": name, "rows": m, "op": op, "form": f, "error": error} for f, error in failing.items()]
         runs = ceilings.runs | running
         seconds = measure.interleaved(runs, repeats, copies)
+        lost = [form for form in running if not seconds[form] > 0]
+        failures += [{"shape": name, "rows": m, "op": op, "form": f, "error": LOST} for f in lost]
+        if not min(seconds["copy"], seconds["matmul"]) > 0:
+            raise InputError(f"the ceilings are {LOST}")
         copy, multiply = ceilings.rates(seconds, copies)
         peaks.append((copy, multiply))
-        for form in running:
+        for form in (form for form in running if form not in lost):
             moved = forms[form][1]
             results.append(
                 {
@@ -127,7 +135,7 @@ def main() -> None:
                     "op": op,
                     "form": form,
                     "seconds": seconds[form],
-                    "speed_to_dense": seconds["dense"] / seconds[form] if "dense" in seconds else None,
+                    "speed_to_dense": seconds["dense"] / seconds[form] if seconds.get("dense", 0) > 0 else None,
                     "bytes_per_second": moved / seconds[form],
                     "of_copy": moved / seconds[form] / copy,
                     "flops_per_second": case.flops / seconds[form],

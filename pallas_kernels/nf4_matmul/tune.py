@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.finite import largest_magnitude
 from pallas_kernels.nf4_matmul import api, config, measure
 from pallas_kernels.nf4_matmul.config import Choice
 from pallas_kernels.nf4_matmul.dense import dense_matmul
 from pallas_kernels.nf4_matmul.measure import Case, Run
-from pallas_kernels.nf4_matmul.operands import Codec, Packed, dequantize
+from pallas_kernels.nf4_matmul.operands import Codec, dequantize
 from pallas_kernels.nf4_matmul.triton import few_rows
 
 TOLERANCE = 0.05  # of the root mean square; a wrong index is off by about 1, the roundings of 16 bits by 0.01
@@ -127,13 +128,15 @@ class _Trials:
             return
         products: Any = measure.products(self._case.op, codec)
         if choice.tiles is not None:
-            products = jax.jit(partial(_with_tiles, codec, choice.tiles))
+            tiles = choice.tiles
+            product = lambda x, packed: few_rows.forward(x, packed, codec, tiles)  # noqa: E731
+            products = measure.in_rounds(product, codec.shape[0])
         try:
-            lowered = products.lower(self._x, self._packed)
+            lowered = products.lower(self._x, self._packed, np.int32(1))
             with nullcontext() if choice.tiles else alone(self._gpu_name):
                 program = lowered.compile()
             with alone(self._gpu_name):
-                found = program(self._x, self._packed)[0].astype(jnp.float32)
+                found = program(self._x, self._packed, np.int32(1))[0].astype(jnp.float32)
                 worst = float(largest_magnitude(found - self._expected)) / self._size
         except Exception as error:  # whatever the compiler says of this choice, the next may do
             self.say(f"left out, does not run: {_name(choice)}: {measure.first_line(error)}")
@@ -162,7 +165,3 @@ class _Trials:
 
 def _name(choice: Choice) -> str:
     return choice.backend if choice.tiles is None else str(choice.tiles)
-
-
-def _with_tiles(codec: Codec, tiles: config.Tiles, x: jax.Array, packed: list[Packed]) -> list[jax.Array]:
-    return [few_rows.forward(x, p, codec, tiles) for p in packed]

@@ -2,6 +2,8 @@
 
 import importlib.util
 
+import numpy as np
+
 from pallas_kernels.nf4_matmul.measure import Case, Run
 
 
@@ -11,7 +13,7 @@ def is_there() -> bool:
 
 
 def product(case: Case, copies: int) -> Run:
-    """y = x W^T, or dx of it, once for each copy of an nf4 weight with double quantization."""
+    """Rounds of y = x W^T, or dx of it, with each of several nf4 weights with double quantization."""
     import bitsandbytes
     import torch
 
@@ -33,12 +35,13 @@ def product(case: Case, copies: int) -> Run:
     outputs = [] if forward else multiply()
     dy = torch.randn(case.rows, case.shape.out_features, device="cuda", dtype=dtype)
 
-    def run() -> None:
-        if forward:
-            with torch.no_grad():
-                multiply()
-        for y in outputs:
-            torch.autograd.grad(y, x, dy, retain_graph=True)
+    def run(rounds: np.integer) -> None:
+        for _ in range(int(rounds)):
+            if forward:
+                with torch.no_grad():
+                    multiply()
+            for y in outputs:
+                torch.autograd.grad(y, x, dy, retain_graph=True)
         torch.cuda.synchronize()
 
     return run
