@@ -180,7 +180,9 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
 
 
 def _near(name: str) -> str:
-    """A known architecture that an unknown one may be meant as, or be mistaken for."""
+    """What kind an unknown architecture is of, or the known one that it may be meant as, or be mistaken for."""
+    if name.endswith("ForConditionalGeneration"):
+        return " (it has an encoder, of images or of text: decoders of text alone are read)"
     names = {known.lower(): known for known in FAMILIES}
     near = difflib.get_close_matches(name.lower(), names, 1, 0.8)
     if not near:

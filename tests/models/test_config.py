@@ -45,6 +45,8 @@ def test_unknown_architecture_lists_the_known(llama3):
         parse_config(llama3 | {"architectures": ["MixtralForCausalLM"]}, "f")
     with pytest.raises(InputError, match=r"architecture LLaMAForCausalLM \(written LlamaForCausalLM\)"):
         parse_config(llama3 | {"architectures": ["LLaMAForCausalLM"]}, "f")
+    with pytest.raises(InputError, match=r"architecture Gemma3ForConditionalGeneration \(it has an encoder, of images"):
+        parse_config(llama3 | {"architectures": ["Gemma3ForConditionalGeneration"]}, "f")
     with pytest.raises(InputError, match="unknown architecture .*'gpt2'"):
         parse_config({"model_type": "gpt2"}, "f")
 
