@@ -120,6 +120,8 @@ def test_other_commands_are_known():
                 assert {word for word in words if "=" not in word} <= targets, command
             case ["pip", "install", "-c", "constraints.txt", "-e", what]:
                 assert set(what.removeprefix(".[").removesuffix("]").split(",")) <= extras, command
+            case ["pip", "install", what] if what.startswith("qlora_jax["):
+                assert set(what.removeprefix("qlora_jax[").removesuffix("]").split(",")) <= extras, command
             case ["python3", "-m", "venv", ".venv"] | [".", ".venv/bin/activate"]:
                 pass
             case _:

@@ -122,8 +122,9 @@ def check_extra() -> None:
     try:
         import lm_eval.api.model  # noqa: F401
     except ImportError as error:
-        mend = "pip install 'qlora_jax[eval]'"
-        raise InputError(f"--task=lm-eval needs EleutherAI's harness ({error}): {mend}") from error
+        raise InputError(
+            f"--task=lm-eval needs EleutherAI's harness ({error}): pip install 'qlora_jax[eval]'"
+        ) from error
 
 
 def load_tasks(names: list[str], include_path: str | None) -> list[Any]:

@@ -188,5 +188,5 @@ def test_without_the_extra(monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(InputError, match=r"needs EleutherAI's harness .*: pip install -e '.\[eval\]'"):
+    with pytest.raises(InputError, match=r"needs EleutherAI's harness .*: pip install 'qlora_jax\[eval\]'"):
         check_extra()
