@@ -12,7 +12,6 @@ def get_config() -> ConfigDict:
     c = base.get_config()
     c.model.path = "assets/tiny_llama"
     c.model.compute_dtype = "float32"  # what CPUs are fast at
-    c.model.remat = "none"  # a model this small needs no memory saved; recomputing takes a fifth of its steps
 
     c.lora.rank = 16
     c.lora.alpha = 16.0
