@@ -156,11 +156,11 @@ def _batch(config: Any, given: Collection[str], rows: int, examples: int) -> Non
 
 def _by_device(config: Any, given: Collection[str]) -> None:
     """The cut into micro-batches, and what is kept of a layer, as the device's memory has it."""
-    with config.ignore_type():
-        for key, section in (("grad_accum", config.train), ("remat", config.model)):
-            name = f"train.{key}" if section is config.train else f"model.{key}"
-            if name not in given:
-                section[key] = AUTO
+    if "model.remat" not in given:
+        config.model.remat = AUTO
+    if "train.grad_accum" not in given:
+        with config.ignore_type():
+            config.train.grad_accum = AUTO
 
 
 def _without_batches(config: Any) -> Any:

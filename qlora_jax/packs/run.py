@@ -98,7 +98,6 @@ class PackRun:
 
     def _choose_cut(self, side_by_side: int) -> Cut:
         """How each member's rows are cut: as the pack's folder says if it goes on, else the fastest that should fit."""
-        kept = None if self.folder is None else self.folder.workdir.kept_cut()
         longest = max(member.data.batches.max_length for member in self.members)
         largest = dataclasses.replace(self.members[0].lora, rank=self.rank)
         to_cut = rows_to_cut(self.config, self.base.sizes, largest, self.members[0].data)._replace(T=longest)
@@ -106,6 +105,7 @@ class PackRun:
             return default_cut(to_cut)
         adapter, state = _bytes(self.state.adapter), _bytes(self.state.optimizer)
         held = self.base.bytes + (3 if self.slots > 1 else 2) * adapter + state  # a pack's program holds one more copy
+        kept = None if self.folder is None else self.folder.workdir.kept_cut(to_cut, self.say)
         choice = kept or choose(to_cut, held, memory_limit(), members=side_by_side)
         self.say(described(to_cut, choice))
         if self.folder is not None:

@@ -198,7 +198,7 @@ class Run:
             programs[cut].compile(*self._gradient_shapes(prepared.data.batches.max_length, cut))
             return limit is None or programs[cut].peak_bytes + state <= limit - reserved(limit)
 
-        choice = self.workdir.kept_cut()
+        choice = self.workdir.kept_cut(to_cut, self.say)
         if choice is None:
             adapter = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.adapter))
             choice = choose(to_cut, prepared.base_bytes + 2 * adapter + state, limit, fits)

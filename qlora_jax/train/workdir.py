@@ -17,7 +17,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.files import hold_folder, write_json
 from qlora_jax.models.config import read_json
 from qlora_jax.settings import differing_keys, flatten
-from qlora_jax.train.cut import Choice, Cut
+from qlora_jax.train.cut import Choice, Cut, ToCut, cuts
 
 # Keys that name files and folders: another name with the same content is the same run.
 _PATHS = ("model.path", "data.path", "data.eval_path", "data.batches", "lora.init_from", "eval.mmlu_data")
@@ -140,19 +140,26 @@ class Workdir:
         write_json(self.path / "config.json", self._config)
         write_json(self.path / INPUTS, {key: value._asdict() for key, value in self._inputs.items()})
 
-    def kept_cut(self) -> Choice | None:
+    def kept_cut(self, wanted: ToCut, say: Callable[[str], None]) -> Choice | None:
         """The cut of the run's batches until its checkpoint; None where there is no checkpoint, or nothing is known.
 
-        Raises InputError for a file that is damaged: another cut would round otherwise.
+        Raises InputError for a file that is damaged, or says what is no cut of these batches: another than that until
+        the checkpoint would round otherwise.
         """
         file = self.path / CUT
-        if not self._goes_on or not file.exists():
+        if not self._goes_on or not wanted.is_open:
+            return None
+        if not file.exists():
+            say(f"run: {file} is missing: batches are cut anew, and sums may round otherwise than until the checkpoint")
             return None
         try:
             found = json.loads(file.read_bytes())
-            return Choice(Cut(int(found["micro_batch_rows"]), str(found["remat"])), "kept: the run began with it")
+            cut = Cut(found["micro_batch_rows"], found["remat"])
+            if type(cut.rows) is not int or cut not in cuts(wanted):
+                raise ValueError
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file} is damaged; put it back, or start anew in another --workdir") from error
+        return Choice(cut, "kept: the run began with it")
 
     def keep_cut(self, choice: Choice) -> None:
         """Writes down how a run's batches are cut, as a new one has chosen it."""

@@ -119,9 +119,15 @@ def test_a_run_says_its_cut_and_keeps_it_when_it_goes_on(tiny_config, tmp_path, 
         np.testing.assert_array_equal(value, resumed[key])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["micro_batch_rows"], summary["remat"]) == (4, "selective")
+    for rows, remat in [(0, "selective"), (3, "selective"), (4.0, "selective"), (4, "selectivf"), ("4", "block")]:
+        (tmp_path / "run" / "cut.json").write_text(json.dumps({"micro_batch_rows": rows, "remat": remat}))
+        with pytest.raises(InputError, match="cut.json is damaged"):
+            train(tiny_config, tmp_path / "run")
     (tmp_path / "run" / "cut.json").write_text("{")
     with pytest.raises(InputError, match="cut.json is damaged"):
         train(tiny_config, tmp_path / "run")
+    (tmp_path / "run" / "cut.json").unlink()
+    assert any("cut.json is missing: batches are cut anew" in line for line in train(tiny_config, tmp_path / "run"))
 
 
 def test_what_is_kept_of_a_layer_stands_in_for_what_would_be_computed():
