@@ -115,16 +115,17 @@ def main() -> None:
             forms["bitsandbytes"] = (bench_bitsandbytes.product(case, copies), forms["xla"][1])
         running, failing = measure.split_failing({form: run for form, (run, _) in forms.items()})
         failing |= {form: reason for form, reason in refused.items() if reason is not None}
+        seconds = measure.interleaved(ceilings.runs | running, repeats, copies)
+        has_ceilings = min(seconds[ceiling] for ceiling in ceilings.runs) > 0
+        timed = [form for form in running if has_ceilings and seconds[form] > 0]
+        failing |= {form: LOST if has_ceilings else f"the ceilings are {LOST}" for form in running if form not in timed}
         failures += [{"shape": name, "rows": m, "op": op, "form": f, "error": error} for f, error in failing.items()]
-        runs = ceilings.runs | running
-        seconds = measure.interleaved(runs, repeats, copies)
-        lost = [form for form in running if not seconds[form] > 0]
-        failures += [{"shape": name, "rows": m, "op": op, "form": f, "error": LOST} for f in lost]
-        if not min(seconds["copy"], seconds["matmul"]) > 0:
-            raise InputError(f"the ceilings are {LOST}")
+        if not timed:
+            _write(report)
+            continue
         copy, multiply = ceilings.rates(seconds, copies)
         peaks.append((copy, multiply))
-        for form in (form for form in running if form not in lost):
+        for form in timed:
             moved = forms[form][1]
             results.append(
                 {
@@ -135,7 +136,7 @@ def main() -> None:
                     "op": op,
                     "form": form,
                     "seconds": seconds[form],
-                    "speed_to_dense": seconds["dense"] / seconds[form] if seconds.get("dense", 0) > 0 else None,
+                    "speed_to_dense": seconds["dense"] / seconds[form] if "dense" in timed else None,
                     "bytes_per_second": moved / seconds[form],
                     "of_copy": moved / seconds[form] / copy,
                     "flops_per_second": case.flops / seconds[form],
@@ -145,8 +146,10 @@ def main() -> None:
         copy, multiply = (statistics.median(peak) for peak in zip(*peaks, strict=True))
         report["ceilings"] = {"copy_bytes_per_second": copy, "matmul_flops_per_second": multiply}
         _write(report)  # after each, so that an interruption loses one
-    if not peaks:
+    if not peaks and not failures:
         raise InputError(f"--minutes={MINUTES.value}: over before anything was timed; give more")
+    if not peaks:
+        raise InputError(f"nothing could be timed; the first form, {failures[0]['form']}: {failures[0]['error']}")
     print(_table(results, failures))
     if left_out:
         print(f"--minutes={MINUTES.value} was over: {len(left_out)} of {len(cases)} products were not timed")
