@@ -1,0 +1,49 @@
+"""Compiling for a GPU that is not here, where XLA would want to try things on it."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from qlora_jax.planning import topology
+from qlora_jax.planning.gpus import GPUS
+
+if not topology.is_installed():
+    pytest.skip("needs XLA:GPU's compiler: pip install jax-cuda13-plugin", allow_module_level=True)
+
+GPU = GPUS["rtx4090"]
+FUSES = "xla_gpu_enable_triton_gemm"
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Options of each try. The compiler says of the first what it said of Phi 4's fused projections."""
+    found = []
+    compile = jax.stages.Lowered.compile
+
+    def stand_in(self, compiler_options):
+        found.append(compiler_options)
+        if len(found) == 1:
+            raise jax.errors.JaxRuntimeError(stand_in.said)
+        return compile(self, compiler_options)
+
+    stand_in.said = "INTERNAL: No supported config found for HLO: %gemm_fusion_dot_general.78 = bf16[7680,16]{1,0} ..."
+    monkeypatch.setattr(jax.stages.Lowered, "compile", stand_in)
+    return found, stand_in
+
+
+def compiled():
+    x = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
+    return topology.compile_for(GPU, lambda x: x @ x, *topology.on_gpu(GPU, (x,)), compiler_options={"xla_dump_to": ""})
+
+
+def test_a_product_that_only_a_card_can_tune_is_not_fused(asked):
+    assert compiled().memory_analysis().argument_size_in_bytes == 64 * 64 * 2
+    first, second = asked[0]
+    assert FUSES not in first and second == first | {FUSES: False} and "xla_dump_to" in second
+
+
+def test_other_errors_are_said(asked):
+    asked[1].said = "INTERNAL: something else"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        compiled()
+    assert len(asked[0]) == 1
