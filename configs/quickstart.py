@@ -1,4 +1,4 @@
-"""The quickstart: the embedded Llama of 2.6 million parameters learns to follow instructions in a minute on 2 cores.
+"""The quickstart: the embedded Llama of 2.6 million parameters learns to follow instructions in a minute or two.
 
 python -m experiments.train --config=configs/quickstart.py --workdir=RUN
 """

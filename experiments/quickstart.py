@@ -1,4 +1,4 @@
-"""Quantizes a small Llama, finetunes it in 4 bits, and compares that with 16 bits. It needs a minute or two.
+"""Quantizes a small Llama, finetunes it in 4 bits, and compares that with 16 bits. It needs one to four minutes.
 
     python -m experiments.quickstart
 
