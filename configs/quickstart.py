@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     c = base.get_config()
     c.model.path = "assets/tiny_llama"
     c.model.compute_dtype = "float32"  # what CPUs are fast at
-    c.model.remat = "selective"  # a seventh less work a step than "block" here, a twelfth less than "none"; the same bits
+    c.model.remat = "selective"  # a seventh less work a step than "block" here; the same bits
 
     c.lora.rank = 16
     c.lora.alpha = 16.0

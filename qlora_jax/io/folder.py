@@ -96,7 +96,8 @@ def _download(name: str, revision: str, files: list[str]) -> Path:
 class TensorFiles:
     """The tensors of a checkpoint folder: model.safetensors, or shards under model.safetensors.index.json.
 
-    `files` names those to read, in place of the folder's choice. `rename` gives keys other names than the files do.
+    `files` names those to read, in place of the folder's choice. `rename` gives keys other names than the files do;
+    `names` has the files' own.
     `shapes` and `dtypes` are known from the headers at once. `folder` is what errors call it. No value that is not
     finite, and no negative scale of a quantized weight, gets out of here: each piece is looked at as it is read, which
     costs less than reading it from memory. A tensor that is read in order is hashed on the way, and refused at its end
@@ -120,6 +121,7 @@ class TensorFiles:
                 raise InputError(f"{self.folder}/{name} is damaged or cut short: {error}") from error
             self._places |= {key: (name, place) for key, place in places.items()}
         new = rename(list(self._places))
+        self.names = {new.get(key, key): key for key in self._places}
         self._places = {new.get(key, key): place for key, place in self._places.items()}
         promised = [new.get(key, key) for key in promised]
         self.checksums: dict[str, str] = {}

@@ -120,6 +120,21 @@ def _own_keys(kind: Kind, keys: Sequence[str]) -> dict[str, str]:
     return {key: new for key, new in found.items() if new not in keys}
 
 
+def keys_beside(files: TensorFiles, config: ModelConfig) -> list[str]:
+    """Tensors of the model's other parts: not computed with, but part of every folder that is made of this one."""
+    return [key for key in files.shapes if key.startswith(config.kind.beside)]
+
+
+def written_key(files: TensorFiles, config: ModelConfig, key: str) -> str:
+    """What a tensor is called in a folder that is made of this one: where it has other parts too as it is called there,
+    so that one spelling goes through, else as the family's table has it."""
+    if config.kind.beside and files.names[config.embedding_key] != config.embedding_key:
+        for theirs, ours in config.kind.renamed:
+            if key.startswith(ours):
+                return theirs + key.removeprefix(ours)
+    return key
+
+
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of an unquantized checkpoint: Hugging Face key -> shape."""
     shapes: dict[str, tuple[int, ...]] = dict(config.outer.values())
@@ -178,6 +193,8 @@ def check_tensors(
             problems.append(f"{key} is {files.dtypes[key]}, expected {_one_of(dtypes)}")
     for key in sorted(files.shapes):
         known = key in expected or key in packed or owners[key] in packed or key.endswith(harmless)
+        if key.startswith(config.kind.beside):
+            known = files.dtypes[key] in _FLOATS
         if not known and not (config.tied and key == config.head_key):
             problems.append(f"unexpected {key} {list(files.shapes[key])}")
     if problems:

@@ -28,18 +28,21 @@ from qlora_jax.io.load import (
     check_tensors,
     expected_shapes,
     is_packed,
+    keys_beside,
     load_config,
     open_files,
     read_packed,
     skipped_linears,
     stored_quant,
+    written_key,
 )
 from qlora_jax.io.peft_config import CONFIG, read_config
 from qlora_jax.io.remote import name_of
 from qlora_jax.io.shards import SHARD_BYTES, ShardWriter, copy_companions, new_folder
-from qlora_jax.io.write import hf_config, linear_keys, read_linear
+from qlora_jax.io.write import hf_config, linear_keys, read_linear, tensor_bytes
 from qlora_jax.models.config import ModelConfig, read_json
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.families.encoders import with_part
 from qlora_jax.quant.tensor import QuantizedTensor, dequantize
 from qlora_jax.residual import residual
 from qlora_jax.settings import config_hash
@@ -146,8 +149,9 @@ def merge_folder(
     rows = len(next(iter(matrices.values()))) if matrices else config.V
     shapes, linears = expected_shapes(dataclasses.replace(config, V=rows)), linear_keys(config)
     parameters = sum(math.prod(shape) for shape in shapes.values())
-    norms = np.zeros(3)
-    with new_folder(out, overwrite, [base, adapter], needed=parameters * np.dtype(DTYPES[dtype]).itemsize) as folder:
+    beside, norms = keys_beside(files, config), np.zeros(3)
+    needed = parameters * np.dtype(DTYPES[dtype]).itemsize + sum(tensor_bytes(files, key) for key in beside)
+    with new_folder(out, overwrite, [base, adapter], needed=needed) as folder:
         writer = ShardWriter(folder, shard_bytes)
         for done, key in enumerate(shapes, start=1):
             w: Any
@@ -169,10 +173,13 @@ def merge_folder(
                 merged = _rounded(_values(w), dtype, key)
             if key in linears and config.kind.transposed:
                 merged = np.ascontiguousarray(merged.T)
-            writer.add({key: merged})
-            progress(done, len(shapes))
+            writer.add({written_key(files, config, key): merged})
+            progress(done, len(shapes) + len(beside))
+        for done, key in enumerate(beside, start=len(shapes) + 1):
+            writer.add({key: files.read(key)})
+            progress(done, len(shapes) + len(beside))
         names = writer.finish()
-        settings = hf_config(read_json(base / "config.json"), dtype, config) | {"vocab_size": rows}
+        settings = with_part(hf_config(read_json(base / "config.json"), dtype, config), {"vocab_size": rows})
         write_json(folder / "config.json", settings)
         companions = copy_companions(base, folder)
         if peft.has_tokenizer(adapter):

@@ -103,7 +103,7 @@ def write_arrays(
         "modules_to_save": [_last(keys[name]) for name in trained] or None,
         "peft_type": "LORA",
         "r": config.rank,
-        "target_modules": sorted({_target(name, arrays, kind) for name in arrays}),
+        "target_modules": _targets(arrays, kind),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": config.use_rslora,
@@ -162,6 +162,14 @@ def _matrix_keys(kind: Kind) -> dict[str, str]:
 def _last(key: str) -> str:
     """The name of a key's module: embed_tokens."""
     return key.removesuffix(".weight").rpartition(".")[2]
+
+
+def _targets(carrying: Container[str], kind: Kind) -> list[str] | str:
+    """target_modules: names, or an expression where an encoder beside the decoder has projections of the same names."""
+    names = sorted(name for name in kind.linear.values() if name in carrying)
+    if kind.beside:
+        return rf".*language_model\..*\.({'|'.join(name.replace('.', r'\.') for name in names)})"
+    return sorted({_target(name, carrying, kind) for name in names})
 
 
 def _target(name: str, carrying: Container[str], kind: Kind) -> str:

@@ -23,16 +23,19 @@ from qlora_jax.io.load import (
     expected_shapes,
     expected_stacks,
     is_packed,
+    keys_beside,
     load_config,
     open_files,
     read_quantized,
     skipped_linears,
     stored_quant,
+    written_key,
 )
 from qlora_jax.io.place import to_device
 from qlora_jax.io.remote import name_of
 from qlora_jax.io.shards import SHARD_BYTES, ShardWriter, StackWriter, copy_companions, new_folder
 from qlora_jax.models.config import ModelConfig, read_json
+from qlora_jax.models.families.encoders import ENCODER, with_part
 from qlora_jax.quant import bitsandbytes, native
 from qlora_jax.quant.tensor import QuantizedTensor, quantize
 
@@ -76,10 +79,10 @@ def linear_keys(config: ModelConfig) -> dict[str, tuple[str, int]]:
 def linear_bytes(files: TensorFiles, linears: Container[str]) -> int:
     """Bytes of the linear layers in the folder, the parts of quantized ones included."""
     owned = (key for key in files.shapes if native.is_stack(key) or (bitsandbytes.part_of(key) or key) in linears)
-    return sum(_bytes(files, key) for key in owned)
+    return sum(tensor_bytes(files, key) for key in owned)
 
 
-def _bytes(files: TensorFiles, key: str) -> int:
+def tensor_bytes(files: TensorFiles, key: str) -> int:
     return math.prod(files.shapes[key]) * numpy_dtype(files.dtypes[key]).itemsize
 
 
@@ -136,7 +139,7 @@ def quantize_folder(
     shapes, linears = expected_shapes(config), linear_keys(config)
     weights = sum(math.prod(shapes[key]) for key in linears)
     linear_before = linear_bytes(files, linears)
-    others = sum(_bytes(files, key) for key in shapes if key not in linears)
+    others = sum(tensor_bytes(files, key) for key in [*shapes, *keys_beside(files, config)] if key not in linears)
     raw = read_json(source / "config.json")
     kept_dtype = raw.get("dtype") or raw.get("torch_dtype")
     if kept_dtype not in DTYPES:
@@ -148,7 +151,7 @@ def quantize_folder(
         job = _Job(files, config, quant, stored, kept_dtype, shard_bytes, progress)
         names, linear_after = write(job, folder)
         if form == "bnb":
-            settings = _bnb_settings(quant, kept_dtype)
+            settings = _bnb_settings(quant, kept_dtype, config)
         else:
             settings = native.settings(quant.format, quant.block_size, quant.double_quant)
         write_json(folder / "config.json", hf_config(raw, kept_dtype, config) | {"quantization_config": settings})
@@ -184,26 +187,31 @@ class _Job(NamedTuple):
 
 def _write_bnb(job: _Job, folder: Path) -> tuple[list[str], int]:
     """Returns the names of the files and the bytes of the linear layers in them."""
-    shapes, linears = expected_shapes(job.config), linear_keys(job.config)
+    files, config, linears = job.files, job.config, linear_keys(job.config)
+    keys = [*expected_shapes(config), *keys_beside(files, config)]
     writer, linear_after = ShardWriter(folder, job.shard_bytes), 0
-    for done, key in enumerate(shapes, start=1):
+    for done, key in enumerate(keys, start=1):
+        written = written_key(files, config, key)
         if key in linears:
-            q = read_linear(job.files, *linears[key], job.quant, job.stored, job.config)
-            tensors = bitsandbytes.to_bitsandbytes(q, key, job.files.dtypes[key] if job.stored is None else job.dtype)
+            q = read_linear(files, *linears[key], job.quant, job.stored, config)
+            tensors = bitsandbytes.to_bitsandbytes(q, written, files.dtypes[key] if job.stored is None else job.dtype)
             linear_after += sum(value.nbytes for value in tensors.values())
         else:
-            tensors = {key: job.files.read(key)}
+            tensors = {written: files.read(key)}
         writer.add(tensors)
-        job.progress(done, len(shapes))
+        job.progress(done, len(keys))
     return writer.finish(), linear_after
 
 
 def _write_native(job: _Job, folder: Path) -> tuple[list[str], int]:
     """The same in our own form: what is copied first, then a projection of all layers after the other."""
-    files, shapes, linears = job.files, expected_shapes(job.config), linear_keys(job.config)
-    copied = [key for key in shapes if key not in linears]
+    files, config = job.files, job.config
+    shapes, linears, beside = expected_shapes(config), linear_keys(config), keys_beside(files, config)
+    copied = [*(key for key in shapes if key not in linears), *beside]
+    written = {key: written_key(files, config, key) for key in copied}
+    total = len(shapes) + len(beside)
     stacks = {key: (dtype, shape) for key, (shape, dtype) in expected_stacks(job.config, job.quant).items()}
-    groups = [{key: (files.dtypes[key], files.shapes[key])} for key in copied]
+    groups = [{written[key]: (files.dtypes[key], files.shapes[key])} for key in copied]
     begins = [native.stack_key(name, "") for name in job.config.linears]
     groups += [{key: stacks[key] for key in stacks if key.startswith(begin)} for begin in begins]
     done, linear_after = 0, 0
@@ -211,13 +219,13 @@ def _write_native(job: _Job, folder: Path) -> tuple[list[str], int]:
     def count() -> None:
         nonlocal done
         done += 1
-        job.progress(done, len(shapes))
+        job.progress(done, total)
 
     with StackWriter(folder, groups, job.shard_bytes) as writer:
         for key in copied:
             first = 0
             for _, piece in files.pieces(key):
-                writer.write(key, first, piece)
+                writer.write(written[key], first, piece)
                 first += piece.size
                 del piece
             count()
@@ -236,11 +244,15 @@ def hf_config(raw: dict[str, Any], dtype: str, config: ModelConfig) -> dict[str,
     pointer to code (never copied) or to other files of weights."""
     dropped = ("quantization_config", "auto_map", "dtype", "torch_dtype", "transformers_weights")
     kept = {key: value for key, value in raw.items() if key not in dropped} | {"torch_dtype": dtype}
-    return kept | {"tie_word_embeddings": False} if kept.get("tie_word_embeddings") and not config.tied else kept
+    return with_part(kept, {} if config.tied else {"tie_word_embeddings": False})
 
 
-def _bnb_settings(quant: QuantSpec, dtype: str) -> dict[str, Any]:
-    """quantization_config as transformers writes it; the block size stands beside each weight."""
+def _bnb_settings(quant: QuantSpec, dtype: str, config: ModelConfig) -> dict[str, Any]:
+    """quantization_config as transformers writes it; the block size stands beside each weight.
+
+    Where it is told what to leave in 16 bits, it takes the head for 4 bits unless that is told too.
+    """
+    parts = [*ENCODER, *(f"model.{name}" for name in ENCODER)]
     return {
         "_load_in_4bit": True,
         "_load_in_8bit": False,
@@ -250,7 +262,7 @@ def _bnb_settings(quant: QuantSpec, dtype: str) -> dict[str, Any]:
         "bnb_4bit_use_double_quant": quant.double_quant,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": None,
+        "llm_int8_skip_modules": [*parts, config.kind.head] if config.kind.beside else None,
         "llm_int8_threshold": 6.0,
         "load_in_4bit": True,
         "load_in_8bit": False,

@@ -9,6 +9,7 @@ from typing import Any
 
 from qlora_jax.errors import InputError
 from qlora_jax.models.families import FAMILIES
+from qlora_jax.models.families.encoders import DECODERS, PART, beside_an_encoder, decoder_of
 from qlora_jax.models.kind import LINEAR_ROLES, LLAMA, Kind
 from qlora_jax.models.settings import Settings
 
@@ -133,8 +134,12 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
         for what is not implemented and would be computed wrongly.
     """
     name = (raw.get("architectures") or [f"(none; model_type {raw.get('model_type')!r})"])[0]
+    if has_encoder := name in DECODERS:
+        name, raw = decoder_of(raw, where)
+        where = f"{where}: {PART}"
     if name not in FAMILIES:
-        raise InputError(f"{where}: unknown architecture {name}{_near(name)}; known: {', '.join(FAMILIES)}")
+        known = ", ".join((*FAMILIES, *DECODERS))
+        raise InputError(f"{where}: unknown architecture {name}{_near(name)}; known: {known}")
     family = FAMILIES[name]
     c = Settings(raw, where, family.defaults)
     file = raw.get("transformers_weights")
@@ -159,6 +164,7 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
     sizes = {"D": D, "F": F, "L": L, "N": N, "K": K, "H": H, "V": V, "context": context}
     described = family.describe(c, sizes)
     kind, (theta, scaling) = described.kind, described.rope
+    kind = beside_an_encoder(kind) if has_encoder else kind
     width = kind.rotary_width or H
     if kind.rotary and (width % 2 or width < 2):
         raise InputError(f"{where}: head width {width} is odd; rotary embedding turns pairs")
@@ -182,7 +188,7 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
 def _near(name: str) -> str:
     """What kind an unknown architecture is of, or the known one that it may be meant as, or be mistaken for."""
     if name.endswith("ForConditionalGeneration"):
-        return " (it has an encoder, of images or of text: decoders of text alone are read)"
+        return " (it has an encoder, of images, sound or text, that is not known)"
     names = {known.lower(): known for known in FAMILIES}
     near = difflib.get_close_matches(name.lower(), names, 1, 0.8)
     if not near:

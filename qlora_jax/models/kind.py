@@ -60,6 +60,7 @@ class Kind:
     buffers: tuple[str, ...] = ()  # ends of keys that old checkpoints carry and that follow from config.json
     optional_prefix: str = ""  # of all keys but the head's; old checkpoints were written without it
     renamed: Pairs = ()  # beginnings of keys that other versions of transformers write -> those of this table
+    beside: tuple[str, ...] = ()  # beginnings of keys of other parts of the model, which are copied and never computed
     transposed: bool = False  # linear weights lie [I, O] on disk (transformers' Conv1D)
 
     # parts

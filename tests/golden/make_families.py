@@ -61,6 +61,20 @@ def only(values: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: values[key] for key in keys}
 
 
+def with_images(text: dict[str, Any], vision: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Settings of a model with an encoder of images beside its decoder of text."""
+    outer = only(text, "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    return {"text_config": text, "vision_config": vision, "vocab_size": text["vocab_size"]} | outer | more
+
+
+SIGLIP = {
+    "model_type": "siglip_vision_model", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+    "num_attention_heads": 1, "image_size": 8, "patch_size": 4, "vision_use_head": False,
+}  # fmt: skip
+PIXTRAL = {
+    "model_type": "pixtral", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+    "num_attention_heads": 1, "image_size": 8, "patch_size": 4,
+}  # fmt: skip
 _OUTER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 _OPT = (*_OUTER, "hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings")
 GPT2 = {"n_positions": 32, "n_embd": 16, "n_head": 2, "n_layer": 2} | only(A, *_OUTER)
@@ -102,9 +116,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "granite": (
         "Granite",
         A | rope(THETA) | {"embedding_multiplier": 6.0, "attention_multiplier": 0.2},
-        B
-        | rope(THETA)
-        | {"logits_scaling": 4.0, "residual_multiplier": 0.3, "attention_bias": True, "mlp_bias": True},
+        B | rope(THETA) | {"logits_scaling": 4.0, "residual_multiplier": 0.3, "attention_bias": True, "mlp_bias": True},
     ),
     "phi3": (
         "Phi3",
@@ -146,9 +158,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gpt_neox": (
         "GPTNeoX",
         A | rope(PART),
-        B
-        | {"num_attention_heads": 2, "use_parallel_residual": False, "attention_bias": False}
-        | rope(PART),
+        B | {"num_attention_heads": 2, "use_parallel_residual": False, "attention_bias": False} | rope(PART),
     ),
     "falcon": (
         "Falcon",
@@ -161,7 +171,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         B | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1} | rope(THETA),
     ),
     "gpt2": (
-        "GPT2", GPT2 | {"n_inner": 24}, GPT2 | {"tie_word_embeddings": True, "n_head": 1, "scale_attn_weights": False},
+        "GPT2",
+        GPT2 | {"n_inner": 24},
+        GPT2 | {"tie_word_embeddings": True, "n_head": 1, "scale_attn_weights": False},
     ),
     "opt": (
         "OPT",
@@ -179,10 +191,30 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         A | {"head_dim": 8, "sliding_window": 7} | rope(YARN | {"llama_4_scaling_beta": 0.5}),
         B | WIDE | rope(THETA | {"llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 6}),
     ),
+    "gemma3_images": (
+        "Gemma3VL",
+        with_images(A | {"head_dim": 8} | GEMMA2, SIGLIP, mm_tokens_per_image=4),
+        with_images(B | WIDE | MIXED | by_layer(100.0, LINEAR), SIGLIP, mm_tokens_per_image=1),
+    ),
+    "mistral3": (
+        "Mistral3",
+        with_images({"model_type": "mistral"} | A | {"head_dim": 8, "sliding_window": None} | rope(THETA), PIXTRAL),
+        with_images(
+            {"model_type": "ministral3"}
+            | B
+            | WIDE
+            | rope(THETA | {"llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 6}),
+            PIXTRAL,
+        ),
+    ),
 }
-ADAPTED = ("gpt2_a", "gpt_neox_a", "opt_a", "phi3_a", "phi_a", "falcon_b")
-CONFIGS = {"Gemma3": "Gemma3TextConfig"}
-MODELS = {"GPT2": "GPT2LMHeadModel"}
+ADAPTED = ("gpt2_a", "gpt_neox_a", "opt_a", "phi3_a", "phi_a", "falcon_b", "gemma3_images_b")
+CONFIGS = {"Gemma3": "Gemma3TextConfig", "Gemma3VL": "Gemma3Config"}
+MODELS = {
+    "GPT2": "GPT2LMHeadModel",
+    "Gemma3VL": "Gemma3ForConditionalGeneration",
+    "Mistral3": "Mistral3ForConditionalGeneration",
+}
 
 
 @torch.no_grad()
@@ -206,7 +238,9 @@ def load(model: type, folder: Path) -> torch.nn.Module:
 
 def adapted(model: torch.nn.Module, folder: Path, tokens: np.ndarray, seed: int) -> np.ndarray:
     """Logits with a random adapter, which is saved in the folder."""
-    options = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    has_images = hasattr(model.config, "vision_config")  # whose encoder stays as it is
+    targets = r".*language_model\..*_proj" if has_images else "all-linear"
+    options = LoraConfig(r=2, lora_alpha=4, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(model, options)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):

@@ -1,6 +1,7 @@
 """Adapters of families with other names than Llama's: PEFT's in and out, merged, quantized."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -94,3 +95,56 @@ def test_targets_have_the_names_of_the_family():
     assert found == ["mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]
     with pytest.raises(InputError, match="'q_proj' matches no linear layer; known: query_key_value, dense, dense_h"):
         lora.select_targets(["q_proj"], config)
+
+
+def test_what_stands_beside_the_decoder_goes_along(tmp_path):
+    """An encoder of images: in every folder made of the model, unchanged, under the names that its source has."""
+    source = FOLDERS / "gemma3_images_b"
+    here = load_model(source, quant := QuantSpec("nf4", 32, True), jnp.float32)
+    theirs = load_file(source / "model.safetensors")
+    beside = {key: value for key, value in theirs.items() if not key.startswith("language_model.")}
+    assert len(beside) > 10
+    new_names = {key.replace("language_model.model.", "model.language_model."): value for key, value in theirs.items()}
+    (tmp_path / "new").mkdir()
+    save_file(new_names, tmp_path / "new" / "model.safetensors")
+    (tmp_path / "new" / "config.json").write_text((source / "config.json").read_text())
+    for out, form, made_of in (
+        ("native", "native", source), ("bnb", "bnb", source), ("again", "bnb", tmp_path / "native"),
+        ("newer", "bnb", tmp_path / "new"),
+    ):  # fmt: skip
+        quantize_folder(made_of, tmp_path / out, form, quant)
+        there = load_model(tmp_path / out, compute_dtype=jnp.float32)
+        for a, b in zip(jax.tree.leaves(lora.split(here)[2]), jax.tree.leaves(lora.split(there)[2]), strict=True):
+            np.testing.assert_array_equal(a, b)
+        ours = load_file(tmp_path / out / "model.safetensors")
+        assert all(np.array_equal(ours[key], value) for key, value in beside.items())
+        embedding = "model.language_model" if out == "newer" else "language_model.model"
+        assert f"{embedding}.embed_tokens.weight" in ours
+    skipped = json.loads((tmp_path / "bnb" / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
+    assert {"vision_tower", "model.multi_modal_projector", "lm_head"} <= {*skipped}
+    merge_folder(source, source / "adapter", tmp_path / "merged", QuantSpec("none"), dtype="float32")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert merged.keys() == theirs.keys() and all(np.array_equal(merged[key], value) for key, value in beside.items())
+
+
+def test_an_adapter_leaves_the_encoder_alone(tmp_path):
+    model = load_model(FOLDERS / "gemma3_images_b", compute_dtype=jnp.float32)
+    config = LoRAConfig(2, targets=("self_attn.q_proj", "mlp.up_proj"))
+    lora.attach(model, config, jax.random.key(0))
+    peft.write_adapter(tmp_path / "ours", lora.split(model)[1], config, "base", kind=model.config.kind)
+    picks = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["target_modules"]
+    for name, wanted in (
+        ("model.language_model.layers.0.self_attn.q_proj", True),
+        ("model.language_model.layers.11.mlp.up_proj", True),
+        ("language_model.model.layers.0.self_attn.q_proj", True),
+        ("model.language_model.layers.0.mlp.down_proj", False),
+        ("model.vision_tower.encoder.layers.0.self_attn.q_proj", False),
+    ):
+        assert bool(re.fullmatch(picks, name)) == wanted, name
+    again, arrays = peft.read_adapter(model, tmp_path / "ours")
+    assert again.targets == tuple(arrays) == config.targets
+    file = tmp_path / "ours" / "adapter_model.safetensors"
+    more = {"base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight": np.ones((2, 8))}
+    save_file(load_file(file) | more, file)
+    with pytest.raises(InputError, match="vision_tower"):
+        peft.read_adapter(model, tmp_path / "ours")

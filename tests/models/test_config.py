@@ -45,8 +45,22 @@ def test_unknown_architecture_lists_the_known(llama3):
         parse_config(llama3 | {"architectures": ["MixtralForCausalLM"]}, "f")
     with pytest.raises(InputError, match=r"architecture LLaMAForCausalLM \(written LlamaForCausalLM\)"):
         parse_config(llama3 | {"architectures": ["LLaMAForCausalLM"]}, "f")
-    with pytest.raises(InputError, match=r"architecture Gemma3ForConditionalGeneration \(it has an encoder, of images"):
-        parse_config(llama3 | {"architectures": ["Gemma3ForConditionalGeneration"]}, "f")
+    with pytest.raises(InputError, match=r"architecture LlavaForConditionalGeneration \(it has an encoder, of images"):
+        parse_config(llama3 | {"architectures": ["LlavaForConditionalGeneration"]}, "f")
+
+
+def test_a_decoder_beside_an_encoder_is_read_from_its_part(llama3):
+    mistral = {"architectures": ["Mistral3ForConditionalGeneration"]}
+    text = {key: value for key, value in llama3.items() if key != "architectures"} | {"model_type": "mistral"}
+    config = parse_config(mistral | {"text_config": text, "eos_token_id": [5, 6]}, "f")
+    assert (config.D, config.eos_ids, config.tied) == (llama3["hidden_size"], (5, 6), True)
+    assert config.key(1, "mlp.up_proj") == "model.language_model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(InputError, match="f: text_config is None; expected the settings of Mistral3"):
+        parse_config(mistral, "f")
+    with pytest.raises(InputError, match="text_config has model_type 'qwen3'; decoders of .* are mistral, ministral3"):
+        parse_config(mistral | {"text_config": text | {"model_type": "qwen3"}}, "f")
+    with pytest.raises(InputError, match="f: text_config: hidden_size is 0; expected a positive integer"):
+        parse_config(mistral | {"text_config": text | {"hidden_size": 0}}, "f")
     with pytest.raises(InputError, match="unknown architecture .*'gpt2'"):
         parse_config({"model_type": "gpt2"}, "f")
 

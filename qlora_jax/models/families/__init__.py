@@ -1,7 +1,7 @@
 """What each family of decoders is: its config.json as a Kind. A file has those that resemble each other.
 
 description (what a family's entry says) → llamas, gemmas, parallel (attention beside feed-forward), older (learned
-positions, ALiBi).
+positions, ALiBi). encoders: models whose decoder is one of these and has an encoder of images beside it.
 """
 
 from qlora_jax.models.families import gemmas, llamas, older, parallel

@@ -76,8 +76,12 @@ def gemma3(c: Settings, sizes: dict[str, int]) -> Described:
 _TANH = "gelu_pytorch_tanh"
 _DEFAULTS = {"rms_norm_eps": 1e-6, "head_dim": 256, "tie_word_embeddings": True, "hidden_activation": _TANH}
 _SECOND = _DEFAULTS | {"num_key_value_heads": 4, "sliding_window": 4096}
+_THIRD = _SECOND | {
+    "rope_theta": 1000000.0, "vocab_size": 262208, "num_attention_heads": 8, "max_position_embeddings": 131072,
+    "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+}  # fmt: skip
 FAMILIES = {
     "GemmaForCausalLM": Family(gemma, _DEFAULTS | {"num_key_value_heads": 16, "hidden_act": _TANH}),
     "Gemma2ForCausalLM": Family(gemma2, _SECOND | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}),
-    "Gemma3ForCausalLM": Family(gemma3, _SECOND | {"rope_theta": 1000000.0}),
+    "Gemma3ForCausalLM": Family(gemma3, _THIRD),
 }
