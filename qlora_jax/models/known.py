@@ -127,6 +127,26 @@ def _qwen3(width: int, feed_forward: int, layers: int, heads: int) -> dict[str, 
     }
 
 
+def _gemma3(width: int, feed_forward: int, layers: int, heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
+    """With an encoder of images beside it, which is neither computed nor counted."""
+    text = {
+        "model_type": "gemma3_text",
+        "hidden_size": width,
+        "intermediate_size": feed_forward,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "sliding_window": 1024,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }
+    return {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "text_config": text | more,
+        "bos_token_id": 2,
+        "eos_token_id": [1, 106],
+    }
+
+
 KNOWN = {
     "huggyllama/llama-7b": _llama1(4096, 11008, 32, 32),
     "huggyllama/llama-13b": _llama1(5120, 13824, 40, 40),
@@ -144,6 +164,9 @@ KNOWN = {
     "microsoft/phi-4": _PHI4,
     "HuggingFaceTB/SmolLM3-3B": _SMOLLM3,
     "google/gemma-2-9b-it": _GEMMA2_9B,
+    "google/gemma-3-4b-it": _gemma3(2560, 10240, 34, 8, 4),
+    "google/gemma-3-12b-it": _gemma3(3840, 15360, 48, 16, 8),
+    "google/gemma-3-27b-it": _gemma3(5376, 21504, 62, 32, 16, head_dim=128, query_pre_attn_scalar=168),
 }
 
 
