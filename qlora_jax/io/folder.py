@@ -22,11 +22,11 @@ from qlora_jax.models.config import read_json
 
 PIECE_BYTES = 32 * 2**20  # of a tensor that is read at a time
 PIECES_ALIVE = 2  # one in use, one read ahead
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json")  # the first that a folder has is its tokenizer
 # what goes along with the weights: settings and vocabularies, never code
 COMPANIONS = (
     "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
+    *TOKENIZERS,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

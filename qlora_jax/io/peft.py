@@ -22,6 +22,7 @@ from qlora_jax import checksums, lora
 from qlora_jax.errors import InputError
 from qlora_jax.files import atomic_folder, save_tensors, write_json
 from qlora_jax.finite import check_finite
+from qlora_jax.io.folder import TOKENIZERS
 from qlora_jax.io.header import Place, numpy_dtype, read_header
 from qlora_jax.io.peft_config import CONFIG, AdapterConfig, read_config
 from qlora_jax.io.place import put
@@ -39,7 +40,6 @@ WEIGHTS = "adapter_model.safetensors"
 PROMPTS = "qlora_jax_prompts.json"  # how the adapter is asked (generate/trained); PEFT passes over it
 _PICKLE = "adapter_model.bin"  # what peft before 0.6 wrote
 _PREFIX = "base_model.model."
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _FLOATS = ("float32", "float16", "bfloat16")
 _MOST_SHOWN = 8  # problems in one message
 
@@ -291,7 +291,7 @@ def check_weights(folder: Path) -> None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _TOKENIZERS)
+    return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 class _Tensors:

@@ -75,6 +75,12 @@ def find_added(folder: Path, ordinary: Sequence[str], control: Sequence[str]) ->
     """
     _check_texts(ordinary, control)
     tokenizer = Tokenizer.from_folder(folder)
+    if (ordinary or control) and tokenizer.is_ranked:
+        raise InputError(
+            f"data.added_tokens: {folder} has its vocabulary in a file of ranks (tekken.json, or tiktoken's), which "
+            "takes no new tokens: use one of its unused control tokens, such as <SPECIAL_20>, or put a tokenizer.json "
+            "beside it"
+        )
     if ordinary and not (folder / "tokenizer.json").is_file():
         raise InputError(
             f"data.added_tokens: {folder} has a tokenizer.model and no tokenizer.json, and a SentencePiece model takes "

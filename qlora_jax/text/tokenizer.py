@@ -13,10 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.errors import InputError
+from qlora_jax.io.folder import TOKENIZERS
 from qlora_jax.text import chat_template, tokenizer_files
 from qlora_jax.text.chat_guard import Guard, is_thinking, spoken
 from qlora_jax.text.decode_stream import DecodeStream
-from qlora_jax.text.tokenizer_backends import Backend, Encoding, JsonBackend, SentencePieceBackend
+from qlora_jax.text.ranked import is_ranks, read_ranks
+from qlora_jax.text.tokenizer_backends import Backend, Encoding, JsonBackend, SentencePieceBackend, TekkenBackend
+
+
+def _one_of_the_files() -> str:
+    return f"{', '.join(TOKENIZERS[:-1])} or {TOKENIZERS[-1]}"
 
 
 class Tokenizer:
@@ -47,27 +53,36 @@ class Tokenizer:
         self.thinking = {number: text for number, text in self.controls.items() if is_thinking(text)}
         self._guards: dict[str | None, Guard] = {}  # by the template, which may be exchanged
 
+    @property
+    def is_ranked(self) -> bool:
+        """Whether its files are strings and their ranks, to which nothing is added."""
+        return self._backend.is_ranked
+
     @classmethod
     def from_folder(cls, folder: str | Path, model: str | Path | None = None) -> "Tokenizer":
-        """Reads tokenizer.json, or tokenizer.model where there is none, and the settings beside it.
+        """Reads the first of TOKENIZERS that is there, and the settings beside it.
 
         `model`: the folder whose config.json and generation_config.json say what the tokenizer's files leave open, if
         that is another (an adapter's folder has a tokenizer and no model).
 
         Raises:
-          InputError: neither file is there, one is damaged, or no end token is known.
+          InputError: none is there, one is damaged, or no end token is known.
         """
         folder = Path(folder).expanduser()
         if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder; expected one with tokenizer.json or tokenizer.model")
+            raise InputError(f"{folder}: no such folder; expected one with {_one_of_the_files()}")
         files = tokenizer_files.read(folder, None if model is None else Path(model).expanduser())
         backend: Backend
         if (folder / "tokenizer.json").is_file():
             backend = JsonBackend(folder / "tokenizer.json", files.control_tokens(), files.stops())
-        elif (folder / "tokenizer.model").is_file():
-            backend = SentencePieceBackend(folder / "tokenizer.model", files.added_tokens())
+        elif (file := folder / "tokenizer.model").is_file() and is_ranks(file):
+            backend = JsonBackend(file, files.control_tokens(), spec=read_ranks(file, files.added_tokens()))
+        elif file.is_file():
+            backend = SentencePieceBackend(file, files.added_tokens())
+        elif (folder / "tekken.json").is_file():
+            backend = TekkenBackend(folder / "tekken.json")
         else:
-            raise InputError(f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model there")
+            raise InputError(f"{folder} has no tokenizer: expected {_one_of_the_files()} there")
         return cls(backend, files.settings(backend))
 
     def id_of(self, text: str) -> int | None:

@@ -1,4 +1,5 @@
-"""Two kinds of tokenizer files behind one interface: tokenizer.json (tokenizers), tokenizer.model (SentencePiece).
+"""The kinds of tokenizer files behind one interface: tokenizer.json (tokenizers), tokenizer.model (SentencePiece), and
+files of ranks, which are read as a tokenizer.json (ranked).
 
 Both turn plain text into ids with nothing added, and never read a control token out of it: a data set that
 contains the letters "</s>" means those letters, not the end of the sequence. Marked text, which a chat template
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from qlora_jax.errors import InputError
+from qlora_jax.text import ranked
 from qlora_jax.text.chat_guard import special_pattern, token_names, token_pattern
 
 # Encodings of this many texts exist at a time: the library's objects are some hundred times the size of the ids.
@@ -36,7 +38,8 @@ class Backend(Protocol):
 
     `specials` has the text of every control token with its id; `prefix`: ids that the file has put before every text,
     None for a kind of file that does not say; `defaults`: tokens by the names of tokenizer_config.json, and `eos_id`,
-    for folders where no other file says more; `is_bytes`: it is a byte-level tokenizer.
+    for folders where no other file says more; `is_bytes`: it is a byte-level tokenizer; `is_ranked`: its file
+    has strings and their ranks (ranked).
     """
 
     vocab_size: int
@@ -45,6 +48,7 @@ class Backend(Protocol):
     defaults: dict[str, str]
     eos_id: int | None
     is_bytes: bool
+    is_ranked: bool
 
     def id_of(self, token: str) -> int | None: ...
 
@@ -63,15 +67,18 @@ class Backend(Protocol):
 
 
 class JsonBackend:
-    """tokenizer.json, read by the `tokenizers` library."""
+    """tokenizer.json, or what is read as such (ranked), by the `tokenizers` library."""
 
-    def __init__(self, file: Path, control_tokens: set[str], stops: Sequence[int] = ()) -> None:
-        """`control_tokens`, `stops`: texts and ids of control tokens, even if the file does not mark them special."""
+    def __init__(
+        self, file: Path, control_tokens: set[str], stops: Sequence[int] = (), spec: dict[str, Any] | None = None
+    ) -> None:
+        """`control_tokens`, `stops`: texts and ids of control tokens, even if the file does not mark them special;
+        `spec`: what the file comes to, where it is no tokenizer.json."""
         import tokenizers
 
+        self.is_ranked = spec is not None
         try:
-            text = file.read_text(encoding="utf-8")
-            spec = json.loads(text)
+            spec = spec or json.loads(file.read_text(encoding="utf-8"))
             for token in spec.get("added_tokens", []):
                 is_control = token["content"] in control_tokens or token["id"] in stops
                 token["special"] = token["special"] or is_control
@@ -86,11 +93,20 @@ class JsonBackend:
         self._numbered: Any = None  # the same tokenizer, made when a text needs it
         self._spec = spec
         self.specials = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if t["special"]}
-        self.is_bytes = '"ByteLevel"' in text
+        self.is_bytes = '"ByteLevel"' in json.dumps(spec)
         self.defaults: dict[str, str] = {}
         # This kind of file does not say which of its control tokens ends a text: go by the usual names.
         self.eos_id = next((self.specials[token] for token in _USUAL_EOS if token in self.specials), None)
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        if self.is_ranked:
+            self._check_controls(file)
+
+    def _check_controls(self, file: Path) -> None:
+        """A piece of text that is a whole entry of the vocabulary becomes it, and must not be a control token."""
+        texts = list(self.specials)
+        for text, ids in zip(texts, self.encode_plain(texts), strict=True):
+            if self.specials[text] in ids:
+                raise InputError(f"{file}: the control token {text!r} could not be told from the same letters in text")
 
     def id_of(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
@@ -155,11 +171,20 @@ def _prefix(processor: dict[str, Any] | None) -> tuple[int, ...]:
     return tuple(number for piece in before for number in tokens[piece["SpecialToken"]["id"]]["ids"])
 
 
+class TekkenBackend(JsonBackend):
+    """tekken.json, Mistral's: it begins every text with <s>, and names its tokens by no other file."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(file, set(), spec=ranked.read_tekken(file))
+        self.defaults = {name: text for name, text in ranked.TEKKEN_NAMES.items() if text in self.specials}
+        self.prefix = (self.specials["<s>"],) if "<s>" in self.specials else ()
+
+
 class SentencePieceBackend:
     """tokenizer.model, read by the `sentencepiece` library."""
 
     prefix: tuple[int, ...] | None = None
-    is_bytes = False
+    is_bytes = is_ranked = False
 
     def __init__(self, file: Path, added: dict[str, int]) -> None:
         """`added`: control tokens that the files beside it add to the model's own, text -> id."""
