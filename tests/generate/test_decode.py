@@ -16,6 +16,8 @@ from qlora_jax.generate.seeds import Draws, draws_of_all
 from qlora_jax.io.load import QuantSpec, load_model
 from qlora_jax.io.peft import load_adapter
 
+pytestmark = pytest.mark.quick_compile
+
 MODELS = ["llama1", "llama3"]  # a key head for each query head, and one for all
 greedy = partial(generate, temperature=0.0)
 

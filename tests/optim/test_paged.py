@@ -12,6 +12,8 @@ from qlora_jax.optim.paged import PagedOptimizer
 from qlora_jax.optim.pages import Pages
 from tests.optim.transformations import TRANSFORMATIONS, tree
 
+pytestmark = pytest.mark.quick_compile
+
 UPDATES = 3
 
 
