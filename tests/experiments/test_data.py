@@ -11,6 +11,8 @@ from tests.chat_templates import CHATML
 from tests.conftest import REPOSITORY
 from tests.data.test_chat_examples import with_template
 
+pytestmark = pytest.mark.quick_compile
+
 ROW = b'{"instruction": "I", "output": "O"}\n'
 BAD_FILES = {
     "broken.jsonl": ROW + b'{"instruction": "I", "out\n' + ROW + b"7\n",

@@ -9,6 +9,8 @@ import pytest
 
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
+pytestmark = pytest.mark.quick_compile
+
 KEYS = ["task", "quant", "tokens", "nll_per_token", "perplexity"]
 # nats a token, measured with transformers on the same windows; int4 and fp4 with their dequantized weights
 STORIES = {"none": 1.898, "nf4": 2.021, "int4": 2.087, "fp4": 2.141}

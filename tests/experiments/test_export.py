@@ -12,6 +12,8 @@ from safetensors import safe_open
 from qlora_jax.io import peft
 from qlora_jax.io.load import QuantSpec, load_model
 
+pytestmark = pytest.mark.quick_compile
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -10,6 +10,8 @@ from flax import nnx
 
 from qlora_jax.io.load import QuantSpec, load_model, stored_quant
 
+pytestmark = pytest.mark.quick_compile
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

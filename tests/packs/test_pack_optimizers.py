@@ -16,6 +16,8 @@ from qlora_jax.optim.schedules import OPTIMIZERS, make_optimizer, make_transform
 from qlora_jax.packs.members import learning_rates
 from qlora_jax.packs.step import initial_optimizer
 
+pytestmark = pytest.mark.quick_compile
+
 STEPS = 4
 
 

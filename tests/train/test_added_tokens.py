@@ -23,6 +23,8 @@ from qlora_jax.train.setup import prepare
 from qlora_jax.train.workdir import Workdir
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
+pytestmark = pytest.mark.quick_compile
+
 TOKEN, CONTROL = "<think>", "<|im_start|>"
 
 

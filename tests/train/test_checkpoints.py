@@ -21,6 +21,8 @@ from qlora_jax.optim.pages import Pages
 from qlora_jax.train import checkpoints as module
 from qlora_jax.train.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.quick_compile
+
 SHAPES = {"a": (8, 6, 7), "b": (5, 4, 3)}
 
 

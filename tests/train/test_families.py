@@ -14,6 +14,8 @@ from qlora_jax.train.step import make_gradient
 from tests.families import FAST, FOLDERS
 from tests.random_arrays import random_normal
 
+pytestmark = pytest.mark.quick_compile
+
 QUANT = QuantSpec("nf4", 32, True)
 
 

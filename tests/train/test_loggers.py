@@ -18,6 +18,8 @@ from qlora_jax.sweep.grid import axis, expand
 from qlora_jax.train.loggers import Loggers, check_loggers
 from qlora_jax.train.loop import Run, finetune
 
+pytestmark = pytest.mark.quick_compile
+
 PLAIN = {"lora": {"rank": 2, "targets": ["q_proj"]}, "train": {"steps": 4}}
 
 

@@ -23,6 +23,8 @@ from qlora_jax.train.loop import Run, Stopped, finetune
 from qlora_jax.train.residency import RESERVED, decide
 from qlora_jax.train.setup import check_config
 
+pytestmark = pytest.mark.quick_compile
+
 
 def train(config, path: Path) -> dict:
     return finetune(config, resolved(config), path, say=lambda line: None)

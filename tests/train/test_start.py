@@ -13,6 +13,8 @@ from qlora_jax.io.peft import load_adapter, write_adapter
 from qlora_jax.packs.pack import train_pack
 from qlora_jax.train.setup import prepare
 
+pytestmark = pytest.mark.quick_compile
+
 SECTIONS = {
     "pissa": {"rank": 3, "alpha": 6.0, "targets": ("q_proj", "v_proj", "down_proj")},
     "olora": {"rank": 2, "alpha": 3.0, "targets": ("q_proj", "gate_proj", "down_proj")},

@@ -14,6 +14,8 @@ from qlora_jax.models.vocabulary import grow
 from qlora_jax.train.step import make_gradient
 from tests.random_arrays import random_normal
 
+pytestmark = pytest.mark.quick_compile
+
 FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
 BOTH = ("embed_tokens", "lm_head")
 G, B, T = 2, 2, 11
