@@ -15,7 +15,8 @@ def dense_matmul(x: jax.Array, w: jax.Array, contract: int, dtype: Any = None) -
     The result is of `dtype`, or x's. Its gradient's products take operands of x's dtype too: left to JAX, a float32
     cotangent would meet w in 16 bits, and XLA:GPU would write w out in 32.
     """
-    return _dot(x, w, (((x.ndim - 1,), (contract,)), ((), ()))).astype(dtype or x.dtype)
+    y = _dot(_rows(x), w, (((1,), (contract,)), ((), ())))
+    return y.astype(dtype or x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _dense_forward(x, w, contract, dtype):
@@ -24,24 +25,58 @@ def _dense_forward(x, w, contract, dtype):
 
 def _dense_backward(contract, dtype, residuals, dy):
     x, w = residuals
-    rows = tuple(range(x.ndim - 1))
-    dy = dy.astype(x.dtype)
-    dx = _dot(dy, w, (((x.ndim - 1,), (1 - contract,)), ((), ()))).astype(x.dtype)
-    operands = (dy, x) if contract == 1 else (x, dy)
-    return dx, _dot(*operands, ((rows, rows), ((), ()))).astype(w.dtype)
+    dy, rows = _rows(dy.astype(x.dtype)), _rows(x)
+    dx = _dot(dy, w, (((1,), (1 - contract,)), ((), ()))).astype(x.dtype)
+    operands = (dy, rows) if contract == 1 else (rows, dy)
+    return dx.reshape(x.shape), _dot(*operands, (((0,), (0,)), ((), ()))).astype(w.dtype)
 
 
 dense_matmul.defvjp(_dense_forward, _dense_backward)
 
 
-def low_rank_term(dropped: jax.Array, a: jax.Array, b: jax.Array, scale: float | jax.Array) -> jax.Array:
-    """scale * dropped A^T B^T: dropped [..., I], A [R, I], B [O, R] -> [..., O] in dropped's dtype.
+def low_rank_terms(
+    dropped: jax.Array, a: list[jax.Array], b: list[jax.Array], scale: list[float | jax.Array]
+) -> jax.Array:
+    """scale_p * dropped_p A_p^T B_p^T of P adapters, side by side.
 
-    A and B are rounded to that dtype, and so is every product. What A gives, [..., R], is named "low_rank": small, and
-    worth keeping for the backward pass.
+    Args:
+      dropped: [P, ..., I], for each adapter what dropout leaves of x.
+      a: P of [R, I]. b: P of [O_p, R], rounded to dropped's dtype, as is every product. scale: P numbers or arrays [].
+    Returns:
+      [..., sum of O_p] in dropped's dtype. Its products are one where the adapters are of one shape. What A gives and
+      the scale, [P, ..., R], is named "low_rank": small, and worth keeping for the backward pass.
     """
-    low_rank = checkpoint_name(dense_matmul(dropped, a.astype(dropped.dtype), contract=1), "low_rank")
-    return dense_matmul(low_rank, b.astype(dropped.dtype), contract=1) * jnp.asarray(scale, dropped.dtype)
+    rows, dtype = dropped.reshape(len(a), -1, dropped.shape[-1]), dropped.dtype
+    low_rank = batched_matmul(rows, jnp.stack([each.astype(dtype) for each in a]))
+    scales = jnp.stack([jnp.asarray(each, dtype) for each in scale])
+    low_rank = checkpoint_name(low_rank * scales[:, None, None], "low_rank")
+    if len({each.shape for each in b}) == 1:
+        terms = batched_matmul(low_rank, jnp.stack([each.astype(dtype) for each in b]))  # [P, M, O]
+        joined = jnp.moveaxis(terms, 0, 1).reshape(rows.shape[1], -1)
+    else:
+        parts = [dense_matmul(x, each.astype(dtype), contract=1) for x, each in zip(low_rank, b, strict=True)]
+        joined = jnp.concatenate(parts, axis=-1)
+    return joined.reshape(*dropped.shape[1:-1], joined.shape[-1])
+
+
+@jax.custom_vjp
+def batched_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [P, M, K] times w [P, N, K] over K, each of P: [P, M, N] in x's dtype, as dense_matmul."""
+    return _dot(x, w, (((2,), (2,)), ((0,), (0,)))).astype(x.dtype)
+
+
+def _batched_backward(residuals, dy):
+    x, w = residuals
+    dx = _dot(dy, w, (((2,), (1,)), ((0,), (0,)))).astype(x.dtype)
+    return dx, _dot(dy, x, (((1,), (1,)), ((0,), (0,)))).astype(w.dtype)
+
+
+batched_matmul.defvjp(lambda x, w: (batched_matmul(x, w), (x, w)), _batched_backward)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """x [..., K] -> [M, K]: of two axes of rows XLA:GPU lays arrays out anew for the gradient of w."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _dot(a: jax.Array, b: jax.Array, dims: Any) -> jax.Array:
