@@ -40,14 +40,19 @@ def low_rank_terms(
     """scale_p * dropped_p A_p^T B_p^T of P adapters, side by side.
 
     Args:
-      dropped: [P, ..., I], for each adapter what dropout leaves of x.
+      dropped: [P, ..., I], for each adapter what dropout leaves of x; [1, ..., I] is the same for all.
       a: P of [R, I]. b: P of [O_p, R], rounded to dropped's dtype, as is every product. scale: P numbers or arrays [].
     Returns:
       [..., sum of O_p] in dropped's dtype. Its products are one where the adapters are of one shape. What A gives and
       the scale, [P, ..., R], is named "low_rank": small, and worth keeping for the backward pass.
     """
-    rows, dtype = dropped.reshape(len(a), -1, dropped.shape[-1]), dropped.dtype
-    low_rank = batched_matmul(rows, jnp.stack([each.astype(dtype) for each in a]))
+    P, dtype = len(a), dropped.dtype
+    rows = dropped.reshape(len(dropped), -1, dropped.shape[-1])
+    if len(rows) == P:
+        low_rank = batched_matmul(rows, jnp.stack([each.astype(dtype) for each in a]))
+    else:
+        low_rank = dense_matmul(rows[0], jnp.concatenate([each.astype(dtype) for each in a]), contract=1)
+        low_rank = jnp.moveaxis(low_rank.reshape(len(low_rank), P, -1), 1, 0)
     scales = jnp.stack([jnp.asarray(each, dtype) for each in scale])
     low_rank = checkpoint_name(low_rank * scales[:, None, None], "low_rank")
     if len({each.shape for each in b}) == 1:

@@ -64,7 +64,7 @@ def project(linears: Sequence[Linear], x: jax.Array, dropout: Dropout) -> list[j
     y = matmul_joined(x, weights) if quantized else dense_matmul(x, weights[0].astype(x.dtype), contract=1)
     if any(adapted):
         a, b = ([part.get_value() for part in parts] for parts in zip(*((l.lora_a, l.lora_b) for l in linears)))
-        y = y + low_rank_terms(dropout(x, len(linears)), a, b, [linear.lora_scale for linear in linears])
+        y = y + low_rank_terms(dropout.each(x, len(linears)), a, b, [linear.lora_scale for linear in linears])
     else:
         dropout.skip(len(linears))
     outputs = jnp.split(y, np.cumsum([w.shape[0] for w in weights])[:-1], axis=-1)
