@@ -18,7 +18,7 @@ from qlora_jax.models.attention import (
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.dropout import Dropout
 from qlora_jax.models.layers import ACTIVATIONS, Linear, Norm, Setting, gradient_after, part_of, place, project
-from qlora_jax.models.rope import Rotation, rotate
+from qlora_jax.models.rope import Turn, rotate
 
 
 class Cache(NamedTuple):
@@ -35,7 +35,7 @@ class Context(NamedTuple):
     """What every layer of one forward pass shares."""
 
     positions: jax.Array  # int32 [B, T]
-    rotation: Rotation | None  # None: a model without rotary embedding
+    turn: Turn | None  # None: a model without rotary embedding
     implementation: str  # of attention: one of attention.IMPLEMENTATIONS
     starts: jax.Array | None = None  # int32 [B, T], the first place each token sees; None: all see the row's first
 
@@ -98,10 +98,10 @@ class Block(nnx.Module):
         return self.norm(norm, y.reshape(shape))
 
     def turned(self, x: jax.Array, context: Context) -> jax.Array:
-        if context.rotation is None:
+        if context.turn is None:
             return x
         choice = self.rope.get_value() if len(set(self.kind.layer_ropes)) > 1 else None
-        return rotate(x, context.positions, context.rotation.of_layer(choice), self.kind.rotary == "pairs")
+        return rotate(x, context.turn.of_layer(choice), self.kind.rotary == "pairs")
 
     def queries(self, x: jax.Array, context: Context, dropout: Dropout) -> jax.Array:
         """x [B, T, D] -> [B, T, N, H], rotated."""
