@@ -14,7 +14,7 @@ import functools
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
 
@@ -132,9 +132,19 @@ def matmul_joined(x: jax.Array, packed: tuple[Packed, ...], codecs: tuple[Codec,
     return _product("forward", x, packed, codecs)
 
 
+def backward(dy: jax.Array, packed: tuple[Packed, ...], codecs: tuple[Codec, ...]) -> jax.Array:
+    """dx [..., I] of matmul_joined, from dy [..., sum of O_k]."""
+    return _product("backward", dy, packed, codecs)
+
+
+def is_dense(op: config.Op, x: jax.Array, codecs: tuple[Codec, ...]) -> bool:
+    """Whether XLA's product is what all these weights take with rows x [M, .], which are all there."""
+    return all(_is_always_xla(op, codec) or path(codec, x.dtype, op, x.shape[0]) == "xla" for codec in codecs)
+
+
 def _product(op: config.Op, x: jax.Array, packed: tuple[Packed, ...], codecs: tuple[Codec, ...]) -> jax.Array:
     if all(_is_always_xla(op, codec) for codec in codecs):
-        return _dense(op, x, packed, codecs)
+        return dense_product(op, x, packed, codecs)
     return _over_rows(partial(_by_path, op), codecs)(x, packed)
 
 
@@ -148,13 +158,13 @@ def _by_path(op: config.Op, x: jax.Array, packed: tuple[Packed, ...], codecs: tu
     """The product of rows [M, .], which are all there: their number decides the way."""
     ways = [path(codec, x.dtype, op, x.shape[0]) for codec in codecs]
     if all(way == "xla" for way in ways):
-        return _dense(op, x, packed, codecs)
+        return dense_product(op, x, packed, codecs)
     parts = [x] * len(codecs) if op == "forward" else _parts(x, codecs)
     products = []
     for way, part, arrays, codec in zip(ways, parts, packed, codecs, strict=True):
         if products:  # one weight at a time
             part, products[-1] = jax.lax.optimization_barrier((part, products[-1]))
-        one = partial(_dense, op) if way == "xla" else _kernel_product(way, op)
+        one = partial(dense_product, op) if way == "xla" else _kernel_product(way, op)
         products.append(one(part, (arrays,), (codec,)))
     return jnp.concatenate(products, axis=-1) if op == "forward" else sum(products)
 
@@ -168,17 +178,26 @@ def _parts(dy: jax.Array, codecs: tuple[Codec, ...]) -> list[jax.Array]:
     return jnp.split(dy, np.cumsum([codec.shape[0] for codec in codecs])[:-1], axis=-1)
 
 
-def _dense(op: config.Op, x: jax.Array, packed: tuple[Packed, ...], codecs: tuple[Codec, ...]) -> jax.Array:
+def dense_product(
+    op: config.Op,
+    x: jax.Array,
+    packed: tuple[Packed, ...],
+    codecs: tuple[Codec, ...],
+    beside: Sequence[jax.Array] = (),
+) -> jax.Array:
     """XLA's product. A weight is not dequantized before x is there: that waits for the scales, and they for x.
 
-    Left alone, XLA:GPU dequantizes several of a layer's weights at its start and keeps them all.
+    Left alone, XLA:GPU dequantizes several of a layer's weights at its start and keeps them all. `beside`: more columns
+    for each weight, [O_k, .].
     """
     joined = _concatenated([scales(one, codec) for one, codec in zip(packed, codecs, strict=True)])
     x, joined = jax.lax.optimization_barrier((x, joined))
     absmax = jnp.split(joined, np.cumsum([one.absmax.shape[0] for one in packed])[:-1])
     arrays = zip(packed, absmax, codecs, strict=True)
-    w = _concatenated([scaled(one.codes, scale, codec, x.dtype) for one, scale, codec in arrays])
-    return dense_matmul(x, w, contract=1 if op == "forward" else 0)
+    w = [scaled(one.codes, scale, codec, x.dtype) for one, scale, codec in arrays]
+    if beside:
+        w = [jnp.concatenate(both, axis=1) for both in zip(w, beside, strict=True)]
+    return dense_matmul(x, _concatenated(w), contract=1 if op == "forward" else 0)
 
 
 def _concatenated(arrays: list[jax.Array]) -> jax.Array:

@@ -1,11 +1,10 @@
-"""Products with weights in 16 or 32 bits, as XLA computes them; the low-rank term of an adapter is two of them."""
+"""Products with weights in 16 or 32 bits, as XLA computes them."""
 
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -32,36 +31,6 @@ def _dense_backward(contract, dtype, residuals, dy):
 
 
 dense_matmul.defvjp(_dense_forward, _dense_backward)
-
-
-def low_rank_terms(
-    dropped: jax.Array, a: list[jax.Array], b: list[jax.Array], scale: list[float | jax.Array]
-) -> jax.Array:
-    """scale_p * dropped_p A_p^T B_p^T of P adapters, side by side.
-
-    Args:
-      dropped: [P, ..., I], for each adapter what dropout leaves of x; [1, ..., I] is the same for all.
-      a: P of [R, I]. b: P of [O_p, R], rounded to dropped's dtype, as is every product. scale: P numbers or arrays [].
-    Returns:
-      [..., sum of O_p] in dropped's dtype. Its products are one where the adapters are of one shape. What A gives and
-      the scale, [P, ..., R], is named "low_rank": small, and worth keeping for the backward pass.
-    """
-    P, dtype = len(a), dropped.dtype
-    rows = dropped.reshape(len(dropped), -1, dropped.shape[-1])
-    if len(rows) == P:
-        low_rank = batched_matmul(rows, jnp.stack([each.astype(dtype) for each in a]))
-    else:
-        low_rank = dense_matmul(rows[0], jnp.concatenate([each.astype(dtype) for each in a]), contract=1)
-        low_rank = jnp.moveaxis(low_rank.reshape(len(low_rank), P, -1), 1, 0)
-    scales = jnp.stack([jnp.asarray(each, dtype) for each in scale])
-    low_rank = checkpoint_name(low_rank * scales[:, None, None], "low_rank")
-    if len({each.shape for each in b}) == 1:
-        terms = batched_matmul(low_rank, jnp.stack([each.astype(dtype) for each in b]))  # [P, M, O]
-        joined = jnp.moveaxis(terms, 0, 1).reshape(rows.shape[1], -1)
-    else:
-        parts = [dense_matmul(x, each.astype(dtype), contract=1) for x, each in zip(low_rank, b, strict=True)]
-        joined = jnp.concatenate(parts, axis=-1)
-    return joined.reshape(*dropped.shape[1:-1], joined.shape[-1])
 
 
 @jax.custom_vjp

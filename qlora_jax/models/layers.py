@@ -13,7 +13,7 @@ from flax import nnx
 
 from pallas_kernels.nf4_matmul import dense_matmul, low_rank_terms
 from qlora_jax.models.dropout import Dropout
-from qlora_jax.quant.tensor import QuantizedTensor, matmul_joined
+from qlora_jax.quant.tensor import QuantizedTensor, matmul_adapted, matmul_joined
 
 
 class Frozen(nnx.Variable):
@@ -60,13 +60,19 @@ def project(linears: Sequence[Linear], x: jax.Array, dropout: Dropout) -> list[j
             outputs += project([linear], x, dropout)
             x, outputs[-1] = in_order(x, outputs[-1])
         return outputs
-    # x's gradient is summed in the order of these products: another order rounds otherwise
-    y = matmul_joined(x, weights) if quantized else dense_matmul(x, weights[0].astype(x.dtype), contract=1)
     if any(adapted):
         a, b = ([part.get_value() for part in parts] for parts in zip(*((l.lora_a, l.lora_b) for l in linears)))
-        y = y + low_rank_terms(dropout.each(x, len(linears)), a, b, [linear.lora_scale for linear in linears])
+        terms = (dropout.each(x, len(linears)), a, b, [linear.lora_scale for linear in linears])
     else:
         dropout.skip(len(linears))
+    if not quantized:
+        y = dense_matmul(x, weights[0].astype(x.dtype), contract=1)
+        y = y + low_rank_terms(*terms) if any(adapted) else y
+    elif any(adapted):
+        dropped, *adapters = terms
+        y = matmul_adapted(x, dropped, weights, *adapters)
+    else:
+        y = matmul_joined(x, weights)
     outputs = jnp.split(y, np.cumsum([w.shape[0] for w in weights])[:-1], axis=-1)
     return [
         out + linear.bias.get_value().astype(out.dtype) if hasattr(linear, "bias") else out
