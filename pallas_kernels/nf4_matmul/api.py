@@ -197,7 +197,9 @@ def dense_product(
     w = [scaled(one.codes, scale, codec, x.dtype) for one, scale, codec in arrays]
     if beside:
         w = [jnp.concatenate(both, axis=1) for both in zip(w, beside, strict=True)]
-    return dense_matmul(x, _concatenated(w), contract=1 if op == "forward" else 0)
+    # the barrier: what is joined is one array, and not left to whatever way of multiplying XLA takes
+    joined = w[0] if len(w) == 1 and not beside else jax.lax.optimization_barrier(_concatenated(w))
+    return dense_matmul(x, joined, contract=1 if op == "forward" else 0)
 
 
 def _concatenated(arrays: list[jax.Array]) -> jax.Array:
