@@ -1,17 +1,22 @@
 """Products of packed weights with adapters beside them: y_p = x W_p^T + scale_p * dropped_p A_p^T B_p^T.
 
-In few products: the weights of one x are joined (api.matmul_joined), adapters of one shape multiplied in a batch. Backward, d x
-and what goes to the A's take the same d y, so that B_p stands beside W_p in one product, [d x | d low_rank] = d y [W | B],
-where several adapters keep to rows and columns of their own.
+In few products: the weights of one x are joined (api.matmul_joined), adapters of one shape multiplied in a batch, and B stands
+beside W, where several adapters keep to rows and columns of their own:
+
+    y = [x | low_rank] [W | B]^T        [d x | d low_rank] = d y [W | B]
+
+That is for GPUs, where XLA dequantizes and multiplies. Packs, CPUs and kernels that decode take W and B apart.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.nf4_matmul import api
+from pallas_kernels.nf4_matmul import api, config
 from pallas_kernels.nf4_matmul.dense import batched_matmul, dense_matmul
 from pallas_kernels.nf4_matmul.operands import Codec, Packed
 
@@ -77,7 +82,7 @@ def _adapted(
     x: jax.Array, low_rank: jax.Array, b: Matrices, packed: tuple[Packed, ...], codecs: tuple[Codec, ...]
 ) -> jax.Array:
     """x [M, I], low_rank [P, M, R], B_p [O_p, R] -> [M, sum of O_p]."""
-    return api.matmul_joined(x, packed, codecs) + _terms(low_rank, b)
+    return _in_one("forward", codecs)(x, low_rank, b, packed)
 
 
 def _forward(x, low_rank, b, packed, codecs):
@@ -87,40 +92,63 @@ def _forward(x, low_rank, b, packed, codecs):
 def _backward(codecs, residuals, dy):
     low_rank, b, packed = residuals
     _, to_b = jax.vjp(lambda b: _terms(low_rank, b), b)
-    dx, d_low_rank = _pulled(codecs)(dy, b, packed)
+    dx, d_low_rank = _in_one("backward", codecs)(dy, low_rank, b, packed)
     return dx, d_low_rank, *to_b(dy), None
 
 
 _adapted.defvjp(_forward, _backward)
 
 
-def _pulled(codecs: tuple[Codec, ...]):
-    """(d y [M, sum of O_p], b, packed) -> (d x [M, I], d low_rank [P, M, R])."""
+def _in_one(op: config.Op, codecs: tuple[Codec, ...]) -> Callable[..., Any]:
+    """(x or d y, low_rank, b, packed) -> y, or (d x, d low_rank): by one product where that is XLA's on a GPU."""
+    apart, together = _WAYS[op]
+    apart, together = partial(apart, codecs=codecs), partial(together, codecs=codecs)
 
     @jax.custom_batching.custom_vmap
-    def pull(dy: jax.Array, b: Matrices, packed: tuple[Packed, ...]) -> tuple[jax.Array, jax.Array]:
-        if not api.is_dense("backward", dy, codecs):
-            return _apart(dy, b, packed, codecs)
-        both = partial(_together, codecs=codecs)
-        return jax.lax.platform_dependent(dy, b, packed, cpu=partial(_apart, codecs=codecs), default=both)
+    def product(rows: jax.Array, low_rank: jax.Array, b: Matrices, packed: tuple[Packed, ...]) -> Any:
+        if not _pays(op, codecs) or not api.is_dense(op, rows, codecs):
+            return apart(rows, low_rank, b, packed)
+        return jax.lax.platform_dependent(rows, low_rank, b, packed, cpu=apart, default=together)
 
-    @pull.def_vmap
-    def over_members(axis_size, batched, dy, b, packed):
-        """A pack's members share W and have B's of their own, which cannot stand beside it."""
+    @product.def_vmap
+    def of_a_pack(axis_size, batched, *arguments):
+        """Members share W and have B's of their own, which cannot stand beside it."""
         axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, tuple(batched))
-        out = jax.vmap(partial(_apart, codecs=codecs), in_axes=axes, axis_size=axis_size)(dy, b, packed)
-        return out, (True, True)
+        out = jax.vmap(apart, in_axes=axes, axis_size=axis_size)(*arguments)
+        return out, jax.tree.map(lambda _: True, out)
 
-    return pull
+    return product
 
 
-def _apart(dy, b, packed, codecs):
-    _, to_low_rank = jax.vjp(lambda low_rank: _terms(low_rank, b), jnp.zeros((len(b), len(dy), b[0].shape[1]), dy.dtype))
+def _pays(op: config.Op, codecs: tuple[Codec, ...]) -> bool:
+    """Forward x is copied, to stand beside low_rank; what the copy spares is as wide as y."""
+    return op == "backward" or sum(codec.shape[0] for codec in codecs) > codecs[0].shape[1]
+
+
+def _forward_apart(x, low_rank, b, packed, codecs):
+    return api.matmul_joined(x, packed, codecs) + _terms(low_rank, b)
+
+
+def _forward_together(x, low_rank, b, packed, codecs):
+    x = jnp.concatenate([x, jnp.moveaxis(low_rank, 0, 1).reshape(len(x), -1)], axis=1)
+    return api.dense_product("forward", x, packed, codecs, beside=_columns(b))
+
+
+def _backward_apart(dy, low_rank, b, packed, codecs):
+    _, to_low_rank = jax.vjp(lambda low_rank: _terms(low_rank, b), low_rank)
     return api.backward(dy, packed, codecs), *to_low_rank(dy)
 
 
-def _together(dy, b, packed, codecs):
-    P, R, I = len(b), b[0].shape[1], codecs[0].shape[1]  # noqa: E741
-    columns = [jnp.pad(each, ((0, 0), (p * R, (P - 1 - p) * R))) for p, each in enumerate(b)]
-    out = api.dense_product("backward", dy, packed, codecs, beside=columns)
-    return out[:, :I], jnp.moveaxis(out[:, I:].reshape(-1, P, R), 1, 0)
+def _backward_together(dy, low_rank, b, packed, codecs):
+    I = codecs[0].shape[1]  # noqa: E741
+    out = api.dense_product("backward", dy, packed, codecs, beside=_columns(b))
+    return out[:, :I], jnp.moveaxis(out[:, I:].reshape(len(dy), len(b), -1), 1, 0)
+
+
+_WAYS = {"forward": (_forward_apart, _forward_together), "backward": (_backward_apart, _backward_together)}
+
+
+def _columns(b: Matrices) -> list[jax.Array]:
+    """What stands beside each W_p: its B_p [O_p, R] in columns of its own, [O_p, P * R]."""
+    P, R = len(b), b[0].shape[1]
+    return [jnp.pad(each, ((0, 0), (p * R, (P - 1 - p) * R))) for p, each in enumerate(b)]
