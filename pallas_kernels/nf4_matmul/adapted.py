@@ -1,7 +1,7 @@
 """Products of packed weights with adapters beside them: y_p = x W_p^T + scale_p * dropped_p A_p^T B_p^T.
 
-In few products: the weights of one x are joined (api.matmul_joined), adapters of one shape multiplied in a batch, and B stands
-beside W, where several adapters keep to rows and columns of their own:
+In few products: the weights of one x are joined (api.matmul_joined), adapters of one shape multiplied in a batch, and B
+stands beside W, where several adapters keep to rows and columns of their own:
 
     y = [x | low_rank] [W | B]^T        [d x | d low_rank] = d y [W | B]
 

@@ -41,9 +41,14 @@ def dequantize_absmax(
         mapped,
         nested,
         cpu=lambda mapped, nested: jax.lax.optimization_barrier(mapped * nested),
-        default=lambda mapped, nested: jnp.where(mapped <= largest, mapped * nested, 0.0),
+        default=lambda mapped, nested: rounded_product(mapped, nested, largest),
     )
     return product + jnp.broadcast_to(offset, product.shape)
+
+
+def rounded_product(mapped: jax.Array, nested: jax.Array, largest: float) -> jax.Array:
+    """mapped * nested, that no compiler contracts with what is added; mapped is at most `largest`, which none knows."""
+    return jnp.where(mapped <= largest, mapped * nested, 0.0)
 
 
 def dequantize(

@@ -86,7 +86,7 @@ class Dropout:
         return x if self.words is None else self.each(x, 1)[0]
 
     def each(self, x: jax.Array, count: int) -> jax.Array:
-        """x [..., T, I] as `count` linear layers take it: [count, ..., T, I]; [1, ..., T, I] where all take x itself."""
+        """x [..., T, I] as `count` linear layers take it: [count, ..., T, I]; [1, ..., T, I] where each takes x."""
         if self.words is None:
             return x[None]
         places = [self.place + 1 + k for k in range(count)]

@@ -55,14 +55,16 @@ def project(linears: Sequence[Linear], x: jax.Array, dropout: Dropout) -> list[j
     adapted = [linear.lora_a is not None for linear in linears]
     quantized = all(isinstance(w, QuantizedTensor) for w in weights)
     if len(linears) > 1 and not (quantized and all(adapted) == any(adapted)):
-        outputs = []
+        outputs: list[jax.Array] = []
         for linear in linears:
+            if outputs:
+                x, outputs[-1] = in_order(x, outputs[-1])
             outputs += project([linear], x, dropout)
-            x, outputs[-1] = in_order(x, outputs[-1])
         return outputs
     if any(adapted):
-        a, b = ([part.get_value() for part in parts] for parts in zip(*((l.lora_a, l.lora_b) for l in linears)))
-        terms = (dropout.each(x, len(linears)), a, b, [linear.lora_scale for linear in linears])
+        a = tuple(linear.lora_a.get_value() for linear in linears)
+        b = tuple(linear.lora_b.get_value() for linear in linears)
+        terms = (dropout.each(x, len(linears)), a, b, tuple(linear.lora_scale for linear in linears))
     else:
         dropout.skip(len(linears))
     if not quantized:
