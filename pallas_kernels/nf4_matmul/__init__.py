@@ -6,7 +6,7 @@ which, and measure (timing) and tune (the fastest right way) find out.
 """
 
 from pallas_kernels.nf4_matmul.adapted import low_rank_terms, matmul_adapted
-from pallas_kernels.nf4_matmul.api import BACKENDS, matmul, matmul_joined, path
+from pallas_kernels.nf4_matmul.api import BACKENDS, is_for_cpu, matmul, matmul_joined, path
 from pallas_kernels.nf4_matmul.dense import dense_matmul
 from pallas_kernels.nf4_matmul.operands import Codec, Packed, dequantize
 from pallas_kernels.nf4_matmul.reference import NESTED_BLOCK, unpack
@@ -18,6 +18,7 @@ __all__ = [
     "Packed",
     "dense_matmul",
     "dequantize",
+    "is_for_cpu",
     "low_rank_terms",
     "matmul",
     "matmul_adapted",

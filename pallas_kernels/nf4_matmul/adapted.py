@@ -56,7 +56,9 @@ def low_rank_of(dropped: jax.Array, a: Matrices, scale: tuple[float | jax.Array,
     """scale_p * dropped_p A_p^T: [P, M, R], named "low_rank": small, and worth keeping for the backward pass."""
     P, dtype = len(a), dropped.dtype
     rows = dropped.reshape(len(dropped), -1, dropped.shape[-1])
-    if len(rows) == P:
+    if P == 1:
+        low_rank = dense_matmul(rows[0], a[0].astype(dtype), contract=1)[None]
+    elif len(rows) == P:
         low_rank = batched_matmul(rows, jnp.stack([each.astype(dtype) for each in a]))
     else:
         low_rank = dense_matmul(rows[0], jnp.concatenate([each.astype(dtype) for each in a]), contract=1)
@@ -67,6 +69,8 @@ def low_rank_of(dropped: jax.Array, a: Matrices, scale: tuple[float | jax.Array,
 
 def _terms(low_rank: jax.Array, b: Matrices) -> jax.Array:
     """low_rank [P, M, R], B_p [O_p, R] -> [M, sum of O_p]."""
+    if len(b) == 1:
+        return dense_matmul(low_rank[0], b[0], contract=1)
     if _is_alike(b):
         return jnp.moveaxis(batched_matmul(low_rank, jnp.stack(b)), 0, 1).reshape(low_rank.shape[1], -1)
     parts = [dense_matmul(x, each, contract=1) for x, each in zip(low_rank, b, strict=True)]

@@ -26,8 +26,8 @@ def _dense_backward(contract, dtype, residuals, dy):
     x, w = residuals
     dy, rows = _rows(dy.astype(x.dtype)), _rows(x)
     dx = _dot(dy, w, (((1,), (1 - contract,)), ((), ()))).astype(x.dtype)
-    operands = (dy, rows) if contract == 1 else (rows, dy)
-    return dx.reshape(x.shape), _dot(*operands, (((0,), (0,)), ((), ()))).astype(w.dtype)
+    left, right = (dy, rows) if contract == 1 else (rows, dy)
+    return dx.reshape(x.shape), _dot(left, right, (((0,), (0,)), ((), ()))).astype(w.dtype)
 
 
 dense_matmul.defvjp(_dense_forward, _dense_backward)

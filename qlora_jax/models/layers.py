@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.nf4_matmul import dense_matmul, low_rank_terms
+from pallas_kernels.nf4_matmul import dense_matmul, is_for_cpu, low_rank_terms
 from qlora_jax.models.dropout import Dropout
 from qlora_jax.quant.tensor import QuantizedTensor, matmul_adapted, matmul_joined
 
@@ -49,12 +49,13 @@ class Linear(nnx.Module):
 def project(linears: Sequence[Linear], x: jax.Array, dropout: Dropout) -> list[jax.Array]:
     """What each of several linear layers makes of one x [..., I]: [..., O] each.
 
-    Their products are one, as are those of their adapters, where all are quantized and all have an adapter.
+    On a GPU their products are one, as are those of their adapters, where all are quantized and all have an adapter or
+    none has. On a CPU each is computed for itself: batches and joined weights are slower there.
     """
     weights = [linear.weight.get_value() for linear in linears]
     adapted = [linear.lora_a is not None for linear in linears]
     quantized = all(isinstance(w, QuantizedTensor) for w in weights)
-    if len(linears) > 1 and not (quantized and all(adapted) == any(adapted)):
+    if len(linears) > 1 and (is_for_cpu() or not quantized or all(adapted) != any(adapted)):
         outputs: list[jax.Array] = []
         for linear in linears:
             if outputs:

@@ -56,8 +56,9 @@ def test_values_and_gradients_are_the_formulas(quantized, dtype):
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 @pytest.mark.parametrize("heights", [(48, 48, 48), (48, 16, 16), (32,)])
-def test_linear_layers_of_one_input_are_each_for_itself(heights, rate):
-    """Joined in few products: values, and gradients of x, of each A and of each B."""
+def test_linear_layers_of_one_input_are_each_for_itself(heights, rate, monkeypatch):
+    """Joined in few products, as for a GPU: values, and gradients of x, of each A and of each B."""
+    monkeypatch.setattr("qlora_jax.models.layers.is_for_cpu", lambda: False)
     linears = []
     for k, O in enumerate(heights):  # noqa: E741
         linear = Linear(quantize(normal(O, 64, seed=k)), normal(O, seed=20 + k))
