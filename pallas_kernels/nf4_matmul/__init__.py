@@ -5,8 +5,9 @@ dense (XLA's products) or a kernel of triton/ or mosaic/; config (tiles, tuned t
 which, and measure (timing) and tune (the fastest right way) find out.
 """
 
-from pallas_kernels.nf4_matmul.api import BACKENDS, matmul, path
-from pallas_kernels.nf4_matmul.dense import dense_matmul, low_rank_term
+from pallas_kernels.nf4_matmul.adapted import low_rank_terms, matmul_adapted
+from pallas_kernels.nf4_matmul.api import BACKENDS, is_for_cpu, matmul, matmul_joined, path
+from pallas_kernels.nf4_matmul.dense import dense_matmul
 from pallas_kernels.nf4_matmul.operands import Codec, Packed, dequantize
 from pallas_kernels.nf4_matmul.reference import NESTED_BLOCK, unpack
 
@@ -17,8 +18,11 @@ __all__ = [
     "Packed",
     "dense_matmul",
     "dequantize",
-    "low_rank_term",
+    "is_for_cpu",
+    "low_rank_terms",
     "matmul",
+    "matmul_adapted",
+    "matmul_joined",
     "path",
     "unpack",
 ]

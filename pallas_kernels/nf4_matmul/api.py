@@ -14,16 +14,17 @@ import functools
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.nf4_matmul import config
 from pallas_kernels.nf4_matmul.dense import dense_matmul
-from pallas_kernels.nf4_matmul.operands import Codec, Packed, dequantize
+from pallas_kernels.nf4_matmul.operands import Codec, Packed, scaled, scales
 from pallas_kernels.nf4_matmul.shapes import Shape
 
 # backend -> its module, imported when it is chosen
@@ -80,6 +81,12 @@ def _device_kind() -> str:
     return jax.devices()[0].device_kind if abstract is None else abstract.device_kind
 
 
+def is_for_cpu() -> bool:
+    """Whether programs are traced for a CPU: joined products are no faster there."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.default_backend() if abstract is None else abstract.platform) == "cpu"
+
+
 def _is_installed(backend: str) -> bool:
     return backend not in _PACKAGES or importlib.util.find_spec(_PACKAGES[backend].replace("-", "_")) is not None
 
@@ -100,7 +107,6 @@ def _say_refused(backend: str, shape: tuple[int, int], reason: str) -> None:
     log.warning("nf4_matmul: the weight %s takes backend xla instead of %s: %s", list(shape), backend, reason)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
     """y = x W^T.
 
@@ -114,62 +120,112 @@ def matmul(x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
       ValueError: x's last dimension is not I, or the backend is unknown.
       RuntimeError, ImportError: backend "triton", "scratch" or "mosaic" without its GPU or its packages.
     """
-    if x.shape[-1] != codec.shape[1]:
-        raise ValueError(
-            f"x has {x.shape[-1]} features, the weight [out, in] = {list(codec.shape)} takes {codec.shape[1]}"
-        )
-    _check(codec)
-    return _product("forward", x, packed, codec)
+    return matmul_joined(x, (packed,), (codec,))
 
 
-def _product(op: config.Op, x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
-    backend = codec.backend
-    if backend == "auto" and not config.is_tuned(_device_kind(), op, Shape(*codec.shape), codec.block_size):
-        backend = "xla"
-    if backend == "xla":
-        return _dense(op, x, packed, codec)
-    return _over_rows(partial(_by_path, op), codec)(x, packed)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul_joined(x: jax.Array, packed: tuple[Packed, ...], codecs: tuple[Codec, ...]) -> jax.Array:
+    """What several weights [O_k, I] make of one x, side by side: [..., sum of O_k]; otherwise as matmul.
 
-
-def _by_path(op: config.Op, x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
-    """The product of rows [M, .], which are all there: their number decides the way."""
-    backend = path(codec, x.dtype, op, x.shape[0])
-    if backend == "xla":
-        return _dense(op, x, packed, codec)
-    return getattr(_kernels(backend), op)(x, packed, codec)
-
-
-def _dense(op: config.Op, x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
-    x, packed = _not_before(x, packed)
-    return dense_matmul(x, dequantize(packed, codec, x.dtype), contract=1 if op == "forward" else 0)
-
-
-def _not_before(x: jax.Array, packed: Packed) -> tuple[jax.Array, Packed]:
-    """The same arrays; a weight that is dequantized from them is not dequantized before x is there.
-
-    Left alone, XLA:GPU dequantizes several of a layer's weights at its start and keeps them all. Of the scales' offset,
-    one number, all weights depend; without one the scales pass the barrier. It makes a copy of a layer's slice of
-    whatever passes it: a kernel more.
+    Where all of them take "xla" that is one product: they are dequantized into one array.
     """
-    held = "absmax" if packed.offset is None else "offset"
-    x, value = jax.lax.optimization_barrier((x, getattr(packed, held)))
-    return x, packed._replace(**{held: value})
+    for codec in codecs:
+        if x.shape[-1] != codec.shape[1]:
+            raise ValueError(
+                f"x has {x.shape[-1]} features, the weight [out, in] = {list(codec.shape)} takes {codec.shape[1]}"
+            )
+        _check(codec)
+    return _product("forward", x, packed, codecs)
 
 
-def _forward(x, packed, codec):
-    return matmul(x, packed, codec), packed
+def backward(dy: jax.Array, packed: tuple[Packed, ...], codecs: tuple[Codec, ...]) -> jax.Array:
+    """dx [..., I] of matmul_joined, from dy [..., sum of O_k]."""
+    return _product("backward", dy, packed, codecs)
 
 
-def _backward(codec, packed, dy):
-    return _product("backward", dy, packed, codec), None
+def is_dense(op: config.Op, x: jax.Array, codecs: tuple[Codec, ...]) -> bool:
+    """Whether XLA's product is what all these weights take with rows x [M, .], which are all there."""
+    return all(_is_always_xla(op, codec) or path(codec, x.dtype, op, x.shape[0]) == "xla" for codec in codecs)
 
 
-def _over_rows(kernel: Callable, codec: Codec) -> Callable[[jax.Array, Packed], jax.Array]:
+def _product(op: config.Op, x: jax.Array, packed: tuple[Packed, ...], codecs: tuple[Codec, ...]) -> jax.Array:
+    if all(_is_always_xla(op, codec) for codec in codecs):
+        return dense_product(op, x, packed, codecs)
+    return _over_rows(partial(_by_path, op), codecs)(x, packed)
+
+
+def _is_always_xla(op: config.Op, codec: Codec) -> bool:
+    if codec.backend == "auto":
+        return not config.is_tuned(_device_kind(), op, Shape(*codec.shape), codec.block_size)
+    return codec.backend == "xla"
+
+
+def _by_path(op: config.Op, x: jax.Array, packed: tuple[Packed, ...], codecs: tuple[Codec, ...]) -> jax.Array:
+    """The product of rows [M, .], which are all there: their number decides the way."""
+    ways = [path(codec, x.dtype, op, x.shape[0]) for codec in codecs]
+    if all(way == "xla" for way in ways):
+        return dense_product(op, x, packed, codecs)
+    parts = [x] * len(codecs) if op == "forward" else _parts(x, codecs)
+    products: list[jax.Array] = []
+    for way, part, arrays, codec in zip(ways, parts, packed, codecs, strict=True):
+        if products:  # one weight at a time
+            part, products[-1] = jax.lax.optimization_barrier((part, products[-1]))
+        one = partial(dense_product, op) if way == "xla" else _kernel_product(way, op)
+        products.append(one(part, (arrays,), (codec,)))
+    return jnp.concatenate(products, axis=-1) if op == "forward" else functools.reduce(jnp.add, products)
+
+
+def _kernel_product(backend: str, op: config.Op) -> Callable[..., jax.Array]:
+    return lambda x, packed, codecs: getattr(_kernels(backend), op)(x, *packed, *codecs)
+
+
+def _parts(dy: jax.Array, codecs: tuple[Codec, ...]) -> list[jax.Array]:
+    """dy [M, sum of O_k] -> what belongs to each weight."""
+    return jnp.split(dy, np.cumsum([codec.shape[0] for codec in codecs])[:-1], axis=-1)
+
+
+def dense_product(
+    op: config.Op,
+    x: jax.Array,
+    packed: tuple[Packed, ...],
+    codecs: tuple[Codec, ...],
+    beside: Sequence[jax.Array] = (),
+) -> jax.Array:
+    """XLA's product. A weight is not dequantized before x is there: that waits for the scales, and they for x.
+
+    Left alone, XLA:GPU dequantizes several of a layer's weights at its start and keeps them all. `beside`: more columns
+    for each weight, [O_k, .].
+    """
+    joined = _concatenated([scales(one, codec) for one, codec in zip(packed, codecs, strict=True)])
+    x, joined = jax.lax.optimization_barrier((x, joined))
+    absmax = jnp.split(joined, np.cumsum([one.absmax.shape[0] for one in packed])[:-1])
+    arrays = zip(packed, absmax, codecs, strict=True)
+    w = [scaled(one.codes, scale, codec, x.dtype) for one, scale, codec in arrays]
+    if beside:
+        w = [jnp.concatenate(both, axis=1) for both in zip(w, beside, strict=True)]
+    # the barrier: what is joined is one array, and not left to whatever way of multiplying XLA takes
+    joined = w[0] if len(w) == 1 and not beside else jax.lax.optimization_barrier(_concatenated(w))
+    return dense_matmul(x, joined, contract=1 if op == "forward" else 0)
+
+
+def _concatenated(arrays: list[jax.Array]) -> jax.Array:
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
+
+
+def _forward(x, packed, codecs):
+    return matmul_joined(x, packed, codecs), packed
+
+
+def _backward(codecs, packed, dy):
+    return _product("backward", dy, packed, codecs), None
+
+
+def _over_rows(kernel: Callable, codecs: tuple[Codec, ...]) -> Callable[[jax.Array, tuple[Packed, ...]], jax.Array]:
     """The kernel on [..., K]: every axis but the last is rows, and so is that of a vmap over x (a pack of adapters)."""
 
     @jax.custom_batching.custom_vmap
-    def product(x: jax.Array, packed: Packed) -> jax.Array:
-        rows = kernel(x.reshape(-1, x.shape[-1]), packed, codec)
+    def product(x: jax.Array, packed: tuple[Packed, ...]) -> jax.Array:
+        rows = kernel(x.reshape(-1, x.shape[-1]), packed, codecs)
         return rows.reshape(*x.shape[:-1], rows.shape[-1])
 
     @product.def_vmap
@@ -185,4 +241,4 @@ def _over_rows(kernel: Callable, codec: Codec) -> Callable[[jax.Array, Packed], 
     return product
 
 
-matmul.defvjp(_forward, _backward)
+matmul_joined.defvjp(_forward, _backward)

@@ -1,11 +1,10 @@
-"""Products with weights in 16 or 32 bits, as XLA computes them; the low-rank term of an adapter is two of them."""
+"""Products with weights in 16 or 32 bits, as XLA computes them."""
 
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -15,7 +14,8 @@ def dense_matmul(x: jax.Array, w: jax.Array, contract: int, dtype: Any = None) -
     The result is of `dtype`, or x's. Its gradient's products take operands of x's dtype too: left to JAX, a float32
     cotangent would meet w in 16 bits, and XLA:GPU would write w out in 32.
     """
-    return _dot(x, w, (((x.ndim - 1,), (contract,)), ((), ()))).astype(dtype or x.dtype)
+    y = _dot(_rows(x), w, (((1,), (contract,)), ((), ())))
+    return y.astype(dtype or x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _dense_forward(x, w, contract, dtype):
@@ -24,24 +24,33 @@ def _dense_forward(x, w, contract, dtype):
 
 def _dense_backward(contract, dtype, residuals, dy):
     x, w = residuals
-    rows = tuple(range(x.ndim - 1))
-    dy = dy.astype(x.dtype)
-    dx = _dot(dy, w, (((x.ndim - 1,), (1 - contract,)), ((), ()))).astype(x.dtype)
-    operands = (dy, x) if contract == 1 else (x, dy)
-    return dx, _dot(*operands, ((rows, rows), ((), ()))).astype(w.dtype)
+    dy, rows = _rows(dy.astype(x.dtype)), _rows(x)
+    dx = _dot(dy, w, (((1,), (1 - contract,)), ((), ()))).astype(x.dtype)
+    left, right = (dy, rows) if contract == 1 else (rows, dy)
+    return dx.reshape(x.shape), _dot(left, right, (((0,), (0,)), ((), ()))).astype(w.dtype)
 
 
 dense_matmul.defvjp(_dense_forward, _dense_backward)
 
 
-def low_rank_term(dropped: jax.Array, a: jax.Array, b: jax.Array, scale: float | jax.Array) -> jax.Array:
-    """scale * dropped A^T B^T: dropped [..., I], A [R, I], B [O, R] -> [..., O] in dropped's dtype.
+@jax.custom_vjp
+def batched_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [P, M, K] times w [P, N, K] over K, each of P: [P, M, N] in x's dtype, as dense_matmul."""
+    return _dot(x, w, (((2,), (2,)), ((0,), (0,)))).astype(x.dtype)
 
-    A and B are rounded to that dtype, and so is every product. What A gives, [..., R], is named "low_rank": small, and
-    worth keeping for the backward pass.
-    """
-    low_rank = checkpoint_name(dense_matmul(dropped, a.astype(dropped.dtype), contract=1), "low_rank")
-    return dense_matmul(low_rank, b.astype(dropped.dtype), contract=1) * jnp.asarray(scale, dropped.dtype)
+
+def _batched_backward(residuals, dy):
+    x, w = residuals
+    dx = _dot(dy, w, (((2,), (1,)), ((0,), (0,)))).astype(x.dtype)
+    return dx, _dot(dy, x, (((1,), (1,)), ((0,), (0,)))).astype(w.dtype)
+
+
+batched_matmul.defvjp(lambda x, w: (batched_matmul(x, w), (x, w)), _batched_backward)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """x [..., K] -> [M, K]: of two axes of rows XLA:GPU lays arrays out anew for the gradient of w."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _dot(a: jax.Array, b: jax.Array, dims: Any) -> jax.Array:

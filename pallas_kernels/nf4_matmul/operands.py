@@ -28,9 +28,18 @@ class Packed(NamedTuple):
     offset: jax.Array | None  # float32 []
 
 
+def scales(packed: Packed, codec: Codec) -> jax.Array:
+    """float32 [C'], of each block."""
+    absmax_map = np.asarray(codec.absmax_map, np.float32)
+    return reference.dequantize_absmax(packed.absmax, packed.nested_absmax, packed.offset, absmax_map)
+
+
+def scaled(codes: jax.Array, absmax: jax.Array, codec: Codec, dtype: jnp.dtype) -> jax.Array:
+    """W [O, I] in dtype of its codes and of what `scales` gives."""
+    table = np.asarray(codec.table, np.float32)
+    return reference.dequantize(codes, absmax, table, codec.shape, codec.block_size, dtype)
+
+
 def dequantize(packed: Packed, codec: Codec, dtype: jnp.dtype) -> jax.Array:
     """W [O, I] in dtype, bit-exact with bitsandbytes' definition."""
-    absmax_map = np.asarray(codec.absmax_map, np.float32)
-    absmax = reference.dequantize_absmax(packed.absmax, packed.nested_absmax, packed.offset, absmax_map)
-    table = np.asarray(codec.table, np.float32)
-    return reference.dequantize(packed.codes, absmax, table, codec.shape, codec.block_size, dtype)
+    return scaled(packed.codes, scales(packed, codec), codec, dtype)

@@ -28,14 +28,27 @@ def dequantize_absmax(
 ) -> jax.Array:
     """Scales as float32 [C'], C' = ceil(O * I / block_size).
 
-    The product is rounded before the offset is added, as bitsandbytes does; the barrier keeps XLA from contracting the
-    two into one fused multiply-add, which differs in the last bit for a quarter of all scales.
+    The product is rounded before the offset is added, as bitsandbytes does: contracted into one fused multiply-add, the
+    two differ in the last bit for a quarter of all scales. On a CPU a barrier keeps them apart. On a GPU it would also
+    keep them in two kernels: there it is a choice whose condition always holds, which the compiler does not know.
     """
     if nested_absmax is None or offset is None:
         return absmax
     nested = jnp.repeat(nested_absmax, NESTED_BLOCK)[: absmax.shape[0]]
-    product = jax.lax.optimization_barrier(jnp.asarray(absmax_map)[absmax] * nested)
-    return product + offset
+    mapped = jnp.asarray(absmax_map)[absmax.astype(jnp.int32)]
+    largest = float(np.max(absmax_map))
+    product = jax.lax.platform_dependent(
+        mapped,
+        nested,
+        cpu=lambda mapped, nested: jax.lax.optimization_barrier(mapped * nested),
+        default=lambda mapped, nested: rounded_product(mapped, nested, largest),
+    )
+    return product + jnp.broadcast_to(offset, product.shape)
+
+
+def rounded_product(mapped: jax.Array, nested: jax.Array, largest: float) -> jax.Array:
+    """mapped * nested, that no compiler contracts with what is added; mapped is at most `largest`, which none knows."""
+    return jnp.where(mapped <= largest, mapped * nested, 0.0)
 
 
 def dequantize(

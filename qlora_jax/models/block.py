@@ -17,8 +17,8 @@ from qlora_jax.models.attention import (
 )
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.dropout import Dropout
-from qlora_jax.models.layers import ACTIVATIONS, Linear, Norm, Setting, gradient_after, in_order, part_of, place
-from qlora_jax.models.rope import Rotation, rotate
+from qlora_jax.models.layers import ACTIVATIONS, Linear, Norm, Setting, gradient_after, part_of, place, project
+from qlora_jax.models.rope import Turn, rotate
 
 
 class Cache(NamedTuple):
@@ -35,7 +35,7 @@ class Context(NamedTuple):
     """What every layer of one forward pass shares."""
 
     positions: jax.Array  # int32 [B, T]
-    rotation: Rotation | None  # None: a model without rotary embedding
+    turn: Turn | None  # None: a model without rotary embedding
     implementation: str  # of attention: one of attention.IMPLEMENTATIONS
     starts: jax.Array | None = None  # int32 [B, T], the first place each token sees; None: all see the row's first
 
@@ -66,9 +66,8 @@ class Block(nnx.Module):
         if "qkv" in self.kind.linear:
             q, k, v = self.fused(entering, context, dropout)
         else:
-            q = self.queries(entering, context, dropout)
-            after, q = in_order(entering, q)
-            k, v = self.keys_values(after, context, dropout)
+            q, k, v = project([self.linear(role) for role in "qkv"], entering, dropout)
+            q, k, v = self.as_queries(q, context), *self.as_keys_values(k, v, context)
         if cache is None:
             out = causal_attention(q, k, v, context.implementation, self.starts(context), self.scoring)
         else:
@@ -99,16 +98,20 @@ class Block(nnx.Module):
         return self.norm(norm, y.reshape(shape))
 
     def turned(self, x: jax.Array, context: Context) -> jax.Array:
-        if context.rotation is None:
+        if context.turn is None:
             return x
         choice = self.rope.get_value() if len(set(self.kind.layer_ropes)) > 1 else None
-        return rotate(x, context.positions, context.rotation.of_layer(choice), self.kind.rotary == "pairs")
+        return rotate(x, context.turn.of_layer(choice), self.kind.rotary == "pairs")
 
     def queries(self, x: jax.Array, context: Context, dropout: Dropout) -> jax.Array:
         """x [B, T, D] -> [B, T, N, H], rotated."""
         if "qkv" in self.kind.linear:
             return self.fused(x, context, dropout)[0]
-        q = self.turned(self.heads(self.linear("q")(x, dropout), "q_norm", self.N), context)
+        return self.as_queries(self.linear("q")(x, dropout), context)
+
+    def as_queries(self, q: jax.Array, context: Context) -> jax.Array:
+        """A projection [B, T, N * H] -> [B, T, N, H], rotated."""
+        q = self.turned(self.heads(q, "q_norm", self.N), context)
         growth, step = self.kind.query_growth
         if growth:
             grown = 1 + growth * jnp.log1p(jnp.floor(context.positions.astype(jnp.float32) / step))
@@ -119,11 +122,13 @@ class Block(nnx.Module):
         """x [B, T, D] -> keys, rotated, and values: [B, T, K, H] each."""
         if "qkv" in self.kind.linear:
             return self.fused(x, context, dropout)[1:]
-        k = self.turned(self.heads(self.linear("k")(x, dropout), "k_norm", self.K), context)
-        k = checkpoint_name(k, "keys")
-        x, k = in_order(x, k)
-        v = self.linear("v")(x, dropout).reshape(*x.shape[:2], self.K, self.H)
-        return k, checkpoint_name(v, "values")
+        k, v = project([self.linear("k"), self.linear("v")], x, dropout)
+        return self.as_keys_values(k, v, context)
+
+    def as_keys_values(self, k: jax.Array, v: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
+        """Projections [B, T, K * H] -> keys, rotated, and values: [B, T, K, H] each."""
+        k = self.turned(self.heads(k, "k_norm", self.K), context)
+        return checkpoint_name(k, "keys"), checkpoint_name(v.reshape(*v.shape[:2], self.K, self.H), "values")
 
     def fused(self, x: jax.Array, context: Context, dropout: Dropout) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, T, D] -> queries [B, T, N, H], keys and values [B, T, K, H], of one projection."""
@@ -201,9 +206,8 @@ class Block(nnx.Module):
             gate, up = jnp.split(self.linear("gate_up")(x, dropout), 2, axis=-1)
             inner = activation(checkpoint_name(gate, "gate")) * checkpoint_name(up, "up")
         elif "gate" in self.kind.linear:
-            gate = checkpoint_name(self.linear("gate")(x, dropout), "gate")
-            x, gate = in_order(x, gate)
-            inner = activation(gate) * checkpoint_name(self.linear("up")(x, dropout), "up")
+            gate, up = project([self.linear("gate"), self.linear("up")], x, dropout)
+            inner = activation(checkpoint_name(gate, "gate")) * checkpoint_name(up, "up")
         else:
             inner = activation(checkpoint_name(self.linear("up")(x, dropout), "up"))
         return gradient_after(self.linear("down")(inner, dropout), inner)

@@ -153,7 +153,8 @@ class Decoder(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
             positions = positions if starts is None else positions - starts
-        return Context(positions, self.rotation(lengths), self.attention, starts)
+        rotation = self.rotation(lengths)
+        return Context(positions, None if rotation is None else rotation.at(positions), self.attention, starts)
 
     def rotation(self, lengths: jax.Array | None) -> Rotation | None:
         config, kind = self.config, self.config.kind
@@ -222,7 +223,7 @@ class Decoder(nnx.Module):
             adapter, frozen = state
             pieces = _ChunkedBlock(block, chunk_size(x.shape[1], self.sequence_chunk))
             drawn = None if key is None else (key, DropoutRate.of(self.dropout_rate))
-            arrays = (frozen, context.positions, context.starts, context.rotation, drawn)
+            arrays = (frozen, context.positions, context.starts, context.turn, drawn)
             return layer_in_chunks(pieces.keys_values, pieces.rest, pieces.size, arrays, adapter, x), None
         return nnx.merge(block, *state)(x, context, cache, layer, Dropout(self.dropout_rate, key))
 
@@ -276,14 +277,15 @@ class _ChunkedBlock(NamedTuple):
         return block.rest(x, kv, first, context, dropout)
 
     def _open(self, arrays: Any, adapter: Any, first: jax.Array, place: int) -> tuple[Block, Context, Dropout]:
-        frozen, positions, starts, rotation, dropout = arrays
+        frozen, positions, starts, turn, dropout = arrays
         key, rate = (None, 0.0) if dropout is None else dropout
         if key is not None:
             key = key.fold_in(first // self.size).fold_in(place)
         positions = jax.lax.dynamic_slice_in_dim(positions, first, self.size, axis=1)
         if starts is not None:
             starts = jax.lax.dynamic_slice_in_dim(starts, first, self.size, axis=1)
-        context = Context(positions, rotation, "chunked", starts)
+        turn = None if turn is None else turn.cut(first, self.size)
+        context = Context(positions, turn, "chunked", starts)
         return nnx.merge(self.graph, adapter, frozen), context, Dropout(rate, key)
 
 

@@ -77,20 +77,25 @@ class Dropout:
             self.first_row = drawn.first_row
             self.words = _words(drawn.key) if drawn.words is None else drawn.words
 
-    def skip(self) -> None:
-        """Passes by a linear layer without an adapter."""
-        self.place += 1
+    def skip(self, count: int = 1) -> None:
+        """Passes by linear layers without an adapter."""
+        self.place += count
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., T, I] with a share `rate` of its values zeroed and the others scaled by 1 / (1 - rate)."""
+        return x if self.words is None else self.each(x, 1)[0]
+
+    def each(self, x: jax.Array, count: int) -> jax.Array:
+        """x [..., T, I] as `count` linear layers take it: [count, ..., T, I]; [1, ..., T, I] where each takes x."""
         if self.words is None:
-            return x
-        self.place += 1
+            return x[None]
+        places = [self.place + 1 + k for k in range(count)]
+        self.place += count
         # the high bits are the best mixed
-        bits = random_bits(self.words, self.place, x.shape, self.first_row)
+        bits = jnp.stack([random_bits(self.words, place, x.shape, self.first_row) for place in places])
         keep = (bits >> 16) >= jnp.asarray(self.rate.threshold, jnp.uint32)
         # behind a barrier a constant is no other factor than an input of the program: XLA would merge it with its like
-        scale = jax.lax.optimization_barrier(jnp.asarray(self.rate.kept_scale, jnp.float32)).astype(x.dtype)
+        scale = jax.lax.optimization_barrier(jnp.asarray(self.rate.kept_scale, jnp.float32).astype(x.dtype))
         return jnp.where(keep, x * scale, jnp.zeros((), x.dtype))
 
 

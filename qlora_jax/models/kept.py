@@ -8,11 +8,13 @@ the value itself is then never used, and the compiler drops it: a linear layer w
 again. A value gets its name in the model, by `jax.ad_checkpoint.checkpoint_name`, which changes nothing else.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal
 
 # Of a decoder's layer (block.py): enough that no product is computed again but attention's scores. The last is
@@ -52,6 +54,40 @@ def with_kept(function: Callable[..., Any], kept: dict[str, jax.Array]) -> Calla
         return value if here is None else _instead(value, here)
 
     return lambda *arguments: _run(function, arguments, replace)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Values of one dtype that differ in their first axis at most, one after the other along it."""
+
+    values: jax.Array
+    parts: tuple[tuple[str, int], ...] = dataclasses.field(metadata={"static": True})  # (name, length) of each
+
+
+def joined(kept: dict[str, jax.Array]) -> list[Joined]:
+    """The same values in few arrays: a scan writes each of its outputs by a kernel of its own."""
+    alike: dict[Any, list[str]] = {}
+    for name, value in kept.items():
+        alike.setdefault((value.shape[1:], value.dtype), []).append(name)
+    return [
+        Joined(
+            jnp.concatenate([kept[name] for name in names]) if len(names) > 1 else kept[names[0]],
+            tuple((name, len(kept[name])) for name in names),
+        )
+        for names in alike.values()
+    ]
+
+
+def taken_apart(groups: list[Joined]) -> dict[str, jax.Array]:
+    """What `joined` joined."""
+    kept: dict[str, jax.Array] = {}
+    for group in groups:
+        first = 0
+        for name, length in group.parts:
+            kept[name] = group.values[first : first + length]
+            first += length
+    return kept
 
 
 @jax.custom_vjp

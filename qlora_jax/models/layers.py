@@ -3,16 +3,17 @@
 A block's arrays are stacked: inside `lax.scan` each layer sees its own slice, so a Linear here is for one layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from pallas_kernels.nf4_matmul import dense_matmul, low_rank_term
+from pallas_kernels.nf4_matmul import dense_matmul, is_for_cpu, low_rank_terms
 from qlora_jax.models.dropout import Dropout
-from qlora_jax.quant.tensor import QuantizedTensor, matmul
+from qlora_jax.quant.tensor import QuantizedTensor, matmul_adapted, matmul_joined
 
 
 class Frozen(nnx.Variable):
@@ -42,16 +43,44 @@ class Linear(nnx.Module):
         self.lora_scale: Any = 1.0  # a number, or an array [] of the program's input
 
     def __call__(self, x: jax.Array, dropout: Dropout) -> jax.Array:
-        w = self.weight.get_value()
-        # x's gradient is summed in the order of these products: another order rounds otherwise
-        y = matmul(x, w) if isinstance(w, QuantizedTensor) else dense_matmul(x, w.astype(x.dtype), contract=1)
-        if hasattr(self, "bias"):
-            y = y + self.bias.get_value().astype(y.dtype)
-        if self.lora_a is None:
-            dropout.skip()
-            return y
-        a, b = self.lora_a.get_value(), self.lora_b.get_value()
-        return y + low_rank_term(dropout(x), a, b, self.lora_scale)
+        return project([self], x, dropout)[0]
+
+
+def project(linears: Sequence[Linear], x: jax.Array, dropout: Dropout) -> list[jax.Array]:
+    """What each of several linear layers makes of one x [..., I]: [..., O] each.
+
+    On a GPU their products are one, as are those of their adapters, where all are quantized and all have an adapter or
+    none has. On a CPU each is computed for itself: batches and joined weights are slower there.
+    """
+    weights = [linear.weight.get_value() for linear in linears]
+    adapted = [linear.lora_a is not None for linear in linears]
+    quantized = all(isinstance(w, QuantizedTensor) for w in weights)
+    if len(linears) > 1 and (is_for_cpu() or not quantized or all(adapted) != any(adapted)):
+        outputs: list[jax.Array] = []
+        for linear in linears:
+            if outputs:
+                x, outputs[-1] = in_order(x, outputs[-1])
+            outputs += project([linear], x, dropout)
+        return outputs
+    if any(adapted):
+        a = tuple(linear.lora_a.get_value() for linear in linears)
+        b = tuple(linear.lora_b.get_value() for linear in linears)
+        terms = (dropout.each(x, len(linears)), a, b, tuple(linear.lora_scale for linear in linears))
+    else:
+        dropout.skip(len(linears))
+    if not quantized:
+        y = dense_matmul(x, weights[0].astype(x.dtype), contract=1)
+        y = y + low_rank_terms(*terms) if any(adapted) else y
+    elif any(adapted):
+        dropped, *adapters = terms
+        y = matmul_adapted(x, dropped, weights, *adapters)
+    else:
+        y = matmul_joined(x, weights)
+    outputs = jnp.split(y, np.cumsum([w.shape[0] for w in weights])[:-1], axis=-1)
+    return [
+        out + linear.bias.get_value().astype(out.dtype) if hasattr(linear, "bias") else out
+        for linear, out in zip(linears, outputs, strict=True)
+    ]
 
 
 class Norm(nnx.Module):

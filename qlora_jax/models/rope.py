@@ -33,11 +33,32 @@ class Rotation(NamedTuple):
     inverse: jax.Array
     scale: jax.Array | None = None
 
-    def of_layer(self, choice: jax.Array | None) -> "Rotation":
-        """The rotation of one layer; `choice` int32 [], None where all are alike."""
-        if choice is None:
-            return self
-        return Rotation(self.inverse[choice], None if self.scale is None else self.scale[choice])
+    def at(self, positions: jax.Array) -> "Turn":
+        """What all layers of a pass share: the turn at positions int32 [B, T]."""
+        inverse = self.inverse
+        if inverse.ndim in (2, 4):  # one for each choice
+            inverse = inverse.reshape(len(inverse), -1, 1, inverse.shape[-1])
+        angles = positions[..., None].astype(jnp.float32) * inverse
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        if self.scale is not None:
+            scale = self.scale[:, None, None, None] if self.scale.ndim else self.scale
+            cos, sin = cos * scale, sin * scale
+        return Turn(cos, sin)
+
+
+class Turn(NamedTuple):
+    """Cosines and sines of angles: float32 [B, T, W / 2]; where layers differ with an axis before these."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+    def of_layer(self, choice: jax.Array | None) -> "Turn":
+        """The turn of one layer; `choice` int32 [], None where all are alike."""
+        return self if choice is None else Turn(self.cos[choice], self.sin[choice])
+
+    def cut(self, first: jax.Array, size: int) -> "Turn":
+        """Of `size` tokens from the place `first` on."""
+        return Turn(*(jax.lax.dynamic_slice_in_dim(x, first, size, axis=x.ndim - 2) for x in self))
 
 
 def depends_on_length(ropes: tuple[tuple[float, tuple], ...]) -> bool:
@@ -151,19 +172,16 @@ def _yarn_scale(scaling: dict[str, Any]) -> float:
     return grown(both[0]) / grown(both[1]) if both[0] and both[1] else grown(1)
 
 
-def rotate(x: jax.Array, positions: jax.Array, how: Rotation, pairs: bool = False) -> jax.Array:
-    """x [B, T, N, H] turned at positions int32 [B, T].
+def rotate(x: jax.Array, turn: Turn, pairs: bool = False) -> jax.Array:
+    """x [B, T, N, H] turned; `turn` of one layer.
 
     The first W values of a head turn. Their pairs are (h, h + W / 2), as in most files of Hugging Face, or with `pairs`
     (2 h, 2 h + 1).
     """
-    W = 2 * how.inverse.shape[-1]
+    W = 2 * turn.cos.shape[-1]
     if x.shape[-1] > W:
-        return jnp.concatenate([rotate(x[..., :W], positions, how, pairs), x[..., W:]], axis=-1)
-    angles = positions[..., None].astype(jnp.float32) * how.inverse
-    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
-    if how.scale is not None:
-        cos, sin = cos * how.scale, sin * how.scale
+        return jnp.concatenate([rotate(x[..., :W], turn, pairs), x[..., W:]], axis=-1)
+    cos, sin = turn.cos[:, :, None, :], turn.sin[:, :, None, :]
     x32 = x.astype(jnp.float32)
     first, second = (x32[..., ::2], x32[..., 1::2]) if pairs else jnp.split(x32, 2, axis=-1)
     turned = first * cos - second * sin, second * cos + first * sin

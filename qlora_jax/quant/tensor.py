@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -117,3 +118,14 @@ def matmul(x: jax.Array, q: QuantizedTensor) -> jax.Array:
     What the backward pass keeps is q itself, never a 16-bit W. Raises ValueError when x's last dimension is not I.
     """
     return nf4_matmul.matmul(x, q.packed, q.codec)
+
+
+def matmul_joined(x: jax.Array, weights: Sequence[QuantizedTensor]) -> jax.Array:
+    """What several weights [O_k, I] make of one x [..., I], side by side: [..., sum of O_k]; otherwise as matmul."""
+    return nf4_matmul.matmul_joined(x, tuple(q.packed for q in weights), tuple(q.codec for q in weights))
+
+
+def matmul_adapted(x: jax.Array, dropped: jax.Array, weights: Sequence[QuantizedTensor], a, b, scale) -> jax.Array:
+    """matmul_joined with adapters beside the weights: see pallas_kernels.nf4_matmul.matmul_adapted."""
+    packed, codecs = tuple(q.packed for q in weights), tuple(q.codec for q in weights)
+    return nf4_matmul.matmul_adapted(x, dropped, packed, codecs, tuple(a), tuple(b), tuple(scale))

@@ -23,7 +23,7 @@ from flax import nnx
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.dropout import DropoutKey
-from qlora_jax.models.kept import NAMES, keeping, with_kept
+from qlora_jax.models.kept import NAMES, joined, keeping, taken_apart, with_kept
 from qlora_jax.train.loss import loss_and_gradient
 
 
@@ -88,7 +88,9 @@ def add_gradient(
     def forward(x, layer):
         mine, others, number = layer
         y, kept = keeping(lambda x: apply_layer((mine, others), x, number)[0], names)(x)
-        return y, (jax.device_put(x, jax.memory.Space.Host) if offload else x, kept)
+        if offload:
+            return y, jax.device_put(x, jax.memory.Space.Host)
+        return y, joined({"x": x, **kept})
 
     x, inputs = jax.lax.scan(forward, model.embed(tokens, context.positions), (adapter, frozen, numbers))
 
@@ -97,13 +99,13 @@ def add_gradient(
     loss, dx, head_sum = loss_and_gradient(model.norm, x, model.head_weight(), tokens, loss_mask, loss_chunk, head_sum)
 
     def backward(carry, layer):
-        (dx, total), ((x, kept), mine, others, number) = carry, layer
-        x = jax.device_put(x, jax.memory.Space.Device) if offload else x
+        (dx, total), (kept, mine, others, number) = carry, layer
+        kept = {"x": jax.device_put(kept, jax.memory.Space.Device)} if offload else taken_apart(kept)
+        x = kept.pop("x")
         again = with_kept(lambda mine, x: apply_layer((mine, others), x, number)[0], kept)
         _, pullback = jax.vjp(again, mine, x)
         gradient, dx = pullback(dx)
-        total = jax.tree.map(lambda sums, g: sums.at[number].add(g), total, gradient)
-        return (dx, total), None
+        return (dx, jax.tree.map(partial(_added, number), total, gradient)), None
 
     blocks = (inputs, adapter, frozen, numbers)
     (dx, sums), _ = jax.lax.scan(backward, (dx, total["blocks"]), blocks, reverse=True)
@@ -114,3 +116,9 @@ def add_gradient(
         dx = model.embedding_gradient(tokens, context.positions, dx)
         total["embedding"] = jax.tree.map(lambda sums: sums.at[tokens].add(dx.astype(sums.dtype)), total["embedding"])
     return loss, total
+
+
+def _added(number: jax.Array, sums: jax.Array, gradient: jax.Array) -> jax.Array:
+    """sums [L, ...] with a layer's gradient added in its place. A scatter would look first whether the place exists."""
+    here = jax.lax.dynamic_index_in_dim(sums, number, keepdims=False)
+    return jax.lax.dynamic_update_index_in_dim(sums, here + gradient.astype(sums.dtype), number, axis=0)

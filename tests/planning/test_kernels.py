@@ -37,8 +37,8 @@ def test_what_a_loop_of_so_many_turns_launches():
 
 @pytest.mark.large_plans
 def test_kernels_a_layer_of_a_7b(xla_gpu):
-    """Forward and backward at the cut that an H100 takes. Some forty finish sums that XLA splits."""
+    """Forward and backward at the cut that an H100 takes, where XLA dequantizes: 130 together."""
     spec = read_spec(importlib.import_module("configs.guanaco_7b").get_config()).with_cut(Cut(16, "selective"))
     compiled = compile_gradient(GPUS["h100"], abstract_model(spec.model), spec.batch, dropout=True)
     forward, backward = (sum(count.values()) for count in layer_kernels(compiled.as_text(), spec.model.sizes.L))
-    assert forward <= 111 and backward <= 159
+    assert forward <= 54 and backward <= 76
