@@ -21,6 +21,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gpu import device_kind
 from pallas_kernels.nf4_matmul import config
 from pallas_kernels.nf4_matmul.dense import dense_matmul
 from pallas_kernels.nf4_matmul.operands import Codec, Packed, dequantize
@@ -66,18 +67,12 @@ def refusal(codec: Codec, dtype: jnp.dtype) -> str | None:
 
 def _fastest(op: config.Op, rows: int, codec: Codec) -> str:
     """What the table says, or "xla"."""
-    choice = config.tuned_table(_device_kind()).get(_key(op, rows, codec)) if rows else None
+    choice = config.tuned_table(device_kind()).get(_key(op, rows, codec)) if rows else None
     return "xla" if choice is None else choice.backend
 
 
 def _key(op: config.Op, rows: int, codec: Codec) -> config.Key:
     return op, Shape(*codec.shape), codec.block_size, config.row_bucket(rows)
-
-
-def _device_kind() -> str:
-    """Of the device that programs are traced for: the abstract mesh's, or this process's first."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.devices()[0].device_kind if abstract is None else abstract.device_kind
 
 
 def _is_installed(backend: str) -> bool:
@@ -124,7 +119,7 @@ def matmul(x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
 
 def _product(op: config.Op, x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
     backend = codec.backend
-    if backend == "auto" and not config.is_tuned(_device_kind(), op, Shape(*codec.shape), codec.block_size):
+    if backend == "auto" and not config.is_tuned(device_kind(), op, Shape(*codec.shape), codec.block_size):
         backend = "xla"
     if backend == "xla":
         return _dense(op, x, packed, codec)

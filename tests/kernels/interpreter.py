@@ -28,6 +28,7 @@ from tests.kernels import ptx
 LOCK = threading.Lock()  # what is patched is the process's
 POINTERS = {
     "uint8": tl.uint8,
+    "int32": tl.int32,
     "uint32": tl.uint32,
     "float16": tl.float16,
     "bfloat16": tl.bfloat16,
