@@ -13,35 +13,19 @@ one.
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.attention import PLAIN, Scoring, flash_attention, is_fastest
 from qlora_jax.models.chunks import chunk_size, in_chunks
 
-IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn")
+IMPLEMENTATIONS = ("auto", "xla", "chunked", "flash", "cudnn")
 LONGEST_WHOLE = 2048  # tokens: what "auto" still gives to "xla", which keeps all scores: 1 GB of float32 at 64 heads
 QUERY_CHUNK = 1024  # queries that "chunked" takes at a time
 SCORES = 1024 * 512  # of a head at a time: 134 MB of float32 at 64 heads
-
-
-class Scoring(NamedTuple):
-    """How scores are made of products q k^T: cap * tanh(scale * q k^T / cap) - slope * distance.
-
-    scale: None is 1 / sqrt(H). softcap: 0 is none. slopes: one for each query head (ALiBi; Press et al., 2022), or ().
-    """
-
-    scale: float | None = None
-    softcap: float = 0.0
-    slopes: tuple[float, ...] = ()
-
-    @property
-    def is_a_scale(self) -> bool:
-        return not self.softcap and not self.slopes
-
-
-PLAIN = Scoring()
 
 
 def alibi_slopes(heads: int) -> tuple[float, ...]:
@@ -63,10 +47,16 @@ def window_starts(starts: jax.Array | None, places: jax.Array, window: Any) -> j
     return first if starts is None else jnp.maximum(starts, first)
 
 
-def chosen(implementation: str, T: int) -> str:
-    """What "auto" means for T tokens: "xla", or "chunked" above LONGEST_WHOLE; every other name means itself."""
+def chosen(implementation: str, T: int, N: int = 0, H: int = 0, dtype: Any = jnp.float32) -> str:
+    """What "auto" means for rows of T tokens and N heads [H] in dtype; every other name means itself.
+
+    "flash" where it was measured to be the fastest on the GPU that programs are traced for; else "xla", or "chunked"
+    above LONGEST_WHOLE.
+    """
     if implementation != "auto":
         return implementation
+    if is_fastest(T, N, H, dtype):
+        return "flash"
     return "xla" if T <= LONGEST_WHOLE else "chunked"
 
 
@@ -90,12 +80,21 @@ def causal_attention(
     Args:
       q: [B, T, N, H]. k, v: [B, T, K, H], N a multiple of K.
       implementation: one of IMPLEMENTATIONS; "cudnn" takes no starts.
-      starts: int32 [B, T], the first place that each token sees; None is 0 for all.
+      starts: int32 [B, T], the first place that each token sees, which never falls along a row; None is 0 for all.
       scoring: see Scoring; "cudnn" takes a scale alone.
     Returns:
-      [B, T, N, H] in q's dtype; the softmax is float32.
+      [B, T, N, H] in q's dtype, named "attention"; the softmax is float32.
     """
-    implementation = chosen(implementation, q.shape[1])
+    implementation = chosen(implementation, *q.shape[1:], q.dtype)
+    if implementation == "flash":  # which names its output itself, beside what else its gradient needs
+        return flash_attention(q, k, v, starts, None, scoring)
+    return checkpoint_name(_unnamed(q, k, v, implementation, starts, scoring), "attention")
+
+
+def _unnamed(
+    q: jax.Array, k: jax.Array, v: jax.Array, implementation: str, starts: jax.Array | None, scoring: Scoring
+) -> jax.Array:
+    """causal_attention by an implementation that is neither "auto" nor "flash"."""
     if implementation == "chunked":
         return chunked_attention(q, k, v, starts=starts, scoring=scoring)
     named: Any = implementation

@@ -25,8 +25,10 @@ from qlora_jax.models.layers import Frozen
 from qlora_jax.optim.pages import Pages
 from qlora_jax.planning.gpus import PlannedGpu
 from qlora_jax.planning.program import compile_evaluation, compile_gradient, compile_update
+from qlora_jax.planning.topology import traced_for
 from qlora_jax.quant.tensor import QuantizedTensor
 from qlora_jax.train.backward import kept_bytes
+from qlora_jax.train.cut import log_sums
 from qlora_jax.train.memory import MEMORY_FRACTION
 from qlora_jax.train.residency import decide
 from qlora_jax.train.shapes import AbstractModel, abstract_model
@@ -131,7 +133,9 @@ def plan_memory(
     inputs = 0
     if spec.model.remat in ("block", "selective"):  # of the temporaries, what is known
         itemsize = 2 if spec.model.is_16bit else 4
-        shape = (spec.batch.B, spec.batch.T, itemsize, spec.model.low_rank)
+        with traced_for(gpu):
+            sums = log_sums(spec.model, spec.batch.T)
+        shape = (spec.batch.B, spec.batch.T, itemsize, spec.model.low_rank, sums)
         inputs = kept_bytes(spec.model.sizes, spec.model.remat, *shape)
     in_gradient = held | {
         "gradients": adapter,

@@ -308,7 +308,7 @@ def test_two_processes_cannot_share_a_workdir(tiny_config, tmp_path, monkeypatch
         ("model", "kernel", "cuda", "auto or xla or triton"),
         ("model", "kernel", "triton", "needs an NVIDIA GPU; this process computes on cpu"),
         ("model", "remat", "blocks", "none or selective or block or block[+]offload or auto"),
-        ("model", "attention", "flash", "auto or xla or chunked or cudnn"),
+        ("model", "attention", "flahs", "auto or xla or chunked or flash or cudnn"),
         ("model", "attention", "cudnn", "needs an NVIDIA GPU; this process computes on cpu"),
         ("model", "sequence_chunk", -1, "expected tokens, or 0 for off"),
         ("optimizer", "paging", "maybe", "never or always or auto"),
