@@ -66,7 +66,8 @@ def flash_attention(
     scoring = scoring._replace(slopes=())  # an array from here on
     sinks = None if sinks is None else sinks.astype(jnp.float32)
     arrays = jax.lax.stop_gradient((q, k, v, starts, slopes, sinks))
-    out, log_sums = _over_rows(partial(_forward, scoring))(arrays)
+    # where both go into stacked arrays of all layers, XLA:GPU would launch the kernel a second time, fused with the copy
+    out, log_sums = jax.lax.optimization_barrier(_over_rows(partial(_forward, scoring))(arrays))
     out, log_sums = checkpoint_name(out, "attention"), checkpoint_name(log_sums, "log_sums")
     return _attended(scoring, q, k, v, (starts, slopes), sinks, out, log_sums)
 
@@ -131,7 +132,7 @@ def _over_rows(kernel):
 
     @attend.def_vmap
     def fold(A, batched, arrays):
-        (arrays,), (batched,) = (arrays,), (batched[0] if len(batched) == 1 else batched,)
+        (batched,) = batched
 
         def folded(array, varies):
             if array is None:
