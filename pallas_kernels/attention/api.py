@@ -66,7 +66,7 @@ def flash_attention(
     scoring = scoring._replace(slopes=())  # an array from here on
     sinks = None if sinks is None else sinks.astype(jnp.float32)
     arrays = jax.lax.stop_gradient((q, k, v, starts, slopes, sinks))
-    # where both go into stacked arrays of all layers, XLA:GPU would launch the kernel a second time, fused with the copy
+    # where both go into stacked arrays of all layers, XLA:GPU would launch the kernel again, fused with the copy
     out, log_sums = jax.lax.optimization_barrier(_over_rows(partial(_forward, scoring))(arrays))
     out, log_sums = checkpoint_name(out, "attention"), checkpoint_name(log_sums, "log_sums")
     return _attended(scoring, q, k, v, (starts, slopes), sinks, out, log_sums)

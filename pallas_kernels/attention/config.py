@@ -89,7 +89,7 @@ def read_table(path: Path) -> Table:
                 raise ValueError(f"form {min(unknown)!r}, expected some of {', '.join(FORMS)}")
             if not all(isinstance(value, float) and value > 0 for value in seconds.values()):
                 raise ValueError(f"seconds are {seconds}, expected numbers above 0")
-            if T != bucket(T):
+            if bucket(T) != T:
                 raise ValueError(f"tokens is {T}, expected a power of two")
             if (H, T) in found:
                 raise ValueError(f"head width {H} and {T} tokens stand there twice")

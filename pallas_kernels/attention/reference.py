@@ -1,7 +1,7 @@
 """What attention means, with all scores at once: it defines correctness, and no model uses it.
 
-    s = cap tanh(scale q k^T / cap) - slope (t - s);  p = exp(s) / (sum exp(s) + exp(sink)) over start[t] <= s <= t
-    out = p v                                                                                    (float32 throughout)
+s = cap tanh(scale q k^T / cap) - slope (t - s);  p = exp(s) / (sum exp(s) + exp(sink)) over start[t] <= s <= t
+out = p v                                                                                    (float32 throughout)
 """
 
 import jax

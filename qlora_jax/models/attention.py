@@ -85,7 +85,8 @@ def causal_attention(
     Returns:
       [B, T, N, H] in q's dtype, named "attention"; the softmax is float32.
     """
-    implementation = chosen(implementation, *q.shape[1:], q.dtype)
+    _, T, N, H = q.shape
+    implementation = chosen(implementation, T, N, H, q.dtype)
     if implementation == "flash":  # which names its output itself, beside what else its gradient needs
         return flash_attention(q, k, v, starts, None, scoring)
     return checkpoint_name(_unnamed(q, k, v, implementation, starts, scoring), "attention")

@@ -16,7 +16,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Literal
 
 # Of a decoder's layer (block.py): enough that no product is computed again but attention's scores, and with the sums of
-# flash attention (pallas_kernels.attention) not those. The last is what the adapters' A give (nf4_matmul.low_rank_term).
+# flash attention not those. The last is what the adapters' A give (pallas_kernels.nf4_matmul.low_rank_term).
 NAMES = ("queries", "keys", "values", "attention", "log_sums", "attended", "gate", "up", "low_rank")
 
 

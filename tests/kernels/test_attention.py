@@ -35,7 +35,15 @@ CASES = {  # N, K, H, dtype, starts, scoring, whether there are sinks
     "80 wide, one key head": (2, 1, 80, "bfloat16", [WHOLE, TWO], Scoring(0.1), False),
     "96 wide": (1, 1, 96, "float16", None, Scoring(), False),
     "128 wide, a window": (2, 2, 128, "bfloat16", [windowed(WHOLE, 17), windowed(WHOLE, 1)], Scoring(), False),
-    "256 wide, cap and window": (2, 1, 256, "bfloat16", [windowed(TWO, 9), windowed(MANY, 9)], Scoring(0.3, 2.0), False),
+    "256 wide, cap and window": (
+        2,
+        1,
+        256,
+        "bfloat16",
+        [windowed(TWO, 9), windowed(MANY, 9)],
+        Scoring(0.3, 2.0),
+        False,
+    ),
     "cap": (2, 2, 32, "float16", None, Scoring(softcap=1.5), False),
     "sinks, packed, grouped": (4, 2, 64, "bfloat16", [MANY, TWO], Scoring(), True),
     "sinks and a window": (2, 2, 64, "float16", [windowed(WHOLE, 5), windowed(TWO, 5)], Scoring(), True),
@@ -196,7 +204,10 @@ def test_it_is_the_fastest_where_it_was_measured_to_be(measured):
         ("[]", "list indices"),
         ('{"entries": [{"tokens": 8, "seconds": {}}]}', "'head_width' is missing"),
         ('{"entries": [{"head_width": 8, "tokens": 9, "seconds": {}}]}', "tokens is 9, expected a power of two"),
-        ('{"entries": [{"head_width": 8, "tokens": 8, "seconds": {"flsh": 1.0}}]}', "form 'flsh', expected some of flash"),
+        (
+            '{"entries": [{"head_width": 8, "tokens": 8, "seconds": {"flsh": 1.0}}]}',
+            "form 'flsh', expected some of flash",
+        ),
         ('{"entries": [{"head_width": 8, "tokens": 8, "seconds": {"xla": -1.0}}]}', "expected numbers above 0"),
     ],
 )

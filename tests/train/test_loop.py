@@ -310,6 +310,7 @@ def test_two_processes_cannot_share_a_workdir(tiny_config, tmp_path, monkeypatch
         ("model", "remat", "blocks", "none or selective or block or block[+]offload or auto"),
         ("model", "attention", "flahs", "auto or xla or chunked or flash or cudnn"),
         ("model", "attention", "cudnn", "needs an NVIDIA GPU; this process computes on cpu"),
+        ("model", "attention", "flash", "computes in 16 bits, and model.compute_dtype is .float32.: set model.compute"),
         ("model", "sequence_chunk", -1, "expected tokens, or 0 for off"),
         ("optimizer", "paging", "maybe", "never or always or auto"),
         ("optimizer", "schedule", "cosin", "known: constant, linear, cosine"),

@@ -1,6 +1,7 @@
 """The gradient of attention, its scores computed again: a kernel for d q, then one for d k and d v.
 
-    p = exp2(s - log_sums);  delta = sum d_out out;  d s = p (d_out v^T - delta);  d q = d s k;  d k = d s^T q;  d v = p^T d_out
+    p = exp2(s - log_sums);  delta = sum d_out out;  d s = p (d_out v^T - delta)
+    d q = d s k;  d k = d s^T q;  d v = p^T d_out
 
 Each sum belongs to one program, so the result is the same in every run. Queries that share a key head are added up
 inside the program of that head's keys.
@@ -49,7 +50,7 @@ def queries_kernel(
     tl.store(deltas + row_sums, delta, mask=rows < T)
     q_tile = load_rows(q + place, rows, N * H, h, T, H, BLOCK_H)
     log_sum = tl.load(log_sums + row_sums, mask=rows < T, other=0.0)
-    begin, start, slope = 0, 0, None
+    begin, start, slope = 0, rows, None
     if starts is not None:
         begin = tl.load(starts + batch * T + first) // BLOCK_K * BLOCK_K
         start = tl.load(starts + batch * T + rows, mask=rows < T, other=0)

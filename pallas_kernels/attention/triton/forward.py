@@ -39,7 +39,7 @@ def forward_kernel(
     v += batch * T * K * H + head // (N // K) * H
     place = batch * T * N * H + head * H
     q_tile = load_rows(q + place, rows, N * H, h, T, H, BLOCK_H)
-    begin, start, slope = 0, 0, None
+    begin, start, slope = 0, rows, None
     if starts is not None:
         begin = tl.load(starts + batch * T + first) // BLOCK_K * BLOCK_K
         start = tl.load(starts + batch * T + rows, mask=rows < T, other=0)

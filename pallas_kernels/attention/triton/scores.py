@@ -16,7 +16,7 @@ def bent(products, SCALE: tl.constexpr, CAP: tl.constexpr):
 @triton.jit
 def scored(products, slope, distance, SCALE: tl.constexpr, CAP: tl.constexpr):
     """float32 products -> scores times log2(e). slope: or None. distance: int32, of a key behind its query."""
-    if CAP != 0:
+    if CAP != 0:  # noqa: SIM108 (of a conditional expression Triton compiles both)
         scores = bent(products, SCALE, CAP) * (CAP * LOG2E)
     else:
         scores = products * (SCALE * LOG2E)
@@ -30,7 +30,9 @@ def load_rows(base, rows, row_stride: tl.constexpr, h, T, H: tl.constexpr, BLOCK
     """A tile [rows, BLOCK_H]; zeros past the last token and past the head's width."""
     if BLOCK_H == H:
         return tl.load(base + rows[:, None] * row_stride + h[None, :], mask=rows[:, None] < T, other=0.0)
-    return tl.load(base + rows[:, None] * row_stride + h[None, :], mask=(rows[:, None] < T) & (h[None, :] < H), other=0.0)
+    return tl.load(
+        base + rows[:, None] * row_stride + h[None, :], mask=(rows[:, None] < T) & (h[None, :] < H), other=0.0
+    )
 
 
 @triton.jit
