@@ -36,8 +36,10 @@ def refusal(T: int, N: int, H: int, dtype: Any) -> str | None:
 
 def is_fastest(T: int, N: int, H: int, dtype: Any) -> bool:
     """Whether the table of the GPU that programs are traced for says so, and the kernels can be had."""
+    if refusal(T, N, H, dtype) is not None:
+        return False
     entry = config.table(device_kind()).get((H, config.bucket(T)), {})
-    return config.flash_is_fastest(entry) and refusal(T, N, H, dtype) is None and has_jax_triton()
+    return config.flash_is_fastest(entry) and has_jax_triton()
 
 
 def flash_attention(

@@ -16,6 +16,7 @@ Bytes are linear in rows. `temporary_bytes` says them without compiling anything
 programs; whoever chooses compiles the cut that is chosen, and takes the next one where it does not fit after all.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -171,6 +172,11 @@ def attention_of(model: ModelSpec, T: int) -> str:
     if model.is_chunked(T):
         return "chunked"
     return chosen(model.attention, T, model.sizes.N, model.sizes.H, model.compute_dtype)
+
+
+def unasked(wanted: ToCut) -> ToCut:
+    """For a process that must not ask which device it has, since that starts JAX on it: attention as on any device."""
+    return wanted._replace(model=dataclasses.replace(wanted.model, attention=chosen(wanted.model.attention, wanted.T)))
 
 
 def log_sums(model: ModelSpec, T: int) -> int:
