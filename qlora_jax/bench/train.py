@@ -129,8 +129,8 @@ class Bench:
         return Measured(
             tuple(gradient_seconds),
             tuple(update_seconds),
-            tuple(self.losses),
-            tuple(self.norms),
+            tuple(self.losses[: warmup + steps]),
+            tuple(self.norms[: warmup + steps]),
             peak,
             source,
             host,
