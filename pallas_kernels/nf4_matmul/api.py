@@ -21,7 +21,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gpu import device_kind
+from pallas_kernels.gpu import device_kind as _device_kind
 from pallas_kernels.nf4_matmul import config
 from pallas_kernels.nf4_matmul.dense import dense_matmul
 from pallas_kernels.nf4_matmul.operands import Codec, Packed, dequantize
@@ -67,7 +67,7 @@ def refusal(codec: Codec, dtype: jnp.dtype) -> str | None:
 
 def _fastest(op: config.Op, rows: int, codec: Codec) -> str:
     """What the table says, or "xla"."""
-    choice = config.tuned_table(device_kind()).get(_key(op, rows, codec)) if rows else None
+    choice = config.tuned_table(_device_kind()).get(_key(op, rows, codec)) if rows else None
     return "xla" if choice is None else choice.backend
 
 
@@ -119,7 +119,7 @@ def matmul(x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
 
 def _product(op: config.Op, x: jax.Array, packed: Packed, codec: Codec) -> jax.Array:
     backend = codec.backend
-    if backend == "auto" and not config.is_tuned(device_kind(), op, Shape(*codec.shape), codec.block_size):
+    if backend == "auto" and not config.is_tuned(_device_kind(), op, Shape(*codec.shape), codec.block_size):
         backend = "xla"
     if backend == "xla":
         return _dense(op, x, packed, codec)
