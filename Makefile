@@ -20,7 +20,7 @@ quickstart: venv
 test: lint
 	$(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# On a machine with an NVIDIA GPU, after installing an extra (cuda13 or cuda12): right first, then how fast; 8 minutes.
+# On a machine with an NVIDIA GPU, after installing an extra (cuda13 or cuda12): right first, then how fast; 9 minutes.
 # With another Python that has the packages: python scripts/gpu_check.py
 gpu-check: venv-dev
 	@$(PYTHON_IN_VENV) scripts/gpu_check.py $(ARGS)

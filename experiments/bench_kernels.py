@@ -169,8 +169,8 @@ def _write(report: dict) -> Path | None:
 
 
 def _backends(on_gpu: bool) -> tuple[str, ...]:
+    from pallas_kernels.gpu import current_gpu
     from pallas_kernels.nf4_matmul import config
-    from pallas_kernels.nf4_matmul.triton.launch import current_gpu
 
     if not on_gpu:
         return ("xla",)
@@ -184,8 +184,8 @@ def _deadline(minutes: float | None) -> float:
 
 def _tune(cases: dict, codecs: dict, repeats: int) -> None:
     """Adds the fastest choice of every case that the GPU's table has not, until --tune_minutes are over."""
+    from pallas_kernels.gpu import current_gpu
     from pallas_kernels.nf4_matmul import config, tune
-    from pallas_kernels.nf4_matmul.triton.launch import current_gpu
 
     gpu = current_gpu()
     path = config.table_file(gpu.name)

@@ -39,6 +39,7 @@ WARMUP = flags.DEFINE_integer("warmup", 2, "Optimizer steps before them.", lower
 OUT = flags.DEFINE_string("out", None, "JSON file to write.")
 TORCH = flags.DEFINE_bool("torch", False, "Also measure bitsandbytes + PEFT + transformers, before JAX starts.")
 TORCH_PYTHON = flags.DEFINE_string("torch_python", sys.executable, "The Python that has torch.")
+TRACE = flags.DEFINE_bool("trace", False, "Also profile one step: what each kernel takes.")
 MEMBERS = flags.DEFINE_integer("members", None, "Also time a pack of so many adapters.", lower_bound=1)
 flags.DEFINE_alias("gpu-bytes", "gpu_bytes")
 
@@ -84,11 +85,11 @@ def main() -> None:
 def _cut(spec: "RunSpec", cap: int | None, gpu_memory: int | None) -> "RunSpec":
     """As a run on this GPU would cut its batches, under the cap."""
     from qlora_jax.planning.memory import held_bytes
-    from qlora_jax.train.cut import choose, described
+    from qlora_jax.train.cut import choose, described, unasked
     from qlora_jax.train.memory import MEMORY_FRACTION
 
     limit = None if gpu_memory is None else cap or int(MEMORY_FRACTION * gpu_memory)
-    choice = choose(spec.to_cut, held_bytes(spec), limit)
+    choice = choose(unasked(spec.to_cut), held_bytes(spec), limit)  # torch comes before JAX
     print(f"bench_train: {described(spec.to_cut, choice)}", flush=True)
     return spec.with_cut(choice.cut)
 
@@ -139,7 +140,8 @@ def _measure(spec: "RunSpec") -> "Measured":
     from qlora_jax.bench.train import measure
 
     with tqdm(total=WARMUP.value + STEPS.value, desc="steps", unit="step", leave=False, delay=2) as bar:
-        return measure(CONFIG.value, spec, STEPS.value, WARMUP.value, bar.update, CONFIG.value.train.seed)
+        seed = CONFIG.value.train.seed
+        return measure(CONFIG.value, spec, STEPS.value, WARMUP.value, bar.update, seed, TRACE.value)
 
 
 def _check_pack(config: Any, spec: "RunSpec") -> None:
@@ -255,6 +257,7 @@ def _report(
         "grad_norms": measured.grad_norms,
         "every_gradient_seconds": measured.gradient_seconds,
         "every_update_seconds": measured.update_seconds,
+        "kernel_seconds": measured.kernel_seconds,
         "order": ["torch", "jax"] if rival is not None else ["jax"],
         "torch": rival,
     }

@@ -19,8 +19,9 @@ def get_config() -> ConfigDict:
     # needed | none: all that JAX keeps | auto: the fastest of selective, block and block+offload that fits the device
     # together with train.grad_accum; block on devices that state no memory limit (CPUs)
     c.model.remat = "block"
-    c.model.attention = "auto"  # xla: all scores at once | chunked: never all, for long sequences | auto: xla up to
-    # 2,048 tokens, chunked above | cudnn (flash attention; NVIDIA GPUs only)
+    c.model.attention = "auto"  # xla: all scores at once | chunked: never all, for long sequences | flash: none in
+    # memory (a kernel; NVIDIA GPUs from Ampere on, 16 bits) | cudnn (cuDNN's; NVIDIA GPUs only) | auto: flash where it
+    # was measured to be faster on this GPU, else xla up to 2,048 tokens and chunked above
     c.model.sequence_chunk = 0  # tokens that go through a layer at a time, for sequences far beyond the card; 0 is off.
     # A chunk dequantizes every weight: by an H200's rates a third of a layer's time at 1024 tokens, a tenth at 4096
     # of the 4-bit matmul: auto (the fastest in the GPU's tuned table; xla where nothing was measured) | xla (first

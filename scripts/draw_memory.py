@@ -25,7 +25,7 @@ PARTS = {
     "embedding, head, norms": (("embeddings_and_head", "norms"), "#7aa6d6"),
     "adapters and their gradients": (("adapters", "gradients", "modules_to_save"), "#e08a3c"),
     "optimizer state on the device": (("optimizer",), "#c95f5f"),
-    "activations and temporaries": (("block_inputs", "temporaries"), "#9a9a9a"),
+    "activations and temporaries": (("block_inputs", "temporaries", "allocator"), "#9a9a9a"),
 }
 
 

@@ -45,6 +45,7 @@ ORDER = (
     "qlora_jax.checksums",
     "qlora_jax.embedded",
     "qlora_jax.errors",
+    "pallas_kernels.attention",
     "pallas_kernels.nf4_matmul",
     "pallas_kernels",
 )

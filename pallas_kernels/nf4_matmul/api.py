@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.gpu import device_kind as _device_kind
 from pallas_kernels.nf4_matmul import config
 from pallas_kernels.nf4_matmul.dense import dense_matmul
 from pallas_kernels.nf4_matmul.operands import Codec, Packed, scaled, scales
@@ -73,12 +74,6 @@ def _fastest(op: config.Op, rows: int, codec: Codec) -> str:
 
 def _key(op: config.Op, rows: int, codec: Codec) -> config.Key:
     return op, Shape(*codec.shape), codec.block_size, config.row_bucket(rows)
-
-
-def _device_kind() -> str:
-    """Of the device that programs are traced for: the abstract mesh's, or this process's first."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.devices()[0].device_kind if abstract is None else abstract.device_kind
 
 
 def is_for_cpu() -> bool:

@@ -15,23 +15,15 @@ import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from pallas_kernels.gpu import Gpu, shared_limit
 from pallas_kernels.nf4_matmul.shapes import Shape
 
 Op = Literal["forward", "backward"]
 OPS: tuple[Op, ...] = ("forward", "backward")
 TUNED = Path(__file__).parent / "tuned"
 FEW_ROWS = 16  # of x: up to here a forward product reads packed bytes and does little else
-SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}  # a program's share, by compute capability
 
 log = logging.getLogger(__name__)
-
-
-class Gpu(NamedTuple):
-    """What the choice of tiles depends on."""
-
-    name: str  # JAX's device_kind
-    compute_capability: int  # 80, 86, 89, 90, ...
-    cores: int  # streaming multiprocessors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +112,6 @@ def fits(shape: Shape, tiles: Tiles, gpu: Gpu) -> bool:
     if tiles.split > 1 and programs(shape, tiles) > 2 * gpu.cores:
         return False
     return shared_bytes(tiles) <= shared_limit(gpu.compute_capability)
-
-
-def shared_limit(compute_capability: int) -> int:
-    """Bytes of shared memory that a program may take; for a GPU that is not known, the least of the known."""
-    return SHARED_BYTES.get(compute_capability, min(SHARED_BYTES.values()))
 
 
 def shared_bytes(tiles: Tiles) -> int:

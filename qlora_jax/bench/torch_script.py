@@ -20,7 +20,11 @@ import json
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
+
+# Python looks beside a script first, and the bitsandbytes.py there is no library
+sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
@@ -83,7 +87,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def random_model(spec: dict[str, Any], device: Any, dtype: Any) -> Any:
-    """transformers' Llama of these sizes, its linear layers in 4 bits, random."""
+    """transformers' Llama of these sizes, random; its linear layers in 4 bits unless `quant` is null."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -106,11 +110,11 @@ def random_model(spec: dict[str, Any], device: Any, dtype: Any) -> Any:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     for name, layer in [(name, layer) for name, layer in model.named_modules() if type(layer) is torch.nn.Linear]:
-        if name != "lm_head":
+        if name != "lm_head" and spec["quant"]:
             owner, _, last = name.rpartition(".")
             setattr(model.get_submodule(owner), last, random_linear(layer, spec["quant"], device, dtype))
     fill_others(model, device, dtype)
-    model.is_loaded_in_4bit = True  # what PEFT goes by
+    model.is_loaded_in_4bit = bool(spec["quant"])  # what PEFT goes by
     model.config.use_cache = False
     # its older name is deprecated in transformers 5
     recompute = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -7,14 +7,17 @@ config's. What is left out of a run is what is not the device's: data, checkpoin
 import dataclasses
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from qlora_jax.bench.synthetic import random_model
+from qlora_jax.bench.trace import kernel_seconds
 from qlora_jax.errors import InputError
 from qlora_jax.optim.paged import PagedOptimizer
 from qlora_jax.optim.pages import Pages
@@ -48,6 +51,7 @@ class Measured:
     trainable_params: int
     gradient_bytes: int  # of the compiled gradient: arguments, results and temporaries
     peaks: dict[str, int]  # the allocator's peak after each stage of the first step; empty where none is counted
+    kernel_seconds: dict[str, float]  # of a step that was profiled, the longest first; empty without one
 
     @property
     def step_seconds(self) -> tuple[float, ...]:
@@ -59,18 +63,25 @@ class Measured:
 
 
 def measure(
-    config: Any, spec: RunSpec, steps: int, warmup: int, tick: Callable[[], None] = lambda: None, seed: int = 0
+    config: Any,
+    spec: RunSpec,
+    steps: int,
+    warmup: int,
+    tick: Callable[[], None] = lambda: None,
+    seed: int = 0,
+    trace: bool = False,
 ) -> Measured:
     """Makes the model, takes `warmup` + `steps` optimizer steps and times the latter.
 
     Args:
       config: as configs/base.py. spec: `read_spec` of it.
       tick: called after each step.
+      trace: profile one step more.
     Raises:
       InputError: the model or a step does not fit the device, or a loss that is not finite, with its step.
     """
     with out_of_memory_said():
-        return Bench(config, spec, seed).run(steps, warmup, tick)
+        return Bench(config, spec, seed).run(steps, warmup, tick, trace)
 
 
 class Bench:
@@ -98,7 +109,7 @@ class Bench:
         self.losses: list[float] = []
         self.norms: list[float] = []
 
-    def run(self, steps: int, warmup: int, tick: Callable[[], None]) -> Measured:
+    def run(self, steps: int, warmup: int, tick: Callable[[], None], trace: bool = False) -> Measured:
         gradient_seconds, update_seconds = [], []
         grads: Any = None
         for step in range(warmup + steps):
@@ -108,14 +119,18 @@ class Bench:
                 gradient_seconds.append(gradient)
                 update_seconds.append(update)
             tick()
+        kernels: dict[str, float] = {}
+        if trace:
+            del grads
+            grads, factor, kernels = self._traced_step(warmup + steps)
         peak, source = peak_device_bytes(self.gradient.peak_bytes + self.optimizer.resident_bytes)
         host = peak_host_bytes()
         resident = sum(self.optimizer.resident)
         return Measured(
             tuple(gradient_seconds),
             tuple(update_seconds),
-            tuple(self.losses),
-            tuple(self.norms),
+            tuple(self.losses[: warmup + steps]),
+            tuple(self.norms[: warmup + steps]),
             peak,
             source,
             host,
@@ -128,6 +143,7 @@ class Bench:
             sum(leaf.size for leaf in jax.tree.leaves(self.adapter)),
             self.gradient.peak_bytes,
             self.peaks,
+            kernels,
         )
 
     def _note_peak(self, stage: str) -> None:
@@ -176,6 +192,13 @@ class Bench:
         updated = time.perf_counter()
         self._note_peak("update")
         return grads, metrics.factor, computed - begun, updated - computed
+
+    def _traced_step(self, step: int) -> tuple[Any, Any, dict[str, float]]:
+        """Gradient sums and their factor, and what each kernel of the step took."""
+        with tempfile.TemporaryDirectory(prefix="trace-") as folder:
+            with jax.profiler.trace(folder):
+                grads, factor, _, _ = self._step(step)
+            return grads, factor, kernel_seconds(Path(folder))
 
     def _time_resident(self, grads: Any, factor: Any, updates: int) -> tuple[float, ...] | None:
         """Seconds of updates whose state stays on the device; None where it did already, or does not fit."""

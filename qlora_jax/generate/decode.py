@@ -203,7 +203,7 @@ class Decoding:
         fill: int = 0,
         earlier: "Decoding | None" = None,
     ):
-        self._graph, self._state = nnx.split(model)
+        self._graph, self._state = _in_compute_dtype(model)
         self._sampling, self._eos_ids = sampling, frozenset(eos_ids)
         self._prompts = [list(prompt) for prompt in prompts]
         self._rows: Rows
@@ -300,6 +300,17 @@ class Settings(NamedTuple):
     top_p: jax.Array  # float32 []
     top_k: jax.Array  # int32 []
     min_p: jax.Array  # float32 []
+
+
+def _in_compute_dtype(model: Decoder) -> tuple[Any, Any]:
+    """The model's graph and state, what trains rounded to the compute dtype: once, and not for every token."""
+    graph, trained, others = nnx.split(model, nnx.LoRAParam, ...)
+    return graph, nnx.merge_state(_rounded(trained, model.compute_dtype), others)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _rounded(trained: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda array: array.astype(dtype), trained)
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames=("cache", "hidden"))

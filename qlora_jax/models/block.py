@@ -79,7 +79,7 @@ class Block(nnx.Module):
                 first = window_starts(None, context.positions, self.window_size)
                 seen = seen & (places >= first[:, :, None])
             out = masked_attention(q, cache.k[layer], cache.v[layer], seen, context.positions, self.scoring)
-        out = checkpoint_name(out.reshape(B, T, self.N * self.H), "attention")
+        out = out.reshape(B, T, self.N * self.H)
         attended = gradient_after(self.linear("o")(out, dropout), out)
         return self.join(x, entering, attended, dropout), cache
 

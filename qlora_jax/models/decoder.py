@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.attention import refusal
 from pallas_kernels.nf4_matmul import dense_matmul
 from qlora_jax.errors import InputError
 from qlora_jax.models.attention import segment_starts
@@ -148,7 +149,7 @@ class Decoder(nnx.Module):
         lengths: jax.Array | None = None,
     ) -> Context:
         """What every layer shares, for tokens [B, T] at positions int32 [B, T] (0..T-1 of each segment by default)."""
-        self.check_attention()
+        self.check_attention(tokens.shape[1])
         starts = None if segments is None else segment_starts(segments)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
@@ -164,9 +165,13 @@ class Decoder(nnx.Module):
         lengths = lengths if depends_on_length((own, kind.local_rope)) else None
         return rotation(own, kind.local_rope, kind.layer_ropes, kind.rotary_width or config.H, lengths)
 
-    def check_attention(self) -> None:
-        """Raises InputError where cuDNN's attention would leave out what this family's does."""
+    def check_attention(self, T: int) -> None:
+        """Raises InputError where the attention that was asked for is not for this model, or rows of T tokens."""
         kind = self.config.kind
+        if self.attention == "flash" and not self._is_chunked(T):
+            reason = refusal(T, self.config.N, self.config.H, self.compute_dtype)
+            if reason is not None:
+                raise InputError(f'model.attention is "flash", but {reason}: set model.attention=auto')
         if self.attention == "cudnn" and (any(kind.windows) or kind.softcap or kind.alibi):
             raise InputError(
                 'model.attention is "cudnn", which JAX calls without windows, soft caps and ALiBi; this model has some '

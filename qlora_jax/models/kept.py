@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal
 
-# Of a decoder's layer (block.py): enough that no product is computed again but attention's scores. The last is
-# what the adapters' A give (pallas_kernels.nf4_matmul.low_rank_term).
-NAMES = ("queries", "keys", "values", "attention", "attended", "gate", "up", "low_rank")
+# Of a decoder's layer (block.py): enough that no product is computed again but attention's scores, and with the sums of
+# flash attention not those. The last is what the adapters' A give (pallas_kernels.nf4_matmul.low_rank_term).
+NAMES = ("queries", "keys", "values", "attention", "log_sums", "attended", "gate", "up", "low_rank")
 
 
 def keeping(function: Callable[..., Any], names: Collection[str]) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:

@@ -15,6 +15,7 @@ _LABELS = {
     "optimizer": "optimizer state on the device",
     "block_inputs": "kept of the layers (remat)",
     "temporaries": "XLA's temporaries",
+    "allocator": "ends of blocks, cuBLAS's workspace",
 }
 
 

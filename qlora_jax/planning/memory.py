@@ -8,7 +8,7 @@ A run has four phases, and its peak is the largest of theirs:
     evaluation  base, adapter, resident state, and the temporaries of a batch of held-out examples
 
 XLA gives arguments, results and temporaries of a program as totals; arguments and results are the arrays that a run
-holds, so what is left are its temporaries.
+holds, so what is left are its temporaries. What the card's allocator takes beside them is in allocator.py.
 """
 
 import dataclasses
@@ -23,10 +23,13 @@ from qlora_jax.io.peaks import load_device_peak_bytes, load_host_peak_bytes
 from qlora_jax.lora import linear, whole_matrices
 from qlora_jax.models.layers import Frozen
 from qlora_jax.optim.pages import Pages
+from qlora_jax.planning.allocator import allocator_bytes
 from qlora_jax.planning.gpus import PlannedGpu
 from qlora_jax.planning.program import compile_evaluation, compile_gradient, compile_update
+from qlora_jax.planning.topology import traced_for
 from qlora_jax.quant.tensor import QuantizedTensor
 from qlora_jax.train.backward import kept_bytes
+from qlora_jax.train.cut import log_sums
 from qlora_jax.train.memory import MEMORY_FRACTION
 from qlora_jax.train.residency import decide
 from qlora_jax.train.shapes import AbstractModel, abstract_model
@@ -44,6 +47,7 @@ KINDS = (
     "optimizer",
     "block_inputs",
     "temporaries",
+    "allocator",  # beside the temporaries (planning/allocator.py)
 )
 
 
@@ -77,12 +81,12 @@ class Memory:
     @property
     def held_bytes(self) -> int:
         """Base, adapters and gradients: what no other batch, length, remat or paging makes smaller."""
-        return self._in_gradient("optimizer", "block_inputs", "temporaries")
+        return self._in_gradient("optimizer", "block_inputs", "temporaries", "allocator")
 
     @property
     def gradient_bytes(self) -> int:
-        """Of the gradient, but for optimizer state that stays on the device."""
-        return self._in_gradient("optimizer")
+        """Of the gradient's program, but for optimizer state that stays on the device."""
+        return self._in_gradient("optimizer", "allocator")
 
     def _in_gradient(self, *without: str) -> int:
         gradient = next(phase for phase in self.phases if phase.name == "gradient").bytes
@@ -131,7 +135,9 @@ def plan_memory(
     inputs = 0
     if spec.model.remat in ("block", "selective"):  # of the temporaries, what is known
         itemsize = 2 if spec.model.is_16bit else 4
-        shape = (spec.batch.B, spec.batch.T, itemsize, spec.model.low_rank)
+        with traced_for(gpu):
+            sums = log_sums(spec.model, spec.batch.T)
+        shape = (spec.batch.B, spec.batch.T, itemsize, spec.model.low_rank, sums)
         inputs = kept_bytes(spec.model.sizes, spec.model.remat, *shape)
     in_gradient = held | {
         "gradients": adapter,
@@ -150,14 +156,17 @@ def plan_memory(
     itemsize = jnp.dtype(spec.model.kept_dtype).itemsize
     loading = load_device_peak_bytes(spec.model.sizes, spec.model.quant, spec.form, itemsize, itemsize)
     loading -= sum(base.values())
+    beside = lambda temporaries: {"allocator": allocator_bytes(gpu, temporaries)}  # noqa: E731
     phases = (
         Phase("loading", base | {"temporaries": loading}),
-        Phase("gradient", in_gradient | {"optimizer": stays}),
+        Phase("gradient", in_gradient | {"optimizer": stays} | beside(gradient.temp_size_in_bytes)),
         Phase(
             "update",
-            held | {"gradients": adapter, "optimizer": stays + pages.in_flight_bytes(resident), "temporaries": update},
+            held
+            | {"gradients": adapter, "optimizer": stays + pages.in_flight_bytes(resident), "temporaries": update}
+            | beside(update),
         ),
-        Phase("evaluation", held | {"optimizer": stays, "temporaries": evaluation}),
+        Phase("evaluation", held | {"optimizer": stays, "temporaries": evaluation} | beside(evaluation)),
     )
     paged = sum(pages.bytes) - stays
     pinned = paged + offloaded

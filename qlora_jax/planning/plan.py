@@ -14,8 +14,9 @@ from qlora_jax.planning.advice import Change, first_that_fits
 from qlora_jax.planning.gpus import PlannedGpu
 from qlora_jax.planning.memory import Memory, fits, held_bytes, plan_memory, usable_bytes
 from qlora_jax.planning.roofline import Roofline, roofline
+from qlora_jax.planning.topology import traced_for
 from qlora_jax.settings import flatten
-from qlora_jax.train.cut import Choice, Cut, choose, described, with_cut
+from qlora_jax.train.cut import Choice, Cut, attention_of, choose, described, with_cut
 from qlora_jax.train.memory import memory_limit
 from qlora_jax.train.residency import reserved
 from qlora_jax.train.setup import check_values
@@ -134,7 +135,10 @@ def _choose_cut(config: Any, spec: RunSpec, gpu: PlannedGpu, say: Callable[[str]
     def fits(cut: Cut) -> bool:
         return limit is None or take(cut).gradient_bytes + state <= limit - reserved(limit)
 
-    choice = choose(spec.to_cut, held + state, limit, fits)
+    with traced_for(gpu):
+        attention = attention_of(spec.to_cut.model, spec.to_cut.T)
+    wanted = spec.to_cut._replace(model=dataclasses.replace(spec.to_cut.model, attention=attention))
+    choice = choose(wanted, held + state, limit, fits)
     if spec.to_cut.is_open:
         say(described(spec.to_cut, choice))
     return choice, take(choice.cut)

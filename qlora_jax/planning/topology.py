@@ -50,7 +50,10 @@ def on_gpu(gpu: PlannedGpu, tree: Any) -> Any:
 
 @contextlib.contextmanager
 def traced_for(gpu: PlannedGpu) -> Iterator[None]:
-    """Kernels that are chosen while tracing are chosen for `gpu`."""
+    """What is chosen while tracing is chosen for `gpu`."""
+    if gpu.is_here:
+        yield
+        return
     device = jax.sharding.AbstractDevice(device_kind=gpu.device_kind, num_cores=gpu.cores, platform="gpu")
     auto = (jax.sharding.AxisType.Auto,)  # an explicit axis would be part of the types of what is made while tracing
     mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=auto, abstract_device=device)

@@ -35,7 +35,7 @@ from qlora_jax.optim.schedules import OPTIMIZERS
 from qlora_jax.planning.gpus import PlannedGpu
 from qlora_jax.planning.roofline import roofline
 from qlora_jax.sweep.grid import Point
-from qlora_jax.train.cut import Choice, Cut, choose, cuts, temporary_bytes
+from qlora_jax.train.cut import Choice, Cut, choose, cuts, temporary_bytes, unasked
 from qlora_jax.train.memory import host_memory_bytes
 from qlora_jax.train.shapes import BatchShape
 from qlora_jax.train.spec import RunSpec, read_spec
@@ -112,13 +112,13 @@ def adapter_params(plain: dict[str, Any], rank: int | None = None) -> int:
 
 def pack_cut(points: Sequence[Point], limit: int | None) -> Choice:
     """How each member's rows are cut (packs/run.py); `limit` as of train/cut.choose: None on CPUs."""
-    to_cut = _longest(points).spec.to_cut
+    to_cut = unasked(_longest(points).spec.to_cut)
     return choose(to_cut, _held_bytes(points), limit, members=len(points))
 
 
 def pack_bytes(points: Sequence[Point], cut: Cut | None = None) -> int:
     """Device bytes of a pack at its peak, see above; without a cut by the one that takes least."""
-    to_cut = _longest(points).spec.to_cut
+    to_cut = unasked(_longest(points).spec.to_cut)
     if cut is None:
         cut = min(cuts(to_cut), key=lambda cut: temporary_bytes(to_cut, cut))
     return _held_bytes(points) + temporary_bytes(to_cut, cut, len(points))

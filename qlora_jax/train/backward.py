@@ -39,18 +39,22 @@ def compiler_options(remat: str) -> dict[str, str]:
     return {"xla_disable_hlo_passes": passes} if remat == "block+offload" else {}
 
 
-def kept_bytes(sizes: ModelConfig, remat: str, B: int, T: int, itemsize: int, low_rank: int = 0) -> int:
+def kept_bytes(
+    sizes: ModelConfig, remat: str, B: int, T: int, itemsize: int, low_rank: int = 0, log_sums: int = 0
+) -> int:
     """Bytes of what is kept of all layers: x_0 .. x_{L-1}, and where remat is "selective" the named values.
 
     They lie in pinned host memory where remat is "block+offload", else on the device. A compiled program's
     host_temp_size_in_bytes says the same, and its temp_size_in_bytes holds what of them is on the device even so. Of
     "none" JAX decides what is kept: more than this. T as the layers see it (Decoder.pad), itemsize of activations;
-    low_rank: the ranks of a layer's adapters together.
+    low_rank: the ranks of a layer's adapters together. log_sums: float32 numbers that flash attention keeps of a token,
+    one for each query head.
     """
     widths = sizes.D
     if remat == "selective":
         widths += 2 * sizes.N * sizes.H + 2 * sizes.K * sizes.H + sizes.D + 2 * sizes.F + low_rank
-    return sizes.L * B * T * widths * itemsize
+    sums = log_sums if remat == "selective" else 0
+    return sizes.L * B * T * (widths * itemsize + 4 * sums)
 
 
 def add_gradient(

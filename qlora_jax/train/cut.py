@@ -16,6 +16,7 @@ Bytes are linear in rows. `temporary_bytes` says them without compiling anything
 programs; whoever chooses compiles the cut that is chosen, and takes the next one where it does not fit after all.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -166,6 +167,23 @@ def step_seconds(wanted: ToCut, cut: Cut) -> float:
     return wanted.rows / cut.rows * micro + wanted.rows * wanted.T * token + bus
 
 
+def attention_of(model: ModelSpec, T: int) -> str:
+    """The implementation that rows of T tokens take, on the GPU that programs are traced for."""
+    if model.is_chunked(T):
+        return "chunked"
+    return chosen(model.attention, T, model.sizes.N, model.sizes.H, model.compute_dtype)
+
+
+def unasked(wanted: ToCut) -> ToCut:
+    """For a process that must not ask which device it has, since that starts JAX on it: attention as on any device."""
+    return wanted._replace(model=dataclasses.replace(wanted.model, attention=chosen(wanted.model.attention, wanted.T)))
+
+
+def log_sums(model: ModelSpec, T: int) -> int:
+    """Float32 numbers that attention keeps of each token for its gradient."""
+    return model.sizes.N if attention_of(model, T) == "flash" else 0
+
+
 def temporary_bytes(wanted: ToCut, cut: Cut, members: int = 1) -> int:
     """Device bytes of a gradient's program beside its arguments and results.
 
@@ -174,13 +192,13 @@ def temporary_bytes(wanted: ToCut, cut: Cut, members: int = 1) -> int:
     model, config = wanted.model, wanted.model.sizes
     itemsize = model.itemsize
     T = chunk_size(wanted.T, model.sequence_chunk) if model.is_chunked(wanted.T) else wanted.T
-    kept = kept_bytes(config, cut.remat, cut.rows, wanted.T, itemsize, model.low_rank)
+    kept = kept_bytes(config, cut.remat, cut.rows, wanted.T, itemsize, model.low_rank, log_sums(model, wanted.T))
     if cut.remat == "block+offload":
         kept = 3 * kept // config.L  # on their way
     rows = cut.rows * T
     of_D, of_F = KEEPS_F_WIDTHS if cut.remat == "selective" else WIDTHS
     layer = (of_D * config.D + of_F * config.F) * rows * itemsize
-    if chosen(model.attention, T) == "xla" and not model.is_chunked(wanted.T):
+    if attention_of(model, wanted.T) == "xla":
         layer += SCORE * config.N * wanted.T**2 * cut.rows
     if cut.remat == "none":
         layer *= config.L

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels import nf4_matmul
+from pallas_kernels.gpu import has_jax_triton
 from qlora_jax import checksums, lora
 from qlora_jax.checksums import Input
 from qlora_jax.data.chat_examples import TEMPLATES
@@ -160,6 +161,8 @@ def check_values(config: Any, backend: str | None = None) -> None:
         )
     if config.data.packing:
         _check_packing(config)
+    if config.model.attention == "flash":
+        _check_flash(config.model)
     needs_gpu = [key for key in ("kernel", "attention") if config.model[key] not in ("xla", "auto", "chunked")]
     if needs_gpu and (backend := backend or jax.default_backend()) != "gpu":
         key = needs_gpu[0]
@@ -169,6 +172,19 @@ def check_values(config: Any, backend: str | None = None) -> None:
         )
     if config.mesh.devices != 1:
         raise InputError(f"mesh.devices is {config.mesh.devices}; one run trains on one device")
+
+
+def _check_flash(section: Any) -> None:
+    if section.compute_dtype == "float32":
+        raise InputError(
+            'model.attention is "flash", which computes in 16 bits, and model.compute_dtype is "float32": set '
+            "model.compute_dtype=bfloat16, or model.attention=auto"
+        )
+    if not has_jax_triton():
+        raise InputError(
+            'model.attention is "flash", whose kernels need jax-triton: pip install jax-triton==0.4.1, or set '
+            "model.attention=auto"
+        )
 
 
 def _check_cut(config: Any) -> None:
@@ -260,7 +276,7 @@ def prepare(
     if steps != config.train.steps:
         say(f"data: one pass over data.batches: {steps} steps, fewer than train.steps = {config.train.steps}")
     tx = make_optimizer(config.optimizer, steps)
-    _say_attention(config.model, data.batches.max_length, say)
+    _say_attention(config.model, model_config, data.batches.max_length, say)
     model, base_input = load_base(config, folder, progress) if base is None else base.fresh(config.model)
     check({"model.path": base_input})
     lora.attach(model, lora_config, jax.random.key(config.train.seed))
@@ -361,15 +377,15 @@ def quantization(config: Any) -> QuantSpec:
     return QuantSpec(config.quant.format, config.quant.block_size, config.quant.double_quant)
 
 
-def _say_attention(model: Any, longest: int, say: Callable[[str], None]) -> None:
+def _say_attention(model: Any, sizes: ModelConfig, longest: int, say: Callable[[str], None]) -> None:
     """What attention does is said where the config leaves it open, or where a chunk decides it."""
     if 0 < model.sequence_chunk < longest:
         say(f"model: sequences over {model.sequence_chunk} tokens in chunks of at most that, attention = chunked")
     elif model.attention == "auto":
-        chosen = attention.chosen("auto", longest)
+        chosen = attention.chosen("auto", longest, sizes.N, sizes.H, model.compute_dtype)
         say(
-            f"model: attention = {chosen} for the longest sequences, of {longest} tokens (auto: xla up to "
-            f"{attention.LONGEST_WHOLE}, chunked above)"
+            f"model: attention = {chosen} for the longest sequences, of {longest} tokens (auto: flash where it was "
+            f"measured to be faster, else xla up to {attention.LONGEST_WHOLE}, chunked above)"
         )
 
 

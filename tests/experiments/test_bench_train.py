@@ -49,7 +49,7 @@ def results(run_commands, tmp_path_factory):
     stand_in.chmod(0o755)
     always, never = ["--config.optimizer.paging=always"], ["--config.optimizer.paging=never"]
     commands = {
-        "always": [*SMALL, *always, f"--out={folder}/new/always.json", "--gpu-bytes=48GiB"],
+        "always": [*SMALL, *always, f"--out={folder}/new/always.json", "--gpu-bytes=48GiB", "--trace"],
         "never": [
             *SMALL,
             *never,
@@ -84,6 +84,7 @@ def test_what_is_written(results):
     found = report(results, "new/always.json")
     assert "--gpu-bytes=48GiB" in found["command"] and found["versions"]["jax"] and found["device"] == "cpu"
     assert found["gpu_bytes"] is None and found["torch"] is None and found["order"] == ["jax"]
+    assert found["kernel_seconds"] == {}  # profiled, but no GPU ran anything
     assert found["batch"] == {"micro_batches": 2, "sequences": 2, "length": 32}
     assert found["tokens_per_step"] == 128 and found["trainable_params"] == 104448
     assert len(found["losses"]) == 3 and len(found["every_gradient_seconds"]) == 2

@@ -292,3 +292,26 @@ def test_one_logit_that_is_not_finite_is_enough(tiny_model, bad):
     broken.head.set_value(jnp.asarray(head))
     with pytest.raises(InputError, match="hold NaN or inf"):
         greedy(broken, [[1, 20, 30]], 2)
+
+
+def test_adapters_are_rounded_once_and_not_for_every_token(golden) -> None:
+    """In bfloat16: the program has no float32 adapter, and its answers are those of one that rounds as it goes."""
+    model = load_model(golden / "llama" / "llama1", QuantSpec(), "bfloat16")
+    load_adapter(model, golden / "peft" / "all_linear_r4")
+    prompts = prompts_of([5, 9], model.config.V)
+    sampling = Sampling(12, 0.0)
+
+    def answers(decoding: Decoding) -> list[list[int]]:
+        decoding.step(12)
+        return decoding.tokens
+
+    start = partial(Decoding, model, prompts, sampling, (), draws_of_all(prompts, 0), room_for(model, 9, 12))
+    rounded = start()
+    arrays = jax.tree.leaves(nnx.filter_state(rounded._state, nnx.LoRAParam))
+    assert arrays and all(array.dtype == jnp.bfloat16 for array in arrays)
+    as_it_goes = start()
+    as_it_goes._graph, as_it_goes._state = nnx.split(model)
+    assert answers(rounded) == answers(as_it_goes)
+    assert all(array.dtype == jnp.float32 for array in jax.tree.leaves(nnx.state(model, nnx.LoRAParam))), (
+        "the model's own"
+    )

@@ -28,6 +28,7 @@ from tests.kernels import ptx
 LOCK = threading.Lock()  # what is patched is the process's
 POINTERS = {
     "uint8": tl.uint8,
+    "int32": tl.int32,
     "uint32": tl.uint32,
     "float16": tl.float16,
     "bfloat16": tl.bfloat16,
@@ -82,7 +83,13 @@ def _patched(kernel: JITFunction) -> Iterator[None]:
     modules = [(module, dict(vars(module))) for module in _modules(kernel)]
     scopes = []
 
+    patched: set[int] = set()
+
     def patch(function):
+        languages = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
+        if scopes and languages <= patched:  # each call of a helper asks for it, and pays more than for its own work
+            return scopes[-1]
+        patched.update(languages)
         scopes.append(patch_language(function))  # the interpreter itself forgets those of helper functions
         # Triton 3.6 to 3.8 make whole numbers of arrays of one value, which numpy 2.4 refuses
         scopes[-1].set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.squeeze()))

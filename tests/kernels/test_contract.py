@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import print_saved_residuals
 
+from pallas_kernels import gpu as gpu_module
 from pallas_kernels import nf4_matmul
 from pallas_kernels.nf4_matmul import Codec, Packed, api, config
 from pallas_kernels.nf4_matmul.shapes import Shape
-from pallas_kernels.nf4_matmul.triton import few_rows, launch, scratch
+from pallas_kernels.nf4_matmul.triton import few_rows, scratch
 from tests.kernels.weights import dequantized, random_weight
 
 GPU = config.Gpu("a GPU", 86, 1)
@@ -256,7 +257,7 @@ def test_missing_packages_are_named(backend, monkeypatch):
 )
 def test_the_whole_op_is_lowered_for_a_gpu_that_is_not_here(gpu, backend, rows, kernels):
     pytest.importorskip("triton")
-    triton_lib = launch.load_jax_triton(backend).triton_lib
+    triton_lib = gpu_module.load_jax_triton(backend).triton_lib
     if triton_lib.triton_kernel_call_lib is None:
         pytest.skip("lowering needs jax-cuda13-plugin (pip install --no-deps jax-cuda13-plugin)")
     packed, codec = weight("a ragged edge")

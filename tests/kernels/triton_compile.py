@@ -50,13 +50,15 @@ def compile_forward(
     }
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     constants = few_rows.constants(codec, jnp.dtype(dtype), tiles)
-    return _compile(forward_kernel, types, constants, options, compute_capability)
+    options |= backend_options(compute_capability)
+    return compile_kernel(forward_kernel, types, constants, options, compute_capability)
 
 
 def compile_dequantize(codec: Codec, dtype: str, compute_capability: int, double_quant: bool = True) -> Machine:
     types = {"codes": "*u8", "table": "*fp32", **_scale_types(double_quant), "out": POINTER[dtype]}
     options = {"num_warps": scratch.WARPS, "num_stages": 1}
-    return _compile(dequantize_kernel, types, scratch.constants(codec), options, compute_capability)
+    options |= backend_options(compute_capability)
+    return compile_kernel(dequantize_kernel, types, scratch.constants(codec), options, compute_capability)
 
 
 def _scale_types(double_quant: bool) -> dict[str, str]:
@@ -64,12 +66,14 @@ def _scale_types(double_quant: bool) -> dict[str, str]:
     return {"absmax": "*u8" if double_quant else "*fp32", **nested}
 
 
-def _compile(kernel: Any, types: dict[str, str], constants: dict, options: dict, compute_capability: int) -> Machine:
+def compile_kernel(
+    kernel: Any, types: dict[str, str], constants: dict, options: dict, compute_capability: int
+) -> Machine:
+    """types: Triton's, of each argument that is no constant; "constexpr" is None. options: the compiler's."""
     constants = constants | {name: None for name, kind in types.items() if kind == "constexpr"}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     pointers = [k for k, kind in enumerate(signature.values()) if kind.startswith("*")]
     source = ASTSource(kernel, signature, constants, {(k,): [["tt.divisibility", 16]] for k in pointers})
-    options = options | backend_options(compute_capability)
     compiled = triton.compile(source, target=GPUTarget("cuda", compute_capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

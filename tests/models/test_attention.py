@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.attention import reference
 from qlora_jax.models import attention
 from qlora_jax.models.attention import Scoring, alibi_slopes, causal_attention, chunked_attention, window_starts
 from tests.random_arrays import random_normal
@@ -81,9 +82,34 @@ def test_auto_is_whole_up_to_its_limit(monkeypatch):
     assert [attention.chosen(name, 10**6) for name in ("xla", "chunked", "cudnn")] == ["xla", "chunked", "cudnn"]
     monkeypatch.setattr(attention, "LONGEST_WHOLE", 8)
     q, k, v, _ = arrays(9)
-    monkeypatch.setattr(attention, "chunked_attention", lambda *_, **__: "chunks")
-    assert causal_attention(q, k, v, "auto") == "chunks"
+    monkeypatch.setattr(attention, "chunked_attention", lambda q, *_, **__: 2 * q)
+    assert np.array_equal(causal_attention(q, k, v, "auto"), 2 * q)
     assert causal_attention(q, k, v, "xla").shape == q.shape
+
+
+def test_flash_is_handed_everything(monkeypatch):
+    q, k, v, _ = arrays(9)
+    starts, sinks, scoring = jnp.zeros((B, 9), jnp.int32), jnp.ones(N), Scoring(0.5, 30.0)
+    monkeypatch.setattr(attention, "flash_attention", lambda *arguments: arguments)
+    found = causal_attention(q, k, v, "flash", starts, scoring, sinks)
+    assert all(mine is theirs for mine, theirs in zip(found, (q, k, v, starts, sinks, scoring), strict=True))
+    monkeypatch.setattr(attention, "is_fastest", lambda *asked: asked == (9, N, H, q.dtype))
+    assert causal_attention(q, k, v, "auto")[0] is q
+    assert causal_attention(q[:, :8], k[:, :8], v[:, :8], "auto").shape == q[:, :8].shape
+
+
+@pytest.mark.parametrize("starts", [None, jnp.asarray([[0, 0, 0, 0, 4, 4, 4, 4, 4]] * B)], ids=["padded", "packed"])
+def test_sinks_in_every_plain_form(starts):
+    q, k, v, d_out = arrays(9)
+    sinks = jnp.linspace(-1.0, 2.0, N)
+    for attend in (
+        lambda q, k, v: causal_attention(q, k, v, "xla", starts, sinks=sinks),
+        lambda q, k, v: chunked_attention(q, k, v, 4, 3, starts, sinks=sinks),
+    ):
+        found = with_gradient(attend, q, k, v, d_out)
+        expected = with_gradient(lambda q, k, v: reference.attention(q, k, v, starts, sinks), q, k, v, d_out)
+        for mine, theirs in zip(found, expected, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_no_array_of_all_scores():

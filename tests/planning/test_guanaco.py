@@ -51,7 +51,9 @@ def test_guanaco_fits(xla_gpu, name, card, remat, most):
     plan = make_plan(config, GPUS[card], advise=False)
     assert (plan.spec.batch.G, plan.spec.batch.B, plan.spec.batch.T) == (16, 1, 512)
     assert plan.fits
-    assert plan.memory.peak.total <= most, f"{plan.memory.peak.total / 1e9:.3f} GB"
+    peak = plan.memory.peak
+    arrays = peak.total - peak.bytes["allocator"]  # the bar is of the program; `fits` counts all
+    assert arrays <= most, f"{arrays / 1e9:.3f} GB"
     # base, adapter and its gradients must stand there in any case: the figure is no artefact of a program left out
     held = {kind: plan.memory.peak.bytes[kind] for kind in ("codes", "adapters", "gradients")}
     assert sum(held.values()) > 0.75 * most * 0.9 and plan.memory.pinned_host_bytes >= 2 * held["adapters"]

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gpu import current_gpu, load_jax_triton
 from pallas_kernels.nf4_matmul import config
 from pallas_kernels.nf4_matmul.config import Tiles
 from pallas_kernels.nf4_matmul.operands import Codec, Packed
 from pallas_kernels.nf4_matmul.shapes import Shape
-from pallas_kernels.nf4_matmul.triton.launch import backend_options, current_gpu, load_jax_triton, scale_operands
+from pallas_kernels.nf4_matmul.triton.launch import backend_options, scale_operands
 
 LARGEST_HALF = 2**31  # bytes of codes are addressed by 32-bit integers
 

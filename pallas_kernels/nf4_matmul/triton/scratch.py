@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.gpu import current_gpu, load_jax_triton
 from pallas_kernels.nf4_matmul.dense import dense_matmul
 from pallas_kernels.nf4_matmul.operands import Codec, Packed
-from pallas_kernels.nf4_matmul.triton.launch import backend_options, current_gpu, load_jax_triton, scale_operands
+from pallas_kernels.nf4_matmul.triton.launch import backend_options, scale_operands
 
 LARGEST = 2**31  # values are addressed by 32-bit integers
 WARPS = 4

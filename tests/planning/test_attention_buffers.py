@@ -1,0 +1,61 @@
+"""Flash attention in a whole train step, compiled for an H200 that is not here: no scores in memory, nothing again."""
+
+import math
+
+import pytest
+
+from qlora_jax.io.load import QuantSpec
+from qlora_jax.lora import LoRAConfig
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.planning import topology
+from qlora_jax.planning.buffers import compile_with_values
+from qlora_jax.planning.gpus import GPUS
+from qlora_jax.planning.program import compile_gradient
+from qlora_jax.train.backward import kept_bytes
+from qlora_jax.train.cut import log_sums
+from qlora_jax.train.shapes import BatchShape, ModelSpec, abstract_model
+
+pytest.importorskip("jax_triton")
+if not topology.is_installed():
+    pytest.skip("needs XLA:GPU's compiler: pip install jax-cuda13-plugin", allow_module_level=True)
+
+SMALL = ModelConfig(
+    D=256, F=512, L=3, N=4, K=2, H=64, V=1000, context=2048, norm_eps=1e-6, rope_theta=10000.0,
+    rope_scaling=(), tied=False, eos_ids=(2,), bos_id=1,
+)  # fmt: skip
+B, T = 4, 576
+
+
+def compiled(attention: str, remat: str, packed: bool):
+    spec = ModelSpec(SMALL, QuantSpec(), LoRAConfig(rank=8), attention=attention, remat=remat)
+    shape = BatchShape(1, B, T, packed)
+
+    def compile(options):
+        return compile_gradient(GPUS["h200"], abstract_model(spec), shape, dropout=False, extra_options=options)
+
+    return spec, *compile_with_values(compile)
+
+
+def largest_scores(values) -> int:
+    """Bytes of the largest array that has a row's queries and its keys."""
+    return max((value.bytes for value in values if not value.is_parameter and value.shape.count(T) > 1), default=0)
+
+
+def test_no_scores_are_in_memory_and_kept_sums_spare_the_second_forward_pass():
+    spec, program, values = compiled("flash", "selective", packed=True)
+    assert largest_scores(values) <= B * T * T  # a mask of bits at most, never a score
+    # forward in the one scan's body; d q, then d k and d v in the other's
+    assert program.as_text().count('custom_call_target="triton_kernel_call') == 3
+    kept = kept_bytes(SMALL, "selective", B, T, 2, spec.low_rank, log_sums(spec, T))
+    stacked = {
+        (value.allocation, value.offset): value.bytes
+        for value in values
+        if value.shape[:1] == (SMALL.L,) and not value.is_parameter and math.prod(value.shape) >= SMALL.L * B * T
+    }
+    assert sum(stacked.values()) == pytest.approx(kept, rel=0.02)
+
+
+def test_xla_has_all_scores():
+    """What the search above would find."""
+    _, _, values = compiled("xla", "block", packed=False)
+    assert largest_scores(values) >= 4 * B * SMALL.N * T * T
