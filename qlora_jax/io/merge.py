@@ -21,15 +21,17 @@ import numpy as np
 from qlora_jax.errors import InputError
 from qlora_jax.files import write_json
 from qlora_jax.finite import first_not_finite
-from qlora_jax.io import peft
+from qlora_jax.io import fused, peft
 from qlora_jax.io.export import DTYPES
 from qlora_jax.io.load import (
     QuantSpec,
     check_tensors,
     expected_shapes,
     is_packed,
+    linear_keys,
     load_config,
     open_files,
+    quant_of,
     read_packed,
     skipped_linears,
     stored_quant,
@@ -37,7 +39,7 @@ from qlora_jax.io.load import (
 from qlora_jax.io.peft_config import CONFIG, read_config
 from qlora_jax.io.remote import name_of
 from qlora_jax.io.shards import SHARD_BYTES, ShardWriter, copy_companions, new_folder
-from qlora_jax.io.write import hf_config, linear_keys, read_linear
+from qlora_jax.io.write import hf_config, read_linear
 from qlora_jax.models.config import ModelConfig, read_json
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.quant.tensor import QuantizedTensor, dequantize
@@ -139,27 +141,28 @@ def merge_folder(
     replaced = {config.embedding_key: "embed_tokens", config.head_key: "lm_head"}
     matrices = peft.read_matrices(skeleton, adapter)
     factors = {
-        config.key(index, name): (np.asarray(a)[index], np.asarray(b)[index])
+        key: (np.asarray(a)[place], np.asarray(b)[place])
         for name, (a, b) in arrays.items()
-        for index in range(config.L)
+        for key, place in config.slots(name).items()
     }
+    merged_layers = len(factors)
     rows = len(next(iter(matrices.values()))) if matrices else config.V
     shapes, linears = expected_shapes(dataclasses.replace(config, V=rows)), linear_keys(config)
     parameters = sum(math.prod(shape) for shape in shapes.values())
     norms = np.zeros(3)
     with new_folder(out, overwrite, [base, adapter], needed=parameters * np.dtype(DTYPES[dtype]).itemsize) as folder:
-        writer = ShardWriter(folder, shard_bytes)
+        writer, joined = ShardWriter(folder, shard_bytes), fused.Joined(config)
         for done, key in enumerate(shapes, start=1):
             w: Any
-            if key in linears and key not in skipped and source.format != "none":
-                w = read_linear(files, *linears[key], source, stored, config)
+            if key in linears and key not in skipped and quant_of(config, linears[key][0], source).format != "none":
+                w = read_linear(files, key, linears, source, stored, config)
             elif replaced.get(key) in matrices:
                 w = matrices.pop(replaced[key])
             elif is_packed(files, key):
                 w = read_packed(files, key, source, shapes[key])
             else:
                 w = files.read(key)
-                w = w.T if key in linears and config.kind.transposed else w
+                w = w.T if key in linears and config.transposes(linears[key][0]) else w
             if key in factors:
                 how = lora_config.residual, lora_config.rank, lora_config.scale
                 kept = residual(w, *how, name=key) if lora_config.residual else w
@@ -167,9 +170,9 @@ def merge_folder(
                 norms += parts
             else:
                 merged = _rounded(_values(w), dtype, key)
-            if key in linears and config.kind.transposed:
+            if key in linears and config.transposes(linears[key][0]):
                 merged = np.ascontiguousarray(merged.T)
-            writer.add({key: merged})
+            writer.add(joined.add(key, merged))
             progress(done, len(shapes))
         names = writer.finish()
         settings = hf_config(read_json(base / "config.json"), dtype, config) | {"vocab_size": rows}
@@ -185,7 +188,7 @@ def merge_folder(
             "dtype": dtype,
             "parameters": parameters,
             "bytes": writer.total_bytes,
-            "merged_layers": len(arrays) * config.L,
+            "merged_layers": merged_layers,
             "update": update / w_norm if w_norm else None,
             "rounding": rounding / w_norm if w_norm else None,
             "files": [*names, "config.json", *companions],
@@ -212,7 +215,9 @@ def _skeleton(config: ModelConfig) -> Decoder:
     """The model's structure with shapes in place of arrays."""
     struct = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     weights: dict[str, Any] = {slot: struct(shape) for slot, (_, shape) in config.outer.items()}
-    weights["layers"] = {name: struct((config.L, *shape)) for name, shape in (config.linears | config.vectors).items()}
+    weights["layers"] = {
+        name: struct((config.L, *config.copies(name), *shape)) for name, shape in config.linears.items()
+    } | {name: struct((config.L, *shape)) for name, shape in config.vectors.items()}
     return Decoder(config, weights, jnp.float32)
 
 

@@ -392,7 +392,7 @@ def take_out(model: Decoder, config: LoRAConfig, progress: Callable[[int, int], 
             progress(place * L + index, total)
             w = jax.tree.map(lambda x: x[index], stack)  # noqa: B023 (called at once)
             left = residual(w, config.residual, config.rank, config.scale, model.config.module(index, name))
-            stack = put(stack, left, index, L)
+            stack = put(stack, left, (index,), (L,))
         lora.linear(model, name).weight = Frozen(stack)
     progress(total, total)
 

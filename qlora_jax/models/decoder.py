@@ -13,6 +13,7 @@ from qlora_jax.models.attention import segment_starts
 from qlora_jax.models.block import Block, Cache, Context
 from qlora_jax.models.chunks import chunk_size, layer_in_chunks
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.experts import Stack
 from qlora_jax.models.dropout import Dropout, DropoutKey, DropoutRate
 from qlora_jax.models.head import Head, head_logits
 from qlora_jax.models.layers import Frozen, NoNorm, Norm, Projected
@@ -199,8 +200,12 @@ class Decoder(nnx.Module):
         return pull(dx)[0]
 
     def layers(self, *filters: Any) -> tuple[Any, ...]:
-        """(graph of one block, its stacked state, one for each filter of nnx.split): what a scan runs over."""
-        return nnx.split(self.blocks, *filters)
+        """(graph of one block, its stacked state, one for each filter of nnx.split): what a scan runs over.
+
+        The stacks of experts are not in it: `apply_layer` takes them whole.
+        """
+        graph, _, *states = nnx.split(self.blocks, Stack, *filters)
+        return graph, *states
 
     def apply_layer(
         self,
@@ -218,13 +223,14 @@ class Decoder(nnx.Module):
         into chunks T is what `pad` makes of it, and the frozen arrays get no gradient.
         """
         key = None if dropout_key is None else DropoutKey.of(dropout_key).of_layer(layer)
+        context, stacks = context._replace(layer=layer), nnx.state(self.blocks, Stack)
         if cache is None and self._is_chunked(x.shape[1]):
             adapter, frozen = state
             pieces = _ChunkedBlock(block, chunk_size(x.shape[1], self.sequence_chunk))
             drawn = None if key is None else (key, DropoutRate.of(self.dropout_rate))
-            arrays = (frozen, context.positions, context.starts, context.rotation, drawn)
+            arrays = (frozen, stacks, context.positions, context.starts, context.rotation, layer, drawn)
             return layer_in_chunks(pieces.keys_values, pieces.rest, pieces.size, arrays, adapter, x), None
-        return nnx.merge(block, *state)(x, context, cache, layer, Dropout(self.dropout_rate, key))
+        return nnx.merge(block, *state, stacks)(x, context, cache, layer, Dropout(self.dropout_rate, key))
 
     def head_weight(self) -> jax.Array | Head:
         """What head_logits takes: [V, D], the output head or the embedding it is tied to, or a Head that is more."""
@@ -276,15 +282,15 @@ class _ChunkedBlock(NamedTuple):
         return block.rest(x, kv, first, context, dropout)
 
     def _open(self, arrays: Any, adapter: Any, first: jax.Array, place: int) -> tuple[Block, Context, Dropout]:
-        frozen, positions, starts, rotation, dropout = arrays
+        frozen, stacks, positions, starts, rotation, layer, dropout = arrays
         key, rate = (None, 0.0) if dropout is None else dropout
         if key is not None:
             key = key.fold_in(first // self.size).fold_in(place)
         positions = jax.lax.dynamic_slice_in_dim(positions, first, self.size, axis=1)
         if starts is not None:
             starts = jax.lax.dynamic_slice_in_dim(starts, first, self.size, axis=1)
-        context = Context(positions, rotation, "chunked", starts)
-        return nnx.merge(self.graph, adapter, frozen), context, Dropout(rate, key)
+        context = Context(positions, rotation, "chunked", starts, layer)
+        return nnx.merge(self.graph, adapter, frozen, stacks), context, Dropout(rate, key)
 
 
 def _norm(config: ModelConfig, weights: dict[str, Any], name: str) -> Norm:

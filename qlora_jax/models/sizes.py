@@ -11,8 +11,15 @@ from qlora_jax.quant.tensor import quantize
 
 
 def linear_weights(config: ModelConfig) -> int:
-    """Weights of all linear layers."""
-    return config.L * sum(map(math.prod, config.linears.values()))
+    """Weights of all linear layers, those of all experts among them."""
+    return sum(map(config.weights, config.linears))
+
+
+def active_weights(config: ModelConfig) -> int:
+    """Weights of all linear layers that one token meets."""
+    experts = config.kind.experts
+    share = experts.per_token / experts.count if experts else 1.0
+    return sum(round(config.weights(name) * (share if config.is_expert(name) else 1)) for name in config.linears)
 
 
 def linear_bytes(
@@ -20,9 +27,10 @@ def linear_bytes(
 ) -> tuple[int, float]:
     """(bytes, bits a weight) of all linear layers; format "none" is 16-bit."""
     total, weights = 0, 0
-    for shape in config.linears.values():
-        weights += config.L * math.prod(shape)
-        total += config.L * _bytes(shape, format, block_size, double_quant)
+    for name, shape in config.linears.items():
+        weights += config.weights(name)
+        count = config.weights(name) // math.prod(shape)
+        total += count * _bytes(shape, format, block_size, double_quant)
     return total, 8 * total / weights
 
 

@@ -435,9 +435,8 @@ def base_size(model: Decoder) -> tuple[float, int]:
     bits, weights = 0, 0
     for name in model.config.linears:
         w = lora.linear(model, name).weight.get_value()
-        O, I = lora.shape(model, name)
         bits += 8 * w.nbytes
-        weights += model.config.L * O * I
+        weights += model.config.weights(name)
     trained = [slot for slot in ("embedding", "head") if not isinstance(getattr(model, slot), Frozen)]
     shapes = [shape for slot, (_, shape) in model.config.outer.items() if slot not in trained]
     others = sum(map(math.prod, shapes)) + model.config.L * sum(map(math.prod, model.config.vectors.values()))

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax import lora
-from qlora_jax.io.load import QuantSpec
+from qlora_jax.io.load import QuantSpec, abstract_weight
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.quant.tensor import quantize
 from qlora_jax.settings import AUTO
 
 
@@ -80,17 +79,15 @@ def abstract_model(spec: ModelSpec) -> AbstractModel:
             slot: jnp.zeros(shape, jnp.float32 if "norm" in slot else stored)
             for slot, (_, shape) in config.outer.items()
         }
-        biases = {f"{name}.bias" for name in config.linears}
         weights["layers"] = {
-            name: jnp.zeros((config.L, *shape), stored if name in biases else jnp.float32)
+            name: jnp.zeros((config.L, *shape), stored if name in config.sixteen_bit else jnp.float32)
             for name, shape in config.vectors.items()
         }
         for name, shape in config.linears.items():
-            one: Any = jnp.zeros(shape, stored)
-            if spec.quant.format != "none":
-                one = quantize(one, spec.quant.format, spec.quant.block_size, spec.quant.double_quant)
-                one = dataclasses.replace(one, backend=spec.kernel)
-            weights["layers"][name] = jax.tree.map(lambda x: jnp.zeros((config.L, *x.shape), x.dtype), one)
+            one: Any = abstract_weight(config, name, spec.quant)
+            one = jax.ShapeDtypeStruct(shape, stored) if one is None else dataclasses.replace(one, backend=spec.kernel)
+            room = (config.L, *config.copies(name))
+            weights["layers"][name] = jax.tree.map(lambda x: jnp.zeros((*room, *x.shape), x.dtype), one)  # noqa: B023
         model = Decoder(config, weights, spec.compute_dtype, spec.remat, spec.attention, spec.sequence_chunk)
         lora.attach(model, spec.lora, jax.random.key(0))
         return model
