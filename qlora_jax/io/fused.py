@@ -1,7 +1,7 @@
 """Tensors that hold the experts of a layer in one, read as a tensor for each expert: what is read is a part of a file.
 
-Files of transformers 4, and those of the hub, have `mlp.experts.3.up_proj.weight` [F, D] for each expert. transformers 5
-keeps `mlp.experts.gate_up_proj` [E, 2 F, D] and `mlp.experts.down_proj` [E, D, F] in memory, and writes them where
+Files of transformers 4, and the hub's, have `mlp.experts.3.up_proj.weight` [F, D] for each expert. transformers 5 keeps
+`mlp.experts.gate_up_proj` [E, 2 F, D] and `mlp.experts.down_proj` [E, D, F] in memory, and writes them where
 save_original_format is false. gpt-oss has nothing else, [E, D, 2 F] there with gate and up in turns, or in MXFP4
 `..._blocks` uint8 [E, 2 F, D / 32, 16] and `..._scales` uint8 [E, 2 F, D / 32] (quant/mxfp4).
 """
@@ -43,7 +43,7 @@ def in_mxfp4(config: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
     """Key of each weight that a file has in MXFP4 -> shapes of its parts, by the ends of their keys."""
     if not config.kind.experts or not config.kind.experts.stored:
         return {}
-    found = {}
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
     for name in filter(config.is_expert, config.linears):
         O, I = config.linears[name]
         found |= {key: {BLOCKS: (O, I // 32, 16), SCALES: (O, I // 32)} for key in config.slots(name)}
@@ -58,9 +58,7 @@ def _members(experts: Experts, config: ModelConfig) -> dict[str, list[str]]:
     return found
 
 
-def _parts(
-    key: str, place: Place, config: ModelConfig, index: int, members: list[str], end: str
-) -> dict[str, Place]:
+def _parts(key: str, place: Place, config: ModelConfig, index: int, members: list[str], end: str) -> dict[str, Place]:
     shapes = [config.stored(name) for name in members]
     if end:
         cut = 3 if end == "_blocks" else 2

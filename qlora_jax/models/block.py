@@ -58,7 +58,11 @@ class Block(nnx.Module):
             layer = stacked if config.is_expert(name) else Linear
             place(self, name, layer(weights[name], weights.get(f"{name}.bias")))
         if kind.experts:
-            place(self, kind.experts.router, Router(weights[kind.experts.router], weights.get(f"{kind.experts.router}.bias")))
+            place(
+                self,
+                kind.experts.router,
+                Router(weights[kind.experts.router], weights.get(f"{kind.experts.router}.bias")),
+            )
         for name in dict.fromkeys(kind.norm_of.values()):
             place(self, name, Norm(weights[name], config.norm_eps, kind.norm, weights.get(f"{name}.bias")))
         if len(set(kind.windows)) > 1:

@@ -90,14 +90,11 @@ class ModelConfig:
         return (self.kind.experts.count,) if self.kind.experts and self.is_expert(name) else ()
 
     def is_expert(self, name: str) -> bool:
-        return self.kind.experts is not None and name.startswith(f"{self.kind.experts.stem}.")
+        return self.kind.is_expert(name)
 
     def units(self, name: str) -> list[str]:
-        """What Hugging Face calls a linear layer within a layer: its name, or one for each expert."""
-        if self.kind.experts is None or not self.is_expert(name):
-            return [name]
-        stem = self.kind.experts.stem
-        return [f"{stem}.{e}{name.removeprefix(stem)}" for e in range(self.kind.experts.count)]
+        """See Kind."""
+        return self.kind.units(name)
 
     def slots(self, name: str) -> dict[str, tuple[int, ...]]:
         """Key of each weight of a linear layer -> its place in the stack, (layer,) or (layer, expert)."""

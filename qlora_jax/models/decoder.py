@@ -13,11 +13,12 @@ from qlora_jax.models.attention import segment_starts
 from qlora_jax.models.block import Block, Cache, Context
 from qlora_jax.models.chunks import chunk_size, layer_in_chunks
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.experts import Stack
 from qlora_jax.models.dropout import Dropout, DropoutKey, DropoutRate
+from qlora_jax.models.experts import Stack
 from qlora_jax.models.head import Head, head_logits
 from qlora_jax.models.layers import Frozen, NoNorm, Norm, Projected
 from qlora_jax.models.rope import Rotation, depends_on_length, rotation
+from qlora_jax.models.router import Balance
 
 REMAT = ("none", "selective", "block", "block+offload")
 
@@ -51,6 +52,7 @@ class Decoder(nnx.Module):
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.remat, self.attention, self.sequence_chunk = remat, attention, sequence_chunk
         self.dropout_rate: Any = 0.0  # a number, or a DropoutRate of the program's inputs
+        self.router_aux_loss_coef = 0.0  # of a mixture's auxiliary loss in training (train/backward.py)
         self.residual = ""  # the adapter's start whose part the linear layers lack, if there is one
         kind = config.kind
         self.embedding = Frozen(weights["embedding"])
@@ -216,14 +218,16 @@ class Decoder(nnx.Module):
         x: jax.Array,
         layer: jax.Array,
         cache: Cache | None = None,
+        balance: Balance | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """One layer: x [B, T, D] -> [B, T, D], and the cache with its keys and values.
 
         `state`: the layer's slice of `layers(nnx.LoRAParam, ...)`: adapter and frozen arrays. Where the sequence is cut
-        into chunks T is what `pad` makes of it, and the frozen arrays get no gradient.
+        into chunks T is what `pad` makes of it, and the frozen arrays get no gradient. `balance`: of the auxiliary loss
+        of a mixture, which is not there in chunks.
         """
         key = None if dropout_key is None else DropoutKey.of(dropout_key).of_layer(layer)
-        context, stacks = context._replace(layer=layer), nnx.state(self.blocks, Stack)
+        context, stacks = context._replace(layer=layer, balance=balance), nnx.state(self.blocks, Stack)
         if cache is None and self._is_chunked(x.shape[1]):
             adapter, frozen = state
             pieces = _ChunkedBlock(block, chunk_size(x.shape[1], self.sequence_chunk))

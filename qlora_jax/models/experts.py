@@ -207,7 +207,7 @@ def _decoded(stack: Any, layer: jax.Array, expert: jax.Array, dtype: Any) -> jax
     """W [O, I] of one expert."""
 
     def cut(leaf: jax.Array) -> jax.Array:
-        start = (layer, expert, *(0,) * (leaf.ndim - 2))
+        start: Any = (layer, expert, *(0,) * (leaf.ndim - 2))
         return jax.lax.dynamic_slice(leaf, start, (1, 1, *leaf.shape[2:])).reshape(leaf.shape[2:])
 
     one = jax.tree.map(cut, stack)
@@ -227,7 +227,8 @@ def _expert(how: How, frame: Frame, tile: _Tile, dtype: Any) -> Any:
         if role not in adapters:
             return y
         dropped = x if frame.drawn is None else _dropped(how, frame.drawn, tile, list(dense).index(role), x)
-        return y + low_rank_term(dropped, *adapters[role], frame.scales[role])
+        a, b = adapters[role]
+        return y + low_rank_term(dropped, a, b, frame.scales[role])
 
     def expert(x: jax.Array, weights: jax.Array, adapters: Any) -> jax.Array:
         if "gate_up" in dense:

@@ -126,6 +126,17 @@ class Kind:
         """Role -> name of the norms. Two roles may share one."""
         return dict(self.norms)
 
+    def is_expert(self, name: str) -> bool:
+        """Whether a linear layer is one of each expert."""
+        return self.experts is not None and name.startswith(f"{self.experts.stem}.")
+
+    def units(self, name: str) -> list[str]:
+        """What Hugging Face calls a linear layer within a layer: its name, or one for each expert."""
+        if self.experts is None or not self.is_expert(name):
+            return [name]
+        stem = self.experts.stem
+        return [f"{stem}.{e}{name.removeprefix(stem)}" for e in range(self.experts.count)]
+
     @property
     def plain_embedding(self) -> bool:
         """Whether a token's row of the embedding enters the first layer as it is."""

@@ -5,10 +5,10 @@
 
 The auxiliary loss (transformers' load_balancing_loss_func; Fedus et al., 2021, equations 4 to 6) is
 
-    E * sum_e f_e p_e,   f_e: share of tokens that take expert e,  p_e: mean of softmax(logits)_e,  over all layers' tokens
+    E * sum_e f_e p_e      f_e: share of tokens that take expert e, p_e: mean of softmax(logits)_e, in all layers
 
-f has no gradient, so that of a layer's softmax is E f_e / tokens whatever the layer: once all layers were computed it is
-one array [E], which `Balance` hands to the layers as they are computed again.
+f has no gradient, so that of a layer's softmax is E f_e / tokens whatever the layer: once all layers were computed it
+is one array [E], which `Balance` hands to the layers as they are computed again.
 """
 
 from typing import NamedTuple
@@ -78,14 +78,14 @@ _pulled.defvjp(
 )
 
 
-def balancing_loss(statistics: jax.Array, tokens: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+def balancing_loss(statistics: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The auxiliary loss float32 [], and its gradient by each layer's sums of softmax(logits), float32 [E].
 
     Args:
       statistics: float32 [L, 2, E], of all layers: tokens that took an expert, and sums of softmax(logits).
-      tokens: float32 [], those that count, padding aside.
-      count: E.
+      counted: bool [B, T], as in Balance.
     """
+    L, _, E = statistics.shape
     taken, sums = jnp.sum(statistics, axis=0)
-    rows = statistics.shape[0] * tokens
-    return count * jnp.sum(taken / rows * (sums / rows)), count * taken / rows / rows
+    rows = jnp.maximum(L * jnp.sum(counted), 1).astype(jnp.float32)
+    return E * jnp.sum(taken / rows * (sums / rows)), E * taken / rows / rows

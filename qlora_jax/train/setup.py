@@ -42,6 +42,7 @@ from qlora_jax.settings import AUTO
 from qlora_jax.text.added_tokens import AddedTokens, extended_tokenizer, find_added
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train import mmlu
+from qlora_jax.train.balance import check_router_loss
 from qlora_jax.train.cut import ToCut
 from qlora_jax.train.loggers import check_loggers
 from qlora_jax.train.mmlu import Asked
@@ -78,6 +79,7 @@ class Base(NamedTuple):
         model = nnx.merge(*nnx.split(self.model))
         model.remat, model.attention = section.remat, section.attention
         model.sequence_chunk = section.sequence_chunk
+        model.router_aux_loss_coef = section.router_aux_loss_coef
         return Base(model, self.made_of)
 
 
@@ -151,6 +153,8 @@ def check_values(config: Any, backend: str | None = None) -> None:
     paging(config.optimizer)
     lora.select_modules(config.lora.modules_to_save, adds_tokens=False, tied=False)
     _check_optimizer(config.optimizer)
+    if not 0 <= config.model.router_aux_loss_coef < math.inf:
+        raise InputError(f"model.router_aux_loss_coef is {config.model.router_aux_loss_coef}; expected 0 or more")
     if config.model.sequence_chunk < 0:
         raise InputError(f"model.sequence_chunk is {config.model.sequence_chunk}; expected tokens, or 0 for off")
     if config.model.sequence_chunk and config.model.attention not in ("auto", "chunked"):
@@ -235,6 +239,8 @@ def prepare(
     added = added_tokens(config.data, folder)
     lora_config = read_lora_config(config.lora, bool(added and added.new), model_config.tied)
     lora.select_targets(lora_config.targets, model_config)
+    m = config.model
+    check_router_loss(m.router_aux_loss_coef, m.remat, m.sequence_chunk, model_config)
     if config.lora.init_from:
         check_base(read_config(Path(config.lora.init_from)).residual, quant.format != "none")
     tokenizer, V = None, model_config.V
@@ -263,6 +269,7 @@ def prepare(
     _say_attention(config.model, data.batches.max_length, say)
     model, base_input = load_base(config, folder, progress) if base is None else base.fresh(config.model)
     check({"model.path": base_input})
+    model.router_aux_loss_coef = config.model.router_aux_loss_coef
     lora.attach(model, lora_config, jax.random.key(config.train.seed))
     if added is not None:
         grow(model, V, added.rows_to_fill(model_config.V), added.real_rows(model_config.V))

@@ -27,6 +27,7 @@ class ModelSpec:
     attention: str = "auto"
     kernel: str = "auto"
     sequence_chunk: int = 0
+    router_aux_loss_coef: float = 0.0
 
     @property
     def is_16bit(self) -> bool:
@@ -39,8 +40,9 @@ class ModelSpec:
 
     @property
     def low_rank(self) -> int:
-        """Ranks of a layer's adapters together."""
-        return self.lora.rank * len(lora.select_targets(self.lora.targets, self.sizes))
+        """Ranks of a layer's adapters together, but for those of experts."""
+        names = lora.select_targets(self.lora.targets, self.sizes)
+        return self.lora.rank * sum(not self.sizes.is_expert(name) for name in names)
 
     def is_chunked(self, T: int) -> bool:
         """Whether rows of T tokens go through a layer in chunks."""
@@ -53,6 +55,7 @@ def model_settings(section: Any) -> dict[str, Any]:
     return {
         "compute_dtype": section.compute_dtype, "remat": remat, "attention": section.attention,
         "kernel": section.kernel, "sequence_chunk": section.sequence_chunk,
+        "router_aux_loss_coef": section.router_aux_loss_coef,
     }  # fmt: skip
 
 
@@ -89,6 +92,7 @@ def abstract_model(spec: ModelSpec) -> AbstractModel:
             room = (config.L, *config.copies(name))
             weights["layers"][name] = jax.tree.map(lambda x: jnp.zeros((*room, *x.shape), x.dtype), one)  # noqa: B023
         model = Decoder(config, weights, spec.compute_dtype, spec.remat, spec.attention, spec.sequence_chunk)
+        model.router_aux_loss_coef = spec.router_aux_loss_coef
         lora.attach(model, spec.lora, jax.random.key(0))
         return model
 

@@ -103,9 +103,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "granite": (
         "Granite",
         A | rope(THETA) | {"embedding_multiplier": 6.0, "attention_multiplier": 0.2},
-        B
-        | rope(THETA)
-        | {"logits_scaling": 4.0, "residual_multiplier": 0.3, "attention_bias": True, "mlp_bias": True},
+        B | rope(THETA) | {"logits_scaling": 4.0, "residual_multiplier": 0.3, "attention_bias": True, "mlp_bias": True},
     ),
     "phi3": (
         "Phi3",
@@ -147,9 +145,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gpt_neox": (
         "GPTNeoX",
         A | rope(PART),
-        B
-        | {"num_attention_heads": 2, "use_parallel_residual": False, "attention_bias": False}
-        | rope(PART),
+        B | {"num_attention_heads": 2, "use_parallel_residual": False, "attention_bias": False} | rope(PART),
     ),
     "falcon": (
         "Falcon",
@@ -162,7 +158,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         B | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1} | rope(THETA),
     ),
     "gpt2": (
-        "GPT2", GPT2 | {"n_inner": 24}, GPT2 | {"tie_word_embeddings": True, "n_head": 1, "scale_attn_weights": False},
+        "GPT2",
+        GPT2 | {"n_inner": 24},
+        GPT2 | {"tie_word_embeddings": True, "n_head": 1, "scale_attn_weights": False},
     ),
     "opt": (
         "OPT",

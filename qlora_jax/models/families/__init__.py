@@ -1,7 +1,7 @@
 """What each family of decoders is: its config.json as a Kind. A file has those that resemble each other.
 
-description (what a family's entry says) → llamas, mixtures (of experts), gemmas, parallel (attention beside feed-forward), older (learned
-positions, ALiBi).
+description (what a family's entry says) → llamas, mixtures (of experts), gemmas, parallel (attention beside
+feed-forward), older (learned positions, ALiBi).
 """
 
 from qlora_jax.models.families import gemmas, llamas, mixtures, older, parallel
