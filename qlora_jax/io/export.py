@@ -24,7 +24,8 @@ def write_checkpoint(out: Path, hf_config: dict, model: Decoder, dtype: str = "b
     config = model.config
     tensors = {key: model.outer(slot) for slot, (key, _) in config.outer.items()}
     for name in config.vectors:
-        stacked = part_of(model.blocks, name if name.endswith(".bias") else f"{name}.weight").get_value()
+        is_whole = name.endswith((".bias", ".sinks"))
+        stacked = part_of(model.blocks, name if is_whole else f"{name}.weight").get_value()
         tensors |= {config.key(index, name): stacked[index] for index in range(config.L)}
     for name in config.linears:
         stacked = part_of(model.blocks, name).weight.get_value()

@@ -84,6 +84,7 @@ def causal_attention(
     implementation: str,
     starts: jax.Array | None = None,
     scoring: Scoring = PLAIN,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Each token attends to itself and all before it, from its start on.
 
@@ -92,22 +93,24 @@ def causal_attention(
       implementation: one of IMPLEMENTATIONS; "cudnn" takes no starts.
       starts: int32 [B, T], the first place that each token sees; None is 0 for all.
       scoring: see Scoring; "cudnn" takes a scale alone.
+      sinks: [N] or None: a score of each head that joins the softmax's denominator and has no value (gpt-oss). Frozen;
+        not with "cudnn".
     Returns:
       [B, T, N, H] in q's dtype; the softmax is float32.
     """
     implementation = chosen(implementation, q.shape[1])
     if implementation == "chunked":
-        return chunked_attention(q, k, v, starts=starts, scoring=scoring)
+        return chunked_attention(q, k, v, starts=starts, scoring=scoring, sinks=sinks)
     named: Any = implementation
-    if starts is None and scoring.is_a_scale:
+    if starts is None and scoring.is_a_scale and sinks is None:
         return jax.nn.dot_product_attention(q, k, v, implementation=named, is_causal=True, scale=scoring.scale)
     if implementation == "cudnn":  # JAX would hand it a bias of [B, 1, T, T]: what flash attention is there to avoid
-        raise ValueError("cudnn attention takes no starts, no softcap and no slopes")
+        raise ValueError("cudnn attention takes no starts, no softcap, no slopes and no sinks")
     places = jnp.arange(k.shape[1])
-    if not scoring.is_a_scale:
+    if not scoring.is_a_scale or sinks is not None:
         seen = places <= places[:, None]  # [T, S]
         seen = seen[None] if starts is None else seen & (places >= starts[..., None])
-        return masked_attention(q, k, v, seen, places[None], scoring)
+        return masked_attention(q, k, v, seen, places[None], scoring, sinks)
     assert starts is not None
     seen = places >= starts[..., None]  # [B, T, S]
     return jax.nn.dot_product_attention(
@@ -116,7 +119,13 @@ def causal_attention(
 
 
 def masked_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, places: jax.Array, scoring: Scoring
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seen: jax.Array,
+    places: jax.Array,
+    scoring: Scoring,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Attention with all scores at once.
 
@@ -124,17 +133,22 @@ def masked_attention(
       q: [B, T, N, H]. k, v: [B, S, K, H].
       seen: bool [B or 1, T, S].
       places: int32 [B or 1, T], of the queries among the keys, for ALiBi's distances.
-      scoring: see Scoring.
+      scoring: see Scoring. sinks: see causal_attention.
     Returns:
       [B, T, N, H] in q's dtype; the softmax is float32.
     """
-    if scoring.is_a_scale:
+    if scoring.is_a_scale and sinks is None:
         return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], scale=scoring.scale)
     S, K, H = k.shape[1:]
     grouped = _grouped(q, K)
     distances = places[..., None] - jnp.arange(S)  # [B or 1, T, S]
     scores = _scored(_einsum("bkgch,bskh->bkgcs", grouped, k), H, K, distances, scoring)
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -1e30), axis=-1)
+    scores = jnp.where(seen[:, None, None], scores, -1e30)
+    if sinks is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        sunk = jnp.broadcast_to(_of_heads(sinks, K)[..., None], (*scores.shape[:-1], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, sunk], axis=-1), axis=-1)[..., :-1]
     return _ungrouped(_einsum("bkgcs,bskh->bkgch", weights.astype(v.dtype), v)).astype(q.dtype)
 
 
@@ -146,6 +160,7 @@ def chunked_attention(
     key_chunk: int | None = None,
     starts: jax.Array | None = None,
     scoring: Scoring = PLAIN,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """As causal_attention, for query_chunk queries and key_chunk keys at a time (see attend_chunk): memory O(T)."""
     T = q.shape[1]
@@ -154,7 +169,7 @@ def chunked_attention(
     if starts is not None:
         starts = jnp.pad(starts, ((0, 0), (0, -T % size)), mode="edge")
     attend = _Attend(key_chunk, size, scoring)
-    return in_chunks(attend, size, starts, (k, v), padded)[:, :T]
+    return in_chunks(attend, size, (starts, sinks), (k, v), padded)[:, :T]
 
 
 class _Attend:
@@ -164,11 +179,12 @@ class _Attend:
         self.key_chunk, self.size, self.scoring = key_chunk, size, scoring
 
     def __call__(
-        self, starts: jax.Array | None, keys: tuple[jax.Array, jax.Array], q: jax.Array, first: jax.Array
+        self, frozen: tuple[Any, Any], keys: tuple[jax.Array, jax.Array], q: jax.Array, first: jax.Array
     ) -> jax.Array:
+        starts, sinks = frozen
         if starts is not None:
             starts = jax.lax.dynamic_slice_in_dim(starts, first, self.size, axis=1)
-        return attend_chunk(q, *keys, first, starts, self.key_chunk, self.scoring)
+        return attend_chunk(q, *keys, first, starts, self.key_chunk, self.scoring, sinks)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Attend) and self._settings == other._settings
@@ -190,6 +206,7 @@ def attend_chunk(
     starts: jax.Array | None = None,
     key_chunk: int | None = None,
     scoring: Scoring = PLAIN,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of consecutive queries to the keys at and before each, from its start on.
 
@@ -200,14 +217,14 @@ def attend_chunk(
       starts: int32 [B, C], the first key that each query sees; None is 0 for all. Chunks of keys before the earliest
         are not visited.
       key_chunk: keys whose scores exist at a time; None makes them SCORES a head.
-      scoring: see Scoring.
+      scoring: see Scoring. sinks: see causal_attention.
     Returns:
       [B, C, N, H] in q's dtype.
     """
-    return _forward(q, k, v, first, starts, key_chunk, scoring)[0]
+    return _forward(q, k, v, first, starts, key_chunk, scoring, sinks)[0]
 
 
-def _forward(q, k, v, first, starts, key_chunk, scoring):
+def _forward(q, k, v, first, starts, key_chunk, scoring, sinks):
     B, C, N, H = q.shape
     S, K = k.shape[1:3]
     key_chunk = _keys_at_a_time(key_chunk, C, S)
@@ -224,6 +241,11 @@ def _forward(q, k, v, first, starts, key_chunk, scoring):
     rows = (B, K, N // K, C)
     start = (jnp.full(rows, -1e30), jnp.zeros(rows), jnp.zeros((*rows, H)))
     m, l, out = jax.lax.fori_loop(*_visited(first, starts, C, S, key_chunk), step, start)
+    if sinks is not None:  # one score more, which the backward pass finds in log l + m
+        sunk = jnp.broadcast_to(_of_heads(sinks, K), rows)
+        new_m = jnp.maximum(m, sunk)
+        fade = jnp.exp(m - new_m)
+        m, l, out = new_m, l * fade + jnp.exp(sunk - new_m), out * fade[..., None]
     out = _ungrouped(out / l[..., None]).astype(q.dtype)
     return out, (q, k, v, first, starts, out, m + jnp.log(l))
 
@@ -247,7 +269,7 @@ def _backward(key_chunk, scoring, saved, d_out):
 
     start = (jnp.zeros(grouped.shape), jnp.zeros_like(k), jnp.zeros_like(v))
     dq, dk, dv = jax.lax.fori_loop(*_visited(first, starts, q.shape[1], S, key_chunk), step, start)
-    return _ungrouped(dq).astype(q.dtype), dk, dv, None, None
+    return _ungrouped(dq).astype(q.dtype), dk, dv, None, None, None
 
 
 attend_chunk.defvjp(_forward, _backward)
@@ -308,6 +330,11 @@ def _add(total: jax.Array, part: jax.Array, j: jax.Array, key_chunk: int) -> jax
     start = _start(j, total.shape[1], key_chunk)
     there = jax.lax.dynamic_slice_in_dim(total, start, key_chunk, axis=1)
     return jax.lax.dynamic_update_slice_in_dim(total, there + part.astype(total.dtype), start, axis=1)
+
+
+def _of_heads(sinks: jax.Array, K: int) -> jax.Array:
+    """[N] -> float32 [1, K, N / K, 1], beside a query's scores."""
+    return sinks.astype(jnp.float32).reshape(1, K, -1, 1)
 
 
 def _grouped(x: jax.Array, K: int) -> jax.Array:

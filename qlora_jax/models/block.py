@@ -18,7 +18,7 @@ from qlora_jax.models.attention import (
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.dropout import Dropout
 from qlora_jax.models.experts import mixture, stacked
-from qlora_jax.models.layers import ACTIVATIONS, Linear, Norm, Setting, gradient_after, in_order, part_of, place
+from qlora_jax.models.layers import ACTIVATIONS, Frozen, Linear, Norm, Setting, gradient_after, in_order, part_of, place
 from qlora_jax.models.rope import Rotation, rotate
 from qlora_jax.models.router import Balance, Router
 
@@ -57,6 +57,8 @@ class Block(nnx.Module):
         for name in config.linears:
             layer = stacked if config.is_expert(name) else Linear
             place(self, name, layer(weights[name], weights.get(f"{name}.bias")))
+        if kind.sinks:
+            place(self, kind.sinks, Frozen(weights[kind.sinks]))
         if kind.experts:
             place(
                 self,
@@ -81,7 +83,7 @@ class Block(nnx.Module):
             after, q = in_order(entering, q)
             k, v = self.keys_values(after, context, dropout)
         if cache is None:
-            out = causal_attention(q, k, v, context.implementation, self.starts(context), self.scoring)
+            out = causal_attention(q, k, v, context.implementation, self.starts(context), self.scoring, self.sinks)
         else:
             at = (layer, jnp.arange(B)[:, None], context.positions)
             cache = Cache(cache.k.at[at].set(k), cache.v.at[at].set(v))
@@ -90,13 +92,18 @@ class Block(nnx.Module):
             if self.has_window:
                 first = window_starts(None, context.positions, self.window_size)
                 seen = seen & (places >= first[:, :, None])
-            out = masked_attention(q, cache.k[layer], cache.v[layer], seen, context.positions, self.scoring)
+            out = masked_attention(q, cache.k[layer], cache.v[layer], seen, context.positions, self.scoring, self.sinks)
         out = checkpoint_name(out.reshape(B, T, self.N * self.H), "attention")
         attended = gradient_after(self.linear("o")(out, dropout), out)
         return self.join(x, entering, attended, context, dropout), cache
 
     def linear(self, role: str) -> Linear:
         return part_of(self, self.kind.linear[role])
+
+    @property
+    def sinks(self) -> jax.Array | None:
+        """[N], where the family's heads have them."""
+        return part_of(self, self.kind.sinks).get_value() if self.kind.sinks else None
 
     def norm(self, role: str, x: jax.Array) -> jax.Array:
         """x through the norm of that role; x itself where there is none."""
@@ -187,7 +194,7 @@ class Block(nnx.Module):
         if self.has_window:
             places = jnp.broadcast_to(first + jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
             starts = window_starts(starts, places, self.window_size)
-        out = attend_chunk(q, *kv, first, starts, None, self.scoring)
+        out = attend_chunk(q, *kv, first, starts, None, self.scoring, self.sinks)
         attended = self.linear("o")(out.reshape(*x.shape[:2], -1), dropout)
         return self.join(x, entering, attended, context, dropout)
 

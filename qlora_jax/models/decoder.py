@@ -169,9 +169,9 @@ class Decoder(nnx.Module):
     def check_attention(self) -> None:
         """Raises InputError where cuDNN's attention would leave out what this family's does."""
         kind = self.config.kind
-        if self.attention == "cudnn" and (any(kind.windows) or kind.softcap or kind.alibi):
+        if self.attention == "cudnn" and (any(kind.windows) or kind.softcap or kind.alibi or kind.sinks):
             raise InputError(
-                'model.attention is "cudnn", which JAX calls without windows, soft caps and ALiBi; this model has some '
+                'model.attention is "cudnn", which JAX calls without windows, soft caps, ALiBi and sinks; this model has some '
                 "of them: set model.attention=auto"
             )
 

@@ -15,11 +15,12 @@ def linear_weights(config: ModelConfig) -> int:
     return sum(map(config.weights, config.linears))
 
 
-def active_weights(config: ModelConfig) -> int:
-    """Weights of all linear layers that one token meets."""
+def active_share(config: ModelConfig, size: Callable[[str], float]) -> float:
+    """The share of what linear layers have that one token meets, by the size of each: some experts of all."""
     experts = config.kind.experts
     share = experts.per_token / experts.count if experts else 1.0
-    return sum(round(config.weights(name) * (share if config.is_expert(name) else 1)) for name in config.linears)
+    total = sum(map(size, config.linears))
+    return sum(size(name) * (share if config.is_expert(name) else 1) for name in config.linears) / total
 
 
 def linear_bytes(

@@ -193,6 +193,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         A | {"num_experts": 6, "num_experts_per_tok": 3, "clip_qkv": 0.7} | rope(THETA),
         B | {"num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True} | rope(THETA),
     ),
+    "gpt_oss": (
+        "GptOss",
+        A | {"head_dim": 8, "sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2},
+        B | WIDE | MIXED | {"num_local_experts": 5, "num_experts_per_tok": 3, "swiglu_limit": 0.6} | rope(YARN),
+    ),
 }
 ADAPTED = ("gpt2_a", "gpt_neox_a", "opt_a", "phi3_a", "phi_a", "falcon_b")
 CONFIGS = {"Gemma3": "Gemma3TextConfig"}

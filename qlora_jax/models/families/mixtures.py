@@ -3,7 +3,7 @@
 import dataclasses
 
 from qlora_jax.errors import InputError
-from qlora_jax.models.families.description import Described, Family, windows_of
+from qlora_jax.models.families.description import FULL, SLIDES, Described, Family, whole_heads, windows_of
 from qlora_jax.models.families.llamas import ALL_ATTENTION, described
 from qlora_jax.models.kind import LLAMA, Experts, Kind, names
 from qlora_jax.models.settings import Settings
@@ -91,6 +91,44 @@ def olmoe(c: Settings, sizes: dict[str, int]) -> Described:
     return described(c, sizes, kind)
 
 
+def gpt_oss(c: Settings, sizes: dict[str, int]) -> Described:
+    """Attention sinks, every second layer slides, biases everywhere, gate and up in turns and clamped."""
+    L, stem = sizes["L"], "mlp.experts"
+    types = c.layer_types(L) or [FULL if index % 2 else SLIDES for index in range(L)]
+    linears = names(gate_up=f"{stem}.gate_up_proj", down=f"{stem}.down_proj")
+    stored = c.get("quantization_config") or {}
+    if not isinstance(stored, dict):
+        raise c.wrong("quantization_config", "an object")
+    is_mxfp4 = mxfp4_of(stored)
+    if is_mxfp4 and (sizes["D"] % 32 or sizes["F"] % 32):
+        raise InputError(f"{c.where}: MXFP4 has blocks of 32, and hidden_size and intermediate_size are no multiples")
+    experts = _experts(
+        c, c.count("num_local_experts", "num_experts"), router="mlp.router", router_bias=True, chosen_alone=True,
+        swiglu=(c.positive("swiglu_alpha"), c.positive("swiglu_limit")), stored="mxfp4" if is_mxfp4 else "",
+        fused=tuple((name, name) for _, name in linears), fused_alone=True,
+    )  # fmt: skip
+    kind = Kind(
+        linears=(*_ATTENTION, *linears),
+        biased=(*(ALL_ATTENTION * c.flag("attention_bias")), "gate_up", "down"),
+        sinks="self_attn.sinks",
+        experts=experts,
+        windows=windows_of(types, c.window(), L),
+    )
+    whole_heads(c)
+    if not c.raw.get("rope_parameters") and not c.raw.get("rope_scaling"):
+        c = Settings({**c.raw, "rope_scaling": _YARN}, c.where, c.defaults)
+    return Described(kind, c.rope(sizes["context"]))
+
+
+def mxfp4_of(quantization: dict[str, object]) -> bool:
+    """Whether experts lie in MXFP4: as OpenAI's files say it, or a folder in our own form."""
+    return "mxfp4" in (quantization.get("quant_method"), quantization.get("experts"))
+
+
+_YARN = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096,
+}  # fmt: skip
 FAMILIES = {
     "MixtralForCausalLM": Family(
         mixtral,
@@ -105,6 +143,14 @@ FAMILIES = {
             "rms_norm_eps": 1e-6, "num_key_value_heads": 4, "decoder_sparse_step": 1, "sliding_window": 4096,
             "num_experts_per_tok": 8, "num_experts": 128, "moe_intermediate_size": 768,
             "max_position_embeddings": 32768,
+        },
+    ),
+    "GptOssForCausalLM": Family(
+        gpt_oss,
+        {
+            "rms_norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128,
+            "rope_theta": 150000.0, "num_experts_per_tok": 4, "num_local_experts": 128, "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0, "attention_bias": True, "max_position_embeddings": 131072,
         },
     ),
     "OlmoeForCausalLM": Family(
