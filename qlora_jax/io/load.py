@@ -54,7 +54,7 @@ class QuantSpec:
 
 
 def stored_quant(folder: Path) -> QuantSpec | None:
-    """How a folder's linear layers are quantized on disk; None when they are not.
+    """How a folder's linear layers, but for experts in MXFP4, are quantized on disk; None when they are not.
 
     Raises InputError for a quantization that cannot be read (GPTQ, AWQ, 8 bits, ...).
     """
@@ -62,6 +62,8 @@ def stored_quant(folder: Path) -> QuantSpec | None:
     if raw is None:
         return None
     method = raw.get("quant_method")
+    if method == mxfp4.FORMAT:
+        return None  # experts alone, which stay what they are (`quant_of`)
     if method == native.METHOD:
         return QuantSpec(*native.read_settings(raw, f"{name_of(folder)}/config.json"))
     if method == "bitsandbytes" and raw.get("load_in_4bit"):

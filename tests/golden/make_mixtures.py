@@ -7,13 +7,16 @@ transformers 5.23.0, peft 0.21.2, torch 2.13.0 (CPU, one thread), Python 3.11. R
     NAME/adapter/      of families/NAME, saved by PEFT: rank 2 and alpha 4 on the attention and, by target_parameters,
                        on mlp.experts.gate_up_proj and mlp.experts.down_proj
     NAME/logits.npz    tokens int32 [1, T], logits float32 [1, T, V] with it
+    mxfp4/             a gpt-oss whose experts lie in MXFP4, as OpenAI's files do: random bytes, scales 2^-6 to 2^-3;
+                       logits.npz as above, of transformers with Mxfp4Config(dequantize=True)
     gradients.npz      of families/qwen3_moe_a: tokens int32 [2, T], loss_mask bool [2, T] (the second row ends before
-                       its padding), adapters "NAME.A" [L, E, 2, I] and "NAME.B" [L, E, O, 2] (no E in attention) at scale
-                       2; loss and auxiliary loss float32 []; "plain/NAME.A", ... the gradient of the loss (the mean
+                       its padding), adapters "NAME.A" [L, E, 2, I], "NAME.B" [L, E, O, 2] (no E in attention), scale 2;
+                       loss and auxiliary loss float32 []; "plain/NAME.A", ... the gradient of the loss (the mean
                        over counted tokens), "balanced/NAME.A", ... of loss + 0.1 auxiliary loss, as transformers adds
                        it with output_router_logits and an attention mask without the padding
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -21,9 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from make_families import fill
 from make_llama import logits_of
 from make_peft import save_adapter
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -50,6 +55,39 @@ def make_adapter(name: str, seed: int) -> None:
     tokens = np.random.default_rng(seed).integers(3, model.config.vocab_size, (1, T)).astype(np.int32)
     np.savez_compressed(folder / "logits.npz", tokens=tokens, logits=logits_of(model, tokens))
     save_adapter(model, folder / "adapter", name)
+
+
+def make_mxfp4() -> None:
+    folder = HERE / "mixtures" / "mxfp4"
+    shutil.rmtree(folder, ignore_errors=True)
+    sizes = {
+        "vocab_size": 40, "hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 2, "head_dim": 8,
+        "num_key_value_heads": 1, "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "sliding_window": 5, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
+    }  # fmt: skip
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes))
+    fill(model, 9)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    tensors, rng = load_file(folder / "model.safetensors"), np.random.default_rng(9)
+    for key in [key for key in tensors if key.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        E, I, O = tensors.pop(key).shape
+        tensors[f"{key}_blocks"] = torch.from_numpy(rng.integers(0, 256, (E, O, I // 32, 16), np.uint8))
+        tensors[f"{key}_scales"] = torch.from_numpy(rng.integers(121, 125, (E, O, I // 32), np.uint8))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config["quantization_config"] = {"modules_to_not_convert": kept, "quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=transformers.Mxfp4Config(dequantize=True), **options
+    )
+    tokens = rng.integers(3, 40, (1, T)).astype(np.int32)
+    np.savez_compressed(folder / "logits.npz", tokens=tokens, logits=(logits := logits_of(model, tokens)))
+    for file in folder.iterdir():
+        file.chmod(0o644)
+    print(f"mxfp4: std {logits.std():.2f}, {next(model.parameters()).dtype}")
 
 
 def make_gradients() -> None:
@@ -106,6 +144,8 @@ def main() -> None:
     for seed, name in enumerate(("qwen3_moe_a", "mixtral_a"), start=1):
         if not sys.argv[1:] or name in sys.argv[1:]:
             make_adapter(name, seed)
+    if not sys.argv[1:] or "mxfp4" in sys.argv[1:]:
+        make_mxfp4()
     if not sys.argv[1:] or "gradients" in sys.argv[1:]:
         make_gradients()
 

@@ -97,7 +97,7 @@ def attached(name: str, targets, **options):
 
 
 def test_per_expert_names_and_what_peft_needs_beside_them(tmp_path):
-    """peft 0.21 loads these onto transformers 5 where gate and up both have one; dropout it refuses, rslora it forgets."""
+    """peft 0.21 loads these onto transformers 5 where gate and up both have one, without dropout and rslora."""
     model, config = attached("qwen3_moe_a", ("all-linear",), use_rslora=True)
     peft.write_adapter(tmp_path / "out", lora.split(model)[1], config, "x", kind=model.config.kind)
     said = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
