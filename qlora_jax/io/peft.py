@@ -20,9 +20,9 @@ import numpy as np
 from qlora_jax import lora
 from qlora_jax.errors import InputError
 from qlora_jax.files import atomic_folder, save_tensors, write_json
-from qlora_jax.io import peft_experts
+from qlora_jax.io.adapters import experts as peft_experts
+from qlora_jax.io.adapters.tensors import PREFIX, WEIGHTS, Tensors, matrix_keys
 from qlora_jax.io.peft_config import CONFIG, AdapterConfig, read_config
-from qlora_jax.io.peft_tensors import PREFIX, WEIGHTS, Tensors, matrix_keys
 from qlora_jax.io.place import put
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.config import ModelConfig

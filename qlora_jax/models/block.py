@@ -17,10 +17,10 @@ from qlora_jax.models.attention import (
 )
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.dropout import Dropout
-from qlora_jax.models.experts import mixture, stacked
 from qlora_jax.models.layers import ACTIVATIONS, Frozen, Linear, Norm, Setting, gradient_after, in_order, part_of, place
+from qlora_jax.models.mixtures.experts import mixture, stacked
+from qlora_jax.models.mixtures.router import Balance, Router
 from qlora_jax.models.rope import Rotation, rotate
-from qlora_jax.models.router import Balance, Router
 
 
 class Cache(NamedTuple):

@@ -14,11 +14,11 @@ from qlora_jax.models.block import Block, Cache, Context
 from qlora_jax.models.chunks import chunk_size, layer_in_chunks
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.dropout import Dropout, DropoutKey, DropoutRate
-from qlora_jax.models.experts import Stack
 from qlora_jax.models.head import Head, head_logits
 from qlora_jax.models.layers import Frozen, NoNorm, Norm, Projected
+from qlora_jax.models.mixtures.experts import Stack
+from qlora_jax.models.mixtures.router import Balance
 from qlora_jax.models.rope import Rotation, depends_on_length, rotation
-from qlora_jax.models.router import Balance
 
 REMAT = ("none", "selective", "block", "block+offload")
 
@@ -171,8 +171,8 @@ class Decoder(nnx.Module):
         kind = self.config.kind
         if self.attention == "cudnn" and (any(kind.windows) or kind.softcap or kind.alibi or kind.sinks):
             raise InputError(
-                'model.attention is "cudnn", which JAX calls without windows, soft caps, ALiBi and sinks; this model has some '
-                "of them: set model.attention=auto"
+                'model.attention is "cudnn", which JAX calls without windows, soft caps, ALiBi and sinks; this model has '
+                "some of them: set model.attention=auto"
             )
 
     def embed(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:

@@ -24,8 +24,7 @@ from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.dropout import DropoutKey
 from qlora_jax.models.kept import NAMES, keeping, with_kept
-from qlora_jax.models.router import STATISTICS, balancing_loss
-from qlora_jax.train.balance import start_of_balance
+from qlora_jax.models.mixtures.router import STATISTICS, balancing_loss, start_of_balance
 from qlora_jax.train.loss import loss_and_gradient
 
 
@@ -88,7 +87,7 @@ def add_gradient(
     numbers = jnp.arange(model.config.L)
     offload = model.remat == "block+offload"
     names = NAMES if model.remat == "selective" else ()
-    balance = start_of_balance(model, loss_mask)
+    balance = start_of_balance(model.router_aux_loss_coef, model.config.kind.experts, loss_mask)
     if balance is not None:
         names, apply_layer = (*names, STATISTICS), partial(apply_layer, balance=balance)
 

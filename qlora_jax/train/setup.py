@@ -33,6 +33,7 @@ from qlora_jax.models.config import ModelConfig, read_json
 from qlora_jax.models.decoder import REMAT, Decoder
 from qlora_jax.models.kind import Kind
 from qlora_jax.models.layers import Frozen
+from qlora_jax.models.mixtures.router import check_router_loss
 from qlora_jax.models.vocabulary import grow
 from qlora_jax.optim.paged import PAGING
 from qlora_jax.optim.pages import state_bytes
@@ -42,7 +43,6 @@ from qlora_jax.settings import AUTO
 from qlora_jax.text.added_tokens import AddedTokens, extended_tokenizer, find_added
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train import mmlu
-from qlora_jax.train.balance import check_router_loss
 from qlora_jax.train.cut import ToCut
 from qlora_jax.train.loggers import check_loggers
 from qlora_jax.train.mmlu import Asked

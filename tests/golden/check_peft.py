@@ -35,7 +35,11 @@ def main(base: str, adapter: str, logits_file: str) -> int:
         actual = model(input_ids=tokens).logits
     file, read = load_file(Path(adapter) / "adapter_model.safetensors"), get_peft_model_state_dict(model)
     is_fused = any(re.search(r"experts\.\d+\.", key) for key in file)
-    same = is_fused or file.keys() == read.keys() and all(torch.equal(file[key].float(), read[key].float()) for key in file)
+    same = (
+        is_fused
+        or file.keys() == read.keys()
+        and all(torch.equal(file[key].float(), read[key].float()) for key in file)
+    )
     difference = float((actual - expected).abs().max()) if actual.shape == expected.shape else float("inf")
     moved = float((actual - plain).abs().max())
     print(f"largest difference {difference:.3e} (at most {TOLERANCE:.0e}); the adapter alone moves {moved:.3e}")

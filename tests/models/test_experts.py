@@ -12,8 +12,8 @@ from qlora_jax import lora
 from qlora_jax.io.load import QuantSpec, load_model
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.dropout import Dropout
-from qlora_jax.models.experts import Stack, mixture, tile_rows
 from qlora_jax.models.layers import part_of
+from qlora_jax.models.mixtures.experts import Stack, mixture, tile_rows
 from qlora_jax.quant.tensor import QuantizedTensor, dequantize
 from tests.families import FAST, FOLDERS
 from tests.random_arrays import random_normal

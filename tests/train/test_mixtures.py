@@ -9,7 +9,7 @@ from qlora_jax import lora
 from qlora_jax.errors import InputError
 from qlora_jax.io.load import load_config, load_model
 from qlora_jax.lora import LoRAConfig
-from qlora_jax.train.balance import check_router_loss
+from qlora_jax.models.mixtures.router import check_router_loss
 from qlora_jax.train.step import make_gradient
 from tests.conftest import TESTS
 from tests.families import FAST, FOLDERS

@@ -19,6 +19,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.nf4_matmul import dense_matmul
+from qlora_jax.errors import InputError
+from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.kind import Experts
 from qlora_jax.models.layers import Frozen
 
@@ -89,3 +91,29 @@ def balancing_loss(statistics: jax.Array, counted: jax.Array) -> tuple[jax.Array
     taken, sums = jnp.sum(statistics, axis=0)
     rows = jnp.maximum(L * jnp.sum(counted), 1).astype(jnp.float32)
     return E * jnp.sum(taken / rows * (sums / rows)), E * taken / rows / rows
+
+
+def check_router_loss(coefficient: float, remat: str, sequence_chunk: int, sizes: ModelConfig) -> None:
+    """Raises InputError where model.router_aux_loss_coef cannot be had."""
+    if not coefficient:
+        return
+    if not sizes.sparse:
+        raise InputError(f"model.router_aux_loss_coef is {coefficient}, but this model has no experts: set it to 0")
+    if sequence_chunk or remat == "none":
+        key, value = ("sequence_chunk", "0") if sequence_chunk else ("remat", "block")
+        raise InputError(
+            f"model.router_aux_loss_coef is {coefficient}: that loss is summed over whole sequences, layer by layer; "
+            f"set model.{key}={value}"
+        )
+
+
+def start_of_balance(coefficient: float, experts: Experts | None, loss_mask: jax.Array) -> Balance | None:
+    """What the forward pass takes; None where there is no auxiliary loss.
+
+    Tokens up to a row's last target count: padding stands behind it. loss_mask: bool [B, T].
+    """
+    if not coefficient:
+        return None
+    assert experts is not None
+    counted = jax.lax.cummax(loss_mask.astype(jnp.int32), axis=1, reverse=True) > 0
+    return Balance(counted, jnp.zeros(experts.count, jnp.float32))
