@@ -1,4 +1,4 @@
-"""gpt-oss 20B, a mixture of 32 experts that stay in the MXFP4 of its files, on chats packed into rows of 2,048 tokens."""
+"""gpt-oss 20B, a mixture of 32 experts that stay in the MXFP4 of its files, on chats packed into 2,048 tokens a row."""
 
 from ml_collections import ConfigDict
 

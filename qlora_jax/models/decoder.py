@@ -171,8 +171,8 @@ class Decoder(nnx.Module):
         kind = self.config.kind
         if self.attention == "cudnn" and (any(kind.windows) or kind.softcap or kind.alibi or kind.sinks):
             raise InputError(
-                'model.attention is "cudnn", which JAX calls without windows, soft caps, ALiBi and sinks; this model has '
-                "some of them: set model.attention=auto"
+                'model.attention is "cudnn", which JAX calls without windows, soft caps, ALiBi and sinks; this model '
+                "has some of them: set model.attention=auto"
             )
 
     def embed(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:

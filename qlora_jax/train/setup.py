@@ -239,8 +239,7 @@ def prepare(
     added = added_tokens(config.data, folder)
     lora_config = read_lora_config(config.lora, bool(added and added.new), model_config.tied)
     lora.select_targets(lora_config.targets, model_config)
-    m = config.model
-    check_router_loss(m.router_aux_loss_coef, m.remat, m.sequence_chunk, model_config)
+    check_router_loss(config.model, model_config)
     if config.lora.init_from:
         check_base(read_config(Path(config.lora.init_from)).residual, quant.format != "none")
     tokenizer, V = None, model_config.V
@@ -269,7 +268,6 @@ def prepare(
     _say_attention(config.model, data.batches.max_length, say)
     model, base_input = load_base(config, folder, progress) if base is None else base.fresh(config.model)
     check({"model.path": base_input})
-    model.router_aux_loss_coef = config.model.router_aux_loss_coef
     lora.attach(model, lora_config, jax.random.key(config.train.seed))
     if added is not None:
         grow(model, V, added.rows_to_fill(model_config.V), added.real_rows(model_config.V))
@@ -347,10 +345,12 @@ def load_base(config: Any, folder: Path, progress: Callable[[int, int], None]) -
     """The frozen model that the config's `model` and `quant` sections describe, from its folder."""
     m = config.model
     sums: list[str] = []
+    check_router_loss(m, load_config(folder))
     model = load_model(
         folder, quantization(config), m.compute_dtype, m.remat, m.attention, m.kernel, progress, m.sequence_chunk,
         sums.append,
     )  # fmt: skip
+    model.router_aux_loss_coef = m.router_aux_loss_coef
     settings = {key: value for key, value in read_json(folder / "config.json").items() if key not in _NOT_SETTINGS}
     settings_sum = checksums.of(json.dumps(settings, sort_keys=True))
     parts = [("the weights of the base", sums[0]), ("config.json of the base", settings_sum)]

@@ -11,7 +11,7 @@ f has no gradient, so that of a layer's softmax is E f_e / tokens whatever the l
 is one array [E], which `Balance` hands to the layers as they are computed again.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,14 +93,15 @@ def balancing_loss(statistics: jax.Array, counted: jax.Array) -> tuple[jax.Array
     return E * jnp.sum(taken / rows * (sums / rows)), E * taken / rows / rows
 
 
-def check_router_loss(coefficient: float, remat: str, sequence_chunk: int, sizes: ModelConfig) -> None:
-    """Raises InputError where model.router_aux_loss_coef cannot be had."""
+def check_router_loss(section: Any, sizes: ModelConfig) -> None:
+    """Raises InputError where router_aux_loss_coef of a config's `model` section cannot be had."""
+    coefficient, chunk = section.router_aux_loss_coef, section.sequence_chunk
     if not coefficient:
         return
     if not sizes.sparse:
         raise InputError(f"model.router_aux_loss_coef is {coefficient}, but this model has no experts: set it to 0")
-    if sequence_chunk or remat == "none":
-        key, value = ("sequence_chunk", "0") if sequence_chunk else ("remat", "block")
+    if chunk or section.remat == "none":
+        key, value = ("sequence_chunk", "0") if chunk else ("remat", "block")
         raise InputError(
             f"model.router_aux_loss_coef is {coefficient}: that loss is summed over whole sequences, layer by layer; "
             f"set model.{key}={value}"
