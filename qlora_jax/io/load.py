@@ -189,8 +189,10 @@ def check_tensors(
     else:
         if is_native(files):
             expected |= {key: (shape, (dtype,)) for key, (shape, dtype) in expected_stacks(config, stored).items()}
-        else:  # bitsandbytes packs the head too where a list of modules to skip leaves it out
-            packed = linears | ({config.head_key} if is_packed(files, config.head_key) else set())
+        else:  # bitsandbytes packs head and routers too where a list of modules to skip leaves them out
+            others = {config.head_key, *_router_keys(config)}
+            packed = linears | {key for key in others if is_packed(files, key)}
+            _check_experts_are_packed(files, config, packed)
         expected = {key: value for key, value in expected.items() if key not in linears | packed}
     harmless = (*_HARMLESS, *config.kind.buffers)
     owners = {key: bitsandbytes.part_of(key) for key in files.shapes}
@@ -210,6 +212,21 @@ def check_tensors(
         shown = "; ".join(problems[:40]) + (f"; and {len(problems) - 40} more" if len(problems) > 40 else "")
         raise InputError(
             f"{files.folder} does not hold the model of its config.json ({len(problems)} problems): {shown}"
+        )
+
+
+def _router_keys(config: ModelConfig) -> list[str]:
+    experts = config.kind.experts
+    return [config.key(index, experts.router) for index in range(config.L)] if experts else []
+
+
+def _check_experts_are_packed(files: TensorFiles, config: ModelConfig, packed: Container[str]) -> None:
+    """Raises InputError for a bitsandbytes folder of transformers 5, where experts are no linear layers."""
+    keys = [key for name in filter(config.is_expert, config.linears) for key in config.slots(name) if key in packed]
+    if keys and not any(is_packed(files, key) for key in keys):
+        raise InputError(
+            f"{files.folder} has its experts in 16 bits and the rest in 4, as transformers 5 leaves them: name the "
+            "model that it was made from, whose experts are quantized here"
         )
 
 
@@ -292,11 +309,12 @@ def load_model(
         q = read_quantized(files, config, name, place, quant)
         return _values(q, jnp.dtype(compute_dtype)) if as_array else q
 
-    def outer(slot: str, key: str, shape: tuple[int, ...]) -> jax.Array:
-        if slot == "head" and is_packed(files, key):
+    def other(key: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """What is kept in 16 or 32 bits."""
+        if is_packed(files, key):
             count()
             return _values(read_packed(files, key, quant, shape), jnp.dtype(compute_dtype))
-        return array(key, jnp.float32 if "norm" in slot else None)
+        return array(key, dtype)
 
     mixed = _mixed(config, skipped)
     if mixed:
@@ -304,7 +322,10 @@ def load_model(
             "warning: %s: llm_int8_skip_modules keeps %s unquantized in some layers; layers are stacked, so here these "
             "are unquantized in all of them, with the values that they have there", files.folder, ", ".join(mixed),
         )  # fmt: skip
-    weights: dict[str, Any] = {slot: outer(slot, *place) for slot, place in config.outer.items()} | {"layers": {}}
+    weights: dict[str, Any] = {
+        slot: other(key, shape, jnp.float32 if "norm" in slot else None) for slot, (key, shape) in config.outer.items()
+    }
+    weights["layers"] = {}
     for name in config.linears:
         stack: Any = None
         slots, room = config.slots(name), (config.L, *config.copies(name))
@@ -317,9 +338,10 @@ def load_model(
         if isinstance(stack, QuantizedTensor):
             stack = dataclasses.replace(stack, backend=kernel)
         weights["layers"][name] = stack
-    for name in config.vectors:
+    for name, shape in config.vectors.items():
         dtype = None if name in config.sixteen_bit else jnp.float32
-        weights["layers"][name] = jnp.stack([array(config.key(index, name), dtype) for index in range(config.L)])
+        rows = [other(config.key(index, name), shape, dtype) for index in range(config.L)]
+        weights["layers"][name] = jnp.stack(rows)
     progress(total, total)
     take_checksum(checksums.of(*(f"{key} {checksum}" for key, checksum in sorted(files.checksums.items()))))
     return Decoder(config, weights, compute_dtype, remat, attention, sequence_chunk)

@@ -16,13 +16,19 @@ from qlora_jax.errors import InputError
 from qlora_jax.quant.tensor import QuantizedTensor
 
 FORMAT, BLOCK = "mxfp4", 32
-_NAN = 255  # the byte of a scale that is no number
+_LARGEST = 252  # the byte of a scale whose largest value, 6 * 2^125, is finite in float32; 255 is NaN
 
 
 def read(blocks: np.ndarray, scales: np.ndarray, name: str) -> QuantizedTensor:
-    """A weight [O, I] of its parts uint8 [O, I / 32, 16] and [O, I / 32]. Raises InputError for scales of NaN."""
-    if (scales == _NAN).any():
-        raise InputError(f"{name} has a scale of 255, which is NaN in MXFP4; a frozen weight must be finite")
+    """A weight [O, I] of its parts uint8 [O, I / 32, 16] and [O, I / 32].
+
+    Raises InputError for scales that are NaN or overflow. Values below 2^-126 may come out as zero.
+    """
+    if (largest := int(scales.max())) > _LARGEST:
+        raise InputError(
+            f"{name} has a scale byte of {largest}, which is {'NaN' if largest == 255 else 'too large for float32'}; a "
+            "frozen weight must be finite"
+        )
     codes = blocks.reshape(-1)
     half = codes.size // 2
     low, high = codes[:half], codes[half:]  # of the first half of all values, of the second

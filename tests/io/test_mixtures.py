@@ -15,6 +15,8 @@ from qlora_jax.io.load import QuantSpec, load_model
 from qlora_jax.io.merge import merge_folder
 from qlora_jax.io.write import quantize_folder
 from qlora_jax.lora import LoRAConfig
+from qlora_jax.quant import bitsandbytes, mxfp4
+from qlora_jax.quant.tensor import dequantize, quantize
 from tests.conftest import TESTS
 from tests.families import FOLDERS, logits_of
 
@@ -62,6 +64,53 @@ def test_a_fused_tensor_of_another_shape_is_refused(tmp_path):
         load_model(tmp_path)
 
 
+def test_mxfp4_is_read_as_it_is(tmp_path):
+    """OpenAI's form of gpt-oss: transformers' logits; the bytes stay, whatever the other weights become."""
+    with np.load(MIXTURES / "mxfp4" / "logits.npz") as file:
+        tokens, expected = file["tokens"], file["logits"]
+    model = load_model(MIXTURES / "mxfp4", compute_dtype=jnp.float32)
+    np.testing.assert_allclose(logits_of(model, tokens), expected, atol=1e-4, rtol=0)
+    quant = QuantSpec("nf4", 32, True)
+    here = load_model(MIXTURES / "mxfp4", quant, jnp.float32)
+    formats = {name: lora.linear(here, name).weight.get_value().format for name in here.config.linears}
+    assert formats == {name: "mxfp4" if "experts" in name else "nf4" for name in here.config.linears}
+    gate_up = lora.linear(here, "mlp.experts.gate_up_proj").weight.get_value()
+    assert gate_up.codes.shape == (2, 4, 64 * 64 // 2) and gate_up.absmax.dtype == jnp.uint8
+    raw = load_file(MIXTURES / "mxfp4" / "model.safetensors")["model.layers.1.mlp.experts.gate_up_proj_scales"]
+    np.testing.assert_array_equal(gate_up.absmax[1].reshape(raw.shape), raw)
+    quantize_folder(MIXTURES / "mxfp4", tmp_path / "native", "native", quant)
+    same_base(here, load_model(tmp_path / "native", compute_dtype=jnp.float32))
+
+
+def test_every_value_of_mxfp4():
+    """All codes at all scales whose values are normal float32 numbers, exact; others are refused."""
+    values = np.asarray([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+    scales = np.arange(2, 253, dtype=np.uint8)[:, None]
+    blocks = np.broadcast_to((np.arange(16) | (np.arange(16)[::-1] << 4)).astype(np.uint8), (len(scales), 1, 16))
+    found = dequantize(mxfp4.read(blocks, scales, "w"), jnp.float32)
+    row = np.stack([values, values[::-1]], axis=1).reshape(-1)
+    np.testing.assert_array_equal(found, row * np.float32(2.0) ** (scales.astype(np.float32) - 127))
+    for byte, what in ((255, "NaN"), (253, "too large for float32")):
+        with pytest.raises(InputError, match=f"a scale byte of {byte}, which is {what}"):
+            mxfp4.read(blocks[:1], np.full((1, 1), byte, np.uint8), "w")
+
+
+def test_gpt_oss_keeps_the_form_that_it_has(tmp_path):
+    """Adapters as target_parameters, which are all that PEFT can say of it; merged tensors as the family's files."""
+    model, config = attached("gpt_oss_a", ("all-linear",))
+    peft.write_adapter(tmp_path / "out", lora.split(model)[1], config, "x", kind=model.config.kind)
+    said = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert said["target_parameters"] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert said["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"] and said["r"] == 3
+    tokens = np.arange(3, 23, dtype=np.int32)[None]
+    expected = logits_of(model, tokens)
+    merge_folder(FOLDERS / "gpt_oss_a", tmp_path / "out", tmp_path / "merged", QuantSpec("none"), dtype="float32")
+    merged = load_model(tmp_path / "merged", compute_dtype=jnp.float32)
+    np.testing.assert_allclose(logits_of(merged, tokens), expected, atol=2e-4, rtol=1e-4)
+    theirs, ours = (load_file(path / "model.safetensors") for path in (FOLDERS / "gpt_oss_a", tmp_path / "merged"))
+    assert {key: x.shape for key, x in theirs.items()} == {key: x.shape for key, x in ours.items()}
+
+
 @pytest.mark.parametrize("name", ADAPTED)
 def test_target_parameters_of_peft(name, tmp_path):
     """PEFT's own adapter gives its logits; so do the forms that are written of it, and what is merged."""
@@ -85,9 +134,9 @@ def test_target_parameters_of_peft(name, tmp_path):
     assert {key: x.shape for key, x in theirs.items()} == {key: x.shape for key, x in ours.items()}
 
 
-def attached(name: str, targets, **options):
+def attached(name: str, targets, quant=None, **options):
     """A model with a random adapter of rank 3 on some projections."""
-    model = load_model(FOLDERS / name, compute_dtype=jnp.float32)
+    model = load_model(FOLDERS / name, quant, jnp.float32)
     config = LoRAConfig(3, 6, 0.1, targets=targets, **options)
     rng = np.random.default_rng(3)
     for found in lora.attach(model, config, jax.random.key(1)):
@@ -173,6 +222,12 @@ def test_the_native_form_holds_what_is_quantized_here(tmp_path):
     same_base(here, load_model(tmp_path / "native", compute_dtype=jnp.float32))
     shapes = {key: value.shape for key, value in load_file(tmp_path / "native" / "model.safetensors").items()}
     assert shapes["model.layers.mlp.experts.up_proj.weight.codes"] == (3, 6, 24 * 24 // 2)
+    tokens = np.arange(3, 23, dtype=np.int32)[None]
+    model, config = attached("olmoe_b", ("q_proj", "down_proj"), quant=quant)
+    peft.write_adapter(tmp_path / "out", lora.split(model)[1], config, "x", kind=model.config.kind)
+    merge_folder(tmp_path / "native", tmp_path / "out", tmp_path / "merged", dtype="float32")
+    merged = load_model(tmp_path / "merged", compute_dtype=jnp.float32)
+    np.testing.assert_allclose(logits_of(merged, tokens), logits_of(model, tokens), atol=2e-4, rtol=1e-4)
     with pytest.raises(InputError, match="is a mixture of experts, and in transformers 5 bitsandbytes keeps experts"):
         quantize_folder(FOLDERS / "olmoe_b", tmp_path / "bnb", "bnb", quant)
 
@@ -181,4 +236,31 @@ def test_layers_without_experts_are_refused(tmp_path):
     config = json.loads((FOLDERS / "qwen3_moe_a" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"mlp_only_layers": [1]}))
     with pytest.raises(InputError, match=r"1 of 2 layers have no experts \(mlp_only_layers \[1\]"):
+        load_model(tmp_path)
+
+
+def test_folders_of_bitsandbytes(tmp_path):
+    """Of transformers 4, where experts and router are 4-bit linear layers, read; of 5, which leaves them, refused."""
+    tensors = load_file(FOLDERS / "qwen3_moe_a" / "model.safetensors")
+    config = json.loads((FOLDERS / "qwen3_moe_a" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def write(is_packed) -> None:
+        found = {}
+        for key, value in tensors.items():
+            if is_packed(key):
+                q = quantize(jnp.asarray(value), "nf4", 64, True)
+                found |= bitsandbytes.to_bitsandbytes(q, key)
+            else:
+                found[key] = value
+        save_file(found, tmp_path / "model.safetensors")
+
+    write(lambda key: "_proj.weight" in key or "mlp.gate" in key)
+    here, there = load_model(FOLDERS / "qwen3_moe_a", QuantSpec()), load_model(tmp_path)
+    for name in here.config.linears:
+        same = jax.tree.map(np.array_equal, *(lora.linear(model, name).weight.get_value() for model in (here, there)))
+        assert all(jax.tree.leaves(same))
+    write(lambda key: "self_attn" in key and "_proj.weight" in key)
+    with pytest.raises(InputError, match="has its experts in 16 bits and the rest in 4, as transformers 5 leaves them"):
         load_model(tmp_path)
