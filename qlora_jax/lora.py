@@ -92,12 +92,13 @@ def _matched(pattern: str, model: ModelConfig) -> set[str]:
     modules = {name: [key.removesuffix(".weight") for key in model.slots(name)] for name in model.linears}
     counts = {name: sum(bool(expression.fullmatch(module)) for module in modules[name]) for name in model.linears}
     partly = [
-        f"{name} in {count} of {len(modules[name])}" for name, count in counts.items() if 0 < count < len(modules[name])
+        f"{name} in {count} of {len(modules[name])}{' experts of all' * model.is_expert(name)}"
+        for name, count in counts.items()
+        if 0 < count < len(modules[name])
     ]
     if partly:
-        where = "layers" if not model.sparse else "places, layers and experts"
         raise InputError(
-            f"lora.targets: {pattern!r} picks {', '.join(partly)} {where}; a projection takes adapters in all or none"
+            f"lora.targets: {pattern!r} picks {', '.join(partly)} layers; a projection takes adapters in all or none"
         )
     matched = {name for name, count in counts.items() if count}
     if not matched:

@@ -247,7 +247,7 @@ def _unlike(placed: Placed, config: ModelConfig) -> str:
     for name in config.linears:
         count, whole = sum(other == name for other, _ in placed), math.prod((config.L, *config.copies(name)))
         if 0 < count < whole:
-            places = "places, layers and experts" if config.is_expert(name) else "layers"
+            places = "experts of all layers" if config.is_expert(name) else "layers"
             return f"{name} carries an adapter in {count} of {whole} {places}"
     sizes = [f"{rank} and {alpha:g}" for rank, alpha in dict.fromkeys(placed.values())]
     return f"r and lora_alpha are {sizes[0]} here, {sizes[1]} there" if len(sizes) > 1 else ""

@@ -211,7 +211,7 @@ def test_targets():
     select = lambda *targets: lora.select_targets(targets, model.config)  # noqa: E731
     assert select("all-linear") == list(model.config.linears)
     assert select(r".*\.mlp\.experts\.\d+\.(gate|up)_proj") == ["mlp.experts.gate_proj", "mlp.experts.up_proj"]
-    with pytest.raises(InputError, match="picks mlp.experts.up_proj in 2 of 12 places, layers and experts"):
+    with pytest.raises(InputError, match="picks mlp.experts.up_proj in 2 of 12 experts of all layers"):
         select(r".*\.mlp\.experts\.3\.up_proj")
 
 
