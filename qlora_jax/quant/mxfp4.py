@@ -8,6 +8,8 @@ In a QuantizedTensor the bytes s stand where 8-bit scales do, with a table of po
 nested scales of 1 and an offset of 0: so whatever takes double quantization takes this.
 """
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,6 +19,11 @@ from qlora_jax.quant.tensor import QuantizedTensor
 
 FORMAT, BLOCK = "mxfp4", 32
 _LARGEST = 252  # the byte of a scale whose largest value, 6 * 2^125, is finite in float32; 255 is NaN
+
+
+def scale_byte(scale: float) -> int:
+    """The byte of the power of two that is nearest to a scale."""
+    return 127 + round(math.log2(scale))
 
 
 def read(blocks: np.ndarray, scales: np.ndarray, name: str) -> QuantizedTensor:

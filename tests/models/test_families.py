@@ -43,9 +43,9 @@ def test_logits(name):
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["bloom_a", "falcon_b", "gemma3_b"])
+@pytest.mark.parametrize("name", ["bloom_a", "falcon_b", "gemma3_b", "gpt_oss_b"])
 def test_in_chunks(name):
-    """ALiBi; a projection of groups of heads beside the feed-forward; layers of two kinds, in chunks of a sequence."""
+    """ALiBi; a projection of groups of heads beside the feed-forward; layers of two kinds; sinks and experts."""
     with np.load(FOLDERS / name / "logits.npz") as file:
         tokens, expected = file["tokens"], file["logits"]
     model = load_model(FOLDERS / name, compute_dtype=jnp.float32, sequence_chunk=9)
