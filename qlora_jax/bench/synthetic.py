@@ -79,11 +79,9 @@ def fill_quantized(q: QuantizedTensor, key: jax.Array) -> QuantizedTensor:
         return dataclasses.replace(q, codes=codes, absmax=uniform(absmax_key, q.absmax.shape))
     assert q.nested_absmax is not None and q.offset is not None
     if q.format == mxfp4.FORMAT:
-        byte = mxfp4.scale_byte(scale)
-        return dataclasses.replace(
-            q, codes=codes, absmax=jnp.full(q.absmax.shape, byte, jnp.uint8), nested_absmax=jnp.ones_like(q.nested_absmax),
-            offset=jnp.zeros_like(q.offset),
-        )  # fmt: skip
+        absmax = jnp.full(q.absmax.shape, mxfp4.scale_byte(scale), jnp.uint8)
+        ones, zeros = jnp.ones_like(q.nested_absmax), jnp.zeros_like(q.offset)
+        return dataclasses.replace(q, codes=codes, absmax=absmax, nested_absmax=ones, offset=zeros)
     return dataclasses.replace(
         q,
         codes=codes,
