@@ -137,6 +137,11 @@ def read_adapter(model: Decoder, folder: Path, to_train: bool = False) -> tuple[
       InputError: one message that lists every tensor that is missing, unexpected or misshapen; or one is not finite.
     """
     settings, tensors, sizes = read_config(folder), Tensors(folder, model.config.kind), model.config
+    experts = sizes.kind.experts
+    if experts and any(f".{name}.lora_" in key for name in (experts.router, "mlp.gate") for key in tensors.keys()):  # noqa: SIM118
+        raise InputError(
+            f"{tensors.path} adapts the router, which stays as it is here: train without it, or merge it in peft"
+        )
     placed = _placed(settings, sizes) | _placed_experts(settings, sizes, tensors)
     if not placed:
         raise InputError(f"{settings.where}: target_modules picks no linear layer of this model")

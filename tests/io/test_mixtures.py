@@ -206,6 +206,15 @@ def test_target_parameters_refused(change, message, tmp_path):
         peft.read_adapter(load_model(FOLDERS / "qwen3_moe_a"), tmp_path)
 
 
+def test_an_adapter_on_the_router_is_refused(tmp_path):
+    source = MIXTURES / "qwen3_moe_a" / "adapter"
+    (tmp_path / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
+    more = {f"base_model.model.model.layers.0.mlp.gate.lora_{x}.weight": np.ones((2, 2), np.float32) for x in "AB"}
+    save_file(load_file(source / peft.WEIGHTS) | more, tmp_path / peft.WEIGHTS)
+    with pytest.raises(InputError, match="adapts the router, which stays as it is here"):
+        peft.read_adapter(load_model(FOLDERS / "qwen3_moe_a"), tmp_path)
+
+
 def test_targets():
     model = load_model(FOLDERS / "qwen3_moe_a")
     select = lambda *targets: lora.select_targets(targets, model.config)  # noqa: E731

@@ -1,5 +1,6 @@
 """Experts: values and gradients against all experts computed for all tokens, and what stands in memory for them."""
 
+import dataclasses
 from functools import cache
 
 import jax
@@ -9,12 +10,14 @@ import pytest
 from flax import nnx
 
 from qlora_jax import lora
-from qlora_jax.io.load import QuantSpec, load_model
+from qlora_jax.io.load import QuantSpec, load_config, load_model
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.dropout import Dropout
 from qlora_jax.models.layers import part_of
 from qlora_jax.models.mixtures.experts import Stack, mixture, tile_rows
 from qlora_jax.quant.tensor import QuantizedTensor, dequantize
+from qlora_jax.train.shapes import ModelSpec, abstract_model
+from qlora_jax.train.step import make_gradient
 from tests.families import FAST, FOLDERS
 from tests.random_arrays import random_normal
 
@@ -111,16 +114,21 @@ def test_no_expert_in_16_bits_is_kept():
 
 
 def test_neither_experts_nor_depth_add_a_program():
-    """As many equations for twice the experts; the weights of one expert are decoded at a time."""
-    graph, adapter, base = parts()
+    """A gradient has as many equations for twice the experts and layers; one expert's weights are decoded at a time."""
+    sizes = load_config(FOLDERS / "qwen3_moe_a")
+    tokens = jax.ShapeDtypeStruct((1, 1, 24), jnp.int32)
 
-    def text(tokens: int) -> str:
-        chosen, weights = routed(1, tokens, 6, 3)
-        x = random_normal(0, (1, tokens, 16))
-        return str(jax.make_jaxpr(lambda x: sparse(graph, adapter, base, x, chosen, weights))(x))
+    def text(layers: int, count: int) -> str:
+        kind = dataclasses.replace(sizes.kind, experts=dataclasses.replace(sizes.kind.experts, count=count))
+        config = dataclasses.replace(sizes, L=layers, kind=kind)
+        model = abstract_model(ModelSpec(config, QUANT, LoRAConfig(2, 4, 0.1), "float32", "float32"))
+        gradient = make_gradient(model.graph, 16, 0.0)
+        mask = jax.ShapeDtypeStruct(tokens.shape, bool)
+        return str(jax.make_jaxpr(gradient)(model.adapter, model.base, tokens, mask, jax.random.key(0)))
 
-    assert text(24).count(" = ") == text(240).count(" = ")
-    assert "f32[6,12,16]" not in text(24) and "f32[12,16]" in text(24)
+    few = text(2, 6)
+    assert few.count(" = ") == text(5, 12).count(" = ")
+    assert "f32[12,16]" in few and "f32[6,12,16]" not in few and "f32[2,6,12,16]" not in few
 
 
 def test_tiles():
