@@ -154,7 +154,7 @@ def bits_per_param(loaded: Loaded) -> float:
 
     config = loaded.model.config
     stored = [lora.linear(loaded.model, name).weight.get_value() for name in config.linears]
-    weights = [config.L * O * I for O, I in config.linears.values()]
+    weights = [config.weights(name) for name in config.linears]
     return 8 * sum(w.nbytes for w in stored) / sum(weights)
 
 

@@ -31,6 +31,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "With --gpu=here: a finished run 
 LONGEST = flags.DEFINE_bool("longest_context", False, "Find the longest sequence that fits instead, one a step.")
 ADVISE = flags.DEFINE_bool("advise", True, "Where it does not fit, look for the smallest change that does.")
 
+
 def main() -> None:
     import jax
 

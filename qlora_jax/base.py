@@ -24,6 +24,9 @@ def get_config() -> ConfigDict:
     # was measured to be faster on this GPU, else xla up to 2,048 tokens and chunked above
     c.model.sequence_chunk = 0  # tokens that go through a layer at a time, for sequences far beyond the card; 0 is off.
     # A chunk dequantizes every weight: by an H200's rates a third of a layer's time at 1024 tokens, a tenth at 4096
+    c.model.router_aux_loss_coef = 0.0  # of mixtures: so much of the loss that asks for evenly used experts is added to
+    # each target token's (transformers adds it where output_router_logits is true: 0.001 to 0.02); 0 is none. Over a
+    # micro-batch's tokens up to each row's last target
     # of the 4-bit matmul: auto (the fastest in the GPU's tuned table; xla where nothing was measured) | xla (first
     # dequantizes) | scratch (the same, with a kernel; NVIDIA GPUs from Ampere on) | triton (those GPUs: decodes inside
     # the product for up to 16 rows, as in generation; training and all else goes the way of scratch) | mosaic (Hopper:

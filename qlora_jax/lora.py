@@ -89,11 +89,13 @@ def _matched(pattern: str, model: ModelConfig) -> set[str]:
         expression = re.compile(pattern)
     except re.error as error:
         raise InputError(f"lora.targets: {pattern!r} is no regular expression: {error}") from error
-    counts = {
-        name: sum(bool(expression.fullmatch(model.module(index, name))) for index in range(model.L))
-        for name in model.linears
-    }
-    partly = [f"{name} in {count} of {model.L}" for name, count in counts.items() if 0 < count < model.L]
+    modules = {name: [key.removesuffix(".weight") for key in model.slots(name)] for name in model.linears}
+    counts = {name: sum(bool(expression.fullmatch(module)) for module in modules[name]) for name in model.linears}
+    partly = [
+        f"{name} in {count} of {len(modules[name])}{' experts of all' * model.is_expert(name)}"
+        for name, count in counts.items()
+        if 0 < count < len(modules[name])
+    ]
     if partly:
         raise InputError(
             f"lora.targets: {pattern!r} picks {', '.join(partly)} layers; a projection takes adapters in all or none"
@@ -105,6 +107,11 @@ def _matched(pattern: str, model: ModelConfig) -> set[str]:
             f"lora.targets: {pattern!r} matches no linear layer; known: {known}, or an expression over full names"
         )
     return matched
+
+
+def rank_one_parameters(model: ModelConfig, name: str) -> int:
+    """Parameters of an adapter of rank 1 on a linear layer, in all layers and experts."""
+    return math.prod((model.L, *model.copies(name))) * sum(model.linears[name])
 
 
 def linear(model: Decoder, name: str) -> Linear:
@@ -124,14 +131,18 @@ def attach(model: Decoder, config: LoRAConfig, key: jax.Array) -> list[str]:
 
 
 def fresh_adapter(model: Decoder, config: LoRAConfig, key: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """{"self_attn.q_proj": (A [L, R, I] drawn, B [L, O, R] zero)} of the targeted layers; the model is only read."""
+    """{"self_attn.q_proj": (A [L, R, I] drawn, B [L, O, R] zero)} of the targeted layers; the model is only read.
+
+    Experts have an adapter each: A [L, E, R, I], B [L, E, O, R].
+    """
     names = select_targets(config.targets, model.config)
     arrays = {}
     for place, name in enumerate(model.config.linears):
         if name in names:
             O, I = shape(model, name)
             bound = 1 / math.sqrt(I)
-            a_shape, b_shape = (model.config.L, config.rank, I), (model.config.L, O, config.rank)
+            room = (model.config.L, *model.config.copies(name))
+            a_shape, b_shape = (*room, config.rank, I), (*room, O, config.rank)
             # drawn flat: the same numbers, but XLA:CPU unrolls their hash over short axes, and compiles for seconds
             a = jax.random.uniform(jax.random.fold_in(key, place), (math.prod(a_shape),), jnp.float32, -bound, bound)
             arrays[name] = a.reshape(a_shape), jnp.zeros(b_shape, jnp.float32)

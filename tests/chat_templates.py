@@ -114,7 +114,10 @@ _CHATML_ROLE = "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_
 RECENT = (
     _PARTS + "{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
     "{% if loop.index0 > ns.last and (loop.last or thought) %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
-    "{{ answer }}" + _CALLS + "{{ '<|im_end|>\n' }}" + _CHATML_ROLE
+    "{{ answer }}"
+    + _CALLS
+    + "{{ '<|im_end|>\n' }}"
+    + _CHATML_ROLE
     + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
@@ -144,7 +147,8 @@ UNSAID = (
 # as GLM 4.5: the token that begins the next turn ends an answer
 ENDLESS = (
     _PARTS + "{% if m.role == 'assistant' %}{{ '<|assistant|>\n<think>' }}"
-    "{{ thought if loop.index0 > ns.last else '' }}{{ '</think>\n' + answer }}" + _CALLS
+    "{{ thought if loop.index0 > ns.last else '' }}{{ '</think>\n' + answer }}"
+    + _CALLS
     + "{% elif m.role == 'tool' %}{{ '<|observation|>\n' + m.content }}"
     "{% else %}{{ '<|' + m.role + '|>\n' + m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"

@@ -76,7 +76,7 @@ def test_a_tensor_is_checked_however_it_is_read(tmp_path):
     ways = {
         "whole": lambda files: [files.read("codes")],
         "pieces": lambda files: [piece.copy() for _, piece in files.pieces("codes", 4)],
-        "entries": lambda files: [files.read("codes", index) for index in range(3)],
+        "entries": lambda files: [files.read("codes", (index,)) for index in range(3)],
     }
     for read_it in ways.values():
         assert (

@@ -256,8 +256,10 @@ class Model:
 
 
 def _is_conversation(prompts: Any) -> bool:
-    return isinstance(prompts, list | tuple) and bool(prompts) and all(
-        isinstance(turn, Mapping) and "role" in turn for turn in prompts
+    return (
+        isinstance(prompts, list | tuple)
+        and bool(prompts)
+        and all(isinstance(turn, Mapping) and "role" in turn for turn in prompts)
     )
 
 

@@ -17,6 +17,7 @@ from flax import nnx
 
 from qlora_jax import lora
 from qlora_jax.errors import InputError
+from qlora_jax.quant import mxfp4
 from qlora_jax.quant.codebooks import codebook
 from qlora_jax.quant.tensor import QuantizedTensor
 from qlora_jax.train.memory import host_memory_bytes, memory_limit
@@ -68,7 +69,7 @@ def _fill(path: str, leaf: Any, key: jax.Array) -> Any:
 
 
 def fill_quantized(q: QuantizedTensor, key: jax.Array) -> QuantizedTensor:
-    """Of stacked shapes [L, ...] (see QuantizedTensor); scales are within half of their mean."""
+    """Of stacked shapes [L, ...] or [L, E, ...] (see QuantizedTensor); scales are within half of their mean."""
     values = np.asarray(codebook(q.format).values)
     scale = 1 / math.sqrt(q.shape[1] * float(np.mean(values**2)))
     uniform = partial(_uniform, low=0.5 * scale, high=1.5 * scale)
@@ -77,6 +78,10 @@ def fill_quantized(q: QuantizedTensor, key: jax.Array) -> QuantizedTensor:
     if not q.double_quant:
         return dataclasses.replace(q, codes=codes, absmax=uniform(absmax_key, q.absmax.shape))
     assert q.nested_absmax is not None and q.offset is not None
+    if q.format == mxfp4.FORMAT:
+        absmax = jnp.full(q.absmax.shape, mxfp4.scale_byte(scale), jnp.uint8)
+        ones, zeros = jnp.ones_like(q.nested_absmax), jnp.zeros_like(q.offset)
+        return dataclasses.replace(q, codes=codes, absmax=absmax, nested_absmax=ones, offset=zeros)
     return dataclasses.replace(
         q,
         codes=codes,
@@ -94,25 +99,25 @@ def fill_dense(leaf: Any, key: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="shape")
-def _bytes(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """Uniform uint8 [L, n]: four to a word that is drawn."""
-    L, n = shape
+def _bytes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Uniform uint8 [L, n] or [L, E, n]: four to a word that is drawn."""
+    L, n = shape[0], math.prod(shape[1:])
 
     def layer(key: jax.Array) -> jax.Array:
         words = jax.random.bits(key, (-(-n // 4),), jnp.uint32)
         return jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[:n]
 
-    return jax.lax.map(layer, jax.random.split(key, L))
+    return jax.lax.map(layer, jax.random.split(key, L)).reshape(shape)
 
 
 @partial(jax.jit, static_argnames=("shape", "low", "high"))
-def _uniform(key: jax.Array, shape: tuple[int, int], low: float, high: float) -> jax.Array:
+def _uniform(key: jax.Array, shape: tuple[int, ...], low: float, high: float) -> jax.Array:
     layer = lambda key: jax.random.uniform(key, shape[1:], jnp.float32, low, high)  # noqa: E731
     return jax.lax.map(layer, jax.random.split(key, shape[0]))
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))
-def _normal(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     std, size = 1 / math.sqrt(shape[-1]), math.prod(shape[1:])  # drawn flat, which XLA:CPU compiles sooner
     layer = lambda key: (std * jax.random.normal(key, (size,), jnp.float32)).astype(dtype)  # noqa: E731
     return jax.lax.map(layer, jax.random.split(key, shape[0])).reshape(shape)

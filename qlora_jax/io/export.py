@@ -23,11 +23,16 @@ def write_checkpoint(out: Path, hf_config: dict, model: Decoder, dtype: str = "b
         raise InputError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     config = model.config
     tensors = {key: model.outer(slot) for slot, (key, _) in config.outer.items()}
-    for name in (*config.linears, *config.vectors):
-        stacked = part_of(model.blocks, name if name.endswith(".bias") else f"{name}.weight").get_value()
-        if name in config.linears and config.kind.transposed:
-            stacked = stacked.swapaxes(1, 2)
+    for name in config.vectors:
+        is_whole = name.endswith((".bias", ".sinks"))
+        stacked = part_of(model.blocks, name if is_whole else f"{name}.weight").get_value()
         tensors |= {config.key(index, name): stacked[index] for index in range(config.L)}
+    for name in config.linears:
+        stacked = part_of(model.blocks, name).weight.get_value()
+        tensors |= {
+            key: stacked[place].T if config.transposes(name) else stacked[place]
+            for key, place in config.slots(name).items()
+        }
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", hf_config | {"torch_dtype": dtype})
     partial = out / ".model.safetensors.partial"

@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -96,8 +96,8 @@ def _download(name: str, revision: str, files: list[str]) -> Path:
 class TensorFiles:
     """The tensors of a checkpoint folder: model.safetensors, or shards under model.safetensors.index.json.
 
-    `files` names those to read, in place of the folder's choice. `rename` gives keys other names than the files do;
-    `names` has the files' own.
+    `files` names those to read, in place of the folder's choice. `rename` gives keys other names than the files do, and
+    `names` has the files' own; `split` tensors that are read in parts: their keys -> key and place of each part.
     `shapes` and `dtypes` are known from the headers at once. `folder` is what errors call it. No value that is not
     finite, and no negative scale of a quantized weight, gets out of here: each piece is looked at as it is read, which
     costs less than reading it from memory. A tensor that is read in order is hashed on the way, and refused at its end
@@ -109,6 +109,7 @@ class TensorFiles:
         folder: Path,
         files: Sequence[str] | None = None,
         rename: Callable[[Sequence[str]], dict[str, str]] = lambda keys: {},
+        split: Callable[[Mapping[str, Place]], dict[str, dict[str, Place]]] = lambda places: {},
     ):
         self._source = remote.source_of(folder)
         self.folder = self._source.name
@@ -124,18 +125,22 @@ class TensorFiles:
         self.names = {new.get(key, key): key for key in self._places}
         self._places = {new.get(key, key): place for key, place in self._places.items()}
         promised = [new.get(key, key) for key in promised]
+        if absent := sorted(set(promised) - self._places.keys()):
+            raise InputError(f"{self.folder}: the index promises {absent[0]}, which its file does not hold")
+        for key, parts in split({key: place for key, (_, place) in self._places.items()}).items():
+            file, _ = self._places.pop(key)
+            self._places |= {part: (file, place) for part, place in parts.items()}
         self.checksums: dict[str, str] = {}
         self._hashing: dict[str, tuple[checksums.Running, int]] = {}  # with the number of values that are hashed
         self.shapes = {key: place.shape for key, (_, place) in self._places.items()}
         self.dtypes = {key: place.dtype for key, (_, place) in self._places.items()}
-        if absent := sorted(set(promised) - set(self.shapes)):
-            raise InputError(f"{self.folder}: the index promises {absent[0]}, which its file does not hold")
         self._reader = ThreadPoolExecutor(1, "read-ahead")
 
-    def read(self, key: str, index: int | None = None) -> np.ndarray:
-        """A whole tensor, or its entry `index` along the first axis."""
-        shape = self.shapes[key] if index is None else self.shapes[key][1:]
-        first = 0 if index is None else index * math.prod(shape)
+    def read(self, key: str, place: tuple[int, ...] = ()) -> np.ndarray:
+        """A whole tensor, or its entry at `place` along the first axes."""
+        whole = self.shapes[key]
+        shape = whole[len(place) :]
+        first = sum(index * math.prod(whole[axis + 1 :]) for axis, index in enumerate(place))
         return self._read(key, first, np.empty(shape, numpy_dtype(self.dtypes[key])))
 
     def pieces(self, key: str, piece_bytes: int | None = None) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:

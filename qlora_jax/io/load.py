@@ -17,13 +17,14 @@ import jax.numpy as jnp
 
 from qlora_jax import checksums
 from qlora_jax.errors import InputError
+from qlora_jax.io import fused
 from qlora_jax.io.folder import TensorFiles, are_equal, has_weights, signature
 from qlora_jax.io.place import put, to_device
 from qlora_jax.io.remote import name_of
 from qlora_jax.models.config import ModelConfig, parse_config, read_json
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.kind import Kind
-from qlora_jax.quant import bitsandbytes, native
+from qlora_jax.quant import bitsandbytes, mxfp4, native
 from qlora_jax.quant.codebooks import codebook
 from qlora_jax.quant.tensor import QuantizedTensor, check_block_size, dequantize, quantize
 
@@ -53,7 +54,7 @@ class QuantSpec:
 
 
 def stored_quant(folder: Path) -> QuantSpec | None:
-    """How a folder's linear layers are quantized on disk; None when they are not.
+    """How a folder's linear layers, but for experts in MXFP4, are quantized on disk; None when they are not.
 
     Raises InputError for a quantization that cannot be read (GPTQ, AWQ, 8 bits, ...).
     """
@@ -61,6 +62,8 @@ def stored_quant(folder: Path) -> QuantSpec | None:
     if raw is None:
         return None
     method = raw.get("quant_method")
+    if method == mxfp4.FORMAT:
+        return None  # experts alone, which stay what they are (`quant_of`)
     if method == native.METHOD:
         return QuantSpec(*native.read_settings(raw, f"{name_of(folder)}/config.json"))
     if method == "bitsandbytes" and raw.get("load_in_4bit"):
@@ -93,7 +96,7 @@ def skipped_linears(folder: Path, config: ModelConfig) -> frozenset[str]:
         raise InputError(f"{where} is {names!r}; expected a list of modules' names")
     if expressions := [name for name in names if not re.fullmatch(r"[\w.-]+", name)]:
         raise InputError(f"{where} has {expressions[0]!r}, a regular expression; names of modules are read")
-    modules = (key.removesuffix(".weight") for key in _linear_keys(config))
+    modules = (key.removesuffix(".weight") for key in linear_keys(config)) if names else ()
     return frozenset(
         f"{module}.weight"
         for module in modules
@@ -101,13 +104,15 @@ def skipped_linears(folder: Path, config: ModelConfig) -> frozenset[str]:
     )
 
 
-def _linear_keys(config: ModelConfig) -> list[str]:
-    return [config.key(index, name) for index in range(config.L) for name in config.linears]
+def linear_keys(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The weights that are quantized: Hugging Face key -> projection, place in its stack; in the order of files."""
+    slots = {key: (name, place) for name in config.linears for key, place in config.slots(name).items()}
+    return dict(sorted(slots.items(), key=lambda item: item[1][1][0]))
 
 
 def open_files(folder: Path, config: ModelConfig) -> TensorFiles:
     """The folder's tensors under the keys of `expected_shapes`, whichever of a family's spellings they have."""
-    return TensorFiles(folder, rename=partial(_own_keys, config.kind))
+    return TensorFiles(folder, rename=partial(_own_keys, config.kind), split=partial(fused.split, config))
 
 
 def _own_keys(kind: Kind, keys: Sequence[str]) -> dict[str, str]:
@@ -138,20 +143,37 @@ def written_key(files: TensorFiles, config: ModelConfig, key: str) -> str:
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of an unquantized checkpoint: Hugging Face key -> shape."""
     shapes: dict[str, tuple[int, ...]] = dict(config.outer.values())
+    units = {unit: config.stored(name) for name in config.linears for unit in config.units(name)}
     for index in range(config.L):
-        shapes |= {config.key(index, name): config.stored(shape) for name, shape in config.linears.items()}
+        shapes |= {config.key(index, unit): shape for unit, shape in units.items()}
         shapes |= {config.key(index, name): shape for name, shape in config.vectors.items()}
     return shapes
+
+
+def quant_of(config: ModelConfig, name: str, quant: QuantSpec) -> QuantSpec:
+    """How a linear layer is stored where the others are as `quant` says: experts in MXFP4 stay in it."""
+    if config.kind.experts and config.kind.experts.stored and config.is_expert(name):
+        return QuantSpec(config.kind.experts.stored, mxfp4.BLOCK, True)
+    return quant
 
 
 def expected_stacks(config: ModelConfig, quant: QuantSpec) -> dict[str, tuple[tuple[int, ...], str]]:
     """Every quantized array of a folder in our own form: key -> shape, dtype."""
     found = {}
-    for name, shape in config.linears.items():
-        q = native.abstract(shape, quant.format, quant.block_size, quant.double_quant)
-        for part, value in native.parts(q).items():
-            found[native.stack_key(name, part)] = ((config.L, *value.shape), value.dtype.name)
+    for name in config.linears:
+        if (q := abstract_weight(config, name, quant)) is not None:
+            for part, value in native.parts(q).items():
+                shape = (config.L, *config.copies(name), *value.shape)
+                found[native.stack_key(name, part)] = (shape, value.dtype.name)
     return found
+
+
+def abstract_weight(config: ModelConfig, name: str, quant: QuantSpec) -> QuantizedTensor | None:
+    """One weight of a linear layer, quantized, with shapes in place of arrays; None where it keeps 16 bits."""
+    own = quant_of(config, name, quant)
+    if own.format == "none":
+        return None
+    return native.abstract(config.linears[name], own.format, own.block_size, own.double_quant)
 
 
 def is_native(files: TensorFiles) -> bool:
@@ -173,13 +195,19 @@ def check_tensors(
     """
     expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
     expected = {key: (shape, _FLOATS) for key, shape in expected_shapes(config).items()}
-    linears = {key for key in _linear_keys(config) if key not in skipped}
+    linears = {key for key in linear_keys(config) if key not in skipped}
     packed: set[str] = set()
-    if stored is not None:
+    if stored is None:
+        for key, shapes in fused.in_mxfp4(config).items():
+            del expected[key]
+            expected |= {key + end: (shape, ("uint8",)) for end, shape in shapes.items()}
+    else:
         if is_native(files):
             expected |= {key: (shape, (dtype,)) for key, (shape, dtype) in expected_stacks(config, stored).items()}
-        else:  # bitsandbytes packs the head too where a list of modules to skip leaves it out
-            packed = linears | ({config.head_key} if is_packed(files, config.head_key) else set())
+        else:  # bitsandbytes packs head and routers too where a list of modules to skip leaves them out
+            others = {config.head_key, *_router_keys(config)}
+            packed = linears | {key for key in others if is_packed(files, key)}
+            _check_experts_are_packed(files, config, packed)
         expected = {key: value for key, value in expected.items() if key not in linears | packed}
     harmless = (*_HARMLESS, *config.kind.buffers)
     owners = {key: bitsandbytes.part_of(key) for key in files.shapes}
@@ -201,6 +229,21 @@ def check_tensors(
         shown = "; ".join(problems[:40]) + (f"; and {len(problems) - 40} more" if len(problems) > 40 else "")
         raise InputError(
             f"{files.folder} does not hold the model of its config.json ({len(problems)} problems): {shown}"
+        )
+
+
+def _router_keys(config: ModelConfig) -> list[str]:
+    experts = config.kind.experts
+    return [config.key(index, experts.router) for index in range(config.L)] if experts else []
+
+
+def _check_experts_are_packed(files: TensorFiles, config: ModelConfig, packed: Container[str]) -> None:
+    """Raises InputError for a bitsandbytes folder of transformers 5, where experts are no linear layers."""
+    keys = [key for name in filter(config.is_expert, config.linears) for key in config.slots(name) if key in packed]
+    if keys and not any(is_packed(files, key) for key in keys):
+        raise InputError(
+            f"{files.folder} has its experts in 16 bits and the rest in 4, as transformers 5 leaves them: name the "
+            "model that it was made from, whose experts are quantized here"
         )
 
 
@@ -272,25 +315,23 @@ def load_model(
         count()
         return to_device(files, key, dtype or _kept_dtype(files.dtypes[key], compute_dtype))
 
-    def linear(name: str, index: int, as_array: bool) -> QuantizedTensor | jax.Array:
-        key = config.key(index, name)
-        if quant.format == "none" or key in skipped:
+    def linear(name: str, key: str, place: tuple[int, ...], as_array: bool) -> QuantizedTensor | jax.Array:
+        own = quant_of(config, name, quant)
+        if own.format == "none" or key in skipped:
             w = array(key, compute_dtype if as_array else None)
-            return w.T if config.kind.transposed else w
+            return w.T if config.transposes(name) else w
         count()
         if stored is None:
-            where = f"{files.folder}: {key}"
-            w = to_device(files, key)
-            w = w.T if config.kind.transposed else w
-            return quantize(w, quant.format, quant.block_size, quant.double_quant, name=where)
-        q = read_quantized(files, config, name, index, quant)
+            return pack(files, config, name, key, quant, f"{files.folder}: {key}")
+        q = read_quantized(files, config, name, place, quant)
         return _values(q, jnp.dtype(compute_dtype)) if as_array else q
 
-    def outer(slot: str, key: str, shape: tuple[int, ...]) -> jax.Array:
-        if slot == "head" and is_packed(files, key):
+    def other(key: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """What is kept in 16 or 32 bits."""
+        if is_packed(files, key):
             count()
             return _values(read_packed(files, key, quant, shape), jnp.dtype(compute_dtype))
-        return array(key, jnp.float32 if "norm" in slot else None)
+        return array(key, dtype)
 
     mixed = _mixed(config, skipped)
     if mixed:
@@ -298,22 +339,26 @@ def load_model(
             "warning: %s: llm_int8_skip_modules keeps %s unquantized in some layers; layers are stacked, so here these "
             "are unquantized in all of them, with the values that they have there", files.folder, ", ".join(mixed),
         )  # fmt: skip
-    weights: dict[str, Any] = {slot: outer(slot, *place) for slot, place in config.outer.items()} | {"layers": {}}
-    for name, shape in config.linears.items():
+    weights: dict[str, Any] = {
+        slot: other(key, shape, jnp.float32 if "norm" in slot else None) for slot, (key, shape) in config.outer.items()
+    }
+    weights["layers"] = {}
+    for name in config.linears:
         stack: Any = None
+        slots, room = config.slots(name), (config.L, *config.copies(name))
         if stored is not None and is_native(files):
-            stack = _read_stack(files, name, quant, shape)
-            count(config.L)
+            stack = _read_stack(files, config, name, quant)
+            count(len(slots))
         else:
-            for index in range(config.L):
-                stack = put(stack, linear(name, index, name in mixed), index, config.L)
+            for key, place in slots.items():
+                stack = put(stack, linear(name, key, place, name in mixed), place, room)
         if isinstance(stack, QuantizedTensor):
             stack = dataclasses.replace(stack, backend=kernel)
         weights["layers"][name] = stack
-    biases = {f"{name}.bias" for name in config.linears}
-    for name in config.vectors:
-        dtype = None if name in biases else jnp.float32
-        weights["layers"][name] = jnp.stack([array(config.key(index, name), dtype) for index in range(config.L)])
+    for name, shape in config.vectors.items():
+        dtype = None if name in config.sixteen_bit else jnp.float32
+        rows = [other(config.key(index, name), shape, dtype) for index in range(config.L)]
+        weights["layers"][name] = jnp.stack(rows)
     progress(total, total)
     take_checksum(checksums.of(*(f"{key} {checksum}" for key, checksum in sorted(files.checksums.items()))))
     return Decoder(config, weights, compute_dtype, remat, attention, sequence_chunk)
@@ -321,8 +366,9 @@ def load_model(
 
 def _mixed(config: ModelConfig, skipped: Container[str]) -> list[str]:
     """Linear layers that are skipped in some of the layers and not in others."""
-    counts = {name: sum(config.key(index, name) in skipped for index in range(config.L)) for name in config.linears}
-    return [name for name, count in counts.items() if 0 < count < config.L]
+    slots = {name: config.slots(name) for name in config.linears}
+    counts = {name: sum(key in skipped for key in keys) for name, keys in slots.items()}
+    return [name for name, count in counts.items() if 0 < count < len(slots[name])]
 
 
 def _kept_dtype(stored: str, compute_dtype: Any) -> Any:
@@ -330,24 +376,37 @@ def _kept_dtype(stored: str, compute_dtype: Any) -> Any:
     return jnp.dtype(stored) if stored != "float32" else jnp.dtype(compute_dtype)
 
 
-def _read_stack(files: TensorFiles, name: str, quant: QuantSpec, shape: tuple[int, ...]) -> QuantizedTensor:
+def _read_stack(files: TensorFiles, config: ModelConfig, name: str, quant: QuantSpec) -> QuantizedTensor:
     """A projection of all layers from a folder in our own form: nothing is computed, what is read is what is kept."""
-    q = native.abstract(shape, quant.format, quant.block_size, quant.double_quant)
+    q = abstract_weight(config, name, quant)
+    assert q is not None
     arrays = {part: to_device(files, native.stack_key(name, part)) for part in native.parts(q)}
     return native.filled(q, arrays)
 
 
-def read_quantized(files: TensorFiles, config: ModelConfig, name: str, index: int, quant: QuantSpec) -> QuantizedTensor:
-    """One layer's projection [O, I] from a quantized folder, either form.
+def pack(files: TensorFiles, config: ModelConfig, name: str, key: str, quant: QuantSpec, where: str) -> QuantizedTensor:
+    """A weight [O, I] of an unquantized folder in 4 bits; `where`: what errors call it."""
+    own = quant_of(config, name, quant)
+    if own.format == mxfp4.FORMAT:
+        return mxfp4.read(files.read(key + fused.BLOCKS), files.read(key + fused.SCALES), where)
+    w = to_device(files, key)
+    return quantize(w.T if config.transposes(name) else w, own.format, own.block_size, own.double_quant, name=where)
+
+
+def read_quantized(
+    files: TensorFiles, config: ModelConfig, name: str, place: tuple[int, ...], quant: QuantSpec
+) -> QuantizedTensor:
+    """One weight [O, I] of a projection from a quantized folder, either form; `place`: (layer,) or (layer, expert).
 
     Raises InputError when it is stored otherwise than `quant` says, or has another shape.
     """
-    shape = config.linears[name]
     if is_native(files):
-        q = native.abstract(shape, quant.format, quant.block_size, quant.double_quant)
-        arrays = {part: jnp.asarray(files.read(native.stack_key(name, part), index)) for part in native.parts(q)}
+        q = abstract_weight(config, name, quant)
+        assert q is not None
+        arrays = {part: jnp.asarray(files.read(native.stack_key(name, part), place)) for part in native.parts(q)}
         return native.filled(q, arrays)
-    return read_packed(files, config.key(index, name), quant, shape)
+    key = config.key(place[0], config.units(name)[place[-1] if len(place) > 1 else 0])
+    return read_packed(files, key, quant, config.linears[name])
 
 
 def read_packed(files: TensorFiles, key: str, quant: QuantSpec, shape: tuple[int, ...]) -> QuantizedTensor:
@@ -364,7 +423,7 @@ def read_packed(files: TensorFiles, key: str, quant: QuantSpec, shape: tuple[int
 
 
 def _read_bitsandbytes(files: TensorFiles, key: str) -> QuantizedTensor:
-    parts = {part: files.read(part) for part in files.shapes if part == key or part.startswith(key + ".")}
+    parts = {part: files.read(part) for part in bitsandbytes.keys_of(key) if part in files.shapes}
     try:
         return bitsandbytes.from_bitsandbytes(parts, key)
     except InputError as error:

@@ -21,7 +21,7 @@ import numpy as np
 from qlora_jax.errors import InputError
 from qlora_jax.files import write_json
 from qlora_jax.finite import first_not_finite
-from qlora_jax.io import peft
+from qlora_jax.io import fused, peft
 from qlora_jax.io.export import DTYPES
 from qlora_jax.io.load import (
     QuantSpec,
@@ -29,8 +29,10 @@ from qlora_jax.io.load import (
     expected_shapes,
     is_packed,
     keys_beside,
+    linear_keys,
     load_config,
     open_files,
+    quant_of,
     read_packed,
     skipped_linears,
     stored_quant,
@@ -39,7 +41,7 @@ from qlora_jax.io.load import (
 from qlora_jax.io.peft_config import CONFIG, read_config
 from qlora_jax.io.remote import name_of
 from qlora_jax.io.shards import SHARD_BYTES, ShardWriter, copy_companions, new_folder
-from qlora_jax.io.write import hf_config, linear_keys, read_linear, tensor_bytes
+from qlora_jax.io.write import hf_config, read_linear, tensor_bytes
 from qlora_jax.models.config import ModelConfig, read_json
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.families.encoders import with_part
@@ -142,28 +144,29 @@ def merge_folder(
     replaced = {config.embedding_key: "embed_tokens", config.head_key: "lm_head"}
     matrices = peft.read_matrices(skeleton, adapter)
     factors = {
-        config.key(index, name): (np.asarray(a)[index], np.asarray(b)[index])
+        key: (np.asarray(a)[place], np.asarray(b)[place])
         for name, (a, b) in arrays.items()
-        for index in range(config.L)
+        for key, place in config.slots(name).items()
     }
+    merged_layers = len(factors)
     rows = len(next(iter(matrices.values()))) if matrices else config.V
     shapes, linears = expected_shapes(dataclasses.replace(config, V=rows)), linear_keys(config)
     parameters = sum(math.prod(shape) for shape in shapes.values())
     beside, norms = keys_beside(files, config), np.zeros(3)
     needed = parameters * np.dtype(DTYPES[dtype]).itemsize + sum(tensor_bytes(files, key) for key in beside)
     with new_folder(out, overwrite, [base, adapter], needed=needed) as folder:
-        writer = ShardWriter(folder, shard_bytes)
+        writer, joined = ShardWriter(folder, shard_bytes), fused.Joined(config)
         for done, key in enumerate(shapes, start=1):
             w: Any
-            if key in linears and key not in skipped and source.format != "none":
-                w = read_linear(files, *linears[key], source, stored, config)
+            if key in linears and key not in skipped and quant_of(config, linears[key][0], source).format != "none":
+                w = read_linear(files, key, linears, source, stored, config)
             elif replaced.get(key) in matrices:
                 w = matrices.pop(replaced[key])
             elif is_packed(files, key):
                 w = read_packed(files, key, source, shapes[key])
             else:
                 w = files.read(key)
-                w = w.T if key in linears and config.kind.transposed else w
+                w = w.T if key in linears and config.transposes(linears[key][0]) else w
             if key in factors:
                 how = lora_config.residual, lora_config.rank, lora_config.scale
                 kept = residual(w, *how, name=key) if lora_config.residual else w
@@ -171,9 +174,9 @@ def merge_folder(
                 norms += parts
             else:
                 merged = _rounded(_values(w), dtype, key)
-            if key in linears and config.kind.transposed:
+            if key in linears and config.transposes(linears[key][0]):
                 merged = np.ascontiguousarray(merged.T)
-            writer.add({written_key(files, config, key): merged})
+            writer.add({written_key(files, config, name): value for name, value in joined.add(key, merged).items()})
             progress(done, len(shapes) + len(beside))
         for done, key in enumerate(beside, start=len(shapes) + 1):
             writer.add({key: files.read(key)})
@@ -192,7 +195,7 @@ def merge_folder(
             "dtype": dtype,
             "parameters": parameters,
             "bytes": writer.total_bytes,
-            "merged_layers": len(arrays) * config.L,
+            "merged_layers": merged_layers,
             "update": update / w_norm if w_norm else None,
             "rounding": rounding / w_norm if w_norm else None,
             "files": [*names, "config.json", *companions],
@@ -219,7 +222,9 @@ def _skeleton(config: ModelConfig) -> Decoder:
     """The model's structure with shapes in place of arrays."""
     struct = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     weights: dict[str, Any] = {slot: struct(shape) for slot, (_, shape) in config.outer.items()}
-    weights["layers"] = {name: struct((config.L, *shape)) for name, shape in (config.linears | config.vectors).items()}
+    weights["layers"] = {
+        name: struct((config.L, *config.copies(name), *shape)) for name, shape in config.linears.items()
+    } | {name: struct((config.L, *shape)) for name, shape in config.vectors.items()}
     return Decoder(config, weights, jnp.float32)
 
 

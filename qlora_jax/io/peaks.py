@@ -10,7 +10,7 @@ import numpy as np
 
 from qlora_jax.errors import InputError
 from qlora_jax.io.folder import PIECE_BYTES, PIECES_ALIVE, cut
-from qlora_jax.io.load import QuantSpec, expected_stacks
+from qlora_jax.io.load import QuantSpec, abstract_weight, expected_stacks
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.quant import native
 from qlora_jax.quant.blockwise import temporary_bytes
@@ -39,14 +39,14 @@ def load_host_peak_bytes(
 
 def model_bytes(config: ModelConfig, quant: QuantSpec, itemsize: int = 2) -> int:
     """The loaded model. itemsize: bytes a value that is not quantized is kept in, but for norms: they are float32."""
-    biases = {f"{name}.bias" for name in config.linears}
     total = 0
     for slot, (_, shape) in config.outer.items():
         total += math.prod(shape) * (4 if "norm" in slot else itemsize)
     for name, shape in config.vectors.items():
-        total += config.L * math.prod(shape) * (itemsize if name in biases else 4)
-    if quant.format == "none":
-        return total + itemsize * config.L * sum(map(math.prod, _linears(config)))
+        total += config.L * math.prod(shape) * (itemsize if name in config.sixteen_bit else 4)
+    total += sum(
+        itemsize * config.weights(name) for name in config.linears if abstract_weight(config, name, quant) is None
+    )
     stacks = expected_stacks(config, quant).values()
     return total + sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in stacks)
 
@@ -88,5 +88,5 @@ def _piece(config: ModelConfig, form: str, itemsize: int) -> int:
         arrays += [(shape, itemsize) for shape in _linears(config)]
     if form == "native":
         largest = max(map(math.prod, _linears(config)))
-        arrays += [((config.L, -(-largest // 2)), 1)]
+        arrays += [((config.L, -(-largest // 2)), 1)]  # of experts too: a piece ends where it is large enough
     return max(math.prod(cut(shape, size, PIECE_BYTES)[0][1]) * size for shape, size in arrays)

@@ -9,8 +9,7 @@ files stand beside them.
 
 import dataclasses
 import math
-from collections.abc import Callable, Container, Mapping
-from functools import partial
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax import checksums, lora
+from qlora_jax import lora
 from qlora_jax.errors import InputError
 from qlora_jax.files import atomic_folder, save_tensors, write_json
-from qlora_jax.finite import check_finite
+from qlora_jax.io.adapters import experts as peft_experts
+from qlora_jax.io.adapters.tensors import PREFIX, WEIGHTS, Tensors, matrix_keys
 from qlora_jax.io.folder import TOKENIZERS
-from qlora_jax.io.header import Place, numpy_dtype, read_header
 from qlora_jax.io.peft_config import CONFIG, AdapterConfig, read_config
 from qlora_jax.io.place import put
-from qlora_jax.io.source import LocalSource
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import Decoder
@@ -36,12 +34,7 @@ from qlora_jax.models.vocabulary import set_rows
 from qlora_jax.quant.tensor import QuantizedTensor
 from qlora_jax.residual import check_base, residual
 
-WEIGHTS = "adapter_model.safetensors"
 PROMPTS = "qlora_jax_prompts.json"  # how the adapter is asked (generate/trained); PEFT passes over it
-_PICKLE = "adapter_model.bin"  # what peft before 0.6 wrote
-_PREFIX = "base_model.model."
-_FLOATS = ("float32", "float16", "bfloat16")
-_MOST_SHOWN = 8  # problems in one message
 
 
 def write_adapter(
@@ -81,11 +74,24 @@ def write_arrays(
     """As write_adapter, of {"self_attn.q_proj": (A [L, R, I], B [L, O, R])} and the matrices that trained whole."""
     if strangers := arrays.keys() - {*kind.linear.values()}:
         raise ValueError(f"{sorted(strangers)} are no linear layers of this kind of model")
-    keys = _matrix_keys(kind)
+    keys = matrix_keys(kind)
     tensors: dict[str, np.ndarray] = {}
-    for name, (a, b) in arrays.items():
-        for letter, stacked in (("A", np.asarray(a)), ("B", np.asarray(b))):
-            tensors |= {_key(kind, index, name, letter): np.ascontiguousarray(x) for index, x in enumerate(stacked)}
+    held = {name: (np.asarray(a), np.asarray(b)) for name, (a, b) in arrays.items()}
+    fused = peft_experts.needs_this_form(kind, held)
+    for name, pair in held.items():
+        if not (fused and kind.is_expert(name)):
+            for letter, stacked in zip("AB", pair, strict=True):
+                for index, x in enumerate(stacked):
+                    parts = dict(zip(kind.units(name), x if kind.is_expert(name) else [x], strict=True))
+                    tensors |= {
+                        _key(kind.layer.format(index), unit, letter): np.ascontiguousarray(part)
+                        for unit, part in parts.items()
+                    }
+    experts = {name: pair for name, pair in held.items() if kind.is_expert(name)}
+    said = _plain_scale(config) if experts else config
+    target_names = held.keys() - experts.keys() if fused else held.keys()
+    written = peft_experts.written(kind, experts, said) if fused else peft_experts.Written()
+    tensors |= {PREFIX + key: value for key, value in written.tensors.items()}
     trained = dict(trained or {})
     is_tied = bool(trained) and "lm_head" in config.modules_to_save and "lm_head" not in trained
     if is_tied:
@@ -98,15 +104,16 @@ def write_arrays(
         "fan_in_fan_out": kind.transposed,
         "inference_mode": True,
         "init_lora_weights": config.residual or True,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
+        "lora_alpha": said.alpha,
+        "lora_dropout": said.dropout,
         "modules_to_save": [_last(keys[name]) for name in trained] or None,
         "peft_type": "LORA",
         "r": config.rank,
-        "target_modules": _targets(arrays, kind),
+        "target_modules": _targets(target_names, arrays, kind),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
-        "use_rslora": config.use_rslora,
+        "use_rslora": said.use_rslora,
+        **written.settings,
     }
     with atomic_folder(out) as folder:
         save_tensors(tensors, folder / WEIGHTS)
@@ -129,34 +136,53 @@ def read_adapter(model: Decoder, folder: Path, to_train: bool = False) -> tuple[
     Raises:
       InputError: one message that lists every tensor that is missing, unexpected or misshapen; or one is not finite.
     """
-    settings, tensors = read_config(folder), _Tensors(folder, model.config.kind)
-    placed = _placed(settings, model.config)
-    check_residual(settings.residual, False, model.config.kind)
-    if unlike := _unlike(placed, model.config):
-        if settings.residual:
-            raise InputError(
-                f"{settings.where}: {unlike}, but init_lora_weights {settings.residual!r} is read where all are alike"
-            )
-        if to_train:
-            raise InputError(f"{settings.where}: {unlike}; training needs one rank and scale, and all layers or none")
+    settings, tensors, sizes = read_config(folder), Tensors(folder, model.config.kind), model.config
+    experts = sizes.kind.experts
+    if experts and any(f".{name}.lora_" in key for name in (experts.router, "mlp.gate") for key in tensors.keys()):  # noqa: SIM118
+        raise InputError(
+            f"{tensors.path} adapts the router, which stays as it is here: train without it, or merge it in peft"
+        )
+    placed = _placed(settings, sizes) | _placed_experts(settings, sizes, tensors)
+    if not placed:
+        raise InputError(f"{settings.where}: target_modules picks no linear layer of this model")
+    check_residual(settings.residual, False, sizes.kind)
+    unlike = _unlike(placed, sizes)
+    if settings.residual and (unlike or any(sizes.is_expert(name) for name, _ in placed)):
+        unlike = unlike or "experts carry adapters"
+        raise InputError(
+            f"{settings.where}: {unlike}, but init_lora_weights {settings.residual!r} is read where all are alike"
+        )
+    if unlike and to_train:
+        raise InputError(f"{settings.where}: {unlike}; training needs one rank and scale, and all layers or none")
     wanted: dict[str, tuple[int, ...]] = {}
-    for (index, name), (rank, _) in placed.items():
-        O, I = lora.shape(model, name)
-        kind = model.config.kind
-        wanted |= {_key(kind, index, name, "A"): (rank, I), _key(kind, index, name, "B"): (O, rank)}
+    for (name, place), (rank, _) in placed.items():
+        O, I = sizes.linears[name]
+        module = _module(sizes, name, place)
+        wanted |= {_key(*module, "A"): (rank, I), _key(*module, "B"): (O, rank)}
     tensors.check(wanted)
-    config = _common_config(settings, placed, model.config)
-    return config, {name: _stack(model, name, tensors, placed, config) for name in config.targets}
+    config = _common_config(settings, placed, sizes)
+    return config, {name: _stack(sizes, name, tensors, placed, config) for name in config.targets}
 
 
-def _key(kind: Kind, index: int, name: str, letter: str) -> str:
-    """The tensor of an adapter: letter "A" or "B" of a layer's projection."""
-    return f"{_PREFIX}{kind.layer.format(index)}.{name}.lora_{letter}.weight"
+Place = tuple[str, tuple[int, ...]]  # a projection, and (layer,) or (layer, expert)
+Placed = dict[Place, tuple[int, float]]  # -> rank, alpha
 
 
-def _matrix_keys(kind: Kind) -> dict[str, str]:
-    """{"embed_tokens": key, "lm_head": key} of what may train whole."""
-    return {"embed_tokens": f"{_PREFIX}{kind.embedding}.weight", "lm_head": f"{_PREFIX}{kind.head}.weight"}
+def _module(config: ModelConfig, name: str, place: tuple[int, ...]) -> tuple[str, str]:
+    """A layer's name and that of a module in it."""
+    unit = config.units(name)[place[1]] if len(place) > 1 else name
+    return config.kind.layer.format(place[0]), unit
+
+
+def _key(layer: str, module: str, letter: str) -> str:
+    """The tensor of an adapter: letter "A" or "B" of a layer's module."""
+    return f"{PREFIX}{layer}.{module}.lora_{letter}.weight"
+
+
+def _plain_scale(config: LoRAConfig) -> LoRAConfig:
+    """The same scale as peft has it for experts: without rslora, which it forgets where it fuses them, and without
+    dropout, with which it refuses to load them."""
+    return dataclasses.replace(config, alpha=config.scale * config.rank, use_rslora=False, dropout=0.0)
 
 
 def _last(key: str) -> str:
@@ -164,11 +190,10 @@ def _last(key: str) -> str:
     return key.removesuffix(".weight").rpartition(".")[2]
 
 
-def _targets(carrying: Container[str], kind: Kind) -> list[str] | str:
+def _targets(names: Iterable[str], carrying: Container[str], kind: Kind) -> list[str] | str:
     """target_modules: names, or an expression where an encoder beside the decoder has projections of the same names."""
-    names = sorted(name for name in kind.linear.values() if name in carrying)
     if kind.beside:
-        return rf".*language_model\..*\.({'|'.join(name.replace('.', r'\.') for name in names)})"
+        return rf".*language_model\..*\.({'|'.join(name.replace('.', r'\.') for name in sorted(names))})"
     return sorted({_target(name, carrying, kind) for name in names})
 
 
@@ -186,37 +211,64 @@ def check_residual(init: str, quantized: bool, kind: Kind) -> None:
         raise InputError(f"init_lora_weights {init!r} is not read for models whose weights lie [I, O], such as GPT-2")
 
 
-def _placed(settings: AdapterConfig, config: ModelConfig) -> dict[tuple[int, str], tuple[int, float]]:
-    """(layer, projection) -> (rank, alpha) of those that carry an adapter."""
-    places = {config.module(index, name): (index, name) for name in config.linears for index in range(config.L)}
+def _placed(settings: AdapterConfig, config: ModelConfig) -> Placed:
+    """Modules that carry an adapter."""
+    experts = config.kind.experts
+    alone = [name for name in config.linears if not (experts and experts.fused_alone and config.is_expert(name))]
+    slots = [(key, (name, place)) for name in alone for key, place in config.slots(name).items()]
+    places: dict[str, Place] = {key.removesuffix(".weight"): place for key, place in slots}
     others: dict[str, int | None] = {config.kind.embedding: None, config.kind.head: None}
-    found = settings.placed(others | {module: index for module, (index, _) in places.items()})
+    found = settings.placed(others | {module: place[0] for module, (_, place) in places.items()})
     if outside := [module for module in found if module in others]:
         raise InputError(
             f"{settings.where}: target_modules picks {outside[0]}; adapters can be read on the linear layers of the "
             "blocks, and embed_tokens and lm_head whole (modules_to_save)"
         )
-    if not found:
-        raise InputError(f"{settings.where}: target_modules picks no linear layer of this model")
     return {places[module]: size for module, size in found.items()}
 
 
-def _unlike(placed: dict[tuple[int, str], tuple[int, float]], config: ModelConfig) -> str:
+def _placed_experts(settings: AdapterConfig, config: ModelConfig, tensors: "Tensors") -> Placed:
+    """Experts that target_parameters gives an adapter, which `tensors` then has for each of them."""
+    fused = peft_experts.parameters(config.kind)
+    names = {
+        f"{config.kind.layer.format(index)}.{one.name}": (index, one) for index in range(config.L) for one in fused
+    }
+    picked = settings.placed_parameters(list(names))
+    found: Placed = {}
+    for full, (rank, alpha) in picked.items():
+        index, one = names[full]
+        layer = config.kind.layer.format(index)
+        later = [f"{layer}.{other.name}" for other in fused[fused.index(one) + 1 :]]
+        keys = peft_experts.tensor_keys(one, any(name in picked for name in later), layer)
+        E = config.copies(one.members[0])[0]
+        widths = {name: config.linears[name][0] for name in one.members}
+        shapes = (E * rank, config.linears[one.members[0]][1]), (sum(widths.values()), rank * E)
+        a, b = tensors.take({PREFIX + key: shape for key, shape in zip(keys.values(), shapes, strict=True)})
+        for name, (own_a, own_b) in peft_experts.cut(a, b, E, one, widths).items():
+            for expert in range(E):
+                place, own = (index, expert), own_a.shape[1]
+                module = _module(config, name, place)
+                tensors.give({_key(*module, "A"): own_a[expert], _key(*module, "B"): own_b[expert]})
+                share = own / rank
+                found[name, place] = own, alpha * (math.sqrt(share) if settings.use_rslora else share)
+    return found
+
+
+def _unlike(placed: Placed, config: ModelConfig) -> str:
     """How an adapter is not the same in all layers and projections; "" where it is."""
     for name in config.linears:
-        count = sum(other == name for _, other in placed)
-        if 0 < count < config.L:
-            return f"{name} carries an adapter in {count} of {config.L} layers"
+        count, whole = sum(other == name for other, _ in placed), math.prod((config.L, *config.copies(name)))
+        if 0 < count < whole:
+            places = "experts of all layers" if config.is_expert(name) else "layers"
+            return f"{name} carries an adapter in {count} of {whole} {places}"
     sizes = [f"{rank} and {alpha:g}" for rank, alpha in dict.fromkeys(placed.values())]
     return f"r and lora_alpha are {sizes[0]} here, {sizes[1]} there" if len(sizes) > 1 else ""
 
 
-def _common_config(
-    settings: AdapterConfig, placed: dict[tuple[int, str], tuple[int, float]], model: ModelConfig
-) -> LoRAConfig:
+def _common_config(settings: AdapterConfig, placed: Placed, model: ModelConfig) -> LoRAConfig:
     """The largest rank, and an alpha that gives it the first module's scale."""
     rank, alpha = next(iter(placed.values()))
-    largest, names = max(other for other, _ in placed.values()), {name for _, name in placed}
+    largest, names = max(other for other, _ in placed.values()), {name for name, _ in placed}
     more = largest / rank
     return LoRAConfig(
         rank=largest,
@@ -230,19 +282,20 @@ def _common_config(
 
 
 def _stack(
-    model: Decoder, name: str, tensors: "_Tensors", placed: dict[tuple[int, str], tuple[int, float]], config: LoRAConfig
+    sizes: ModelConfig, name: str, tensors: "Tensors", placed: Placed, config: LoRAConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """A [L, R, I] and B [L, O, R] of a projection, R and the scale those of `config`."""
-    (O, I), L, R = lora.shape(model, name), model.config.L, config.rank
-    a, b = np.zeros((L, R, I), np.float32), np.zeros((L, O, R), np.float32)
-    for index in range(L):
-        if (index, name) in placed:
-            rank, alpha = placed[index, name]
+    """A [L, R, I] and B [L, O, R] of a projection, with E after L for experts; R and the scale those of `config`."""
+    (O, I), R, room = sizes.linears[name], config.rank, (sizes.L, *sizes.copies(name))
+    a, b = np.zeros((*room, R, I), np.float32), np.zeros((*room, O, R), np.float32)
+    for place in np.ndindex(*room):
+        if (name, place) in placed:
+            rank, alpha = placed[name, place]
             own_scale = dataclasses.replace(config, rank=rank, alpha=alpha).scale
-            a[index, :rank] = tensors.read(_key(model.config.kind, index, name, "A"))
-            b[index, :, :rank] = tensors.read(_key(model.config.kind, index, name, "B"))
+            module = _module(sizes, name, place)
+            a[place][:rank] = tensors.read(_key(*module, "A"))
+            b[place][:, :rank] = tensors.read(_key(*module, "B"))
             with np.errstate(over="ignore", invalid="ignore"):  # seen below
-                b[index] *= np.float32(own_scale / config.scale)
+                b[place] *= np.float32(own_scale / config.scale)
     if not np.isfinite(b).all():
         raise InputError(f"{tensors.path}: lora_B of {name} overflows float32 with the alphas of {CONFIG}")
     return jnp.asarray(a), jnp.asarray(b)
@@ -253,8 +306,8 @@ def read_matrices(model: Decoder, folder: Path) -> dict[str, np.ndarray]:
 
     Raises InputError when they do not fit the model, or each other.
     """
-    tensors, config = _Tensors(folder, model.config.kind), read_config(folder)
-    shapes, keys = tensors.matrix_shapes(), _matrix_keys(model.config.kind)
+    tensors, config = Tensors(folder, model.config.kind), read_config(folder)
+    shapes, keys = tensors.matrix_shapes(), matrix_keys(model.config.kind)
     if shapes and model.config.kind.head_bias:
         raise InputError(f"{folder / WEIGHTS}: whole matrices are not read for a model whose head has a bias")
     problems = [f"missing {keys[name]} (modules_to_save)" for name in config.modules_to_save if name not in shapes]
@@ -280,81 +333,18 @@ def read_matrices(model: Decoder, folder: Path) -> dict[str, np.ndarray]:
 
 def matrix_shapes(folder: Path, kind: Kind) -> dict[str, tuple[int, ...]]:
     """Shapes of the whole matrices in a PEFT folder: their first number is the model's vocabulary with this adapter."""
-    return _Tensors(folder, kind).matrix_shapes()
+    return Tensors(folder, kind).matrix_shapes()
 
 
 def check_weights(folder: Path) -> None:
     """Raises InputError where the folder's weights are damaged, or a value of them is not finite."""
-    tensors = _Tensors(folder, LLAMA)
+    tensors = Tensors(folder, LLAMA)
     for key in tensors.keys():  # noqa: SIM118 (no mapping)
         tensors.read(key)
 
 
 def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZERS)
-
-
-class _Tensors:
-    """The tensors of a PEFT folder, by the keys that `write_arrays` gives them.
-
-    Raises InputError when the file is missing, a pickle or damaged, or holds a tensor twice.
-    """
-
-    def __init__(self, folder: Path, kind: Kind):
-        self._matrices = _matrix_keys(kind)
-        self.path, self._source = folder / WEIGHTS, LocalSource(folder)
-        if not self._source.exists(WEIGHTS):
-            pickle = (
-                f"; {_PICKLE} is a pickle, which is never opened: load it in peft and save it again "
-                "(save_pretrained writes safetensors)"
-            )
-            hint = pickle if self._source.exists(_PICKLE) else ""
-            raise InputError(f"{folder} holds no {WEIGHTS}{hint}")
-        try:
-            places = read_header(partial(self._source.read, WEIGHTS))
-        except (ValueError, OSError) as error:
-            raise InputError(f"{self.path} is damaged or cut short: {error}") from error
-        self._places: dict[str, Place] = {}
-        for name, place in places.items():
-            key = name.replace(".default.weight", ".weight")  # with the adapter's name, as a state_dict has it
-            if key in self._places:
-                raise InputError(f"{self.path} holds {key} twice, with and without the adapter's name (default)")
-            self._places[key] = place
-
-    def keys(self) -> list[str]:
-        return list(self._places)
-
-    def matrix_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: self._places[key].shape for name, key in self._matrices.items() if key in self._places}
-
-    def check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises InputError unless the LoRA tensors are exactly these shapes."""
-        problems = []
-        for key, shape in wanted.items():
-            if key not in self._places:
-                problems.append(f"missing {key}")
-            elif self._places[key].shape != shape:
-                problems.append(f"{key} is {list(self._places[key].shape)}, expected {list(shape)}")
-        others = sorted(self._places.keys() - wanted.keys() - {*self._matrices.values()})
-        problems += [f"unexpected {key}" for key in others]
-        if problems:
-            shown, more = "; ".join(problems[:_MOST_SHOWN]), len(problems) - _MOST_SHOWN
-            shown += f"; and {more} more" if more > 0 else ""
-            raise InputError(f"{self.path} does not fit the base model and {CONFIG}: {shown}")
-
-    def read(self, key: str) -> np.ndarray:
-        """A tensor in its own dtype. Raises InputError unless it holds finite floating-point numbers."""
-        place = self._places[key]
-        if place.dtype not in _FLOATS:
-            raise InputError(f"{self.path}: {key} is {place.dtype}; expected one of {', '.join(_FLOATS)}")
-        array = np.empty(place.shape, numpy_dtype(place.dtype))
-        try:
-            self._source.read(WEIGHTS, place.start, array.reshape(-1).view(np.uint8))
-        except (ValueError, OSError) as error:
-            raise InputError(f"{self.path}: {key} cannot be read: {error}") from error
-        checksums.refuse_other(place.checksum, checksums.of_array(array), key, str(self.path))
-        check_finite(array, f"{self.path}: {key}", "nothing is computed from it; train it again, or ask who did")
-        return array
 
 
 def load_adapter(
@@ -400,7 +390,7 @@ def take_out(model: Decoder, config: LoRAConfig, progress: Callable[[int, int], 
             progress(place * L + index, total)
             w = jax.tree.map(lambda x: x[index], stack)  # noqa: B023 (called at once)
             left = residual(w, config.residual, config.rank, config.scale, model.config.module(index, name))
-            stack = put(stack, left, index, L)
+            stack = put(stack, left, (index,), (L,))  # no experts: read_adapter refuses them
         lora.linear(model, name).weight = Frozen(stack)
     progress(total, total)
 

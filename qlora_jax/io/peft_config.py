@@ -37,6 +37,7 @@ KEYS: dict[str, Any] = {
     "layers_to_transform": READ,
     "layers_pattern": READ,
     "modules_to_save": READ,
+    "target_parameters": READ,
     # who wrote it, for what, how it started
     "auto_mapping": INERT,
     "base_model_name_or_path": INERT,
@@ -69,7 +70,6 @@ KEYS: dict[str, Any] = {
     "enable_lora": (None, []),  # peft 0.2: parts of a fused projection
     # other modules, or other layers
     "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
     "layer_replication": (None, []),
     "megatron_config": (None, {}),
 }
@@ -132,6 +132,7 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...]  # of MODULES
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
+    parameters: tuple[str, ...] = ()  # names, and ends of names, of parameters that carry an adapter of their own
 
     def placed(self, modules: Mapping[str, int | None]) -> dict[str, tuple[int, float]]:
         """The modules that carry an adapter.
@@ -153,6 +154,22 @@ class AdapterConfig:
         ranks = self._first_match("rank_pattern", self.ranks, placed)
         alphas = self._first_match("alpha_pattern", self.alphas, placed)
         return {name: (ranks.get(name, self.rank), alphas.get(name, self.alpha)) for name in placed}
+
+    def placed_parameters(self, names: Sequence[str]) -> dict[str, tuple[int, float]]:
+        """As `placed`, of parameters by their full names ("model.layers.0.mlp.experts.gate_up_proj").
+
+        Raises InputError for a name in target_parameters that none of them has.
+        """
+        ends = {target: [name for name in names if f".{name}".endswith(f".{target}")] for target in self.parameters}
+        if absent := [target for target, picked in ends.items() if not picked]:
+            raise InputError(
+                f"{self.where}: target_parameters has {_shown(absent[0])}; adapters are read on those of experts"
+                + (f" ({', '.join(sorted({name.rpartition('.')[2] for name in names}))})" if names else "")
+            )
+        picked = [name for name in names if any(name in found for found in ends.values())]
+        ranks = self._first_match("rank_pattern", self.ranks, picked)
+        alphas = self._first_match("alpha_pattern", self.alphas, picked)
+        return {name: (ranks.get(name, self.rank), alphas.get(name, self.alpha)) for name in picked}
 
     def _named(self, key: str, wanted: str | tuple[str, ...], modules: Mapping[str, int | None]) -> set[str]:
         names = list(modules)
@@ -200,7 +217,7 @@ def read_config(folder: Path) -> AdapterConfig:
     if file.raw.get("peft_type") != "LORA":
         raise file.wrong("peft_type", "LORA, the one kind of adapter that is read")
     file.check_keys()
-    targets, layers = file.selection("target_modules"), file.layers()
+    targets, layers, parameters = file.selection("target_modules"), file.layers(), file.parameters()
     if isinstance(targets, str) and layers is not None:
         raise file.wrong("layers_to_transform", "null, as target_modules is one expression")
     return AdapterConfig(
@@ -210,12 +227,13 @@ def read_config(folder: Path) -> AdapterConfig:
         dropout=file.dropout(),
         use_rslora=file.use_rslora(),
         residual=file.residual(),
-        targets=_LLAMA_TARGETS if targets is None else targets,
+        targets=(() if parameters else _LLAMA_TARGETS) if targets is None else targets,
         excluded=file.selection("exclude_modules") or (),
         layers=layers,
         modules_to_save=file.modules_to_save(),
         ranks={name: file.rank("rank_pattern", value) for name, value in file.pattern("rank_pattern").items()},
         alphas={name: file.alpha("alpha_pattern", value) for name, value in file.pattern("alpha_pattern").items()},
+        parameters=parameters,
     )
 
 
@@ -296,6 +314,9 @@ class _File:
         if indices and patterns and not {*patterns} & {*_LAYER_LISTS}:
             raise self.wrong("layers_pattern", f"null or {_LAYER_LISTS[0]!r}, the list of layers")
         return frozenset(indices) or None
+
+    def parameters(self) -> tuple[str, ...]:
+        return self._names("target_parameters")
 
     def modules_to_save(self) -> tuple[str, ...]:
         named = self._names("modules_to_save")

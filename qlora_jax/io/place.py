@@ -24,11 +24,14 @@ def to_device(files: TensorFiles, key: str, dtype: Any = None) -> jax.Array:
     return buffer
 
 
-def put(stack: Any, leaf: Any, index: int, layers: int) -> Any:
-    """Writes one layer's arrays into their place; the stack is allocated once (None before) and updated in place."""
+def put(stack: Any, leaf: Any, place: tuple[int, ...], room: tuple[int, ...]) -> Any:
+    """Writes one weight's arrays into their place in a stack, (layer,) or (layer, expert), of `room` (L,) or (L, E).
+
+    The stack is allocated once (None before) and updated in place.
+    """
     if stack is None:
-        stack = jax.tree.map(lambda x: jnp.zeros((layers, *x.shape), x.dtype), leaf)
-    return jax.block_until_ready(_write_layer(stack, leaf, jnp.int32(index)))
+        stack = jax.tree.map(lambda x: jnp.zeros((*room, *x.shape), x.dtype), leaf)
+    return jax.block_until_ready(_write_weight(stack, leaf, tuple(map(jnp.int32, place))))
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -37,5 +40,9 @@ def _write(buffer: jax.Array, piece: jax.Array, corner: tuple[Any, ...]) -> jax.
 
 
 @partial(jax.jit, donate_argnums=0)
-def _write_layer(stack: Any, leaf: Any, index: jax.Array) -> Any:
-    return jax.tree.map(lambda s, x: jax.lax.dynamic_update_index_in_dim(s, x, index, 0), stack, leaf)
+def _write_weight(stack: Any, leaf: Any, place: tuple[jax.Array, ...]) -> Any:
+    def write(stack: jax.Array, x: jax.Array) -> jax.Array:
+        one = x.reshape(*(1,) * len(place), *x.shape)
+        return jax.lax.dynamic_update_slice(stack, one, (*place, *(0,) * x.ndim))
+
+    return jax.tree.map(write, stack, leaf)

@@ -6,7 +6,7 @@ the source itself, bit for bit. Embedding, norms and head are copied unchanged.
 """
 
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,24 +24,26 @@ from qlora_jax.io.load import (
     expected_stacks,
     is_packed,
     keys_beside,
+    linear_keys,
     load_config,
     open_files,
+    pack,
     read_quantized,
     skipped_linears,
     stored_quant,
     written_key,
 )
-from qlora_jax.io.place import to_device
 from qlora_jax.io.remote import name_of
 from qlora_jax.io.shards import SHARD_BYTES, ShardWriter, StackWriter, copy_companions, new_folder
 from qlora_jax.models.config import ModelConfig, read_json
 from qlora_jax.models.families.encoders import ENCODER, with_part
 from qlora_jax.quant import bitsandbytes, native
-from qlora_jax.quant.tensor import QuantizedTensor, quantize
+from qlora_jax.quant.tensor import QuantizedTensor
 
 FORMS = ("native", "bnb")
 QUANTS = ("nf4", "nf4+dq", "fp4", "fp4+dq", "int4", "int4+dq")  # "+dq": double quantization
 REPORT = "qlora_jax_quantize.json"
+Linears = Mapping[str, tuple[str, tuple[int, ...]]]  # of linear_keys
 
 
 def quant_spec(name: str, block_size: int = 64) -> QuantSpec:
@@ -71,11 +73,6 @@ def choose_quant(stored: QuantSpec | None, name: str | None, block_size: int | N
     return stored
 
 
-def linear_keys(config: ModelConfig) -> dict[str, tuple[str, int]]:
-    """The weights that are quantized: Hugging Face key -> projection, layer."""
-    return {config.key(index, name): (name, index) for index in range(config.L) for name in config.linears}
-
-
 def linear_bytes(files: TensorFiles, linears: Container[str]) -> int:
     """Bytes of the linear layers in the folder, the parts of quantized ones included."""
     owned = (key for key in files.shapes if native.is_stack(key) or (bitsandbytes.part_of(key) or key) in linears)
@@ -87,14 +84,13 @@ def tensor_bytes(files: TensorFiles, key: str) -> int:
 
 
 def read_linear(
-    files: TensorFiles, name: str, index: int, quant: QuantSpec, stored: QuantSpec | None, config: ModelConfig
+    files: TensorFiles, key: str, linears: Linears, quant: QuantSpec, stored: QuantSpec | None, config: ModelConfig
 ) -> QuantizedTensor:
-    """One layer's projection [O, I] in 4 bits: as the folder holds it, or quantized from its 16 or 32 bits."""
+    """One weight [O, I] of `linear_keys` in 4 bits: as the folder holds it, or quantized from its 16 or 32 bits."""
+    name, place = linears[key]
     if stored is not None:
-        return read_quantized(files, config, name, index, quant)
-    key = config.key(index, name)
-    w = to_device(files, key)
-    return quantize(w.T if config.kind.transposed else w, quant.format, quant.block_size, quant.double_quant, name=key)
+        return read_quantized(files, config, name, place, quant)
+    return pack(files, config, name, key, quant, key)
 
 
 def quantize_folder(
@@ -129,6 +125,11 @@ def quantize_folder(
     if form == "bnb" and quant.format not in bitsandbytes.FORMATS:
         known = " and ".join(bitsandbytes.FORMATS)
         raise InputError(f"bitsandbytes has {known}, not {quant.format}: choose one of them, or --format=native")
+    if form == "bnb" and config.sparse:
+        raise InputError(
+            f"{name_of(source)} is a mixture of experts, and in transformers 5 bitsandbytes keeps experts in 16 bits: "
+            "nothing would read 4-bit ones from its form; use --format=native"
+        )
     files = open_files(source, config)
     if stored is not None and (skipped_linears(source, config) or is_packed(files, config.head_key)):
         raise InputError(
@@ -154,6 +155,8 @@ def quantize_folder(
             settings = _bnb_settings(quant, kept_dtype, config)
         else:
             settings = native.settings(quant.format, quant.block_size, quant.double_quant)
+            if config.kind.experts and config.kind.experts.stored:
+                settings["experts"] = config.kind.experts.stored
         write_json(folder / "config.json", hf_config(raw, kept_dtype, config) | {"quantization_config": settings})
         report = {
             "source": name_of(source),
@@ -193,7 +196,7 @@ def _write_bnb(job: _Job, folder: Path) -> tuple[list[str], int]:
     for done, key in enumerate(keys, start=1):
         written = written_key(files, config, key)
         if key in linears:
-            q = read_linear(files, *linears[key], job.quant, job.stored, config)
+            q = read_linear(files, key, linears, job.quant, job.stored, config)
             tensors = bitsandbytes.to_bitsandbytes(q, written, files.dtypes[key] if job.stored is None else job.dtype)
             linear_after += sum(value.nbytes for value in tensors.values())
         else:
@@ -230,8 +233,8 @@ def _write_native(job: _Job, folder: Path) -> tuple[list[str], int]:
                 del piece
             count()
         for name in job.config.linears:
-            for index in range(job.config.L):
-                parts = native.parts(read_linear(files, name, index, job.quant, job.stored, job.config))
+            for index, key in enumerate(job.config.slots(name)):
+                parts = native.parts(read_linear(files, key, linears, job.quant, job.stored, job.config))
                 for part, value in parts.items():
                     writer.write(native.stack_key(name, part), index * value.size, np.asarray(value))
                     linear_after += value.nbytes

@@ -17,7 +17,9 @@ from qlora_jax.models.attention import (
 )
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.dropout import Dropout
-from qlora_jax.models.layers import ACTIVATIONS, Linear, Norm, Setting, gradient_after, part_of, place, project
+from qlora_jax.models.layers import ACTIVATIONS, Frozen, Linear, Norm, Setting, gradient_after, part_of, place, project
+from qlora_jax.models.mixtures.experts import mixture, stacked
+from qlora_jax.models.mixtures.router import Balance, Router
 from qlora_jax.models.rope import Turn, rotate
 
 
@@ -38,6 +40,8 @@ class Context(NamedTuple):
     turn: Turn | None  # None: a model without rotary embedding
     implementation: str  # of attention: one of attention.IMPLEMENTATIONS
     starts: jax.Array | None = None  # int32 [B, T], the first place each token sees; None: all see the row's first
+    layer: jax.Array | None = None  # int32 [], the number of the layer that is computed
+    balance: Balance | None = None  # of a mixture's routers; None: no auxiliary loss
 
 
 class Block(nnx.Module):
@@ -51,7 +55,16 @@ class Block(nnx.Module):
         self.N, self.K, self.H = config.N, config.K, config.H
         self.scoring = Scoring(kind.attention_scale, kind.softcap, alibi_slopes(config.N) if kind.alibi else ())
         for name in config.linears:
-            place(self, name, Linear(weights[name], weights.get(f"{name}.bias")))
+            layer = stacked if config.is_expert(name) else Linear
+            place(self, name, layer(weights[name], weights.get(f"{name}.bias")))
+        if kind.sinks:
+            place(self, kind.sinks, Frozen(weights[kind.sinks]))
+        if kind.experts:
+            place(
+                self,
+                kind.experts.router,
+                Router(weights[kind.experts.router], weights.get(f"{kind.experts.router}.bias")),
+            )
         for name in dict.fromkeys(kind.norm_of.values()):
             place(self, name, Norm(weights[name], config.norm_eps, kind.norm, weights.get(f"{name}.bias")))
         if len(set(kind.windows)) > 1:
@@ -69,7 +82,7 @@ class Block(nnx.Module):
             q, k, v = project([self.linear(role) for role in "qkv"], entering, dropout)
             q, k, v = self.as_queries(q, context), *self.as_keys_values(k, v, context)
         if cache is None:
-            out = causal_attention(q, k, v, context.implementation, self.starts(context), self.scoring)
+            out = causal_attention(q, k, v, context.implementation, self.starts(context), self.scoring, self.sinks)
         else:
             at = (layer, jnp.arange(B)[:, None], context.positions)
             cache = Cache(cache.k.at[at].set(k), cache.v.at[at].set(v))
@@ -78,13 +91,20 @@ class Block(nnx.Module):
             if self.has_window:
                 first = window_starts(None, context.positions, self.window_size)
                 seen = seen & (places >= first[:, :, None])
-            out = masked_attention(q, cache.k[layer], cache.v[layer], seen, context.positions, self.scoring)
+            out = masked_attention(
+                q, cache.k[layer], cache.v[layer], seen, context.positions, self.scoring, self.sinks
+            )
         out = out.reshape(B, T, self.N * self.H)
         attended = gradient_after(self.linear("o")(out, dropout), out)
-        return self.join(x, entering, attended, dropout), cache
+        return self.join(x, entering, attended, context, dropout), cache
 
     def linear(self, role: str) -> Linear:
         return part_of(self, self.kind.linear[role])
+
+    @property
+    def sinks(self) -> jax.Array | None:
+        """[N], where the family's heads have them."""
+        return part_of(self, self.kind.sinks).get_value() if self.kind.sinks else None
 
     def norm(self, role: str, x: jax.Array) -> jax.Array:
         """x through the norm of that role; x itself where there is none."""
@@ -94,8 +114,13 @@ class Block(nnx.Module):
         """A projection [B, T, count * H] -> [B, T, count, H], normed where the family norms queries and keys."""
         shape = (*y.shape[:2], count, self.H)
         if self.kind.qk_norm == "whole":
-            return self.norm(norm, y).reshape(shape)
-        return self.norm(norm, y.reshape(shape))
+            return self.clipped(self.norm(norm, y).reshape(shape))
+        return self.clipped(self.norm(norm, y.reshape(shape)))
+
+    def clipped(self, y: jax.Array) -> jax.Array:
+        """Queries, keys or values, where the family clips them."""
+        most = self.kind.clip_qkv
+        return jnp.clip(y, -most, most) if most else y
 
     def turned(self, x: jax.Array, context: Context) -> jax.Array:
         if context.turn is None:
@@ -128,7 +153,8 @@ class Block(nnx.Module):
     def as_keys_values(self, k: jax.Array, v: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
         """Projections [B, T, K * H] -> keys, rotated, and values: [B, T, K, H] each."""
         k = self.turned(self.heads(k, "k_norm", self.K), context)
-        return checkpoint_name(k, "keys"), checkpoint_name(v.reshape(*v.shape[:2], self.K, self.H), "values")
+        v = self.clipped(v.reshape(*v.shape[:2], self.K, self.H))
+        return checkpoint_name(k, "keys"), checkpoint_name(v, "values")
 
     def fused(self, x: jax.Array, context: Context, dropout: Dropout) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, T, D] -> queries [B, T, N, H], keys and values [B, T, K, H], of one projection."""
@@ -176,31 +202,38 @@ class Block(nnx.Module):
         if self.has_window:
             places = jnp.broadcast_to(first + jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
             starts = window_starts(starts, places, self.window_size)
-        out = attend_chunk(q, *kv, first, starts, None, self.scoring)
+        out = attend_chunk(q, *kv, first, starts, None, self.scoring, self.sinks)
         attended = self.linear("o")(out.reshape(*x.shape[:2], -1), dropout)
-        return self.join(x, entering, attended, dropout)
+        return self.join(x, entering, attended, context, dropout)
 
-    def join(self, x: jax.Array, entering: jax.Array, attended: jax.Array, dropout: Dropout) -> jax.Array:
+    def join(
+        self, x: jax.Array, entering: jax.Array, attended: jax.Array, context: Context, dropout: Dropout
+    ) -> jax.Array:
         """The layer after its attention: x and what attention gives, [B, T, D] each, and feed-forward."""
         kind = self.kind
         attended = self.scaled(self.norm("attention_out", attended))
         if kind.parallel:
             shared = kind.norm_of["feed_forward_in"] == kind.norm_of["attention_in"]
             entering = entering if shared else self.norm("feed_forward_in", x)
-            return x + attended + self.scaled(self.feed_forward(entering, dropout))
+            return x + attended + self.scaled(self.feed_forward(entering, context, dropout))
         x = checkpoint_name((entering if kind.normed_residual else x) + attended, "attended")
         x = self.norm("attention_end", x)
         entering = self.norm("feed_forward_in", x)
         x = entering if kind.normed_residual else x
-        fed = self.feed_forward(entering, dropout)
+        fed = self.feed_forward(entering, context, dropout)
         return self.norm("feed_forward_end", x + self.scaled(self.norm("feed_forward_out", fed)))
 
     def scaled(self, y: jax.Array) -> jax.Array:
         """What is added to the residual stream."""
         return y if self.kind.residual_scale == 1 else y * self.kind.residual_scale
 
-    def feed_forward(self, x: jax.Array, dropout: Dropout) -> jax.Array:
-        """[B, T, D] -> [B, T, D]: through a gate, or plain."""
+    def feed_forward(self, x: jax.Array, context: Context, dropout: Dropout) -> jax.Array:
+        """[B, T, D] -> [B, T, D]: through a gate, or plain, or through each token's experts."""
+        if self.kind.experts:
+            router: Router = part_of(self, self.kind.experts.router)
+            chosen, weights = router(x, self.kind.experts, context.balance)
+            assert context.layer is not None
+            return mixture(self, self.kind, x, chosen, weights, context.layer, dropout)
         activation = ACTIVATIONS[self.kind.activation]
         if "gate_up" in self.kind.linear:
             gate, up = jnp.split(self.linear("gate_up")(x, dropout), 2, axis=-1)

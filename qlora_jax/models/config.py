@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,10 @@ class ModelConfig:
 
     @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """The linear layers of a layer, which are quantized: name -> [O, I], in the order in which they compute."""
+        """The linear layers of a layer, which are quantized: name -> [O, I], in the order in which they compute.
+
+        Of a stack of experts that is the shape of one; `copies` says how many there are.
+        """
         values = {"D": self.D, "F": self.F, "2F": 2 * self.F, "NH": self.N * self.H, "KH": self.K * self.H}
         values["QKV"] = values["NH"] + 2 * values["KH"]
         found = {}
@@ -61,18 +65,60 @@ class ModelConfig:
         for role in kind.biased:
             if role in kind.linear:
                 name = kind.linear[role]
-                found[f"{name}.bias"] = self.linears[name][:1]
+                found[f"{name}.bias"] = (*self.copies(name), *self.linears[name][:1])
+        if kind.sinks:
+            found[kind.sinks] = (self.N,)
+        if kind.experts:
+            found[kind.experts.router] = (kind.experts.count, self.D)
+            if kind.experts.router_bias:
+                found[f"{kind.experts.router}.bias"] = (kind.experts.count,)
         return found
+
+    @cached_property
+    def sixteen_bit(self) -> frozenset[str]:
+        """Those of `vectors` that stay as they are on disk; the others are float32 always."""
+        kind = self.kind
+        others = {kind.sinks} | ({kind.experts.router, f"{kind.experts.router}.bias"} if kind.experts else set())
+        return frozenset({f"{name}.bias" for name in self.linears} | others)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether a token meets some of the weights only."""
+        return self.kind.experts is not None
+
+    def copies(self, name: str) -> tuple[int, ...]:
+        """Axes between L and [O, I] of a linear layer's stack: (E,) of experts, else ()."""
+        return (self.kind.experts.count,) if self.kind.experts and self.is_expert(name) else ()
+
+    def is_expert(self, name: str) -> bool:
+        return self.kind.is_expert(name)
+
+    def units(self, name: str) -> list[str]:
+        """See Kind."""
+        return self.kind.units(name)
+
+    def slots(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Key of each weight of a linear layer -> its place in the stack, (layer,) or (layer, expert)."""
+        found: dict[str, tuple[int, ...]] = {}
+        for index in range(self.L):
+            units = self.units(name)
+            places = [(index, e) for e in range(len(units))] if self.is_expert(name) else [(index,)]
+            found |= {self.key(index, unit): place for unit, place in zip(units, places, strict=True)}
+        return found
+
+    def weights(self, name: str) -> int:
+        """Weights of a linear layer, all layers and experts together."""
+        return math.prod((self.L, *self.copies(name), *self.linears[name]))
 
     @cached_property
     def outer(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """What stands outside of the layers: its name in Decoder's weights -> Hugging Face key, shape."""
         kind, D = self.kind, self.D
-        E = self.head_width
-        found: dict[str, tuple[str, tuple[int, ...]]] = {"embedding": (f"{kind.embedding}.weight", (self.V, E))}
+        width = self.head_width
+        found: dict[str, tuple[str, tuple[int, ...]]] = {"embedding": (f"{kind.embedding}.weight", (self.V, width))}
         if kind.project_in:
-            found["project_in"] = f"{kind.project_in}.weight", (D, E)
-            found["project_out"] = f"{kind.project_out}.weight", (E, D)
+            found["project_in"] = f"{kind.project_in}.weight", (D, width)
+            found["project_out"] = f"{kind.project_out}.weight", (width, D)
         for slot, name in (("norm", kind.final_norm), ("embedding_norm", kind.embedding_norm)):
             if name:
                 found[slot] = f"{name}.weight", (D,)
@@ -81,7 +127,7 @@ class ModelConfig:
         if kind.positions:
             found["positions"] = f"{kind.positions}.weight", (self.context + kind.position_offset, D)
         if not self.tied:
-            found["head"] = f"{kind.head}.weight", (self.V, E)
+            found["head"] = f"{kind.head}.weight", (self.V, width)
         if kind.head_bias:
             found["head.bias"] = f"{kind.head}.bias", (self.V,)
         return found
@@ -105,12 +151,20 @@ class ModelConfig:
         return f"{self.kind.layer.format(index)}.{name}"
 
     def key(self, index: int, name: str) -> str:
-        """As `module`, of the tensor: a name's weight, or a bias whose name ends so."""
-        return self.module(index, name) + ("" if name.endswith(".bias") else ".weight")
+        """As `module`, of the tensor: a name's weight, or a bias or sinks, whose names are whole."""
+        if name.endswith(".bias") and self.is_expert(name):
+            return self.module(index, f"{name.removesuffix('.bias')}_bias")
+        return self.module(index, name) + ("" if name.endswith((".bias", ".sinks")) else ".weight")
 
-    def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def transposes(self, name: str) -> bool:
+        """Whether a linear layer's weights lie [I, O] in unquantized files."""
+        experts = self.kind.experts
+        return self.kind.transposed or (experts is not None and experts.fused_alone and self.is_expert(name))
+
+    def stored(self, name: str) -> tuple[int, ...]:
         """[O, I] of a linear layer as it lies in unquantized files."""
-        return shape[::-1] if self.kind.transposed else shape
+        shape = self.linears[name]
+        return shape[::-1] if self.transposes(name) else shape
 
 
 def read_json(path: Path) -> dict:

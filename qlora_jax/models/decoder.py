@@ -17,6 +17,8 @@ from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.dropout import Dropout, DropoutKey, DropoutRate
 from qlora_jax.models.head import Head, head_logits
 from qlora_jax.models.layers import Frozen, NoNorm, Norm, Projected
+from qlora_jax.models.mixtures.experts import Stack
+from qlora_jax.models.mixtures.router import Balance
 from qlora_jax.models.rope import Rotation, depends_on_length, rotation
 
 REMAT = ("none", "selective", "block", "block+offload")
@@ -51,6 +53,7 @@ class Decoder(nnx.Module):
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.remat, self.attention, self.sequence_chunk = remat, attention, sequence_chunk
         self.dropout_rate: Any = 0.0  # a number, or a DropoutRate of the program's inputs
+        self.router_aux_loss_coef = 0.0  # of a mixture's auxiliary loss in training (train/backward.py)
         self.residual = ""  # the adapter's start whose part the linear layers lack, if there is one
         kind = config.kind
         self.embedding = Frozen(weights["embedding"])
@@ -172,10 +175,10 @@ class Decoder(nnx.Module):
             reason = refusal(T, self.config.N, self.config.H, self.compute_dtype)
             if reason is not None:
                 raise InputError(f'model.attention is "flash", but {reason}: set model.attention=auto')
-        if self.attention == "cudnn" and (any(kind.windows) or kind.softcap or kind.alibi):
+        if self.attention == "cudnn" and (any(kind.windows) or kind.softcap or kind.alibi or kind.sinks):
             raise InputError(
-                'model.attention is "cudnn", which JAX calls without windows, soft caps and ALiBi; this model has some '
-                "of them: set model.attention=auto"
+                'model.attention is "cudnn", which JAX calls without windows, soft caps, ALiBi and sinks; this model '
+                "has some of them: set model.attention=auto"
             )
 
     def embed(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
@@ -205,8 +208,12 @@ class Decoder(nnx.Module):
         return pull(dx)[0]
 
     def layers(self, *filters: Any) -> tuple[Any, ...]:
-        """(graph of one block, its stacked state, one for each filter of nnx.split): what a scan runs over."""
-        return nnx.split(self.blocks, *filters)
+        """(graph of one block, its stacked state, one for each filter of nnx.split): what a scan runs over.
+
+        The stacks of experts are not in it: `apply_layer` takes them whole.
+        """
+        graph, _, *states = nnx.split(self.blocks, Stack, *filters)
+        return graph, *states
 
     def apply_layer(
         self,
@@ -217,20 +224,23 @@ class Decoder(nnx.Module):
         x: jax.Array,
         layer: jax.Array,
         cache: Cache | None = None,
+        balance: Balance | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """One layer: x [B, T, D] -> [B, T, D], and the cache with its keys and values.
 
         `state`: the layer's slice of `layers(nnx.LoRAParam, ...)`: adapter and frozen arrays. Where the sequence is cut
-        into chunks T is what `pad` makes of it, and the frozen arrays get no gradient.
+        into chunks T is what `pad` makes of it, and the frozen arrays get no gradient. `balance`: of the auxiliary loss
+        of a mixture, which is not there in chunks.
         """
         key = None if dropout_key is None else DropoutKey.of(dropout_key).of_layer(layer)
+        context, stacks = context._replace(layer=layer, balance=balance), nnx.state(self.blocks, Stack)
         if cache is None and self._is_chunked(x.shape[1]):
             adapter, frozen = state
             pieces = _ChunkedBlock(block, chunk_size(x.shape[1], self.sequence_chunk))
             drawn = None if key is None else (key, DropoutRate.of(self.dropout_rate))
-            arrays = (frozen, context.positions, context.starts, context.turn, drawn)
+            arrays = (frozen, stacks, context.positions, context.starts, context.turn, layer, drawn)
             return layer_in_chunks(pieces.keys_values, pieces.rest, pieces.size, arrays, adapter, x), None
-        return nnx.merge(block, *state)(x, context, cache, layer, Dropout(self.dropout_rate, key))
+        return nnx.merge(block, *state, stacks)(x, context, cache, layer, Dropout(self.dropout_rate, key))
 
     def head_weight(self) -> jax.Array | Head:
         """What head_logits takes: [V, D], the output head or the embedding it is tied to, or a Head that is more."""
@@ -282,7 +292,7 @@ class _ChunkedBlock(NamedTuple):
         return block.rest(x, kv, first, context, dropout)
 
     def _open(self, arrays: Any, adapter: Any, first: jax.Array, place: int) -> tuple[Block, Context, Dropout]:
-        frozen, positions, starts, turn, dropout = arrays
+        frozen, stacks, positions, starts, turn, layer, dropout = arrays
         key, rate = (None, 0.0) if dropout is None else dropout
         if key is not None:
             key = key.fold_in(first // self.size).fold_in(place)
@@ -290,8 +300,8 @@ class _ChunkedBlock(NamedTuple):
         if starts is not None:
             starts = jax.lax.dynamic_slice_in_dim(starts, first, self.size, axis=1)
         turn = None if turn is None else turn.cut(first, self.size)
-        context = Context(positions, turn, "chunked", starts)
-        return nnx.merge(self.graph, adapter, frozen), context, Dropout(rate, key)
+        context = Context(positions, turn, "chunked", starts, layer)
+        return nnx.merge(self.graph, adapter, frozen, stacks), context, Dropout(rate, key)
 
 
 def _norm(config: ModelConfig, weights: dict[str, Any], name: str) -> Norm:

@@ -40,6 +40,27 @@ OWN_ROPE, LOCAL_ROPE, NO_ROPE = 0, 1, 2  # what Kind.layer_ropes names
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """The feed-forward of a mixture: E experts, of which each token takes a few (experts.py, router.py).
+
+    A linear layer whose name begins with `stem` is one of each expert: "mlp.experts.up_proj" is the stack of all,
+    "mlp.experts.3.up_proj" what Hugging Face calls the fourth.
+    """
+
+    count: int  # E
+    per_token: int  # experts that a token takes
+    stem: str = "mlp.experts"
+    router: str = "mlp.gate"
+    router_bias: bool = False
+    normalized: bool = False  # the weights of a token's experts sum to one
+    chosen_alone: bool = False  # the softmax is over a token's experts, not over all
+    fused: Pairs = ()  # names of stacks that later files fuse into one -> that file's name, in the order of its rows
+    fused_alone: bool = False  # those files are the only ones: no expert's weight has a key of its own
+    swiglu: tuple[float, float] | None = None  # (alpha, limit): gate and up are clamped, and lie side by side
+    stored: str = ""  # the 4-bit format that experts have on disk and keep, whatever the other weights are stored as
+
+
+@dataclasses.dataclass(frozen=True)
 class Kind:
     """The description. Numbers of a model stand here only where most families have none of them."""
 
@@ -73,6 +94,9 @@ class Kind:
     activation: str = "silu"
     normed_residual: bool = False  # what is added to is the norm's output, not what it was given
     parallel: bool = False  # x + attention(norm x) + feed_forward(norm x)
+    experts: Experts | None = None  # None: one feed-forward for all tokens
+    clip_qkv: float = 0.0  # queries, keys and values are clipped to +- this; 0: not
+    sinks: str = ""  # name of the attention sinks, one a head; "": none
 
     # positions
     rotary: str = "half"  # pairs (h, h + H / 2); "pairs": (2 h, 2 h + 1); "": none
@@ -102,6 +126,17 @@ class Kind:
     def norm_of(self) -> dict[str, str]:
         """Role -> name of the norms. Two roles may share one."""
         return dict(self.norms)
+
+    def is_expert(self, name: str) -> bool:
+        """Whether a linear layer is one of each expert."""
+        return self.experts is not None and name.startswith(f"{self.experts.stem}.")
+
+    def units(self, name: str) -> list[str]:
+        """What Hugging Face calls a linear layer within a layer: its name, or one for each expert."""
+        if self.experts is None or not self.is_expert(name):
+            return [name]
+        stem = self.experts.stem
+        return [f"{stem}.{e}{name.removeprefix(stem)}" for e in range(self.experts.count)]
 
     @property
     def plain_embedding(self) -> bool:

@@ -117,6 +117,63 @@ _GEMMA2_9B = {
 }
 
 
+_QWEN3_30B = _QWEN3 | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+_MIXTRAL = _MISTRAL | {
+    "architectures": ["MixtralForCausalLM"],
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 32000,
+}
+_OLMOE = {
+    "architectures": ["OlmoeForCausalLM"],
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": False,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": 50279,
+    "vocab_size": 50304,
+}
+_GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_experts_per_tok": 4,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000,
+    "rope_scaling": {
+        "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    "eos_token_id": 200002,
+    "vocab_size": 201088,
+    "quantization_config": {"quant_method": "mxfp4"},
+}  # fmt: skip
+
+
 def _qwen3(width: int, feed_forward: int, layers: int, heads: int) -> dict[str, Any]:
     return _QWEN3 | {
         "hidden_size": width,
@@ -161,6 +218,12 @@ KNOWN = {
     "mistralai/Mistral-7B-Instruct-v0.3": _MISTRAL,
     "Qwen/Qwen3-8B": _qwen3(4096, 12288, 36, 32),
     "Qwen/Qwen3-14B": _qwen3(5120, 17408, 40, 40),
+    "Qwen/Qwen3-30B-A3B": _QWEN3_30B,
+    "Qwen/Qwen3-30B-A3B-Instruct-2507": _QWEN3_30B | {"max_position_embeddings": 262144, "rope_theta": 10000000},
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": _MIXTRAL,
+    "allenai/OLMoE-1B-7B-0924": _OLMOE,
+    "openai/gpt-oss-20b": _GPT_OSS | {"num_hidden_layers": 24, "num_local_experts": 32},
+    "openai/gpt-oss-120b": _GPT_OSS | {"num_hidden_layers": 36, "num_local_experts": 128},
     "microsoft/phi-4": _PHI4,
     "HuggingFaceTB/SmolLM3-3B": _SMOLLM3,
     "google/gemma-2-9b-it": _GEMMA2_9B,

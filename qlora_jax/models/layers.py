@@ -131,7 +131,7 @@ class Group(nnx.Module):
     """A name on disk between a layer and its parts, such as "self_attn": it holds them."""
 
 
-def place(block: nnx.Module, name: str, part: nnx.Module) -> None:
+def place(block: nnx.Module, name: str, part: nnx.Module | nnx.Variable) -> None:
     """Puts a part where its name says: place(block, "self_attn.q_proj", linear)."""
     *groups, last = name.split(".")
     owner: Any = block

@@ -11,8 +11,16 @@ from qlora_jax.quant.tensor import quantize
 
 
 def linear_weights(config: ModelConfig) -> int:
-    """Weights of all linear layers."""
-    return config.L * sum(map(math.prod, config.linears.values()))
+    """Weights of all linear layers, those of all experts among them."""
+    return sum(map(config.weights, config.linears))
+
+
+def active_share(config: ModelConfig, size: Callable[[str], float]) -> float:
+    """The share of what linear layers have that one token meets, by the size of each: some experts of all."""
+    experts = config.kind.experts
+    share = experts.per_token / experts.count if experts else 1.0
+    total = sum(map(size, config.linears))
+    return sum(size(name) * (share if config.is_expert(name) else 1) for name in config.linears) / total
 
 
 def linear_bytes(
@@ -20,9 +28,10 @@ def linear_bytes(
 ) -> tuple[int, float]:
     """(bytes, bits a weight) of all linear layers; format "none" is 16-bit."""
     total, weights = 0, 0
-    for shape in config.linears.values():
-        weights += config.L * math.prod(shape)
-        total += config.L * _bytes(shape, format, block_size, double_quant)
+    for name, shape in config.linears.items():
+        weights += config.weights(name)
+        count = config.weights(name) // math.prod(shape)
+        total += count * _bytes(shape, format, block_size, double_quant)
     return total, 8 * total / weights
 
 

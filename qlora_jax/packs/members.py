@@ -98,8 +98,7 @@ class PlannedMember:
     rates: Rates
 
     def trainable_params(self, model: Decoder) -> int:
-        shapes = [lora.shape(model, name) for name in self.targets]
-        return sum(self.lora.rank * (O + I) for O, I in shapes) * model.config.L
+        return self.lora.rank * sum(lora.rank_one_parameters(model.config, name) for name in self.targets)
 
 
 @cache
@@ -135,14 +134,18 @@ def stacked_settings(members: Sequence[PlannedMember], slots: int) -> Member:
     )
 
 
-def padded(arrays: dict[str, Any], shapes: dict[str, tuple[int, int]], L: int, rank: int) -> dict[str, Any]:
-    """A member's arrays as the pack holds them: numpy A [L, R, I] and B [L, O, R], zero beyond its rank and layers."""
+def padded(arrays: dict[str, Any], sizes: ModelConfig, names: Sequence[str], rank: int) -> dict[str, Any]:
+    """A member's arrays as the pack holds them: numpy A [L, R, I] and B [L, O, R], zero beyond its rank and layers.
+
+    Of experts E stands after L.
+    """
     out = {}
-    for name, (O, I) in shapes.items():
-        a, b = np.zeros((L, rank, I), np.float32), np.zeros((L, O, rank), np.float32)
+    for name in names:
+        (O, I), room = sizes.linears[name], (sizes.L, *sizes.copies(name))
+        a, b = np.zeros((*room, rank, I), np.float32), np.zeros((*room, O, rank), np.float32)
         if name in arrays:
             mine_a, mine_b = map(np.asarray, arrays[name])
-            a[:, : mine_a.shape[1]], b[:, :, : mine_b.shape[2]] = mine_a, mine_b
+            a[..., : mine_a.shape[-2], :], b[..., : mine_b.shape[-1]] = mine_a, mine_b
         out[name] = (a, b)
     return out
 
@@ -150,4 +153,6 @@ def padded(arrays: dict[str, Any], shapes: dict[str, tuple[int, int]], L: int, r
 def cut(arrays: dict[str, Any], member: PlannedMember) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """What `padded` was made of: the member's own rank and layers."""
     R = member.lora.rank
-    return {name: (np.array(arrays[name][0][:, :R]), np.array(arrays[name][1][:, :, :R])) for name in member.targets}
+    return {
+        name: (np.array(arrays[name][0][..., :R, :]), np.array(arrays[name][1][..., :R])) for name in member.targets
+    }

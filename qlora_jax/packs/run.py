@@ -115,7 +115,7 @@ class PackRun:
     def _stacked_model(self) -> Decoder:
         """The model with the adapters of all members, [slots, L, ...]."""
         model = self.base.model()
-        shapes = {name: lora.shape(model, name) for name in pack_members.all_targets(self.members, model.config)}
+        names = pack_members.all_targets(self.members, model.config)
         own = [
             read_start(model, Path(member.config.lora.init_from), member.lora).arrays
             if member.config.lora.init_from
@@ -123,8 +123,8 @@ class PackRun:
             for member in self.members
         ]
         own += [{}] * (self.slots - len(own))
-        each = [pack_members.padded(arrays, shapes, model.config.L, self.rank) for arrays in own]
-        for name in shapes:
+        each = [pack_members.padded(arrays, model.config, names, self.rank) for arrays in own]
+        for name in names:
             a, b = (jax.numpy.asarray(np.stack([arrays[name][i] for arrays in each])) for i in range(2))
             lora.set_adapter(model, name, a, b, 1.0)
         return model

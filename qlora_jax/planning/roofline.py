@@ -1,6 +1,7 @@
 """The least time of a train step: its floating-point operations and its bytes over a GPU's rates.
 
-Operations of one token, with P weights in linear layers, r the adapters' parameters, H = V * D of the head:
+Operations of one token, with P weights in linear layers, r the adapters' parameters (of a mixture's experts those that
+a token meets), H = V * D of the head:
 
     base      2 P  forward, 2 P recomputed, 2 P for dx               (no gradient of frozen weights; nothing is
                    recomputed where remat is "none" or "selective")
@@ -16,6 +17,8 @@ step: the paged state over the bus, both ways.
 
 import dataclasses
 
+from qlora_jax.lora import rank_one_parameters
+from qlora_jax.models.sizes import active_share
 from qlora_jax.planning.gpus import PlannedGpu
 from qlora_jax.train.backward import kept_bytes
 from qlora_jax.train.spec import RunSpec
@@ -34,7 +37,7 @@ class Roofline:
     seconds: float
 
 
-def step_flops(spec: RunSpec, linear_weights: int, adapter_params: int, recomputed: bool = True) -> float:
+def step_flops(spec: RunSpec, linear_weights: float, adapter_params: float, recomputed: bool = True) -> float:
     """Floating-point operations of one optimizer step.
 
     Args:
@@ -48,6 +51,8 @@ def step_flops(spec: RunSpec, linear_weights: int, adapter_params: int, recomput
     head_passes += "lm_head" in spec.model.lora.modules_to_save
     head = 2 * head_passes * sizes.V * sizes.D
     attention = 2 * sizes.N * sizes.H * batch.T * sizes.L
+    linear_weights *= active_share(sizes, sizes.weights)
+    adapter_params *= active_share(sizes, lambda name: rank_one_parameters(sizes, name))
     token = 2 * passes * linear_weights + 2 * (passes + 1) * adapter_params + head + (passes + 1) * attention
     return token * batch.tokens
 

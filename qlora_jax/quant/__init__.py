@@ -1,3 +1,3 @@
-"""4-bit formats: codebooks (tables), blockwise (quantizing), tensor (QuantizedTensor), bitsandbytes and native (on
-disk).
+"""4-bit formats: codebooks (tables), blockwise (quantizing), tensor (QuantizedTensor), mxfp4 (read, never made),
+bitsandbytes and native (on disk).
 """

@@ -31,6 +31,11 @@ def part_of(key: str) -> str | None:
     return None
 
 
+def keys_of(key: str) -> list[str]:
+    """The keys that a weight's quantization may have in a file."""
+    return [key, *(f"{key}.{part}" for part in _PARTS)]
+
+
 def to_bitsandbytes(q: QuantizedTensor, name: str = "weight", dtype: str = "bfloat16") -> dict[str, np.ndarray]:
     """The tensors of q under a bnb-4bit file's keys; dtype is the one bitsandbytes will dequantize to.
 

@@ -18,6 +18,7 @@ _NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 _FP4_OVER_12 = (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)
+_E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6)
 _INT4_OVER_7 = (*range(-7, 8), 7)
 
 
@@ -48,18 +49,31 @@ CODEBOOKS = {
     "fp4": _codebook("fp4", np.asarray(_FP4_OVER_12, np.float32) / np.float32(12)),
     "int4": _codebook("int4", np.asarray(_INT4_OVER_7, np.float32) / np.float32(7), used=15),
 }
+_READ_ONLY = {"mxfp4": _codebook("mxfp4", np.asarray(_E2M1, np.float32))}  # quant/mxfp4: nothing is quantized to it
 
 
 def codebook(name: str) -> Codebook:
     """The format of that name. Raises InputError for an unknown one."""
-    if name not in CODEBOOKS:
+    known = CODEBOOKS | _READ_ONLY
+    if name not in known:
         raise InputError(f"unknown 4-bit format {name!r}; known: {', '.join(CODEBOOKS)}")
-    return CODEBOOKS[name]
+    return known[name]
 
 
 def absmax_map() -> tuple[float, ...]:
     """The 256 ascending values of an 8-bit scale: the signed dynamic map."""
     return dynamic_map(signed=True)
+
+
+def scale_map(format: str) -> tuple[float, ...]:
+    """The 256 values that the 8-bit scales of a format stand for."""
+    return _powers_of_two() if format == "mxfp4" else absmax_map()
+
+
+@cache
+def _powers_of_two() -> tuple[float, ...]:
+    """2^(s - 127); the last is NaN in MXFP4 and stands for no weight."""
+    return (*(2.0 ** (s - 127) for s in range(255)), 0.0)
 
 
 @cache

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.errors import InputError
+from qlora_jax.quant.codebooks import CODEBOOKS
 from qlora_jax.quant.tensor import QuantizedTensor, quantize
 
 METHOD = "qlora_jax"
@@ -63,7 +64,9 @@ def read_settings(raw: dict[str, Any], where: str) -> tuple[str, int, bool]:
 def abstract(shape: tuple[int, ...], format: str, block_size: int, double_quant: bool) -> QuantizedTensor:
     """A quantized [O, I] with shapes and dtypes in place of arrays."""
     w = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    return jax.eval_shape(lambda w: quantize(w, format, block_size, double_quant), w)
+    made = format if format in CODEBOOKS else "nf4"  # parts are the same whatever the table
+    q = jax.eval_shape(lambda w: quantize(w, made, block_size, double_quant), w)
+    return dataclasses.replace(q, format=format)
 
 
 def filled(q: QuantizedTensor, arrays: Mapping[str, jax.Array]) -> QuantizedTensor:

@@ -12,7 +12,7 @@ from pallas_kernels import nf4_matmul
 from qlora_jax.errors import InputError
 from qlora_jax.finite import check_finite
 from qlora_jax.quant.blockwise import quantize_packed
-from qlora_jax.quant.codebooks import absmax_map, codebook
+from qlora_jax.quant.codebooks import CODEBOOKS, codebook, scale_map
 
 _LARGEST = 2.0**126  # 1 / x of anything larger is subnormal, which XLA takes for zero
 
@@ -47,7 +47,7 @@ class QuantizedTensor:
     @property
     def codec(self) -> nf4_matmul.Codec:
         table = codebook(self.format).values
-        return nf4_matmul.Codec(self.shape, self.block_size, table, absmax_map(), self.backend)
+        return nf4_matmul.Codec(self.shape, self.block_size, table, scale_map(self.format), self.backend)
 
     @property
     def nbytes(self) -> int:
@@ -87,6 +87,8 @@ def quantize(
     """
     check_block_size(block_size)
     book = codebook(format)
+    if format not in CODEBOOKS:
+        raise InputError(f"{name}: nothing is quantized to {format}, which is read from files that have it")
     if w.ndim != 2 or w.size == 0:
         raise InputError(f"{name} has shape {list(w.shape)}; 4-bit quantization takes a non-empty [out, in] matrix")
     if not jnp.issubdtype(w.dtype, jnp.floating):

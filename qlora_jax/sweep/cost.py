@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 
 from qlora_jax.errors import InputError
 from qlora_jax.io.peaks import model_bytes
-from qlora_jax.lora import select_targets
+from qlora_jax.lora import rank_one_parameters, select_targets
 from qlora_jax.models.sizes import linear_bytes, linear_weights
 from qlora_jax.optim.schedules import OPTIMIZERS
 from qlora_jax.planning.gpus import PlannedGpu
@@ -102,7 +102,7 @@ def _of(plain: dict[str, Any]) -> _Shape:
 def _adapter_width(shape: _Shape, targets: tuple[str, ...]) -> int:
     """Parameters of an adapter of rank 1."""
     config = shape.spec.model.sizes
-    return config.L * sum(sum(config.linears[name]) for name in select_targets(targets, config))
+    return sum(rank_one_parameters(config, name) for name in select_targets(targets, config))
 
 
 def adapter_params(plain: dict[str, Any], rank: int | None = None) -> int:

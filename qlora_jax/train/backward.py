@@ -24,6 +24,7 @@ from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.dropout import DropoutKey
 from qlora_jax.models.kept import NAMES, joined, keeping, taken_apart, with_kept
+from qlora_jax.models.mixtures.router import STATISTICS, balancing_loss, start_of_balance
 from qlora_jax.train.loss import loss_and_gradient
 
 
@@ -52,7 +53,8 @@ def kept_bytes(
     """
     widths = sizes.D
     if remat == "selective":
-        widths += 2 * sizes.N * sizes.H + 2 * sizes.K * sizes.H + sizes.D + 2 * sizes.F + low_rank
+        feed_forward = 0 if sizes.sparse else 2 * sizes.F  # experts are computed again from what they took
+        widths += 2 * sizes.N * sizes.H + 2 * sizes.K * sizes.H + sizes.D + feed_forward + low_rank
     sums = log_sums if remat == "selective" else 0
     return sizes.L * B * T * (widths * itemsize + 4 * sums)
 
@@ -76,7 +78,8 @@ def add_gradient(
       loss_chunk: see summed_loss.
       segments: int32 [B, T], see Decoder; None: a row is one example.
     Returns:
-      float32 [] summed nats of the target tokens, and the new total.
+      float32 [] summed nats of the target tokens, and the new total. Where model.router_aux_loss_coef is not 0, each
+      target token's nats have that much of the auxiliary loss added (models/router.py).
     """
     lengths = model.lengths(tokens, segments)
     tokens, loss_mask = model.pad(tokens), model.pad(loss_mask)
@@ -88,6 +91,9 @@ def add_gradient(
     numbers = jnp.arange(model.config.L)
     offload = model.remat == "block+offload"
     names = NAMES if model.remat == "selective" else ()
+    balance = start_of_balance(model.router_aux_loss_coef, model.config.kind.experts, loss_mask)
+    if balance is not None:
+        names, apply_layer = (*names, STATISTICS), partial(apply_layer, balance=balance)
 
     def forward(x, layer):
         mine, others, number = layer
@@ -101,6 +107,12 @@ def add_gradient(
     head = "embedding" if model.head is None else "head"
     head_sum = jax.tree.leaves(total[head])[0] if head in total else None
     loss, dx, head_sum = loss_and_gradient(model.norm, x, model.head_weight(), tokens, loss_mask, loss_chunk, head_sum)
+
+    if balance is not None:
+        targets = jnp.sum(loss_mask[:, 1:]).astype(jnp.float32) * model.router_aux_loss_coef
+        uneven, pull = balancing_loss(inputs[1].pop(f"{STATISTICS} 0"), balance.counted)
+        loss = loss + targets * uneven
+        apply_layer = partial(apply_layer, balance=balance._replace(gradient=targets * pull))
 
     def backward(carry, layer):
         (dx, total), (kept, mine, others, number) = carry, layer

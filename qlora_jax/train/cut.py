@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from qlora_jax.models.attention import chosen
 from qlora_jax.models.chunks import chunk_size
-from qlora_jax.models.sizes import linear_weights
+from qlora_jax.models.sizes import active_share, linear_weights
 from qlora_jax.settings import AUTO
 from qlora_jax.train.backward import kept_bytes
 from qlora_jax.train.residency import reserved
@@ -161,7 +161,8 @@ def step_seconds(wanted: ToCut, cut: Cut) -> float:
     weights, passes = linear_weights(model.sizes), PASSES[cut.remat]
     quantized = model.quant.format != "none"
     micro = model.sizes.L * LAUNCHES + quantized * passes * weights * DEQUANTIZE
-    token = passes * weights * MULTIPLY + model.sizes.L * model.sizes.D * ELEMENTWISE
+    met = weights * active_share(model.sizes, model.sizes.weights)
+    token = passes * met * MULTIPLY + model.sizes.L * model.sizes.D * ELEMENTWISE
     moved = 2 * kept_bytes(model.sizes, "block", wanted.rows, wanted.T, model.itemsize)
     bus = moved / BUS_BYTES_PER_SECOND if cut.remat == "block+offload" else 0.0
     return wanted.rows / cut.rows * micro + wanted.rows * wanted.T * token + bus

@@ -34,6 +34,7 @@ from qlora_jax.models.config import ModelConfig, read_json
 from qlora_jax.models.decoder import REMAT, Decoder
 from qlora_jax.models.kind import Kind
 from qlora_jax.models.layers import Frozen
+from qlora_jax.models.mixtures.router import check_router_loss
 from qlora_jax.models.vocabulary import grow
 from qlora_jax.optim.paged import PAGING
 from qlora_jax.optim.pages import state_bytes
@@ -79,6 +80,7 @@ class Base(NamedTuple):
         model = nnx.merge(*nnx.split(self.model))
         model.remat, model.attention = section.remat, section.attention
         model.sequence_chunk = section.sequence_chunk
+        model.router_aux_loss_coef = section.router_aux_loss_coef
         return Base(model, self.made_of)
 
 
@@ -152,6 +154,8 @@ def check_values(config: Any, backend: str | None = None) -> None:
     paging(config.optimizer)
     lora.select_modules(config.lora.modules_to_save, adds_tokens=False, tied=False)
     _check_optimizer(config.optimizer)
+    if not 0 <= config.model.router_aux_loss_coef < math.inf:
+        raise InputError(f"model.router_aux_loss_coef is {config.model.router_aux_loss_coef}; expected 0 or more")
     if config.model.sequence_chunk < 0:
         raise InputError(f"model.sequence_chunk is {config.model.sequence_chunk}; expected tokens, or 0 for off")
     if config.model.sequence_chunk and config.model.attention not in ("auto", "chunked"):
@@ -251,6 +255,7 @@ def prepare(
     added = added_tokens(config.data, folder)
     lora_config = read_lora_config(config.lora, bool(added and added.new), model_config.tied)
     lora.select_targets(lora_config.targets, model_config)
+    check_router_loss(config.model, model_config)
     if config.lora.init_from:
         check_base(read_config(Path(config.lora.init_from)).residual, quant.format != "none")
     tokenizer, V = None, model_config.V
@@ -356,10 +361,12 @@ def load_base(config: Any, folder: Path, progress: Callable[[int, int], None]) -
     """The frozen model that the config's `model` and `quant` sections describe, from its folder."""
     m = config.model
     sums: list[str] = []
+    check_router_loss(m, load_config(folder))
     model = load_model(
         folder, quantization(config), m.compute_dtype, m.remat, m.attention, m.kernel, progress, m.sequence_chunk,
         sums.append,
     )  # fmt: skip
+    model.router_aux_loss_coef = m.router_aux_loss_coef
     settings = {key: value for key, value in read_json(folder / "config.json").items() if key not in _NOT_SETTINGS}
     settings_sum = checksums.of(json.dumps(settings, sort_keys=True))
     parts = [("the weights of the base", sums[0]), ("config.json of the base", settings_sum)]
@@ -451,9 +458,8 @@ def base_size(model: Decoder) -> tuple[float, int]:
     bits, weights = 0, 0
     for name in model.config.linears:
         w = lora.linear(model, name).weight.get_value()
-        O, I = lora.shape(model, name)
         bits += 8 * w.nbytes
-        weights += model.config.L * O * I
+        weights += model.config.weights(name)
     trained = [slot for slot in ("embedding", "head") if not isinstance(getattr(model, slot), Frozen)]
     shapes = [shape for slot, (_, shape) in model.config.outer.items() if slot not in trained]
     others = sum(map(math.prod, shapes)) + model.config.L * sum(map(math.prod, model.config.vectors.values()))

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax import lora
-from qlora_jax.io.load import QuantSpec
+from qlora_jax.io.load import QuantSpec, abstract_weight
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.quant.tensor import quantize
 from qlora_jax.settings import AUTO
 
 
@@ -28,6 +27,7 @@ class ModelSpec:
     attention: str = "auto"
     kernel: str = "auto"
     sequence_chunk: int = 0
+    router_aux_loss_coef: float = 0.0
 
     @property
     def is_16bit(self) -> bool:
@@ -40,8 +40,9 @@ class ModelSpec:
 
     @property
     def low_rank(self) -> int:
-        """Ranks of a layer's adapters together."""
-        return self.lora.rank * len(lora.select_targets(self.lora.targets, self.sizes))
+        """Ranks of a layer's adapters together, but for those of experts."""
+        names = lora.select_targets(self.lora.targets, self.sizes)
+        return self.lora.rank * sum(not self.sizes.is_expert(name) for name in names)
 
     def is_chunked(self, T: int) -> bool:
         """Whether rows of T tokens go through a layer in chunks."""
@@ -54,6 +55,7 @@ def model_settings(section: Any) -> dict[str, Any]:
     return {
         "compute_dtype": section.compute_dtype, "remat": remat, "attention": section.attention,
         "kernel": section.kernel, "sequence_chunk": section.sequence_chunk,
+        "router_aux_loss_coef": section.router_aux_loss_coef,
     }  # fmt: skip
 
 
@@ -80,18 +82,17 @@ def abstract_model(spec: ModelSpec) -> AbstractModel:
             slot: jnp.zeros(shape, jnp.float32 if "norm" in slot else stored)
             for slot, (_, shape) in config.outer.items()
         }
-        biases = {f"{name}.bias" for name in config.linears}
         weights["layers"] = {
-            name: jnp.zeros((config.L, *shape), stored if name in biases else jnp.float32)
+            name: jnp.zeros((config.L, *shape), stored if name in config.sixteen_bit else jnp.float32)
             for name, shape in config.vectors.items()
         }
         for name, shape in config.linears.items():
-            one: Any = jnp.zeros(shape, stored)
-            if spec.quant.format != "none":
-                one = quantize(one, spec.quant.format, spec.quant.block_size, spec.quant.double_quant)
-                one = dataclasses.replace(one, backend=spec.kernel)
-            weights["layers"][name] = jax.tree.map(lambda x: jnp.zeros((config.L, *x.shape), x.dtype), one)
+            one: Any = abstract_weight(config, name, spec.quant)
+            one = jax.ShapeDtypeStruct(shape, stored) if one is None else dataclasses.replace(one, backend=spec.kernel)
+            room = (config.L, *config.copies(name))
+            weights["layers"][name] = jax.tree.map(lambda x: jnp.zeros((*room, *x.shape), x.dtype), one)  # noqa: B023
         model = Decoder(config, weights, spec.compute_dtype, spec.remat, spec.attention, spec.sequence_chunk)
+        model.router_aux_loss_coef = spec.router_aux_loss_coef
         lora.attach(model, spec.lora, jax.random.key(0))
         return model
 

@@ -7,7 +7,7 @@ import pytest
 
 from qlora_jax.bench import synthetic
 from qlora_jax.errors import InputError
-from qlora_jax.io.load import QuantSpec
+from qlora_jax.io.load import QuantSpec, load_config
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.config import parse_config
 from qlora_jax.planning import topology
@@ -47,6 +47,19 @@ def test_it_has_the_shapes_that_a_run_loads(quant, compute_dtype, tied):
     for path, leaf in jax.tree_util.tree_flatten_with_path(made.base)[0]:
         is_norm = "norm" in jax.tree_util.keystr(path)
         assert bool(jnp.all(leaf == 1)) == is_norm, path
+
+
+@pytest.mark.parametrize("folder", ["families/olmoe_a", "mixtures/mxfp4"])
+def test_experts(golden, folder):
+    """Stacks of layers and experts, and MXFP4's scales, which are bytes that no uniform draw would give."""
+    wanted = ModelSpec(load_config(golden / folder), QuantSpec("nf4", 32, True), LoRAConfig(rank=2))
+    made = synthetic.random_model(wanted)
+    assert [x.shape for x in jax.tree.leaves(abstract_model(wanted).base)] == [
+        x.shape for x in jax.tree.leaves(made.base)
+    ]
+    weight = made.merged().blocks.mlp.experts.down_proj.weight.get_value()
+    w = dequantize(jax.tree.map(lambda x: x[1, 2], weight), jnp.float32)
+    assert 0.5 < np.mean(np.linalg.norm(np.asarray(w), axis=1)) < 2
 
 
 def test_weights_have_rows_of_unit_length_and_layers_differ():

@@ -374,9 +374,7 @@ def test_chats_have_the_context_together(tmp_path, golden):
     ) in data.report
     assert any("generation does not stop" in line for line in data.report)
     with pytest.raises(InputError, match="none of its 1 chats has room for an answer in the model's context of 4 tok"):
-        load_data(
-            chat_config(tmp_path, [[question, long]], max_source_len=0, max_target_len=0), tokenizer, 2, 500, 4
-        )
+        load_data(chat_config(tmp_path, [[question, long]], max_source_len=0, max_target_len=0), tokenizer, 2, 500, 4)
     with pytest.raises(InputError, match="data.max_source_len is 40 and data.max_target_len 0, but .* give both, or"):
         load_data(chat_config(tmp_path, rows, max_target_len=0), tokenizer, 2, 500, 64)
 

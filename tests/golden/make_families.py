@@ -80,6 +80,7 @@ _OPT = (*_OUTER, "hidden_size", "num_attention_heads", "num_hidden_layers", "max
 GPT2 = {"n_positions": 32, "n_embd": 16, "n_head": 2, "n_layer": 2} | only(A, *_OUTER)
 BLOOM = {"n_layer": 2, "hidden_size": 24, "n_head": 3} | only(A, *_OUTER)
 MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 7}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
 GEMMA2 = {"query_pre_attn_scalar": 20, "sliding_window": 5}
 
 # NAME -> prefix of transformers' classes, settings of NAME_a and of NAME_b. A place is a seed: new ones go last
@@ -190,6 +191,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "Ministral3",
         A | {"head_dim": 8, "sliding_window": 7} | rope(YARN | {"llama_4_scaling_beta": 0.5}),
         B | WIDE | rope(THETA | {"llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 6}),
+    ),
+    "mixtral": (
+        "Mixtral",
+        A | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7} | rope(THETA),
+        B | WIDE | {"num_local_experts": 5, "num_experts_per_tok": 1} | rope(THETA),
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        A | WIDE | EXPERTS | {"norm_topk_prob": True, "attention_bias": True} | rope(THETA),
+        B | WIDE | EXPERTS | {"num_experts_per_tok": 6, "use_sliding_window": True, "sliding_window": 6} | rope(YARN),
+    ),
+    "olmoe": (
+        "Olmoe",
+        A | {"num_experts": 6, "num_experts_per_tok": 3, "clip_qkv": 0.7} | rope(THETA),
+        B | {"num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True} | rope(THETA),
+    ),
+    "gpt_oss": (
+        "GptOss",
+        A | {"head_dim": 8, "sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2},
+        B | WIDE | MIXED | {"num_local_experts": 5, "num_experts_per_tok": 3, "swiglu_limit": 0.6} | rope(YARN),
     ),
     "gemma3_images": (
         "Gemma3VL",

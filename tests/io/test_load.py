@@ -61,9 +61,7 @@ def test_all_that_does_not_fit_in_one_error(copy):
 
 def test_unknown_architecture(copy):
     folder = copy("llama/llama1", config=lambda c: c.update(architectures=["RwkvForCausalLM"]))
-    with pytest.raises(
-        InputError, match=r"config.json: unknown architecture RwkvForCausalLM; known: LlamaForCausalLM"
-    ):
+    with pytest.raises(InputError, match=r"config.json: unknown architecture RwkvForCausalLM; known: LlamaForCausalLM"):
         load_model(folder)
 
 

@@ -161,3 +161,27 @@ def test_slopes_of_alibi():
     assert alibi_slopes(8) == tuple(2.0**-n for n in range(1, 9))
     assert alibi_slopes(6) == (2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3)
     assert len(alibi_slopes(112)) == 112 and alibi_slopes(112)[64] == 2 ** (-4 / 64)
+
+
+def test_sinks():
+    """A score of each head that takes its share of the softmax: whole, in chunks, with a window, and gradients."""
+    T, sinks = 33, jnp.asarray([0.5, -1.0, 3.0, 9.0])
+    q, k, v, d_out = arrays(T)
+    starts = window_starts(None, jnp.broadcast_to(jnp.arange(T), (B, T)), 9)
+
+    def by_hand(q, k, v):
+        keys, values = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
+        scores = jnp.einsum("btnh,bsnh->bnts", q, keys, precision="highest") / H**0.5
+        places = jnp.arange(T)
+        seen = (places <= places[:, None]) & (places >= starts[0][:, None])
+        scores = jnp.where(seen, scores, -jnp.inf)
+        shares = jnp.exp(scores) / (jnp.exp(scores).sum(-1) + jnp.exp(sinks)[:, None])[..., None]
+        return jnp.einsum("bnts,bsnh->btnh", shares, values, precision="highest")
+
+    expected = with_gradient(by_hand, q, k, v, d_out)
+    for attend in (
+        lambda q, k, v: causal_attention(q, k, v, "xla", starts, sinks=sinks),
+        lambda q, k, v: chunked_attention(q, k, v, 16, 7, starts, sinks=sinks),
+    ):
+        for mine, theirs in zip(with_gradient(attend, q, k, v, d_out), expected, strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=2e-5 * np.abs(theirs).max())

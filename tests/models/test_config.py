@@ -41,8 +41,8 @@ def test_own_head_width(golden):
 def test_unknown_architecture_lists_the_known(llama3):
     with pytest.raises(InputError, match=r"f: unknown architecture RwkvForCausalLM; known: LlamaForCausalLM, Mistral"):
         parse_config(llama3 | {"architectures": ["RwkvForCausalLM"]}, "f")
-    with pytest.raises(InputError, match=r"architecture MixtralForCausalLM \(which is not MistralForCausalLM"):
-        parse_config(llama3 | {"architectures": ["MixtralForCausalLM"]}, "f")
+    with pytest.raises(InputError, match=r"architecture MistralsForCausalLM \(which is not MistralForCausalLM"):
+        parse_config(llama3 | {"architectures": ["MistralsForCausalLM"]}, "f")
     with pytest.raises(InputError, match=r"architecture LLaMAForCausalLM \(written LlamaForCausalLM\)"):
         parse_config(llama3 | {"architectures": ["LLaMAForCausalLM"]}, "f")
     with pytest.raises(InputError, match=r"architecture LlavaForConditionalGeneration \(it has an encoder, of images"):

@@ -1,5 +1,7 @@
 """Gradients of 4-bit models of other kinds than Llama: layer by layer and in chunks what reverse mode gives."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,3 +61,20 @@ def test_cudnn_is_refused_where_it_would_leave_something_out():
     model = load_model(FOLDERS / "gemma2_a", QUANT, jnp.float32, attention="cudnn")
     with pytest.raises(InputError, match='model.attention is "cudnn", which JAX calls without windows'):
         jax.eval_shape(model, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+
+
+def test_experts_take_the_room_of_one():
+    """Of eight times the experts a gradient's temporaries hold no more: codes are read in their stacks, one by one."""
+    sizes = load_config(FOLDERS / "qwen3_moe_a")
+
+    def temporaries(count: int) -> int:
+        experts = dataclasses.replace(sizes.kind.experts, count=count, per_token=2)
+        config = dataclasses.replace(sizes, D=128, F=256, kind=dataclasses.replace(sizes.kind, experts=experts))
+        model = abstract_model(ModelSpec(config, QuantSpec(), LoRAConfig(2, dropout=0.0, targets=("q_proj",))))
+        tokens, mask = (jax.ShapeDtypeStruct((1, 1, 32), dtype) for dtype in (jnp.int32, bool))
+        gradient = jax.jit(make_gradient(model.graph, 16, 0.0), compiler_options=FAST)
+        program = gradient.lower(model.adapter, model.base, tokens, mask, None)
+        return program.compile().memory_analysis().temp_size_in_bytes
+
+    codes_of_a_layer = 64 * 3 * 128 * 256 // 2
+    assert temporaries(64) - temporaries(8) < 0.05 * codes_of_a_layer

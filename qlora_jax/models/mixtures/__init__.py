@@ -1,0 +1,1 @@
+"""The feed-forward of a mixture of experts: router (which experts a token takes) → experts (through them, by tiles)."""
