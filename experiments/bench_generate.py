@@ -75,7 +75,7 @@ def main() -> None:
             write_json(Path(OUT.value).expanduser(), report)
 
     if TORCH_PYTHON.value:
-        report["torch"] = _torch(config, rows, deadline)
+        report["torch"] = _torch(TORCH_PYTHON.value, config, rows, deadline)
         write()
     packed = None
     for form in forms:
@@ -143,7 +143,7 @@ def _forms(on_gpu: bool) -> list[str]:
     return ["auto", "xla", *(["scratch", "triton"] if has_jax_triton() else []), *mosaic, "dense"]
 
 
-def _torch(config: Any, rows: list[int], deadline: float) -> dict[str, Any]:
+def _torch(python: str, config: Any, rows: list[int], deadline: float) -> dict[str, Any]:
     """{"bitsandbytes": what torch_generate.py measured or {"error"}, "torch dense": ...}."""
     from qlora_jax.bench import torch_side
 
@@ -154,7 +154,7 @@ def _torch(config: Any, rows: list[int], deadline: float) -> dict[str, Any]:
             continue
         print(f"{name} first, in a process of its own", flush=True)
         wanted = torch_side.generation(config, rows, RANK.value, quant, REPEATS.value)
-        found[name] = torch_side.run(TORCH_PYTHON.value, wanted, torch_side.GENERATE)
+        found[name] = torch_side.run(python, wanted, torch_side.GENERATE)
     return found
 
 

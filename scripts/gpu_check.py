@@ -111,12 +111,13 @@ def _workers() -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default: 9)")
+    parser.add_argument("--minutes", type=float, help="for everything (default: 9; with --tiny 60)")
     parser.add_argument("--from", type=int, default=1, dest="first", metavar="N", help="begin with stage N")
     parser.add_argument("--list", action="store_true", help="print the stages, run nothing")
     parser.add_argument("--tiny", action="store_true", help="all stages on a CPU, with small sizes")
     asked = parser.parse_args()
-    end = time.monotonic() + 60 * asked.minutes
+    minutes = asked.minutes or (60.0 if asked.tiny else 9.0)
+    end = time.monotonic() + 60 * minutes
     os.chdir(REPOSITORY)
     if asked.list:
         for number, stage in enumerate(stages(Path("results/GPU"), None), 1):

@@ -20,7 +20,7 @@ from typing import Any
 
 
 def main() -> int:
-    script = importlib.import_module("torch_script")  # beside this file, where nothing is looked for from then on
+    script: Any = importlib.import_module("torch_script")  # beside this file, where nothing is looked for from then on
     spec = json.load(sys.stdin)
     if not spec["quant"]:
         script.PACKAGES = tuple(name for name in script.PACKAGES if name != "bitsandbytes")

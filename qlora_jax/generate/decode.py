@@ -304,8 +304,8 @@ class Settings(NamedTuple):
 
 def _in_compute_dtype(model: Decoder) -> tuple[Any, Any]:
     """The model's graph and state, what trains rounded to the compute dtype: once, and not for every token."""
-    graph, trained, others = nnx.split(model, nnx.LoRAParam, ...)
-    return graph, nnx.merge_state(_rounded(trained, model.compute_dtype), others)
+    graph, *states = nnx.split(model, nnx.LoRAParam, ...)
+    return graph, nnx.merge_state(_rounded(states[0], model.compute_dtype), *states[1:])
 
 
 @partial(jax.jit, static_argnames="dtype")
