@@ -1,4 +1,4 @@
-"""A linear layer with an adapter is its formula, in float32 to the last bit; several of one input are each for itself."""
+"""A linear layer with an adapter is its formula, in float32 to the last bit; several are each for itself."""
 
 from functools import partial
 
