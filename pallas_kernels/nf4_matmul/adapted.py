@@ -56,7 +56,7 @@ def low_rank_of(dropped: jax.Array, a: Matrices, scale: tuple[float | jax.Array,
     """scale_p * dropped_p A_p^T: [P, M, R], named "low_rank": small, and worth keeping for the backward pass."""
     P, dtype = len(a), dropped.dtype
     rows = dropped.reshape(len(dropped), -1, dropped.shape[-1])
-    if P == 1:
+    if P == 1 and api.is_for_cpu():
         low_rank = dense_matmul(rows[0], a[0].astype(dtype), contract=1)[None]
     elif len(rows) == P:
         low_rank = batched_matmul(rows, jnp.stack([each.astype(dtype) for each in a]))
@@ -69,7 +69,7 @@ def low_rank_of(dropped: jax.Array, a: Matrices, scale: tuple[float | jax.Array,
 
 def _terms(low_rank: jax.Array, b: Matrices) -> jax.Array:
     """low_rank [P, M, R], B_p [O_p, R] -> [M, sum of O_p]."""
-    if len(b) == 1:
+    if len(b) == 1 and api.is_for_cpu():
         return dense_matmul(low_rank[0], b[0], contract=1)
     if _is_alike(b):
         return jnp.moveaxis(batched_matmul(low_rank, jnp.stack(b)), 0, 1).reshape(low_rank.shape[1], -1)

@@ -71,6 +71,8 @@ def project(linears: Sequence[Linear], x: jax.Array, dropout: Dropout) -> list[j
     if not quantized:
         y = dense_matmul(x, weights[0].astype(x.dtype), contract=1)
         y = y + low_rank_terms(*terms) if any(adapted) else y
+    elif any(adapted) and is_for_cpu():
+        y = matmul_joined(x, weights) + low_rank_terms(*terms)
     elif any(adapted):
         dropped, *adapters = terms
         y = matmul_adapted(x, dropped, weights, *adapters)

@@ -1,4 +1,4 @@
-"""A linear layer with an adapter is its formula, to the last bit: results of earlier runs can be made again."""
+"""A linear layer with an adapter is its formula, in float32 to the last bit; several are each for itself."""
 
 from functools import partial
 
@@ -51,7 +51,12 @@ def test_values_and_gradients_are_the_formulas(quantized, dtype):
         return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(x, adapters)
 
     found, expected = gradient(layer), gradient(formula)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    if dtype == "float32":
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    else:  # what is fused is not rounded between
+        as_float = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), tree)  # noqa: E731
+        close = partial(np.testing.assert_allclose, rtol=0.05, atol=0.5)
+        jax.tree.map(close, as_float(found), as_float(expected))
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
