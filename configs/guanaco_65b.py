@@ -2,7 +2,7 @@
 
 python -m experiments.train --config=configs/guanaco_65b.py --config.data.path=FILE --workdir=runs/guanaco_65b
 
-By plan on an RTX A6000: 4 rows a micro-batch, 45.8 GB on the device (one row: 42.7 GB), 6.4 GB of pinned host memory;
+By plan on an RTX A6000: 4 rows a micro-batch, 46.2 GB on the device (one row: 42.9 GB), 6.4 GB of pinned host memory;
 at 60% of the roofline 21 hours.
 """
 

@@ -2,7 +2,7 @@
 
 python -m experiments.train --config=configs/guanaco_7b.py --config.data.path=FILE --workdir=runs/guanaco_7b
 
-By plan on an RTX 4090: 8 rows a micro-batch, 20.6 GB on the device (one row: 5.7 GB), 1.3 GB of pinned host memory; at
+By plan on an RTX 4090: 8 rows a micro-batch, 20.7 GB on the device (one row: 5.8 GB), 1.3 GB of pinned host memory; at
 60% of the roofline 1.4 hours.
 """
 
