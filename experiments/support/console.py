@@ -43,7 +43,8 @@ def commands() -> list[str]:
 def listing() -> str:
     """Every command with the first sentence of its docstring; none is imported for it."""
     lines = ["qlora NAME --flag=value ... (the same as python -m experiments.NAME)", ""]
-    lines += [f"  {name:14}{shorten(sentence(name), 84, placeholder=' ..')}" for name in commands()]
+    width = max(map(len, commands())) + 2
+    lines += [f"  {name:{width}}{shorten(sentence(name), 98 - width, placeholder=' ..')}" for name in commands()]
     lines += ["", "qlora NAME --help says more.", "An example: qlora train --model=quickstart --data=quickstart"]
     return "\n".join(lines)
 

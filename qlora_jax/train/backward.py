@@ -98,11 +98,12 @@ def add_gradient(
     def forward(x, layer):
         mine, others, number = layer
         y, kept = keeping(lambda x: apply_layer((mine, others), x, number)[0], names)(x)
+        of_routers = kept.pop(f"{STATISTICS} 0", None)
         if offload:
-            return y, jax.device_put(x, jax.memory.Space.Host)
-        return y, joined({"x": x, **kept})
+            return y, (jax.device_put(x, jax.memory.Space.Host), of_routers)
+        return y, (joined({"x": x, **kept}), of_routers)
 
-    x, inputs = jax.lax.scan(forward, model.embed(tokens, context.positions), (adapter, frozen, numbers))
+    x, (inputs, of_routers) = jax.lax.scan(forward, model.embed(tokens, context.positions), (adapter, frozen, numbers))
 
     head = "embedding" if model.head is None else "head"
     head_sum = jax.tree.leaves(total[head])[0] if head in total else None
@@ -110,7 +111,7 @@ def add_gradient(
 
     if balance is not None:
         targets = jnp.sum(loss_mask[:, 1:]).astype(jnp.float32) * model.router_aux_loss_coef
-        uneven, pull = balancing_loss(inputs[1].pop(f"{STATISTICS} 0"), balance.counted)
+        uneven, pull = balancing_loss(of_routers, balance.counted)
         loss = loss + targets * uneven
         apply_layer = partial(apply_layer, balance=balance._replace(gradient=targets * pull))
 

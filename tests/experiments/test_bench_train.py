@@ -18,6 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "qlora_jax" / "bench" / "torch_script.py"
 SMALL = [
     "--config=configs/quickstart.py",
+    "--config.model.remat=block",
     "--config.data.max_source_len=16",
     "--config.data.pad_to_multiple_of=16",
     "--config.train.batch_size=4",

@@ -54,5 +54,5 @@ def test_several_cards(results):
         assert plan["fits"] is True and plan["device_peak_bytes"] == sum(plan["device_bytes"].values())
         assert plan["device_peak_bytes"] == max(sum(kinds.values()) for kinds in plan["phases"].values())
         assert plan["tokens_per_step"] == 16 * 96
-        assert (plan["micro_batch_rows"], plan["remat"]) == (16, "block")  # as the config says
+        assert (plan["micro_batch_rows"], plan["remat"]) == (16, "selective")  # as the config says
         assert plan["step_seconds_roofline"] > 0 and plan["load_host_peak_bytes"] > 0

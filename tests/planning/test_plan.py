@@ -28,7 +28,9 @@ CPU = PlannedGpu("a CPU", (0, 0), 0, 2**40, 1e10, 1e11, 0, 0.0, is_here=True)
 
 @pytest.fixture
 def quickstart():
-    return importlib.import_module("configs.quickstart").get_config()
+    config = importlib.import_module("configs.quickstart").get_config()
+    config.model.remat = "block"
+    return config
 
 
 @pytest.mark.parametrize("name", ["A6000", "RTX A6000", "NVIDIA RTX A6000", "a6000"])
