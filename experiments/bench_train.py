@@ -46,7 +46,7 @@ flags.DEFINE_alias("gpu-bytes", "gpu_bytes")
 
 def main() -> None:
     from qlora_jax.bench import memory_cap
-    from qlora_jax.train.setup import check_values
+    from qlora_jax.train.checks import check_values
     from qlora_jax.train.spec import read_spec
 
     cap = None if GPU_BYTES.value is None else memory_cap.parse_bytes(GPU_BYTES.value, "--gpu_bytes")

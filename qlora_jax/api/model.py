@@ -29,7 +29,8 @@ from qlora_jax.io.peft import load_adapter
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.progress import Progress
 from qlora_jax.text.tokenizer import Tokenizer
-from qlora_jax.train.setup import Base, check_values, load_base, quantization
+from qlora_jax.train.checks import check_values
+from qlora_jax.train.setup import Base, load_base, quantization
 
 Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 # Keys of a config that say how a model is loaded; all others are a run's.

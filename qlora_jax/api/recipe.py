@@ -23,7 +23,8 @@ from qlora_jax.models.sizes import linear_weights
 from qlora_jax.settings import AUTO
 from qlora_jax.text.added_tokens import extended_tokenizer
 from qlora_jax.text.tokenizer import Tokenizer
-from qlora_jax.train.setup import added_tokens, check_values
+from qlora_jax.train.checks import check_values
+from qlora_jax.train.setup import added_tokens
 from qlora_jax.train.spec import longest_row
 
 EXAMPLES = 16  # a step, as the paper has them up to 13B

@@ -21,10 +21,10 @@ from qlora_jax.bench.trace import kernel_seconds
 from qlora_jax.errors import InputError
 from qlora_jax.optim.paged import PagedOptimizer
 from qlora_jax.optim.pages import Pages
+from qlora_jax.optim.residency import RESERVED, decide
 from qlora_jax.optim.schedules import make_optimizer, paging
 from qlora_jax.train.backward import compiler_options
 from qlora_jax.train.memory import Program, memory_limit, out_of_memory_said, peak_device_bytes, peak_host_bytes
-from qlora_jax.train.residency import RESERVED, decide
 from qlora_jax.train.shapes import BatchShape
 from qlora_jax.train.spec import RunSpec
 from qlora_jax.train.step import evaluation_of, gradient_of

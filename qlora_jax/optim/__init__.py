@@ -1,1 +1,2 @@
-"""Optimizers: schedules (config → optax), pages (what may be cut), paged (movement), eightbit (8-bit moments)."""
+"""Optimizers: schedules (config → optax), pages (what may be cut), residency (what of it stays on the device), paged
+(movement), eightbit (8-bit moments)."""

@@ -26,8 +26,9 @@ from qlora_jax.packs.members import PlannedMember, check_equal, learning_rates, 
 from qlora_jax.packs.run import MemberResult, PackRun
 from qlora_jax.packs.warm import Base, Warm
 from qlora_jax.settings import config_hash, resolved
+from qlora_jax.train.checks import check_config
 from qlora_jax.train.loggers import refuse_loggers
-from qlora_jax.train.setup import check_config, read_lora_config, start_input, step_count
+from qlora_jax.train.setup import read_lora_config, start_input, step_count
 
 __all__ = ["MemberResult", "PackRunner", "export_member", "pack_key", "train_pack"]
 

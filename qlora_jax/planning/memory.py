@@ -23,6 +23,7 @@ from qlora_jax.io.peaks import load_device_peak_bytes, load_host_peak_bytes
 from qlora_jax.lora import linear, whole_matrices
 from qlora_jax.models.layers import Frozen
 from qlora_jax.optim.pages import Pages
+from qlora_jax.optim.residency import decide
 from qlora_jax.planning.allocator import allocator_bytes
 from qlora_jax.planning.gpus import PlannedGpu
 from qlora_jax.planning.program import compile_evaluation, compile_gradient, compile_update
@@ -31,7 +32,6 @@ from qlora_jax.quant.tensor import QuantizedTensor
 from qlora_jax.train.backward import kept_bytes
 from qlora_jax.train.cut import log_sums
 from qlora_jax.train.memory import MEMORY_FRACTION
-from qlora_jax.train.residency import decide
 from qlora_jax.train.shapes import AbstractModel, abstract_model
 from qlora_jax.train.spec import RunSpec
 

@@ -28,7 +28,7 @@ from qlora_jax.planning.memory import base_bytes, usable_bytes
 from qlora_jax.planning.roofline import roofline
 from qlora_jax.planning.topology import compile_for, on_gpu
 from qlora_jax.train.backward import compiler_options
-from qlora_jax.train.setup import check_values
+from qlora_jax.train.checks import check_values
 from qlora_jax.train.shapes import AbstractModel, BatchShape, abstract_model
 from qlora_jax.train.spec import RunSpec, read_spec
 

@@ -9,6 +9,7 @@ import jax
 
 from qlora_jax.models.sizes import linear_weights
 from qlora_jax.optim.pages import state_bytes
+from qlora_jax.optim.residency import reserved
 from qlora_jax.optim.schedules import make_optimizer, paging
 from qlora_jax.planning.advice import Change, first_that_fits
 from qlora_jax.planning.gpus import PlannedGpu
@@ -16,10 +17,9 @@ from qlora_jax.planning.memory import Memory, fits, held_bytes, plan_memory, usa
 from qlora_jax.planning.roofline import Roofline, roofline
 from qlora_jax.planning.topology import traced_for
 from qlora_jax.settings import flatten
+from qlora_jax.train.checks import check_values
 from qlora_jax.train.cut import Choice, Cut, attention_of, choose, described, with_cut
 from qlora_jax.train.memory import memory_limit
-from qlora_jax.train.residency import reserved
-from qlora_jax.train.setup import check_values
 from qlora_jax.train.shapes import abstract_model
 from qlora_jax.train.spec import RunSpec, read_spec
 

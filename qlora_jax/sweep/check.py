@@ -8,8 +8,8 @@ from qlora_jax.lora import LoRAConfig
 from qlora_jax.optim.schedules import OPTIMIZERS, SCHEDULES
 from qlora_jax.quant.codebooks import CODEBOOKS
 from qlora_jax.sweep.grid import Point
+from qlora_jax.train.checks import check_values
 from qlora_jax.train.loggers import refuse_loggers
-from qlora_jax.train.setup import check_values
 
 
 class _Section(dict):

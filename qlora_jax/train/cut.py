@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 from qlora_jax.models.attention import chosen
 from qlora_jax.models.chunks import chunk_size
 from qlora_jax.models.sizes import active_share, linear_weights
+from qlora_jax.optim.residency import reserved
 from qlora_jax.settings import AUTO
 from qlora_jax.train.backward import kept_bytes
-from qlora_jax.train.residency import reserved
 from qlora_jax.train.shapes import ModelSpec
 
 REMATS = ("selective", "block", "block+offload")  # what "auto" chooses from

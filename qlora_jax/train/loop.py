@@ -29,18 +29,19 @@ from qlora_jax.generate.trained import template_of, write_template
 from qlora_jax.io.peft import write_adapter
 from qlora_jax.optim.paged import PagedOptimizer
 from qlora_jax.optim.pages import Pages
+from qlora_jax.optim.residency import decide, reserved
 from qlora_jax.optim.schedules import paging
 from qlora_jax.progress import Progress
 from qlora_jax.settings import config_hash
 from qlora_jax.text.added_tokens import write_tokenizer
 from qlora_jax.train.backward import compiler_options
 from qlora_jax.train.checkpoints import Checkpoints
+from qlora_jax.train.checks import check_config
 from qlora_jax.train.cut import Cut, choose, described
 from qlora_jax.train.loggers import Loggers
 from qlora_jax.train.memory import Program, memory_limit, memory_said, peak_device_bytes, peak_host_bytes
 from qlora_jax.train.mmlu import MMLU
-from qlora_jax.train.residency import decide, reserved
-from qlora_jax.train.setup import Base, Prepared, check_config, prepare
+from qlora_jax.train.setup import Base, Prepared, prepare
 from qlora_jax.train.step import arrays_of, evaluation_of, gradient_of, mean_loss
 from qlora_jax.train.workdir import Workdir, refuse_other_config
 
@@ -133,7 +134,7 @@ class Run:
 
     def _train(self, start: int) -> None:
         steps = self.prepared.steps
-        # one run trains on one device (setup.check_values), so it takes whole batches
+        # one run trains on one device (checks.check_values), so it takes whole batches
         self.feed = prefetched(step_dataset(self.prepared.data.batches, steps, shard_index=0, shard_count=1), start)
         self._compile_ahead(start)
         with _on_sigterm(self.stop):

@@ -11,8 +11,8 @@ from qlora_jax.errors import InputError
 from qlora_jax.planning import program
 from qlora_jax.settings import resolved
 from qlora_jax.train import loop, shapes
+from qlora_jax.train.checks import check_values
 from qlora_jax.train.loop import Run, finetune
-from qlora_jax.train.setup import check_values
 from qlora_jax.train.spec import read_spec
 from tests.tiny_checkpoint import write_tiny_checkpoint
 

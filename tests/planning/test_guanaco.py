@@ -4,11 +4,11 @@ import importlib
 
 import pytest
 
+from qlora_jax.optim.residency import reserved
 from qlora_jax.planning.gpus import GPUS
 from qlora_jax.planning.memory import usable_bytes
 from qlora_jax.planning.plan import make_plan
 from qlora_jax.train.cut import temporary_bytes
-from qlora_jax.train.residency import reserved
 
 # config, card, what is kept of a layer, bytes at the most for one row of 512 tokens a micro-batch
 BARS = [

@@ -11,11 +11,11 @@ from qlora_jax.errors import InputError
 from qlora_jax.io.load import QuantSpec
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.known import known_config
+from qlora_jax.optim.residency import reserved
 from qlora_jax.settings import resolved
 from qlora_jax.train import loop
 from qlora_jax.train.cut import TOKENS, Cut, ToCut, choose, cuts, default_cut, step_seconds, temporary_bytes
 from qlora_jax.train.loop import Run, finetune
-from qlora_jax.train.residency import reserved
 from qlora_jax.train.shapes import ModelSpec
 
 GIB = 2**30

@@ -17,11 +17,11 @@ from safetensors.numpy import load_file
 
 from qlora_jax.errors import InputError
 from qlora_jax.optim.paged import PagedOptimizer
+from qlora_jax.optim.residency import RESERVED, decide
 from qlora_jax.settings import resolved
 from qlora_jax.train import checkpoints, loop
+from qlora_jax.train.checks import check_config
 from qlora_jax.train.loop import Run, Stopped, finetune
-from qlora_jax.train.residency import RESERVED, decide
-from qlora_jax.train.setup import check_config
 
 pytestmark = pytest.mark.quick_compile
 

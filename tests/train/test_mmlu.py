@@ -15,8 +15,8 @@ from qlora_jax.io.peft import load_adapter
 from qlora_jax.settings import resolved
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train import loop
+from qlora_jax.train.checks import check_config
 from qlora_jax.train.loop import finetune
-from qlora_jax.train.setup import check_config
 from tests.evaluate.mmlu.mmlu_files import write_checkpoint, write_owners_folder
 
 pytestmark = pytest.mark.quick_compile
