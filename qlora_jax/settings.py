@@ -17,6 +17,9 @@ SECTIONS = ("model", "quant", "lora", "data", "optimizer", "train", "mesh", "eva
 # Keys that are gone, each with the value under which a run is the same without it. They count where they are missing,
 # so that folders, packs and ledgers from before keep their hashes and go on.
 GONE = {"model.compute": "full", "model.fuse_lora": False}
+# Keys that came since, each with the value under which a run is the same as before. With it they do not count, for the
+# same reason.
+CAME = {"model.router_aux_loss_coef": 0.0}
 
 
 def resolved(config: ConfigDict) -> dict[str, Any]:
@@ -44,22 +47,27 @@ def _plain(value: Any, path: str) -> Any:
 def config_hash(plain: dict[str, Any]) -> str:
     """SHA-256, in hex, of `plain` as JSON with sorted keys and no spaces: equal for equal values in any order.
 
-    Keys that are gone (GONE) count as if they stood in the section.
+    Keys that are gone (GONE) count as if they stood in the section, keys that came (CAME) as if they were not there.
     """
-    return hashlib.sha256(_canonical(_with_gone(plain)).encode()).hexdigest()
+    return hashlib.sha256(_canonical(_as_ever(plain)).encode()).hexdigest()
 
 
 def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def _with_gone(plain: dict[str, Any]) -> dict[str, Any]:
-    """The config with the keys that are gone, in every section of theirs that has keys."""
+def _as_ever(plain: dict[str, Any]) -> dict[str, Any]:
+    """The config with the keys that are gone, in every section of theirs that has keys, and without those that came and
+    change nothing."""
     whole = dict(plain)
     for key, value in GONE.items():
         section, _, name = key.partition(".")
         if isinstance(found := whole.get(section), dict) and found:
             whole[section] = {name: value} | found
+    for key, value in CAME.items():
+        section, _, name = key.partition(".")
+        if isinstance(found := whole.get(section), dict) and found.get(name) == value:
+            whole[section] = {other: kept for other, kept in found.items() if other != name}
     return whole
 
 
@@ -68,8 +76,8 @@ def differing_keys(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
 
     Empty exactly if their hashes are equal.
     """
-    a = {key: _canonical(value) for key, value in flatten(_with_gone(there)).items()}
-    b = {key: _canonical(value) for key, value in flatten(_with_gone(here)).items()}
+    a = {key: _canonical(value) for key, value in flatten(_as_ever(there)).items()}
+    b = {key: _canonical(value) for key, value in flatten(_as_ever(here)).items()}
     keys = [key for key in (*a, *(key for key in b if key not in a)) if a.get(key) != b.get(key)]
     return [f"{key}: {a.get(key, 'missing')} there, {b.get(key, 'missing')} here" for key in keys]
 

@@ -12,7 +12,7 @@ from qlora_jax.api.names import set_keys
 from qlora_jax.base import get_config
 from qlora_jax.config_file import load_config, override
 from qlora_jax.errors import InputError
-from qlora_jax.settings import GONE, config_hash, differing_keys, resolved
+from qlora_jax.settings import CAME, GONE, config_hash, differing_keys, resolved
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3)
 sections = st.dictionaries(st.sampled_from("abc"), leaves | st.lists(leaves, max_size=2), max_size=3)
@@ -91,6 +91,17 @@ def test_hash_is_of_canonical_json() -> None:
     # sha256sum of the 32 bytes {"a":{"b":[1,2.0]},"c":"\u00e9"}
     expected = "7a1f7db05849e8cc4781813f5718bc763a64ee20a994bb33d0903cf5e4a3139c"
     assert config_hash({"c": "é", "a": {"b": [1, 2.0]}}) == expected
+
+
+def test_keys_that_came_do_not_count_where_they_change_nothing() -> None:
+    """Folders and ledgers from before a key go on; another value of it is another run."""
+    before = {"model": {"path": "a"}}
+    now = {"model": {"path": "a", **{key.partition(".")[2]: value for key, value in CAME.items()}}}
+    assert all(key.startswith("model.") for key in CAME) and config_hash(before) == config_hash(now)
+    assert not differing_keys(before, now) and not differing_keys(now, before)
+    now["model"]["router_aux_loss_coef"] = 0.001
+    assert config_hash(before) != config_hash(now)
+    assert differing_keys(before, now) == ["model.router_aux_loss_coef: missing there, 0.001 here"]
 
 
 def test_keys_that_are_gone_count_with_the_value_that_changes_nothing() -> None:
