@@ -6,7 +6,7 @@ from qlora_jax.doctor.packages import cuda_of, install
 
 # Device bytes of the Guanaco configs on an RTX 4090 at the least, one row of 576 tokens a micro-batch, by
 # experiments.plan (docs/memory.md)
-GUANACO = {"7b": 5.68e9, "13b": 9.98e9, "33b": 21.96e9, "65b": 42.68e9}
+GUANACO = {"7b": 5.83e9, "13b": 10.14e9, "33b": 22.31e9, "65b": 42.86e9}
 _ROOM = 0.95  # of a GPU's memory, that JAX's allocator may have
 _LEAST_DRIVER = {"cuda12": 525, "cuda13": 580}  # CUDA's release notes: the least driver of each major version
 _LEAST_PYTHON = (3, 12)
