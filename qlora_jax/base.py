@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     c.model.router_aux_loss_coef = 0.0  # of mixtures: so much of the loss that asks for evenly used experts is added to
     # each target token's (transformers adds it where output_router_logits is true: 0.001 to 0.02); 0 is none. Over a
     # micro-batch's tokens up to each row's last target
+
     # of the 4-bit matmul: auto (the fastest in the GPU's tuned table; xla where nothing was measured) | xla (first
     # dequantizes) | scratch (the same, with a kernel; NVIDIA GPUs from Ampere on) | triton (those GPUs: decodes inside
     # the product for up to 16 rows, as in generation; training and all else goes the way of scratch) | mosaic (Hopper:
