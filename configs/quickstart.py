@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
 
     c.train.steps = 150
     c.train.grad_accum = 1
+    c.train.loss_chunk = 128  # tokens: a batch has some 70 targets, so logits are computed of no more
     c.train.checkpoint_every = 50  # steps
 
     c.eval.every = 75  # steps

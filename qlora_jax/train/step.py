@@ -16,7 +16,7 @@ from flax import nnx
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.dropout import DropoutKey
 from qlora_jax.train.backward import add_gradient
-from qlora_jax.train.loss import summed_loss
+from qlora_jax.train.loss import summed_loss, summed_loss_and_hits
 
 
 class StepMetrics(NamedTuple):
@@ -80,7 +80,8 @@ def make_evaluation(graph: Any, loss_chunk: int) -> Callable[..., tuple[jax.Arra
     def evaluate(adapter, base, tokens, loss_mask, segments=None):
         model = nnx.merge(graph, adapter, base)
         hidden, _ = model(tokens, segments=segments)
-        return summed_loss(hidden, model.head_weight(), tokens, loss_mask, loss_chunk)
+        nats, _, count = summed_loss_and_hits(hidden, model.head_weight(), tokens, loss_mask, loss_chunk)
+        return nats, count
 
     return evaluate
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.train.loss import loss_and_gradient, summed_loss, token_nll
+from qlora_jax.train.loss import loss_and_gradient, summed_loss, summed_loss_and_hits, token_nll
 
 B, T, D, V = 3, 11, 8, 50
 
@@ -51,7 +51,7 @@ def test_gradient_does_not_depend_on_the_chunk(inputs):
 
 @pytest.mark.parametrize("chunk", [1, 7, 30, 1000])
 def test_loss_and_gradient_is_the_derivative_through_the_norm(inputs, chunk):
-    """33 rows: 7 leaves a short last chunk, which repeats rows that must count once."""
+    """Targets stand in a few of 33 rows: 7 and 30 leave a short last chunk, whose rest must not count."""
     x, head, tokens, mask = map(jnp.asarray, inputs)
     norm = lambda x: x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True))  # noqa: E731
     loss, dx, _ = loss_and_gradient(norm, x, head, tokens, mask, chunk)
@@ -84,6 +84,23 @@ def test_logits_are_never_stored_whole(inputs):
     assert f"f32[5,{V}]" in text
     for rows in (B * T, B * (T - 1)):
         assert f"f32[{rows},{V}]" not in text and f"[6,5,{V}]" not in text
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 1.0])
+def test_what_is_no_target_is_not_computed(inputs, share):
+    """NaN in every row but those that predict a target reaches neither loss, hits nor gradient."""
+    hidden, head, tokens, _ = inputs
+    mask = np.random.default_rng(3).random((B, T)) < share
+    predicts = np.roll(mask & (np.arange(T) > 0), -1, axis=1)
+    broken = jnp.asarray(np.where(predicts[..., None], hidden, np.nan))
+    expected = by_definition(hidden, head, tokens, mask)
+    nats, hits, count = summed_loss_and_hits(broken, jnp.asarray(head), jnp.asarray(tokens), jnp.asarray(mask), 4)
+    best = (hidden @ head.T).argmax(-1)
+    loss, dx, _ = loss_and_gradient(lambda x: x, broken, jnp.asarray(head), jnp.asarray(tokens), jnp.asarray(mask), 4)
+    np.testing.assert_allclose(nats, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
+    assert (float(count), float(hits)) == (expected[1], (best == np.roll(tokens, -1, axis=1))[predicts].sum())
+    assert np.isfinite(dx).all() and not np.asarray(dx)[~predicts].any()
 
 
 def test_large_logits_stay_finite():
