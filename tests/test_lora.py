@@ -17,6 +17,8 @@ from qlora_jax.models.known import known_config
 from qlora_jax.models.layers import Linear
 from tests.llama_names import LINEARS
 
+pytestmark = pytest.mark.quick_compile
+
 TWELVE_LAYERS = dataclasses.replace(known_config("huggyllama/llama-7b"), L=12)
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]

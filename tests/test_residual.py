@@ -9,6 +9,8 @@ from qlora_jax.errors import InputError
 from qlora_jax.quant.tensor import dequantize, quantize
 from qlora_jax.residual import OLORA, PISSA, residual
 
+pytestmark = pytest.mark.quick_compile
+
 SHAPES = [(64, 64), (96, 40), (40, 96), (33, 7), (7, 33), (1, 5)]
 
 

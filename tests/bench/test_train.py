@@ -13,6 +13,8 @@ from qlora_jax.train import loop
 from qlora_jax.train.setup import prepare
 from qlora_jax.train.spec import read_spec
 
+pytestmark = pytest.mark.quick_compile
+
 MIB = 2**20
 PAGES = Pages(optax.sgd(1.0, momentum=0.9), [jax.ShapeDtypeStruct((10, MIB // 4), jnp.float32)], MIB)  # ten of 1 MiB
 

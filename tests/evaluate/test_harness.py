@@ -16,6 +16,8 @@ from qlora_jax.io.load import load_model
 from qlora_jax.text.tokenizer import Tokenizer
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
+pytestmark = pytest.mark.quick_compile
+
 CONTEXT = 64
 TEXT = "The quick brown fox jumps over the lazy dog. "
 

@@ -12,6 +12,8 @@ from qlora_jax.errors import InputError
 from qlora_jax.evaluate.perplexity import perplexity, read_tokens, windows
 from qlora_jax.io.load import QuantSpec, load_model
 
+pytestmark = pytest.mark.quick_compile
+
 BOS = 1
 
 

@@ -17,6 +17,8 @@ from qlora_jax.evaluate.scoring import (
 )
 from qlora_jax.io.load import QuantSpec, load_model
 
+pytestmark = pytest.mark.quick_compile
+
 
 @pytest.fixture(scope="module")
 def model(golden):

@@ -3,9 +3,12 @@
 import json
 
 import numpy as np
+import pytest
 
 from pallas_kernels.attention import config
 from qlora_jax.bench import attention
+
+pytestmark = pytest.mark.quick_compile
 
 NAME = "experiments.bench_attention"
 

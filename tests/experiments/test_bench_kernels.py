@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+pytestmark = pytest.mark.quick_compile
+
 
 @pytest.fixture(scope="module")
 def results(run_commands, tmp_path_factory):

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from qlora_jax.errors import InputError
 from qlora_jax.generate.sampling import Sampling, filtered, next_tokens
 
+pytestmark = pytest.mark.quick_compile
+
 P = np.array([0.05, 0.4, 0.1, 0.25, 0.15, 0.05])
 
 

@@ -48,6 +48,8 @@ from pathlib import Path
 from qlora_jax.errors import InputError
 from qlora_jax.io import shards
 from qlora_jax.io.write import quantize_folder
+
+pytestmark = pytest.mark.quick_compile
 shards._check_room = lambda *arguments: None
 if len(sys.argv) > 4:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), int(sys.argv[4])))

@@ -18,6 +18,8 @@ from qlora_jax.io.write import quantize_folder
 from qlora_jax.lora import LoRAConfig
 from tests.families import FOLDERS, logits_of
 
+pytestmark = pytest.mark.quick_compile
+
 ADAPTED = sorted(path.parent.name for path in FOLDERS.glob("*/adapter"))
 
 

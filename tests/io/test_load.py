@@ -20,6 +20,8 @@ from qlora_jax.io.load import QuantSpec, load_model, stored_quant
 from qlora_jax.io.write import quantize_folder
 from tests.llama_names import LAYER, LINEARS
 
+pytestmark = pytest.mark.quick_compile
+
 
 @pytest.fixture
 def copy(golden, tmp_path):

@@ -21,6 +21,8 @@ from qlora_jax.models.decoder import Decoder
 from qlora_jax.quant.tensor import dequantize, quantize
 from qlora_jax.settings import config_hash
 
+pytestmark = pytest.mark.quick_compile
+
 UNQUANTIZED = QuantSpec("none")
 
 

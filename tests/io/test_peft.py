@@ -18,6 +18,8 @@ from qlora_jax.lora import LoRAConfig
 from tests.llama_names import LINEARS
 from tests.random_arrays import random_normal
 
+pytestmark = pytest.mark.quick_compile
+
 KEY = "base_model.model.model.layers.{}.{}.lora_{}.weight"
 WEIGHTS = "adapter_model.safetensors"
 logits_of = jax.jit(lambda model, tokens: model.logits(model(tokens)[0]))

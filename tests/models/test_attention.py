@@ -10,6 +10,8 @@ from qlora_jax.models import attention
 from qlora_jax.models.attention import Scoring, alibi_slopes, causal_attention, chunked_attention, window_starts
 from tests.random_arrays import random_normal
 
+pytestmark = pytest.mark.quick_compile
+
 B, N, K, H = 2, 4, 2, 8
 
 

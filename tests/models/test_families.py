@@ -15,6 +15,8 @@ from qlora_jax.models.kept import NAMES, keeping
 from qlora_jax.train.shapes import ModelSpec, abstract_model
 from tests.families import FAST, FOLDERS, logits_of
 
+pytestmark = pytest.mark.quick_compile
+
 
 @partial(jax.jit, static_argnames="graph", compiler_options=FAST)
 def with_cache(graph, state, cache, tokens, first):

@@ -14,6 +14,8 @@ from qlora_jax.models.layers import Linear, project
 from qlora_jax.quant.tensor import matmul, quantize
 from tests.random_arrays import random_normal
 
+pytestmark = pytest.mark.quick_compile
+
 SCALE = 0.75
 
 

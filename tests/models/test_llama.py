@@ -19,6 +19,8 @@ from qlora_jax.models.dropout import Dropout
 from tests.llama_names import LINEARS
 from tests.random_arrays import random_normal
 
+pytestmark = pytest.mark.quick_compile
+
 FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
 LLAMAS = ("llama1", "llama2", "llama3", "linear_rope", "head_dim")
 QUANTIZED = ("nf4_dq", "nf4", "fp4", "nf4_skip")  # the last in part, with its head

@@ -14,6 +14,8 @@ from qlora_jax.train.step import make_evaluation, make_gradient
 from tests.llama_names import LINEARS
 from tests.random_arrays import random_normal
 
+pytestmark = pytest.mark.quick_compile
+
 FAST = {"xla_backend_optimization_level": 0}
 LENGTHS = ((7, 12, 1, 9), (16, 13))  # of the examples in each row
 T = 33

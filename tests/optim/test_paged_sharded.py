@@ -15,6 +15,8 @@ from qlora_jax.optim.paged import PagedOptimizer
 from qlora_jax.optim.pages import Pages
 from tests.optim.transformations import TRANSFORMATIONS
 
+pytestmark = pytest.mark.quick_compile
+
 mesh = jax.make_mesh((2, 2), ("data", "model"))
 specs = {"a": P(None, "model"), "b": P(), "c": P(None, ("data", "model"))}
 

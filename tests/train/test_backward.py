@@ -17,6 +17,8 @@ from qlora_jax.train.step import make_evaluation, make_gradient
 from tests.llama_names import LINEARS
 from tests.random_arrays import random_normal
 
+pytestmark = pytest.mark.quick_compile
+
 FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
 G, B, T = 2, 2, 37
 

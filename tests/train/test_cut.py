@@ -18,6 +18,8 @@ from qlora_jax.train.cut import TOKENS, Cut, ToCut, choose, cuts, default_cut, s
 from qlora_jax.train.loop import Run, finetune
 from qlora_jax.train.shapes import ModelSpec
 
+pytestmark = pytest.mark.quick_compile
+
 GIB = 2**30
 
 

@@ -12,6 +12,8 @@ from qlora_jax.lora import LoRAConfig
 from qlora_jax.train.step import make_gradient
 from tests.random_arrays import random_normal
 
+pytestmark = pytest.mark.quick_compile
+
 FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
 ROWS, T = 8, 24
 

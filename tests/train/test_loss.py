@@ -7,6 +7,8 @@ import pytest
 
 from qlora_jax.train.loss import loss_and_gradient, summed_loss, summed_loss_and_hits, token_nll
 
+pytestmark = pytest.mark.quick_compile
+
 B, T, D, V = 3, 11, 8, 50
 
 

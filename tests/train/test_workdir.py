@@ -189,6 +189,8 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from qlora_jax.train.workdir import Workdir
+
+pytestmark = pytest.mark.quick_compile
 workdir = Workdir(Path(sys.argv[1]), {})
 print("held", flush=True)
 time.sleep(600)

@@ -15,6 +15,8 @@ from qlora_jax.io.load import QuantSpec, load_model
 from qlora_jax.text.tokenizer import Tokenizer
 from tests.evaluate.mmlu.mmlu_files import EMBEDDED, write_checkpoint, write_owners_folder
 
+pytestmark = pytest.mark.quick_compile
+
 SHOT = Question("us_foreign_policy", "One?", ("1", "2", "3", "4"), "C")
 ASKED = Question("us_foreign_policy", "Two?", ("x", "y", "z", "w"), "D")
 # written out from the owners' evaluate.py; format_subject puts a blank before each word, so there are two
