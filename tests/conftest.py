@@ -63,6 +63,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     jax.clear_caches()
 
 
+# Tracing makes objects by the million, few of them in circles: looking for those less often takes a tenth less time
+gc.set_threshold(100_000, 50, 100)
+
 MOST_MAPS = 20_000  # of a process's memory; Linux gives 65,530, and LLVM aborts the process where there is none left
 
 

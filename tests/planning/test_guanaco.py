@@ -6,32 +6,36 @@ import pytest
 
 from qlora_jax.optim.residency import reserved
 from qlora_jax.planning.gpus import GPUS
-from qlora_jax.planning.memory import usable_bytes
+from qlora_jax.planning.memory import held_bytes, usable_bytes
 from qlora_jax.planning.plan import make_plan
-from qlora_jax.train.cut import temporary_bytes
+from qlora_jax.train.cut import Cut, choose, temporary_bytes, unasked
+from qlora_jax.train.spec import read_spec
 
 # config, card, what is kept of a layer, bytes at the most for one row of 512 tokens a micro-batch
 BARS = [
-    pytest.param("guanaco_7b", "rtx3090", "block", 6.0e9, marks=pytest.mark.large_plans),
     pytest.param("guanaco_33b", "rtx3090", "block+offload", 22.2e9, marks=pytest.mark.large_plans),
     pytest.param("guanaco_65b", "a6000", "block", 44.0e9, marks=pytest.mark.large_plans),
 ]
 # config, card, rows a micro-batch at the least where the card is filled
-FILLED = [
-    pytest.param("guanaco_7b", "rtx4090", 8),
-    pytest.param("guanaco_65b", "a6000", 4, marks=pytest.mark.large_plans),
-    pytest.param("guanaco_65b", "l40s", 2, marks=pytest.mark.large_plans),
-]
+FILLED = [("guanaco_7b", "rtx4090", 8), ("guanaco_65b", "l40s", 2)]
 
 
-@pytest.mark.parametrize(("name", "card", "rows"), FILLED)
-def test_guanaco_fills_the_card(xla_gpu, name, card, rows):
-    """As a run on it would; and the bytes that are said without compiling are the compiled ones."""
+def config_of(name: str):
     config = importlib.import_module(f"configs.{name}").get_config()
-    config.data.eval_examples = 0
-    plan = make_plan(config, GPUS[card], advise=False)
+    config.data.eval_examples = 0  # one program less; it takes less than a gradient
+    return config
+
+
+@pytest.mark.large_plans
+def test_guanaco_fills_the_card(xla_gpu):
+    """As a run on it would; and the bytes that are said without compiling are the compiled ones.
+
+    tests/planning/test_kernels.py says so of the 7B on an H100, and the formula alone speaks below of other cards.
+    """
+    card = "a6000"
+    plan = make_plan(config_of("guanaco_65b"), GPUS[card], advise=False)
     batch = plan.spec.batch
-    assert plan.fits and rows <= batch.B and batch.G * batch.B == 16 and batch.T == 576
+    assert plan.fits and batch.B >= 4 and batch.G * batch.B == 16 and batch.T == 576
     said = plan.to_json(card)
     assert (said["micro_batch_rows"], said["remat"]) == plan.choice.cut == (batch.B, plan.spec.model.remat)
     assert plan.memory.gradient_bytes <= usable_bytes(GPUS[card]) - reserved(usable_bytes(GPUS[card]))
@@ -39,13 +43,27 @@ def test_guanaco_fills_the_card(xla_gpu, name, card, rows):
     assert estimate == pytest.approx(plan.memory.gradient_bytes, rel=0.02)
 
 
+@pytest.mark.parametrize(("name", "card", "rows"), FILLED)
+def test_guanaco_fills_other_cards_by_the_formula(name, card, rows):
+    spec = read_spec(config_of(name))
+    choice = choose(unasked(spec.to_cut), held_bytes(spec), usable_bytes(GPUS[card]))
+    assert choice.reason.startswith("auto: the fastest that fits") and choice.cut.rows >= rows
+
+
+def test_a_7b_takes_6_gb_by_the_formula():
+    """One row of 512 tokens, as the bars below: where the card is the smallest, 2% is what the formula may miss by."""
+    config = config_of("guanaco_7b")
+    config.data.max_source_len, config.data.max_target_len = 16, 496
+    spec = read_spec(config)
+    assert spec.batch.T == 512
+    assert held_bytes(spec) + temporary_bytes(unasked(spec.to_cut), Cut(1, "block")) <= 0.98 * 6.0e9
+
+
 @pytest.mark.parametrize(("name", "card", "remat", "most"), BARS)
 def test_guanaco_fits(xla_gpu, name, card, remat, most):
-    config = importlib.import_module(f"configs.{name}").get_config()
+    config = config_of(name)
     config.data.max_source_len, config.data.max_target_len = 16, 496
     config.train.grad_accum, config.model.remat = 16, remat
-    if name != "guanaco_7b":
-        config.data.eval_examples = 0  # one program less; it takes less than a gradient
     assert (config.lora.rank, config.train.batch_size) == (64, 16)
     assert tuple(config.lora.targets) == ("all-linear",)
     plan = make_plan(config, GPUS[card], advise=False)

@@ -6,8 +6,9 @@ import pytest
 
 from qlora_jax.planning.gpus import GPUS
 from qlora_jax.planning.kernels import layer_kernels
+from qlora_jax.planning.memory import held_bytes
 from qlora_jax.planning.program import compile_gradient
-from qlora_jax.train.cut import Cut
+from qlora_jax.train.cut import Cut, temporary_bytes
 from qlora_jax.train.shapes import abstract_model
 from qlora_jax.train.spec import read_spec
 
@@ -37,8 +38,13 @@ def test_what_a_loop_of_so_many_turns_launches():
 
 @pytest.mark.large_plans
 def test_kernels_a_layer_of_a_7b(xla_gpu):
-    """Forward and backward at the cut that an H100 takes, where XLA dequantizes: 130 together."""
+    """Forward and backward at the cut that an H100 takes, where XLA dequantizes: 130 together.
+
+    And the bytes that are said of this cut without compiling are the compiled ones.
+    """
     spec = read_spec(importlib.import_module("configs.guanaco_7b").get_config()).with_cut(Cut(16, "selective"))
     compiled = compile_gradient(GPUS["h100"], abstract_model(spec.model), spec.batch, dropout=True)
     forward, backward = (sum(count.values()) for count in layer_kernels(compiled.as_text(), spec.model.sizes.L))
     assert forward <= 54 and backward <= 76
+    held, taken = held_bytes(spec), compiled.memory_analysis().temp_size_in_bytes
+    assert held + temporary_bytes(spec.to_cut, Cut(16, "selective")) == pytest.approx(held + taken, rel=0.02)
