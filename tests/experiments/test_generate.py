@@ -20,7 +20,7 @@ pytestmark = pytest.mark.quick_compile
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHORT = ["--max_new_tokens=8", "--temperature=0"]
 WARM = ["--max_new_tokens=8", "--temperature=3"]
-MANY = ["--max_new_tokens=200", "--temperature=1"]
+MANY = ["--max_new_tokens=96", "--temperature=1"]
 QUESTIONS = [
     {"question_id": 7, "category": "generic", "turns": ["How?"]},
     {"question_id": 8, "category": "math", "text": "### Human: Hi ### Assistant: Hello ### Human: Why? ### Assistant:"},
@@ -57,7 +57,7 @@ def results(folder, run_commands, golden) -> dict:
     (folder / "empty.jsonl").touch()
     (folder / "seeds.jsonl").write_text("\n".join(json.dumps({"prompt": "Once", "seed": seed}) for seed in (3, 3, 4)))
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
-    many = [f"Prompt {number % 30}" for number in range(40)]
+    many = [f"Prompt {number % 20}" for number in range(24)]
     (folder / "many.txt").write_text("\n".join(many))
     (folder / "other.txt").write_text("\n".join([*many[:-1], "another"]))
     killed = folder / "killed.jsonl"
@@ -149,13 +149,13 @@ def test_files_give_jsonl_in_their_order(results, folder) -> None:
 
 def test_a_killed_run_ends_with_the_same_file(results, folder) -> None:
     first = results["killed after"]
-    assert 0 < first.count(b"\n") < 40, "killed too late"
+    assert 0 < first.count(b"\n") < 24, "killed too late"
     whole = (folder / "killed.jsonl").read_bytes()
     assert whole.startswith(first[: first.rindex(b"\n") + 1])
     assert whole == (folder / "undisturbed.jsonl").read_bytes()
-    assert f"has {first.count(b'\n')} of 40 answers; going on after them" in results["resumed"]["err"]
+    assert f"has {first.count(b'\n')} of 24 answers; going on after them" in results["resumed"]["err"]
     rows = [json.loads(line) for line in whole.decode().splitlines()]
-    assert [row["prompt"] for row in rows] == [f"Prompt {number % 30}" for number in range(40)]
+    assert [row["prompt"] for row in rows] == [f"Prompt {number % 20}" for number in range(24)]
     assert len({row["answer_id"] for row in rows}) == 40
     assert rows[0]["text"] != rows[30]["text"], "a prompt that comes twice has two answers"
 
@@ -192,7 +192,7 @@ def test_help_says_what_is_printed(results) -> None:
         ("long", ["the message has", "the model's context of 256 leaves no room"]),
         ("long in a file", ["the prompt 'word", "context of 256"]),
         ("other settings", ["seed: 0 there, 9 here", "top_k: 0 there, 5 here", "--overwrite"]),
-        ("other prompts", ["killed.jsonl, line 40: the answer to another prompt", "--overwrite"]),
+        ("other prompts", ["killed.jsonl, line 24: the answer to another prompt", "--overwrite"]),
         ("fewer prompts", ["killed.jsonl, line 1: the answer to another prompt"]),
         ("empty stop", ["a stop is empty"]),
         ("system for plain", ["--system: the template plain has no place for it"]),
