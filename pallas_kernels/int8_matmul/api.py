@@ -9,17 +9,20 @@ Source: LLM.int8() (Dettmers et al., 2022); bitsandbytes 0.50, `MatMul8bitLt`. T
 are left out here (of each product before they are added), and the weights of the second product are exact.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.int8_matmul.rows import Rows, dequantize, quantize_rows
+from pallas_kernels.int8_matmul.rows import dequantize, quantize_rows
 from pallas_kernels.nf4_matmul.api import over_rows
 from pallas_kernels.nf4_matmul.dense import dense_matmul
 
 FEW = 64  # outlier columns that are taken out of x and W; where there are more, W is taken whole
+
+STEPS = 1 / 127**2  # what a product of two codes is of that of their scales
 
 
 class Packed(NamedTuple):
@@ -48,44 +51,44 @@ def matmul_joined(x: jax.Array, packed: tuple[Packed, ...], threshold: float) ->
             raise ValueError(f"x has {x.shape[-1]} features, the weight [out, in] = {shape} takes {shape[1]}")
     rows = x.reshape(-1, x.shape[-1])
     quantized = quantize_rows(rows, threshold)
-    outliers = jnp.where(quantized.columns, rows, jnp.zeros((), x.dtype)) if threshold else None
-    y = jnp.concatenate([_product(quantized, outliers, each) for each in packed], axis=-1)
-    return y.astype(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+    codes = tuple(each.codes for each in packed)
+    y = jnp.concatenate([_product(quantized.codes, each) for each in codes], axis=-1).astype(jnp.float32)
+    y = y * (quantized.absmax[:, None] * STEPS)
+    if threshold:
+        outliers = jnp.where(quantized.columns, rows, jnp.zeros((), x.dtype))
+        y = y + _outlier_product(outliers, codes) * (1 / 127)
+    y = (y * jnp.concatenate([each.absmax for each in packed])).astype(x.dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _product(x: Rows, outliers: jax.Array | None, w: Packed) -> jax.Array:
-    """x [M, I], W [O, I] -> float32 [M, O]."""
-    dims = (((1,), (1,)), ((), ()))
-    sums = jax.lax.dot_general(x.codes, w.codes, dims, preferred_element_type=jnp.int32)
-    y = sums.astype(jnp.float32) * (x.absmax[:, None] / 127)
-    if outliers is not None:
-        y = y + _outlier_product(outliers, w.codes)
-    return y * (w.absmax / 127)
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """int8 [M, I], [O, I] -> int32 [M, O]."""
+    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
 
 
-def _outlier_product(x: jax.Array, codes: jax.Array) -> jax.Array:
-    """x [M, I], zero but for its outlier columns, times codes [O, I] -> float32 [M, O].
+def _outlier_product(x: jax.Array, codes: tuple[jax.Array, ...]) -> jax.Array:
+    """x [M, I], zero but for its outlier columns, times codes of several weights [O_k, I] -> float32 [M, sum of O_k].
 
     The members of a pack are rows of one product: a choice that hung on a member would be made by computing both ways.
     """
     return over_rows(_of_rows, ())(x, codes)
 
 
-def _of_rows(x: jax.Array, codes: jax.Array, _: tuple) -> jax.Array:
-    def whole() -> jax.Array:
-        return dense_matmul(x, codes.astype(x.dtype), 1, jnp.float32)  # an int8 is exact in 16 bits
+def _of_rows(x: jax.Array, codes: tuple[jax.Array, ...], _: tuple) -> jax.Array:
+    def product(x: jax.Array, codes: Sequence[jax.Array]) -> jax.Array:  # an int8 is exact in 16 bits
+        each = [dense_matmul(x, w.astype(x.dtype), 1, jnp.float32) for w in codes]
+        return jnp.concatenate(each, axis=-1)
 
     if x.shape[-1] <= FEW:
-        return whole()
+        return product(x, codes)
     is_used = jnp.any(x != 0, axis=0)
 
     def few() -> jax.Array:
         _, index = jax.lax.top_k(is_used.astype(jnp.float32), FEW)  # others among them meet zeros of x
         # the barrier: with bfloat16 taken out by columns XLA:CPU compiles a product that it cannot run
-        some, w = jax.lax.optimization_barrier((x[:, index], codes[:, index]))
-        return dense_matmul(some, w.astype(x.dtype), 1, jnp.float32)
+        return product(*jax.lax.optimization_barrier((x[:, index], [w[:, index] for w in codes])))
 
-    return jax.lax.cond(jnp.sum(is_used) <= FEW, few, whole)
+    return jax.lax.cond(jnp.sum(is_used) <= FEW, few, lambda: product(x, codes))
 
 
 def _forward(x, packed, threshold):

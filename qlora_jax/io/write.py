@@ -131,7 +131,7 @@ def quantize_folder(
     config, stored = load_config(source), stored_quant(source)
     quant = quant or choose_quant(stored, None, None, source)
     if form == "bnb" and quant.format not in bitsandbytes.FORMATS:
-        known = " and ".join(bitsandbytes.FORMATS)
+        known = ", ".join(bitsandbytes.FORMATS)
         raise InputError(f"bitsandbytes has {known}, not {quant.format}: choose one of them, or --format=native")
     if form == "bnb" and config.sparse:
         raise InputError(

@@ -1,4 +1,4 @@
-"""int8 weights: against bitsandbytes' (tests/golden/int8.npz), by definition in NumPy; what is refused, what is kept."""
+"""int8 weights: against bitsandbytes' (tests/golden/int8.npz), by definition in NumPy; what is refused and kept."""
 
 from pathlib import Path
 
