@@ -50,7 +50,6 @@ SETS = {
 }
 REVISIONS = {"Self-Instruct": "refs/convert/parquet"}
 TYPES = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False), ("int4", False), ("none", False)]  # format, DQ
-TABLE_3 = [("none", False), ("int8", False), ("fp4", False), ("nf4", True)]  # of models that LLaMA is none of
 RANKS = [8, 16, 32, 64, 128, 256]
 DROPOUTS = [0.0, 0.05, 0.1]
 LAYERS = [

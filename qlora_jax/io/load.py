@@ -25,14 +25,7 @@ from qlora_jax.models.config import ModelConfig, parse_config, read_json
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.kind import Kind
 from qlora_jax.quant import bitsandbytes, int8, mxfp4, native
-from qlora_jax.quant.tensor import (
-    QuantizedTensor,
-    check_block_size,
-    check_format,
-    check_kernel,
-    dequantize,
-    quantize,
-)
+from qlora_jax.quant.tensor import QuantizedTensor, check_block_size, check_format, check_kernel, dequantize, quantize
 
 log = logging.getLogger(__name__)
 _values = jax.jit(dequantize, static_argnums=1)

@@ -66,9 +66,9 @@ def by_definition(x: np.ndarray, w: Packed, threshold: float) -> np.ndarray:
     return ((inside @ codes.T) * scale / 127 + np.where(columns, x, 0) @ codes.T) * absmax / 127
 
 
-@settings(max_examples=30)
+@settings(max_examples=25)
 @given(
-    st.sampled_from([(1, 3, 5), (4, 1, 2), (6, 130, 33)]),
+    st.sampled_from([(4, 1, 2), (6, 130, 33)]),
     st.sampled_from([0.0, 6.0]),
     st.sampled_from(["float32", "bfloat16"]),
     st.sampled_from([0.5, 2.0, 8.0]),

@@ -45,7 +45,7 @@ def test_values_are_bitsandbytes(name):
     np.testing.assert_array_equal(qj.dequantize(q, jnp.float32), GOLDEN[f"{name}/values"])
 
 
-SHAPES = [(1, 1), (1, 7), (5, 1), (3, 64), (17, 33), (64, 130)]
+SHAPES = [(1, 7), (5, 1), (17, 33)]
 
 
 @given(
