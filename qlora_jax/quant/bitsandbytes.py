@@ -31,19 +31,19 @@ def part_of(key: str) -> str | None:
         if key.endswith("." + part):
             return key[: -len(part) - 1]
     for part in int8.PARTS:
-        if key.endswith("." + part):
-            return key[: -len(part)] + "weight"
+        if f".{key}".endswith(f".{part}"):
+            return key.removesuffix(part) + "weight"
     return None
 
 
 def keys_of(key: str) -> list[str]:
     """The keys that a weight's quantization may have in a file."""
-    return [key, *(f"{key}.{part}" for part in _PARTS), *(f"{int8.stem(key)}.{part}" for part in int8.PARTS)]
+    return [key, *(f"{key}.{part}" for part in _PARTS), *(int8.beside(key, part) for part in int8.PARTS)]
 
 
 def is_packed(key: str, keys: Container[str]) -> bool:
     """Whether a weight of a file with these keys is quantized."""
-    return f"{key}.absmax" in keys or f"{int8.stem(key)}.SCB" in keys
+    return f"{key}.absmax" in keys or int8.beside(key, "SCB") in keys
 
 
 def to_bitsandbytes(q: QuantizedTensor, name: str = "weight", dtype: str = "bfloat16") -> dict[str, np.ndarray]:
@@ -54,9 +54,7 @@ def to_bitsandbytes(q: QuantizedTensor, name: str = "weight", dtype: str = "bflo
     if q.in_8_bits:
         return int8.to_file(q.codes, q.absmax, name)
     if q.format not in FORMATS:
-        raise InputError(
-            f"{name} is {q.format}; bitsandbytes' files hold {', '.join(FORMATS)}: use the native format"
-        )
+        raise InputError(f"{name} is {q.format}; bitsandbytes' files hold {', '.join(FORMATS)}: use the native format")
     n = q.shape[0] * q.shape[1]
     state = {"quant_type": q.format, "blocksize": q.block_size, "dtype": dtype, "shape": list(q.shape)}
     tensors = {
@@ -82,7 +80,7 @@ def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str = "weight") -
     Raises InputError when a part is missing or misshapen, when a scale is not finite or negative, or when the file's
     tables are not bitsandbytes' own.
     """
-    if f"{int8.stem(name)}.SCB" in tensors:
+    if int8.beside(name, "SCB") in tensors:
         return in_8_bits(int8.from_file(tensors, name))
     format = next((f for f in _FOUR_BITS if f"{name}.{_STATE}{f}" in tensors), None)
     if format is None:

@@ -69,35 +69,35 @@ def threshold_of(config: Mapping[str, Any], where: str) -> float:
     return float(value)
 
 
-def stem(key: str) -> str:
-    """The layer of a weight's key."""
-    return key.removesuffix(".weight")
+def beside(key: str, part: str) -> str:
+    """Where a part of a weight stands: ("a.weight", "SCB") -> "a.SCB"."""
+    return key.removesuffix("weight") + part if f".{key}".endswith(".weight") else f"{key}.{part}"
 
 
 def to_file(codes: jax.Array, absmax: jax.Array, key: str) -> dict[str, np.ndarray]:
     """The tensors of one weight under the keys that transformers reads."""
     order = np.asarray(_IN_ORDER, np.uint8)
-    return {key: np.asarray(codes), f"{stem(key)}.SCB": np.asarray(absmax), f"{stem(key)}.weight_format": order}
+    return {key: np.asarray(codes), beside(key, "SCB"): np.asarray(absmax), beside(key, "weight_format"): order}
 
 
 def from_file(tensors: Mapping[str, np.ndarray], key: str) -> int8_matmul.Packed:
     """The other way, bit for bit. Raises InputError for a part that is missing, misshapen or cannot be."""
-    codes, scales = tensors.get(key), tensors.get(f"{stem(key)}.SCB")
+    scales_key, order_key = beside(key, "SCB"), beside(key, "weight_format")
+    codes, scales, order = tensors.get(key), tensors.get(scales_key), tensors.get(order_key)
     if codes is None or scales is None:
-        raise InputError(f"{key if codes is None else f'{stem(key)}.SCB'} is missing: not a weight in 8 bits")
+        raise InputError(f"{key if codes is None else scales_key} is missing: not a weight in 8 bits")
     if codes.dtype != np.int8 or codes.ndim != 2:
         raise InputError(f"{key} is {codes.dtype} {list(codes.shape)}; expected int8 [out, in]")
     if scales.dtype != np.float32 or scales.size != len(codes):
         raise InputError(
-            f"{stem(key)}.SCB is {scales.dtype} with {scales.size} values; expected float32 with {len(codes)}"
+            f"{scales_key} is {scales.dtype} with {scales.size} values; expected float32 with {len(codes)}"
         )
-    order = tensors.get(f"{stem(key)}.weight_format")
     if order is not None and np.any(order != _IN_ORDER):
         raise InputError(
-            f"{stem(key)}.weight_format is {np.ravel(order)[0]}, some GPUs' own order; {_IN_ORDER} (rows in order) is "
+            f"{order_key} is {np.ravel(order)[0]}, some GPUs' own order; {_IN_ORDER} (rows in order) is "
             "read: write the model again with bitsandbytes 0.45 or later"
         )
     scales = scales.reshape(-1)
     if not (np.isfinite(scales).all() and (scales >= 0).all()):
-        raise InputError(f"{stem(key)}.SCB holds NaN, infinity or a negative number; a scale must be finite")
+        raise InputError(f"{scales_key} holds NaN, infinity or a negative number; a scale must be finite")
     return int8_matmul.Packed(jnp.asarray(codes), jnp.asarray(scales))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import qlora_jax as qj
 from qlora_jax.quant import int8
+from qlora_jax.quant.bitsandbytes import part_of
 from qlora_jax.quant.tensor import in_8_bits, temporary_bytes
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "int8.npz")
@@ -133,6 +134,15 @@ class TestFiles:
         assert q.shape == (33, 7) and q.format == "int8"
         np.testing.assert_array_equal(q.codes, GOLDEN["odd_float16/codes"])
         np.testing.assert_array_equal(q.absmax, GOLDEN["odd_float16/absmax"])
+
+    @pytest.mark.parametrize(("name", "scales"), [("weight", "SCB"), ("a.weight", "a.SCB"), ("w", "w.SCB")])
+    def test_names(self, name, scales):
+        q = qj.quantize(jnp.ones((2, 3)), "int8")
+        tensors = qj.to_bitsandbytes(q, name)
+        assert set(tensors) == {name, scales, scales.replace("SCB", "weight_format")}
+        np.testing.assert_array_equal(qj.from_bitsandbytes(tensors, name).codes, q.codes)
+        if name != "w":
+            assert part_of(scales) == name
 
     @pytest.mark.parametrize(
         ("part", "value", "message"),
