@@ -54,7 +54,7 @@ def main() -> int:
     for table in chosen:
         if table.task == "perplexity" and (TEXT.value is None) == (TOKENS.value is None):
             raise InputError(f"{table.name} measures perplexity: give one of --text=FILE and --tokens=FILE.npy")
-    return _run(chosen)
+    return _run(chosen, Path(WORKDIR.value).expanduser())
 
 
 def _cells(table: "Table") -> "list[Cell]":
@@ -93,12 +93,11 @@ def evaluate(arguments: "list[str]") -> int:
     return subprocess.run(command, stdout=subprocess.DEVNULL).returncode
 
 
-def _run(tables: "list[Table]") -> int:
+def _run(tables: "list[Table]", workdir: Path) -> int:
     from qlora_jax.evaluate.by_type import score, summary
     from qlora_jax.evaluate.tables import as_text
     from qlora_jax.files import write_json
 
-    workdir = Path(WORKDIR.value).expanduser()
     workdir.mkdir(parents=True, exist_ok=True)
     failed: list[str] = []
     report = {}
