@@ -105,6 +105,11 @@ def merge(source: Source, out: Path) -> None:
 
 def _consequence(report: dict, quant: Any) -> str:
     if report["merged_into"] != "original":
+        if report["merged_into"].startswith("int8"):
+            return (
+                f"merged into the dequantized weights ({report['merged_into']}): the weights that were trained with; "
+                "activations are in 16 bits now, which were in 8 then"
+            )
         return (
             f"merged into the dequantized weights ({report['merged_into']}): this is the model that was trained; "
             "quantizing it again would add a second error"

@@ -1,4 +1,4 @@
-"""Quantizes a checkpoint to 4 bits on disk.
+"""Quantizes a checkpoint to 4 or 8 bits on disk.
 
     python -m experiments.quantize --model=assets/tiny_llama --out=runs/tiny_llama-nf4
 
@@ -18,7 +18,7 @@ MODEL = flags.DEFINE_string("model", None, "Checkpoint folder, gs:// or s3:// ad
 REVISION = flags.DEFINE_string("revision", "main", "Branch, tag or commit of a hub name.")
 OUT = flags.DEFINE_string("out", None, "Folder to make.", required=True)
 FORMAT = flags.DEFINE_enum("format", "native", ["native", "bnb"], "Form on disk: ours, or bitsandbytes'.")
-QUANT = flags.DEFINE_string("quant", None, "nf4, fp4 or int4; +dq quantizes the scales, too. Without it: nf4+dq.")
+QUANT = flags.DEFINE_string("quant", None, "nf4, fp4, int4, fp4-e3m0; +dq: scales in 8 bits. Or int8. Default: nf4+dq.")
 BLOCK_SIZE = flags.DEFINE_integer("block_size", None, "Weights that share a scale: 32, 64, ... 4096. Without it: 64.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace --out if it is a checkpoint folder.")
 

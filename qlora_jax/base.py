@@ -35,7 +35,9 @@ def get_config() -> ConfigDict:
     c.model.kernel = "auto"
 
     c.quant = ConfigDict()
-    c.quant.format = "nf4"  # nf4 | fp4 | int4 | none (16-bit base)
+    # nf4 | fp4 (the paper's E2M1) | int4 | fp4-e3m0 | int8 (LLM.int8(): a scale a row, activations in 8 bits too but
+    # for outliers; it reads neither of the two keys below) | none (16-bit base)
+    c.quant.format = "nf4"
     c.quant.block_size = 64  # weights that share one scale; a power of two, 32 to 4096
     c.quant.double_quant = True  # scales in 8 bits: 4.127 bits a weight instead of 4.5
 

@@ -32,7 +32,7 @@ def check_base(init: str, quantized: bool) -> None:
     if init == PISSA and quantized:
         raise InputError(
             'the adapter has init_lora_weights "pissa", which peft takes out of 16- or 32-bit weights alone, but the '
-            "base is in 4 bits: keep it unquantized (--quant=none, quant.format=none), or merge the two first "
+            "base is quantized: keep it unquantized (--quant=none, quant.format=none), or merge the two first "
             "(experiments.export --merge --quant=none)"
         )
 

@@ -46,6 +46,7 @@ ORDER = (
     "qlora_jax.embedded",
     "qlora_jax.errors",
     "pallas_kernels.attention",
+    "pallas_kernels.int8_matmul",
     "pallas_kernels.nf4_matmul",
     "pallas_kernels",
 )

@@ -18,7 +18,8 @@ Axes and counts, each with 3 seeds; a run that several groups want is run once:
     amount of data        2 sizes * 8 sets * 3 amounts * 3                      = 144   Table 11
                                                                         choices 1,266, points 1,026
 
-What of the paper is not here: Int8 bases, T5 (no such model is built), and rows for OPT, BLOOM and Pythia, which load.
+Table 2 and Figure 3 (OPT, BLOOM, Pythia and LLaMA in several data types) finetune nothing: paper_types.py has them.
+What of the paper is not here: T5 (no such model is built).
 Every run holds out 100 examples, for the loss in the ledger; MMLU is `evaluate`'s, of the adapters that
 --keep_adapters keeps.
 """

@@ -70,7 +70,7 @@ def next_commands(config: Any, workdir: Path, summary: dict[str, Any]) -> list[t
     base = [f"--model={config.model.path}"]
     base += [f"--revision={config.model.revision}"] if config.model.revision != "main" else []
     adapted = [*base, f"--quant={quant_name(spec)}"]
-    adapted += [f"--block_size={spec.block_size}"] if spec.format != "none" and spec.block_size != 64 else []
+    adapted += [f"--block_size={spec.block_size}"] if spec.format != "none" and spec.block_size not in (0, 64) else []
     adapted += [f"--adapter={workdir}/adapter"]
     if summary.get("final_eval_loss") is not None:
         evaluate = command("evaluate", "--task=heldout", f"--workdir={workdir}", *base)

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 flags.disclaim_key_flags()
 
 KERNELS = ("auto", "xla", "triton", "scratch", "mosaic")  # pallas_kernels.nf4_matmul.BACKENDS
-QUANTS = ("none", "nf4", "nf4+dq", "fp4", "fp4+dq", "int4", "int4+dq")
+QUANTS = (  # qlora_jax.api.opening.QUANTS
+    "none", "nf4", "nf4+dq", "fp4", "fp4+dq", "int4", "int4+dq", "fp4-e3m0", "fp4-e3m0+dq", "int8",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

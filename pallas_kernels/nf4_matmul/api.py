@@ -17,6 +17,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +147,7 @@ def is_dense(op: config.Op, x: jax.Array, codecs: tuple[Codec, ...]) -> bool:
 def _product(op: config.Op, x: jax.Array, packed: tuple[Packed, ...], codecs: tuple[Codec, ...]) -> jax.Array:
     if all(_is_always_xla(op, codec) for codec in codecs):
         return dense_product(op, x, packed, codecs)
-    return _over_rows(partial(_by_path, op), codecs)(x, packed)
+    return over_rows(partial(_by_path, op), codecs)(x, packed)
 
 
 def _is_always_xla(op: config.Op, codec: Codec) -> bool:
@@ -215,11 +216,11 @@ def _backward(codecs, packed, dy):
     return _product("backward", dy, packed, codecs), None
 
 
-def _over_rows(kernel: Callable, codecs: tuple[Codec, ...]) -> Callable[[jax.Array, tuple[Packed, ...]], jax.Array]:
+def over_rows(kernel: Callable, codecs: tuple[Codec, ...]) -> Callable[[jax.Array, Any], jax.Array]:
     """The kernel on [..., K]: every axis but the last is rows, and so is that of a vmap over x (a pack of adapters)."""
 
     @jax.custom_batching.custom_vmap
-    def product(x: jax.Array, packed: tuple[Packed, ...]) -> jax.Array:
+    def product(x: jax.Array, packed: Any) -> jax.Array:
         rows = kernel(x.reshape(-1, x.shape[-1]), packed, codecs)
         return rows.reshape(*x.shape[:-1], rows.shape[-1])
 

@@ -55,8 +55,8 @@ def load(
     Args:
       model: folder of a Hugging Face checkpoint, a gs:// or s3:// address, a hub name (owner/name), or "quickstart",
         a Llama of 2.6 million parameters that comes with the package.
-      quant: how linear layers are kept: none, nf4, nf4+dq, fp4, fp4+dq, int4, int4+dq (+dq: scales in 8 bits). None
-        takes a quantized folder as it is, and nf4+dq for another.
+      quant: how linear layers are kept: none, int8, nf4, fp4, int4, fp4-e3m0, also nf4+dq (8-bit scales), and so on.
+        None takes a quantized folder as it is, and nf4+dq for another.
       adapter: PEFT folder, such as a run's WORKDIR/adapter, or a hub name.
       block_size: values that share a scale; 64, or the folder's own, by default.
       revision: branch, tag or commit of a hub name.

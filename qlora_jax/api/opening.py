@@ -8,12 +8,13 @@ from qlora_jax.errors import InputError
 from qlora_jax.io.load import QuantSpec, load_config, stored_quant
 from qlora_jax.io.peft import has_tokenizer, matrix_shapes
 from qlora_jax.io.peft_config import read_config
-from qlora_jax.io.write import quant_spec
+from qlora_jax.io.write import QUANTS as QUANTIZED
+from qlora_jax.io.write import quant_spec, refuse_blocks
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.residual import check_base
 from qlora_jax.text.tokenizer import Tokenizer
 
-QUANTS = ("none", "nf4", "nf4+dq", "fp4", "fp4+dq", "int4", "int4+dq")
+QUANTS = ("none", *QUANTIZED)
 
 
 def quant_name(spec: QuantSpec) -> str:
@@ -28,11 +29,12 @@ def choose_quant(folder: Path, name: str | None, block_size: int | None, otherwi
       name: one of QUANTS; None keeps what the folder has, or `otherwise` where it is not quantized.
       block_size: values that share a scale; None is the folder's own, or 64.
     Raises:
-      InputError: an unknown name, or one that the folder's own form is not.
+      InputError: an unknown name, or one that the folder's own form is not; a block size for int8.
     """
     stored = stored_quant(folder)
     if name is None:
         name = otherwise if stored is None else quant_name(stored)
+    refuse_blocks(name, block_size)
     default = 64 if stored is None else stored.block_size
     return quant_spec(name, default if block_size is None else block_size)
 

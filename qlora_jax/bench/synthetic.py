@@ -70,11 +70,13 @@ def _fill(path: str, leaf: Any, key: jax.Array) -> Any:
 
 def fill_quantized(q: QuantizedTensor, key: jax.Array) -> QuantizedTensor:
     """Of stacked shapes [L, ...] or [L, E, ...] (see QuantizedTensor); scales are within half of their mean."""
-    values = np.asarray(codebook(q.format).values)
+    values = np.arange(-127, 128) / 127 if q.in_8_bits else np.asarray(codebook(q.format).values)
     scale = 1 / math.sqrt(q.shape[1] * float(np.mean(values**2)))
     uniform = partial(_uniform, low=0.5 * scale, high=1.5 * scale)
     codes_key, absmax_key = jax.random.split(key)
     codes = _bytes(codes_key, q.codes.shape)
+    if q.in_8_bits:
+        codes = jnp.maximum(codes.astype(jnp.int8), -127)
     if not q.double_quant:
         return dataclasses.replace(q, codes=codes, absmax=uniform(absmax_key, q.absmax.shape))
     assert q.nested_absmax is not None and q.offset is not None

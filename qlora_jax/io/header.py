@@ -15,9 +15,10 @@ import numpy as np
 
 from qlora_jax import checksums
 
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8"}  # those that models are stored in
+# those that models are stored in
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8", "I8": "int8"}
 _NAMES = {name: code for code, name in DTYPES.items()}
-_OTHER_BITS = {"F64": 64, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8, "BOOL": 8}
+_OTHER_BITS = {"F64": 64, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16, "BOOL": 8}
 _LARGEST = 100_000_000  # bytes; the format's own limit
 
 

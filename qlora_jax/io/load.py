@@ -24,9 +24,8 @@ from qlora_jax.io.remote import name_of
 from qlora_jax.models.config import ModelConfig, parse_config, read_json
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.kind import Kind
-from qlora_jax.quant import bitsandbytes, mxfp4, native
-from qlora_jax.quant.codebooks import codebook
-from qlora_jax.quant.tensor import QuantizedTensor, check_block_size, dequantize, quantize
+from qlora_jax.quant import bitsandbytes, int8, mxfp4, native
+from qlora_jax.quant.tensor import QuantizedTensor, check_block_size, check_format, check_kernel, dequantize, quantize
 
 log = logging.getLogger(__name__)
 _values = jax.jit(dequantize, static_argnums=1)
@@ -36,27 +35,35 @@ _HARMLESS = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry and t
 
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
-    """How the linear layers are stored. format "none" keeps 16 bits (32 where file and computation are float32)."""
+    """How the linear layers are stored. format "none" keeps 16 bits (32 where file and computation are float32).
+
+    int8 has a scale a row: whatever is said, its block_size is 0 and its double_quant False.
+    """
 
     format: str = "nf4"
     block_size: int = 64
     double_quant: bool = True
 
     def __post_init__(self):
-        if self.format != "none":
-            codebook(self.format)
+        if self.format == int8.FORMAT:
+            object.__setattr__(self, "block_size", 0)
+            object.__setattr__(self, "double_quant", False)
+        elif self.format != "none":
+            check_format(self.format)
             check_block_size(self.block_size)
 
     def __str__(self) -> str:
         if self.format == "none":
             return "16-bit"
+        if self.format == int8.FORMAT:
+            return "int8, a scale a row"
         return f"{self.format}{' + double quantization' if self.double_quant else ''}, blocks of {self.block_size}"
 
 
 def stored_quant(folder: Path) -> QuantSpec | None:
     """How a folder's linear layers, but for experts in MXFP4, are quantized on disk; None when they are not.
 
-    Raises InputError for a quantization that cannot be read (GPTQ, AWQ, 8 bits, ...).
+    Raises InputError for a quantization that cannot be read (GPTQ, AWQ, ...).
     """
     raw = read_json(folder / "config.json").get("quantization_config")
     if raw is None:
@@ -66,26 +73,21 @@ def stored_quant(folder: Path) -> QuantSpec | None:
         return None  # experts alone, which stay what they are (`quant_of`)
     if method == native.METHOD:
         return QuantSpec(*native.read_settings(raw, f"{name_of(folder)}/config.json"))
-    if method == "bitsandbytes" and raw.get("load_in_4bit"):
+    if method == "bitsandbytes" and (raw.get("load_in_4bit") or raw.get("load_in_8bit")):
         files = TensorFiles(folder)
         first = next((owner for key in files.shapes if (owner := bitsandbytes.part_of(key))), None)
         if first is None:
-            raise InputError(f"{name_of(folder)}: config.json says 4 bits (bitsandbytes), but no tensor is quantized")
+            raise InputError(f"{name_of(folder)}: config.json names bitsandbytes, but no tensor is quantized")
         q = _read_bitsandbytes(files, first)
         return QuantSpec(q.format, q.block_size, q.double_quant)
-    if method == "bitsandbytes" and raw.get("load_in_8bit"):
-        raise InputError(
-            f"{name_of(folder)} holds weights in 8 bits (bitsandbytes' LLM.int8), which are not read: name the model "
-            "that they were made from, or write them in 16 bits with transformers (dequantize, then save_pretrained)"
-        )
     raise InputError(
-        f"{name_of(folder)} is quantized by {method!r}; readable are bitsandbytes 4-bit folders, our own "
+        f"{name_of(folder)} is quantized by {method!r}; readable are bitsandbytes folders (4 and 8 bits), our own "
         "(experiments.quantize) and unquantized ones: name the model that it was made from"
     )
 
 
 def skipped_linears(folder: Path, config: ModelConfig) -> frozenset[str]:
-    """Keys of the linear layers that a bnb-4bit folder keeps in 16 bits: those that llm_int8_skip_modules names.
+    """Keys of the linear layers that a bitsandbytes folder keeps in 16 bits: those that llm_int8_skip_modules names.
 
     As transformers reads it: the beginning of a module's full name up to a dot, or the end of it.
     """
@@ -181,8 +183,8 @@ def is_native(files: TensorFiles) -> bool:
 
 
 def is_packed(files: TensorFiles, key: str) -> bool:
-    """Whether a weight is stored as bitsandbytes' 4-bit parts."""
-    return f"{key}.absmax" in files.shapes
+    """Whether a weight is stored as bitsandbytes' parts."""
+    return bitsandbytes.is_packed(key, files.shapes)
 
 
 def check_tensors(
@@ -285,11 +287,11 @@ def load_model(
     """Reads a checkpoint.
 
     Args:
-      folder: config.json and safetensors; unquantized, bnb-4bit, or written by `experiments.quantize`.
+      folder: config.json and safetensors; unquantized, bitsandbytes', or written by `experiments.quantize`.
       quant: how linear layers are kept; None keeps what the folder has. Nothing else is ever quantized.
       compute_dtype: of activations.
       remat, attention, sequence_chunk: see Decoder.
-      kernel: of the 4-bit matmul, one of nf4_matmul.BACKENDS.
+      kernel: of the 4-bit matmul, one of nf4_matmul.BACKENDS; int8 has "xla", which "auto" takes.
       progress: called with (tensors done, tensors in all).
       take_checksum: called with the checksum of all tensors as they stand in the folder, whatever files they are in.
     Raises:
@@ -302,6 +304,8 @@ def load_model(
         raise InputError(
             f"{name_of(folder)} is already quantized ({stored}), not {quant}: ask for what it is, or for its original"
         )
+    check_kernel(quant.format, kernel)
+    threshold = int8.threshold_of(read_json(folder / "config.json"), name_of(folder))
     files, skipped = open_files(folder, config), skipped_linears(folder, config)
     check_tensors(files, config, stored, skipped)
     total, done = len(expected_shapes(config)), 0
@@ -353,7 +357,7 @@ def load_model(
             for key, place in slots.items():
                 stack = put(stack, linear(name, key, place, name in mixed), place, room)
         if isinstance(stack, QuantizedTensor):
-            stack = dataclasses.replace(stack, backend=kernel)
+            stack = dataclasses.replace(stack, backend=kernel, threshold=threshold)
         weights["layers"][name] = stack
     for name, shape in config.vectors.items():
         dtype = None if name in config.sixteen_bit else jnp.float32
@@ -385,7 +389,7 @@ def _read_stack(files: TensorFiles, config: ModelConfig, name: str, quant: Quant
 
 
 def pack(files: TensorFiles, config: ModelConfig, name: str, key: str, quant: QuantSpec, where: str) -> QuantizedTensor:
-    """A weight [O, I] of an unquantized folder in 4 bits; `where`: what errors call it."""
+    """A weight [O, I] of an unquantized folder, quantized; `where`: what errors call it."""
     own = quant_of(config, name, quant)
     if own.format == mxfp4.FORMAT:
         return mxfp4.read(files.read(key + fused.BLOCKS), files.read(key + fused.SCALES), where)

@@ -13,7 +13,7 @@ from qlora_jax.io.folder import PIECE_BYTES, PIECES_ALIVE, cut
 from qlora_jax.io.load import QuantSpec, abstract_weight, expected_stacks
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.quant import native
-from qlora_jax.quant.blockwise import temporary_bytes
+from qlora_jax.quant.tensor import temporary_bytes
 
 FORMS = ("unquantized", "native", "bnb")
 _STAGED = 1  # pieces that the runtime copies into pinned memory on their way to a GPU
@@ -72,7 +72,7 @@ def load_device_peak_bytes(
         transient = arriving
     else:
         packed = native.abstract(shape, quant.format, quant.block_size, quant.double_quant).nbytes
-        working = packed + temporary_bytes(n, quant.block_size)
+        working = packed + temporary_bytes(n, quant.format, quant.block_size)
         transient = packed if form == "bnb" else n * itemsize + max(arriving, working)
     return model_bytes(config, quant, kept_itemsize) + transient
 
@@ -88,5 +88,5 @@ def _piece(config: ModelConfig, form: str, itemsize: int) -> int:
         arrays += [(shape, itemsize) for shape in _linears(config)]
     if form == "native":
         largest = max(map(math.prod, _linears(config)))
-        arrays += [((config.L, -(-largest // 2)), 1)]  # of experts too: a piece ends where it is large enough
+        arrays += [((config.L, largest), 1)]  # at most: 4 bits take half; of experts too, for a piece has an end
     return max(math.prod(cut(shape, size, PIECE_BYTES)[0][1]) * size for shape, size in arrays)

@@ -1,4 +1,4 @@
-"""A checkpoint folder -> a folder quantized to 4 bits, streamed: tensor by tensor from safetensors to safetensors.
+"""A checkpoint folder -> a folder quantized to 4 or 8 bits, streamed: tensor by tensor from safetensors to safetensors.
 
 Two forms are written: bitsandbytes' (what transformers saves and loads) and our own (qlora_jax.quant.native), which
 holds the packed arrays as the device does, all layers together. `load_model` gets from both what it gets by quantizing
@@ -37,11 +37,12 @@ from qlora_jax.io.remote import name_of
 from qlora_jax.io.shards import SHARD_BYTES, ShardWriter, StackWriter, copy_companions, new_folder
 from qlora_jax.models.config import ModelConfig, read_json
 from qlora_jax.models.families.encoders import ENCODER, with_part
-from qlora_jax.quant import bitsandbytes, native
+from qlora_jax.quant import bitsandbytes, int8, native
 from qlora_jax.quant.tensor import QuantizedTensor
 
 FORMS = ("native", "bnb")
-QUANTS = ("nf4", "nf4+dq", "fp4", "fp4+dq", "int4", "int4+dq")  # "+dq": double quantization
+# "+dq": double quantization
+QUANTS = ("nf4", "nf4+dq", "fp4", "fp4+dq", "int4", "int4+dq", "fp4-e3m0", "fp4-e3m0+dq", "int8")
 REPORT = "qlora_jax_quantize.json"
 Linears = Mapping[str, tuple[str, tuple[int, ...]]]  # of linear_keys
 
@@ -61,6 +62,7 @@ def choose_quant(stored: QuantSpec | None, name: str | None, block_size: int | N
     """
     if name is not None and name not in QUANTS:
         raise InputError(f"quant {name!r}; expected one of {', '.join(QUANTS)}")
+    refuse_blocks(name if stored is None else stored.format, block_size)
     if stored is None:
         return quant_spec(name or "nf4+dq", 64 if block_size is None else block_size)
     own_name = stored.format + ("+dq" if stored.double_quant else "")
@@ -71,6 +73,12 @@ def choose_quant(stored: QuantSpec | None, name: str | None, block_size: int | N
             "quantize its original, or leave --quant and --block_size away to change the form on disk only"
         )
     return stored
+
+
+def refuse_blocks(name: str | None, block_size: int | None) -> None:
+    """Raises InputError for a block size that would have no effect."""
+    if name == int8.FORMAT and block_size is not None:
+        raise InputError(f"--block_size={block_size}, but int8 has no blocks, it has a scale a row: leave it out")
 
 
 def linear_bytes(files: TensorFiles, linears: Container[str]) -> int:
@@ -86,7 +94,7 @@ def tensor_bytes(files: TensorFiles, key: str) -> int:
 def read_linear(
     files: TensorFiles, key: str, linears: Linears, quant: QuantSpec, stored: QuantSpec | None, config: ModelConfig
 ) -> QuantizedTensor:
-    """One weight [O, I] of `linear_keys` in 4 bits: as the folder holds it, or quantized from its 16 or 32 bits."""
+    """One weight [O, I] of `linear_keys`, quantized: as the folder holds it, or quantized from its 16 or 32 bits."""
     name, place = linears[key]
     if stored is not None:
         return read_quantized(files, config, name, place, quant)
@@ -123,17 +131,17 @@ def quantize_folder(
     config, stored = load_config(source), stored_quant(source)
     quant = quant or choose_quant(stored, None, None, source)
     if form == "bnb" and quant.format not in bitsandbytes.FORMATS:
-        known = " and ".join(bitsandbytes.FORMATS)
+        known = ", ".join(bitsandbytes.FORMATS)
         raise InputError(f"bitsandbytes has {known}, not {quant.format}: choose one of them, or --format=native")
     if form == "bnb" and config.sparse:
         raise InputError(
             f"{name_of(source)} is a mixture of experts, and in transformers 5 bitsandbytes keeps experts in 16 bits: "
-            "nothing would read 4-bit ones from its form; use --format=native"
+            "nothing would read quantized ones from its form; use --format=native"
         )
     files = open_files(source, config)
     if stored is not None and (skipped_linears(source, config) or is_packed(files, config.head_key)):
         raise InputError(
-            f"{name_of(source)} is quantized with llm_int8_skip_modules, so that other layers are in 4 bits than those "
+            f"{name_of(source)} is quantized with llm_int8_skip_modules, so that other layers are quantized than those "
             "that are written here: use it as it is, or quantize the model that it was made from"
         )
     check_tensors(files, config, stored)
@@ -155,8 +163,10 @@ def quantize_folder(
             settings = _bnb_settings(quant, kept_dtype, config)
         else:
             settings = native.settings(quant.format, quant.block_size, quant.double_quant)
-            if config.kind.experts and config.kind.experts.stored:
-                settings["experts"] = config.kind.experts.stored
+        if quant.format == int8.FORMAT:
+            settings["llm_int8_threshold"] = int8.threshold_of(raw, name_of(source))
+        if form == "native" and config.kind.experts and config.kind.experts.stored:
+            settings["experts"] = config.kind.experts.stored
         write_json(folder / "config.json", hf_config(raw, kept_dtype, config) | {"quantization_config": settings})
         report = {
             "source": name_of(source),
@@ -256,18 +266,19 @@ def _bnb_settings(quant: QuantSpec, dtype: str, config: ModelConfig) -> dict[str
     Where it is told what to leave in 16 bits, it takes the head for 4 bits unless that is told too.
     """
     parts = [*ENCODER, *(f"model.{name}" for name in ENCODER)]
+    in_8_bits = quant.format == int8.FORMAT
     return {
-        "_load_in_4bit": True,
-        "_load_in_8bit": False,
+        "_load_in_4bit": not in_8_bits,
+        "_load_in_8bit": in_8_bits,
         "bnb_4bit_compute_dtype": dtype,
         "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": quant.format,
+        "bnb_4bit_quant_type": "fp4" if in_8_bits else quant.format,
         "bnb_4bit_use_double_quant": quant.double_quant,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
         "llm_int8_skip_modules": [*parts, config.kind.head] if config.kind.beside else None,
-        "llm_int8_threshold": 6.0,
-        "load_in_4bit": True,
-        "load_in_8bit": False,
+        "llm_int8_threshold": int8.THRESHOLD,
+        "load_in_4bit": not in_8_bits,
+        "load_in_8bit": in_8_bits,
         "quant_method": "bitsandbytes",
     }

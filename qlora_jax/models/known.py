@@ -233,6 +233,72 @@ KNOWN = {
 }
 
 
+def _opt(width: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["OPTForCausalLM"],
+        "hidden_size": width,
+        "ffn_dim": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "word_embed_proj_dim": width,
+        "max_position_embeddings": 2048,
+        "vocab_size": 50272,
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+    } | more
+
+
+def _bloom(width: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "architectures": ["BloomForCausalLM"],
+        "n_embed": width,
+        "n_layer": layers,
+        "n_head": heads,
+        "vocab_size": 250880,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def _pythia(width: int, layers: int, heads: int, vocabulary: int = 50304) -> dict[str, Any]:
+    return {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "rotary_pct": 0.25,
+        "max_position_embeddings": 2048,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+
+
+# the other models of the paper's Table 2 (configs/sweeps/paper_types.py)
+KNOWN |= {
+    "facebook/opt-125m": _opt(768, 12, 12),
+    "facebook/opt-350m": _opt(1024, 24, 16, word_embed_proj_dim=512, do_layer_norm_before=False),
+    "facebook/opt-1.3b": _opt(2048, 24, 32),
+    "facebook/opt-2.7b": _opt(2560, 32, 32),
+    "facebook/opt-6.7b": _opt(4096, 32, 32),
+    "facebook/opt-13b": _opt(5120, 40, 40),
+    "bigscience/bloom-560m": _bloom(1024, 24, 16),
+    "bigscience/bloom-1b1": _bloom(1536, 24, 16),
+    "bigscience/bloom-1b7": _bloom(2048, 24, 16),
+    "bigscience/bloom-3b": _bloom(2560, 30, 32),
+    "bigscience/bloom-7b1": _bloom(4096, 30, 32),
+    "EleutherAI/pythia-160m": _pythia(768, 12, 12),
+    "EleutherAI/pythia-410m": _pythia(1024, 24, 16),
+    "EleutherAI/pythia-1b": _pythia(2048, 16, 8),
+    "EleutherAI/pythia-1.4b": _pythia(2048, 24, 16),
+    "EleutherAI/pythia-2.8b": _pythia(2560, 32, 32),
+    "EleutherAI/pythia-6.9b": _pythia(4096, 32, 32, 50432),
+    "EleutherAI/pythia-12b": _pythia(5120, 36, 40, 50688),
+}
+
+
 def known_config(name: str) -> ModelConfig | None:
     """The sizes of a hub name, or None where they are not known here."""
     return parse_config(KNOWN[name], name) if name in KNOWN else None

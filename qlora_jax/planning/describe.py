@@ -4,7 +4,7 @@ from qlora_jax.planning.memory import usable_bytes
 from qlora_jax.planning.plan import EFFICIENCIES, Plan
 
 _LABELS = {
-    "codes": "base: 4-bit codes",
+    "codes": "base: codes",
     "scales": "base: scales",
     "linear_16bit": "base: linear layers, not quantized",
     "embeddings_and_head": "base: embeddings and head",

@@ -3,11 +3,11 @@
 For a weight P: `P` uint8 [ceil(O * I / 2), 1] (first of two values in the high nibble), `P.absmax` (uint8 with double
 quantization, else float32), `P.quant_map` float32 [16], with double quantization `P.nested_absmax` and
 `P.nested_quant_map` float32 [256], and `P.quant_state.bitsandbytes__nf4` (or `__fp4`): uint8 bytes of JSON {quant_type,
-blocksize, dtype, shape, nested_blocksize, nested_dtype, nested_offset}.
+blocksize, dtype, shape, nested_blocksize, nested_dtype, nested_offset}. int8.py has the keys of 8 bits.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +15,14 @@ import numpy as np
 from pallas_kernels.nf4_matmul import NESTED_BLOCK
 from qlora_jax.errors import InputError
 from qlora_jax.finite import check_finite
+from qlora_jax.quant import int8
 from qlora_jax.quant.codebooks import absmax_map, codebook
-from qlora_jax.quant.tensor import QuantizedTensor, check_block_size
+from qlora_jax.quant.tensor import QuantizedTensor, check_block_size, in_8_bits
 
-FORMATS = ("nf4", "fp4")
+FORMATS = ("nf4", "fp4", int8.FORMAT)
+_FOUR_BITS = ("nf4", "fp4")
 _STATE = "quant_state.bitsandbytes__"
-_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(_STATE + name for name in FORMATS))
+_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(_STATE + name for name in _FOUR_BITS))
 
 
 def part_of(key: str) -> str | None:
@@ -28,23 +30,31 @@ def part_of(key: str) -> str | None:
     for part in _PARTS:
         if key.endswith("." + part):
             return key[: -len(part) - 1]
+    for part in int8.PARTS:
+        if f".{key}".endswith(f".{part}"):
+            return key.removesuffix(part) + "weight"
     return None
 
 
 def keys_of(key: str) -> list[str]:
     """The keys that a weight's quantization may have in a file."""
-    return [key, *(f"{key}.{part}" for part in _PARTS)]
+    return [key, *(f"{key}.{part}" for part in _PARTS), *(int8.beside(key, part) for part in int8.PARTS)]
+
+
+def is_packed(key: str, keys: Container[str]) -> bool:
+    """Whether a weight of a file with these keys is quantized."""
+    return f"{key}.absmax" in keys or int8.beside(key, "SCB") in keys
 
 
 def to_bitsandbytes(q: QuantizedTensor, name: str = "weight", dtype: str = "bfloat16") -> dict[str, np.ndarray]:
-    """The tensors of q under a bnb-4bit file's keys; dtype is the one bitsandbytes will dequantize to.
+    """The tensors of q under a bitsandbytes file's keys; dtype is the one that it will dequantize 4 bits to.
 
-    Raises InputError for int4, which bitsandbytes' kernels do not have.
+    Raises InputError for int4 and fp4-e3m0, which bitsandbytes' kernels do not have.
     """
+    if q.in_8_bits:
+        return int8.to_file(q.codes, q.absmax, name)
     if q.format not in FORMATS:
-        raise InputError(
-            f"{name} is {q.format}; bitsandbytes' files hold {' or '.join(FORMATS)}: use the native format"
-        )
+        raise InputError(f"{name} is {q.format}; bitsandbytes' files hold {', '.join(FORMATS)}: use the native format")
     n = q.shape[0] * q.shape[1]
     state = {"quant_type": q.format, "blocksize": q.block_size, "dtype": dtype, "shape": list(q.shape)}
     tensors = {
@@ -70,7 +80,9 @@ def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str = "weight") -
     Raises InputError when a part is missing or misshapen, when a scale is not finite or negative, or when the file's
     tables are not bitsandbytes' own.
     """
-    format = next((f for f in FORMATS if f"{name}.{_STATE}{f}" in tensors), None)
+    if int8.beside(name, "SCB") in tensors:
+        return in_8_bits(int8.from_file(tensors, name))
+    format = next((f for f in _FOUR_BITS if f"{name}.{_STATE}{f}" in tensors), None)
     if format is None:
         raise InputError(f"{name} has no {_STATE}nf4 or {_STATE}fp4 beside it: not a bitsandbytes 4-bit weight")
     try:

@@ -1,7 +1,9 @@
 """The values that 4-bit codes and 8-bit codes (of scales, of optimizer state) stand for.
 
 nf4, fp4: bitsandbytes' tables (`functional.get_4bit_type`); fp4's codes are ordered by bit pattern (sign, exponent,
-mantissa), not by value. int4: symmetric, -7..7 over absmax; code 15 is never written.
+mantissa), not by value. fp4 is the E2M1 of the paper (two bits of exponent, one of mantissa); fp4-e3m0 its E3M0: three
+bits of exponent, so powers of two from 2^-6 to 1 and zero, as bitsandbytes' `create_fp8_map(True, 3, 0, 4)` has them.
+int4: symmetric, -7..7 over absmax. Where 15 values are all, code 15 is never written.
 Thresholds lie midway between neighbouring values, computed in float32; a value on one takes the lower neighbour.
 """
 
@@ -19,6 +21,7 @@ _NF4 = (
 )  # fmt: skip
 _FP4_OVER_12 = (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)
 _E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6)
+_E3M0_OVER_64 = (-64, -32, -16, -8, -4, -2, -1, 0, 1, 2, 4, 8, 16, 32, 64, 64)
 _INT4_OVER_7 = (*range(-7, 8), 7)
 
 
@@ -48,16 +51,19 @@ CODEBOOKS = {
     "nf4": _codebook("nf4", np.asarray(_NF4, np.float32)),
     "fp4": _codebook("fp4", np.asarray(_FP4_OVER_12, np.float32) / np.float32(12)),
     "int4": _codebook("int4", np.asarray(_INT4_OVER_7, np.float32) / np.float32(7), used=15),
+    "fp4-e3m0": _codebook("fp4-e3m0", np.asarray(_E3M0_OVER_64, np.float32) / np.float32(64), used=15),
 }
 _READ_ONLY = {"mxfp4": _codebook("mxfp4", np.asarray(_E2M1, np.float32))}  # quant/mxfp4: nothing is quantized to it
 
 
+KNOWN = CODEBOOKS | _READ_ONLY
+
+
 def codebook(name: str) -> Codebook:
-    """The format of that name. Raises InputError for an unknown one."""
-    known = CODEBOOKS | _READ_ONLY
-    if name not in known:
+    """The 4-bit format of that name. Raises InputError for an unknown one."""
+    if name not in KNOWN:
         raise InputError(f"unknown 4-bit format {name!r}; known: {', '.join(CODEBOOKS)}")
-    return known[name]
+    return KNOWN[name]
 
 
 def absmax_map() -> tuple[float, ...]:

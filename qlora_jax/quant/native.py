@@ -3,7 +3,8 @@
 For a projection P of L layers: `model.layers.P.weight.codes` uint8 [L, ceil(O * I / 2)], `.absmax` [L, C'] uint8 or
 float32, with double quantization `.nested_absmax` float32 [L, ceil(C' / 256)] and `.offset` float32 [L]: the arrays of
 QuantizedTensor, so that loading is one read in order for each. What they mean stands in the folder's config.json:
-quantization_config {quant_method, layout, format, block_size, double_quant}; O and I follow from its sizes.
+quantization_config {quant_method, layout, format, block_size, double_quant}; O and I follow from its sizes. In format
+"int8" codes are int8 [L, O, I] and absmax float32 [L, O], and there is a llm_int8_threshold as transformers has it.
 """
 
 import dataclasses
@@ -14,8 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.errors import InputError
-from qlora_jax.quant.codebooks import CODEBOOKS
-from qlora_jax.quant.tensor import QuantizedTensor, quantize
+from qlora_jax.quant.tensor import FORMATS, QuantizedTensor, quantize
 
 METHOD = "qlora_jax"
 LAYOUT = 2  # of the arrays above; in layout 1 every layer had arrays of its own
@@ -64,7 +64,7 @@ def read_settings(raw: dict[str, Any], where: str) -> tuple[str, int, bool]:
 def abstract(shape: tuple[int, ...], format: str, block_size: int, double_quant: bool) -> QuantizedTensor:
     """A quantized [O, I] with shapes and dtypes in place of arrays."""
     w = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    made = format if format in CODEBOOKS else "nf4"  # parts are the same whatever the table
+    made = format if format in FORMATS else "nf4"  # parts are the same whatever the table
     q = jax.eval_shape(lambda w: quantize(w, made, block_size, double_quant), w)
     return dataclasses.replace(q, format=format)
 

@@ -32,7 +32,7 @@ _METRICS = {
     "tokens_per_second": "tokens a second",
 }
 _HIGHER = ("accuracy", "mmlu", "exact_match", "elo", "per_second", "score")
-_FORMATS = {"nf4": "NF4", "fp4": "FP4", "int4": "Int4", "none": "16-bit"}
+_FORMATS = {"nf4": "NF4", "fp4": "FP4", "int4": "Int4", "fp4-e3m0": "FP4 (E3M0)", "int8": "Int8", "none": "16-bit"}
 
 
 def key_name(key: str) -> str:
@@ -80,7 +80,7 @@ def level_name(keys: Sequence[str], values: Sequence[Any]) -> str:
     if set(keys) == {"quant.format", "quant.double_quant"}:
         of = dict(zip(keys, values, strict=True))
         name = value_name("quant.format", of["quant.format"])
-        return f"{name} + DQ" if of["quant.double_quant"] and of["quant.format"] != "none" else name
+        return f"{name} + DQ" if of["quant.double_quant"] and of["quant.format"] not in ("none", "int8") else name
     return ", ".join(value_name(key, value) for key, value in zip(keys, values, strict=True))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from qlora_jax.errors import InputError
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.optim.schedules import OPTIMIZERS, SCHEDULES
-from qlora_jax.quant.codebooks import CODEBOOKS
+from qlora_jax.quant.tensor import FORMATS
 from qlora_jax.sweep.grid import Point
 from qlora_jax.train.checks import check_values
 from qlora_jax.train.loggers import refuse_loggers
@@ -41,7 +41,7 @@ def _check(plain: dict[str, Any], backend: str) -> None:
         raise InputError("data.path is empty; give a data file or a hub data set")
     LoRAConfig(lora["rank"], lora["alpha"], lora["dropout"], tuple(lora["targets"]), lora["use_rslora"])
     for name, value, known in (
-        ("quant.format", plain["quant"]["format"], (*CODEBOOKS, "none")),
+        ("quant.format", plain["quant"]["format"], (*FORMATS, "none")),
         ("optimizer.name", optimizer["name"], OPTIMIZERS),
         ("optimizer.schedule", optimizer["schedule"], SCHEDULES),
     ):

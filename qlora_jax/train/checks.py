@@ -16,6 +16,7 @@ from qlora_jax.models import attention
 from qlora_jax.models.decoder import REMAT
 from qlora_jax.optim.paged import PAGING
 from qlora_jax.optim.schedules import paging
+from qlora_jax.quant.tensor import check_kernel
 from qlora_jax.settings import AUTO
 from qlora_jax.train import mmlu
 from qlora_jax.train.loggers import check_loggers
@@ -85,6 +86,7 @@ def check_values(config: Any, backend: str | None = None) -> None:
             f"model.{key} is {config.model[key]!r}, which needs an NVIDIA GPU; this process computes on "
             f"{backend}: set model.{key}=xla"
         )
+    check_kernel(config.quant.format, config.model.kernel)
     if config.mesh.devices != 1:
         raise InputError(f"mesh.devices is {config.mesh.devices}; one run trains on one device")
 

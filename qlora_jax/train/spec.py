@@ -17,6 +17,7 @@ from qlora_jax.io.load import QuantSpec, load_config, skipped_linears
 from qlora_jax.models.config import ModelConfig, read_json
 from qlora_jax.models.known import KNOWN, known_config
 from qlora_jax.quant import native
+from qlora_jax.quant.tensor import check_kernel
 from qlora_jax.text.added_tokens import extended_tokenizer
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.cut import Cut, ToCut, default_cut
@@ -56,6 +57,7 @@ def read_spec(config: Any, length: int | None = None) -> RunSpec:
     sizes = dataclasses.replace(sizes, V=rows)
     lora = read_lora_config(config.lora, adds_tokens, sizes.tied)
     quant = QuantSpec(config.quant.format, config.quant.block_size, config.quant.double_quant)
+    check_kernel(quant.format, config.model.kernel)
     kept = _kept(dtype, config.model.compute_dtype)
     model = ModelSpec(sizes, quant, lora, kept_dtype=kept, **model_settings(config.model))
     rows, batches = config.train.batch_size, FileBatches(config.data.batches) if config.data.batches else None

@@ -72,7 +72,7 @@ def test_a_quantized_folder_changes_its_form(results: dict, folder: Path) -> Non
     [
         ("again", "--overwrite"),
         ("requantized", "already quantized"),
-        ("int4", "bitsandbytes has nf4 and fp4"),
+        ("int4", "bitsandbytes has nf4, fp4, int8, not int4"),
         ("unknown quant", "'nf5'"),
         ("unknown form", "--format=gguf"),
         ("block size", "power of two"),

@@ -45,7 +45,7 @@ def test_all_that_does_not_fit_in_one_error(copy):
         del tensors[LAYER.format(1, "mlp.up_proj")]
         tensors["model.extra.weight"] = np.zeros(3, np.float32)
         tensors["lm_head.weight"] = np.zeros((5, 7), np.float32)
-        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].astype(np.int8)
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].astype(np.int16)
 
     with pytest.raises(InputError) as error:
         load_model(copy("llama/llama1", damage))
@@ -56,7 +56,7 @@ def test_all_that_does_not_fit_in_one_error(copy):
         "missing model.layers.1.mlp.up_proj.weight [",
         "unexpected model.extra.weight [3]",
         "lm_head.weight is [5, 7], expected [96, 32]",
-        "model.embed_tokens.weight is I8, expected one of float32",
+        "model.embed_tokens.weight is I16, expected one of float32",
     ):
         assert part in message
 
@@ -123,14 +123,15 @@ def test_already_quantized_otherwise(golden):
 
 def test_quantized_by_something_else(copy):
     folder = copy("llama/llama1", config=lambda c: c.update(quantization_config={"quant_method": "gptq", "bits": 4}))
-    with pytest.raises(InputError, match="is quantized by 'gptq'; readable are bitsandbytes 4-bit folders"):
+    with pytest.raises(InputError, match="is quantized by 'gptq'; readable are bitsandbytes folders"):
         load_model(folder)
 
 
-def test_8_bits_are_told_apart_with_the_way_out(copy):
+def test_8_bits_that_are_16(copy):
+    """As with llm_int8_has_fp16_weight."""
     eight = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}
     folder = copy("llama/llama1", config=lambda c: c.update(quantization_config=eight))
-    with pytest.raises(InputError, match=r"holds weights in 8 bits .*that they were made from, or write them"):
+    with pytest.raises(InputError, match=r"config.json names bitsandbytes, but no tensor is quantized"):
         load_model(folder)
 
 

@@ -142,8 +142,12 @@ def test_names_of_formats() -> None:
     ]
     assert quant_spec("none").format == "none"
     assert {quant_spec(name) for name in QUANTS} == {
-        QuantSpec(format, 64, dq) for format in ("nf4", "fp4", "int4") for dq in (False, True)
+        *(QuantSpec(format, 64, dq) for format in ("nf4", "fp4", "int4", "fp4-e3m0") for dq in (False, True)),
+        QuantSpec("int8", 0, False),
     }
+    assert str(quant_spec("int8")) == "int8, a scale a row"
+    with pytest.raises(InputError, match="--block_size=128, but int8 has no blocks"):
+        choose_quant(None, "int8", 128, Path())
     assert choose_quant(None, None, None, Path()) == QuantSpec("nf4", 64, True)
     for bad in ("nf5", "nf4+", "none", ""):
         with pytest.raises(InputError, match="expected one of nf4, "):
@@ -212,7 +216,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_left(
 
 
 def test_bitsandbytes_has_no_int4(golden: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="bitsandbytes has nf4 and fp4, not int4"):
+    with pytest.raises(InputError, match="bitsandbytes has nf4, fp4, int8, not int4"):
         quantize_folder(golden / "llama" / "llama1", tmp_path / "out", "bnb", quant_spec("int4"))
     with pytest.raises(InputError, match="expected one of native, bnb"):
         quantize_folder(golden / "llama" / "llama1", tmp_path / "out", "gguf")

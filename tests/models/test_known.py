@@ -36,6 +36,24 @@ PARAMETERS = {
     "google/gemma-3-4b-it": 3.880,  # of 4.300 with the encoder
     "google/gemma-3-12b-it": 11.766,  # of 12.187
     "google/gemma-3-27b-it": 27.009,  # of 27.432
+    "facebook/opt-125m": 0.125,
+    "facebook/opt-350m": 0.331,
+    "facebook/opt-1.3b": 1.316,
+    "facebook/opt-2.7b": 2.652,
+    "facebook/opt-6.7b": 6.658,
+    "facebook/opt-13b": 12.853,
+    "bigscience/bloom-560m": 0.559,
+    "bigscience/bloom-1b1": 1.065,
+    "bigscience/bloom-1b7": 1.722,
+    "bigscience/bloom-3b": 3.003,
+    "bigscience/bloom-7b1": 7.069,
+    "EleutherAI/pythia-160m": 0.162,
+    "EleutherAI/pythia-410m": 0.405,
+    "EleutherAI/pythia-1b": 1.012,
+    "EleutherAI/pythia-1.4b": 1.415,
+    "EleutherAI/pythia-2.8b": 2.775,
+    "EleutherAI/pythia-6.9b": 6.857,
+    "EleutherAI/pythia-12b": 11.846,
 }
 
 

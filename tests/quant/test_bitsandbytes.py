@@ -139,7 +139,7 @@ def test_not_bitsandbytes_at_all():
 
 
 def test_int4_has_no_such_form():
-    with pytest.raises(qj.InputError, match="w is int4; bitsandbytes' files hold nf4 or fp4"):
+    with pytest.raises(qj.InputError, match="w is int4; bitsandbytes' files hold nf4, fp4, int8"):
         qj.to_bitsandbytes(qj.quantize(jnp.ones((2, 2)), "int4"), "w")
 
 

@@ -35,13 +35,24 @@ def test_int4_tie_goes_to_the_lower_value():
     np.testing.assert_allclose(qj.dequantize(q, jnp.float32)[0, :5], [7, 0, -1, 2, 0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("format", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int4", "fp4-e3m0"])
 def test_error_is_at_most_half_the_widest_gap(format):
     w = normal(16, 64)
     q = qj.quantize(jnp.asarray(w), format, 64, double_quant=False)
     values = np.sort(codebook(format).values)
     error = np.abs(np.asarray(qj.dequantize(q, jnp.float32)) - w) / np.abs(w).max(1, keepdims=True)
     assert 0 < error.max() <= np.diff(values).max() / 2 + 1e-6
+
+
+def test_fp4_e3m0_is_powers_of_two_and_zero():
+    """As bitsandbytes' create_fp8_map(signed=True, exponent_bits=3, precision_bits=0, total_bits=4) has them."""
+    powers = [2.0**-k for k in range(7)]
+    assert set(codebook("fp4-e3m0").values) == {0.0, *powers, *(-p for p in powers)}
+    w = np.zeros((1, 32), np.float32)
+    w[0, :7] = [1, 0.76, 0.74, 0.012, 0.007, -0.4, -0.01]  # 0.75 and 1 / 128 are in the middle
+    q = qj.quantize(jnp.asarray(w), "fp4-e3m0", 32, double_quant=False)
+    np.testing.assert_array_equal(qj.dequantize(q, jnp.float32)[0, :8], [1, 1, 0.5, 1 / 64, 0, -0.5, -1 / 64, 0])
+    assert int(np.asarray(q.codes).max() >> 4) < 15
 
 
 @pytest.mark.parametrize("block_size", [0, 16, 48, 8192, -64])
