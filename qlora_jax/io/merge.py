@@ -45,6 +45,7 @@ from qlora_jax.io.write import hf_config, read_linear, tensor_bytes
 from qlora_jax.models.config import ModelConfig, read_json
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.families.encoders import with_part
+from qlora_jax.models.roberta.build import build
 from qlora_jax.quant.tensor import QuantizedTensor, dequantize
 from qlora_jax.residual import residual
 from qlora_jax.settings import config_hash
@@ -225,7 +226,7 @@ def _skeleton(config: ModelConfig) -> Decoder:
     weights["layers"] = {
         name: struct((config.L, *config.copies(name), *shape)) for name, shape in config.linears.items()
     } | {name: struct((config.L, *shape)) for name, shape in config.vectors.items()}
-    return Decoder(config, weights, jnp.float32)
+    return build(config, weights, jnp.float32)
 
 
 def _values(w: Any) -> np.ndarray:

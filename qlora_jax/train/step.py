@@ -44,17 +44,14 @@ def make_gradient(
     """
 
     def micro_loss(adapter, base, tokens, loss_mask, key, segments):
-        model = merge(graph, adapter, base)
-        hidden, _ = model(tokens, dropout_key=key, segments=segments)
-        total, _ = summed_loss(hidden, model.head_weight(), tokens, loss_mask, loss_chunk)
-        return total
+        return loss_of(merge(graph, adapter, base), tokens, loss_mask, key, segments, loss_chunk)[0]
 
     def gradient(adapter, base, tokens, loss_mask, key, segments=None):
         def add(total, inputs):
             micro_tokens, micro_mask, index, micro_segments = inputs
             micro_key = None if key is None else DropoutKey(key, index * micro_tokens.shape[0])
             model = merge(graph, adapter, base)
-            if model.remat == "none":
+            if model.remat == "none" or hasattr(model, "loss"):
                 loss, grads = jax.value_and_grad(micro_loss)(
                     adapter, base, micro_tokens, micro_mask, micro_key, micro_segments
                 )
@@ -73,14 +70,28 @@ def make_gradient(
     return gradient
 
 
+def loss_of(
+    model: Decoder,
+    tokens: jax.Array,
+    loss_mask: jax.Array,
+    key: jax.Array | DropoutKey | None,
+    segments: jax.Array | None,
+    loss_chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """(summed loss, targets), float32 [], of tokens int32 [B, T] and loss_mask bool [B, T]: the model's own loss where
+    it has one (an encoder's), else nats of the target tokens."""
+    if hasattr(model, "loss"):
+        return model.loss(tokens, loss_mask, dropout_key=key, segments=segments, chunk=loss_chunk)
+    hidden, _ = model(tokens, dropout_key=key, segments=segments)
+    return summed_loss(hidden, model.head_weight(), tokens, loss_mask, loss_chunk)
+
+
 def make_evaluation(graph: Any, loss_chunk: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """evaluate(adapter, base, tokens int32 [B, T], loss_mask bool [B, T], segments int32 [B, T] or None) -> (summed
     nats, target tokens), without dropout."""
 
     def evaluate(adapter, base, tokens, loss_mask, segments=None):
-        model = nnx.merge(graph, adapter, base)
-        hidden, _ = model(tokens, segments=segments)
-        return summed_loss(hidden, model.head_weight(), tokens, loss_mask, loss_chunk)
+        return loss_of(nnx.merge(graph, adapter, base), tokens, loss_mask, None, segments, loss_chunk)
 
     return evaluate
 
