@@ -17,8 +17,10 @@ from qlora_jax.data.chat_examples import check_turns
 from qlora_jax.data.detect import AUTO
 from qlora_jax.data.examples import Example, Lengths
 from qlora_jax.data.formats import FORMATS
+from qlora_jax.data.glue.tasks import FORMAT as GLUE
 from qlora_jax.errors import InputError
 from qlora_jax.feed.batches import Batches, FileBatches, eval_batches
+from qlora_jax.feed.labelled import labelled_lines
 from qlora_jax.feed.orders import Shares
 from qlora_jax.feed.packing import PackedBatches, check_fits, pack_length, packed_eval_batches
 from qlora_jax.feed.padding import padding_line
@@ -224,6 +226,8 @@ def _report(
 def _set_lines(config: Any, each: TokenizedSet, lengths: Lengths) -> list[str]:
     found = ", found from its rows" if each.source.format == AUTO else ""
     lines = [f"data: {each.source.path} ({each.format}{found}): {each.rows:,} rows, {len(each.store):,} examples"]
+    if each.format == GLUE:
+        return lines + labelled_lines(each.left_out, each.cuts.sources, lengths)
     if FORMATS[each.format].note:
         lines.append(f"data: {FORMATS[each.format].note}")
     if each.chat:
