@@ -355,7 +355,7 @@ class Run:
         def write_beside(folder: Path) -> None:
             if added is not None and added.new:
                 write_tokenizer(added, folder)
-            if prepared.tokenizer is not None:
+            if prepared.tokenizer is not None and not prepared.kind.bidirectional:
                 write_template(folder, template_of(prepared.data.sources))
 
         write_adapter(workdir.adapter, self.adapter, prepared.lora_config, base, grown, write_beside, prepared.kind)

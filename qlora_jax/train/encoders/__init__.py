@@ -1,0 +1,1 @@
+"""Runs of encoders: labels (what a config cannot ask of one, and its classes)."""
