@@ -34,7 +34,7 @@ def classes_of(model, rows: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def write_tiny_roberta(folder: Path, context: int = 48) -> Path:
-    """A random checkpoint as RobertaForMaskedLM's, of the golden tokenizer's 400 tokens, for rows of up to `context`."""
+    """A random checkpoint as RobertaForMaskedLM's, with the golden tokenizer; its context is `context` tokens."""
     folder.mkdir(parents=True)
     config = {
         "architectures": ["RobertaForMaskedLM"], "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -55,10 +55,12 @@ def write_tiny_roberta(folder: Path, context: int = 48) -> Path:
 
 
 def write_glue(folder: Path, count: int = 40) -> Path:
-    """RTE/train.tsv and dev.tsv, CoLA/train.tsv without a header, and STS-B/train.tsv, as their owners write them, whose
-    labels follow from the texts."""
+    """RTE/train.tsv and dev.tsv, CoLA/train.tsv without a header, and STS-B/train.tsv, in their owners' formats.
+
+    Labels follow from the texts.
+    """
     rng = np.random.default_rng(1)
-    words = "the sun tree runs a red dog sings blue over".split()
+    words = ["the", "sun", "tree", "runs", "a", "red", "dog", "sings", "blue", "over"]
     pairs = [[" ".join(rng.choice(words, size)) for size in rng.integers(2, 6, 2)] for _ in range(count)]
     alike = [sum(word in b.split() for word in a.split()) / len(a.split()) for a, b in pairs]
     for name in ("RTE", "CoLA", "STS-B"):
@@ -74,6 +76,7 @@ def write_glue(folder: Path, count: int = 40) -> Path:
     cola = [f'gj04\t{int("dog" in a.split())}\t\t"{a}' for a, _ in pairs]
     (folder / "CoLA" / "train.tsv").write_text("\n".join([*cola, ""]))
     header = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore"
-    scores = [f"{n}\tg\tf\t2012\t{n}\ts\ts\t{a}\t{b}\t{5 * x:.3f}" for n, ((a, b), x) in enumerate(zip(pairs, alike))]
+    numbered = enumerate(zip(pairs, alike, strict=True))
+    scores = [f"{n}\tg\tf\t2012\t{n}\ts\ts\t{a}\t{b}\t{5 * x:.3f}" for n, ((a, b), x) in numbered]
     (folder / "STS-B" / "train.tsv").write_text("\n".join([header, *scores, ""]))
     return folder

@@ -211,7 +211,8 @@ def _report(
                 f"{source['train_examples']:,} {how} an epoch"
             )
     lines.append(_longest_line([train, heldout]))
-    if not all(each.chat for each in sets) and tokenizer.bos_id is not None and not tokenizer.prefix:
+    as_the_paper = not all(each.chat or each.format == GLUE for each in sets)
+    if as_the_paper and tokenizer.bos_id is not None and not tokenizer.prefix:
         bos = tokenizer.controls.get(tokenizer.bos_id, "BOS")
         lines.append(f"data: prompts begin with {bos!r}, as the paper's do; the tokenizer itself adds nothing")
     targets, total = (int(of(train).sum(dtype=np.int64)) for of in (targets_of, lengths_of))

@@ -379,6 +379,8 @@ class Run:
             "trainable_params": prepared.trainable_params,
             "total_params": prepared.total_params,
         }
+        if prepared.lora_config.labels:
+            summary["labels"] = prepared.lora_config.labels  # losses are of rows, not of tokens
         if self.mmlu is not None:
             found = self.mmlu(self.adapter, prepared.base)
             self.say(f"run: {self.mmlu.describe(found)}")

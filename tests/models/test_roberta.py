@@ -14,9 +14,11 @@ from qlora_jax.io.adapters.tensors import PREFIX, head_keys
 from qlora_jax.io.load import load_model
 from qlora_jax.io.peft import load_adapter
 from qlora_jax.models.config import parse_config, read_json
+from qlora_jax.models.dropout import DropoutKey
 from qlora_jax.train.step import make_gradient
 from tests.roberta import FOLDERS, classes_of, golden
 
+KEY = jax.random.key(5)
 NAMES = ("masked", "regression")
 
 
@@ -45,6 +47,7 @@ def test_adapters_logits_and_gradients(name):
     np.testing.assert_allclose(classes_of(model, rows), rows["logits"], atol=1e-4, rtol=0)
 
     lora.train_head(model, read_head(model.config, FOLDERS / name / "adapter"))
+    model.remat = {"masked": "block", "regression": "none"}[name]
     graph, adapter, base = lora.split(model)
     tokens, mask = as_batch(rows, 20)
     sums, metrics = jax.jit(make_gradient(graph, 64, 0.0))(adapter, base, tokens, mask, None)
@@ -78,6 +81,19 @@ def test_padding_changes_nothing():
     mask[1] = False
     some, fewer = loss(state, tokens, mask)
     assert (count, fewer) == (4, 3) and 0 < some < whole
+
+
+def test_a_rows_dropout_is_its_own():
+    """Whatever batch it is cut into; and there is some."""
+    model = load_model(FOLDERS / "masked", compute_dtype=jnp.float32)
+    load_adapter(model, FOLDERS / "masked" / "adapter")
+    model.dropout_rate = 0.5
+    graph, state = nnx.split(model)
+    tokens, mask = as_batch(golden("masked"), 20)
+    loss = jax.jit(lambda tokens, mask, first: nnx.merge(graph, state).loss(tokens, mask, DropoutKey(KEY, first))[0])
+    halves = [loss(tokens[half], mask[half], 2 * half) for half in range(2)]
+    np.testing.assert_allclose(sum(halves), loss(tokens.reshape(4, -1), mask.reshape(4, -1), 0), rtol=1e-5)
+    assert abs(loss(tokens[1], mask[1], 0) - halves[1]) > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,14 @@ class Encoder(Decoder):
         raise InputError(TEXTLESS)
 
 
+def check_kind(config: ModelConfig, encoder: bool) -> None:
+    """Raises InputError where a decoder is asked for and the model is an encoder, or with `encoder` the other way."""
+    if config.kind.bidirectional and not encoder:
+        raise InputError(TEXTLESS)
+    if encoder and not config.kind.bidirectional:
+        raise InputError("this model is a decoder, and an encoder with a head over classes (RoBERTa) is asked for")
+
+
 TEXTLESS = (
     "this model is an encoder (RoBERTa): it classifies rows, and neither writes nor scores text; train it on rows with "
     "labels (data.format=glue) and measure it by evaluate --task=glue"
