@@ -27,7 +27,7 @@ from qlora_jax.packs.run import MemberResult, PackRun
 from qlora_jax.packs.warm import Base, Warm
 from qlora_jax.settings import config_hash, resolved
 from qlora_jax.train.checks import check_config
-from qlora_jax.train.encoders.labels import with_labels
+from qlora_jax.train.kinds.labels import with_labels
 from qlora_jax.train.loggers import refuse_loggers
 from qlora_jax.train.setup import read_lora_config, start_input, step_count
 

@@ -21,7 +21,6 @@ from flax import nnx
 from qlora_jax import lora
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.dropout import DropoutRate
-from qlora_jax.models.roberta.encoder import Encoder
 from qlora_jax.optim.schedules import make_transformation
 from qlora_jax.train.loss import summed_loss_and_hits
 from qlora_jax.train.step import make_gradient
@@ -133,9 +132,9 @@ def make_pack_evaluation(graph: Any, loss_chunk: int, over: str) -> Callable[...
         tokens, mask, segments = batch
 
         def evaluate():
-            model = _scaled(nnx.merge(graph, adapter, base), scale)
-            if isinstance(model, Encoder):
-                return model.loss_and_hits(tokens, mask)
+            model: Any = _scaled(nnx.merge(graph, adapter, base), scale)
+            if hasattr(model, "loss_and_hits"):
+                return model.loss_and_hits(tokens, mask, loss_chunk)
             hidden, _ = model(tokens, segments=segments)
             return summed_loss_and_hits(hidden, model.head_weight(), tokens, mask, loss_chunk)
 

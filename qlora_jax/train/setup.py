@@ -41,7 +41,7 @@ from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train import mmlu
 from qlora_jax.train.checks import check_config
 from qlora_jax.train.cut import ToCut
-from qlora_jax.train.encoders.labels import with_labels
+from qlora_jax.train.kinds.labels import with_labels
 from qlora_jax.train.mmlu import Asked
 from qlora_jax.train.shapes import ModelSpec, model_settings
 

@@ -20,7 +20,7 @@ from qlora_jax.quant import native
 from qlora_jax.text.added_tokens import extended_tokenizer
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.cut import Cut, ToCut, default_cut
-from qlora_jax.train.encoders.labels import longest_labelled_row, with_labels
+from qlora_jax.train.kinds.labels import longest_labelled_row, with_labels
 from qlora_jax.train.setup import added_tokens, read_lora_config
 from qlora_jax.train.shapes import BatchShape, ModelSpec, model_settings
 

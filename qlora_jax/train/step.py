@@ -70,22 +70,6 @@ def make_gradient(
     return gradient
 
 
-def loss_of(
-    model: Decoder,
-    tokens: jax.Array,
-    loss_mask: jax.Array,
-    key: jax.Array | DropoutKey | None,
-    segments: jax.Array | None,
-    loss_chunk: int,
-) -> tuple[jax.Array, jax.Array]:
-    """(summed loss, targets), float32 [], of tokens int32 [B, T] and loss_mask bool [B, T]: the model's own loss where
-    it has one (an encoder's), else nats of the target tokens."""
-    if hasattr(model, "loss"):
-        return model.loss(tokens, loss_mask, dropout_key=key, segments=segments, chunk=loss_chunk)
-    hidden, _ = model(tokens, dropout_key=key, segments=segments)
-    return summed_loss(hidden, model.head_weight(), tokens, loss_mask, loss_chunk)
-
-
 def make_evaluation(graph: Any, loss_chunk: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """evaluate(adapter, base, tokens int32 [B, T], loss_mask bool [B, T], segments int32 [B, T] or None) -> (summed
     nats, target tokens), without dropout."""
@@ -94,6 +78,21 @@ def make_evaluation(graph: Any, loss_chunk: int) -> Callable[..., tuple[jax.Arra
         return loss_of(nnx.merge(graph, adapter, base), tokens, loss_mask, None, segments, loss_chunk)
 
     return evaluate
+
+
+def loss_of(
+    model: Any,
+    tokens: jax.Array,
+    loss_mask: jax.Array,
+    key: jax.Array | DropoutKey | None,
+    segments: jax.Array | None,
+    loss_chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """(summed nats, target tokens) of rows: a decoder's, or by the `loss` that a model of another kind has."""
+    if hasattr(model, "loss"):
+        return model.loss(tokens, loss_mask, dropout_key=key, segments=segments, chunk=loss_chunk)
+    hidden, _ = model(tokens, dropout_key=key, segments=segments)
+    return summed_loss(hidden, model.head_weight(), tokens, loss_mask, loss_chunk)
 
 
 def mean_loss(evaluation: Callable[..., Any], adapter: Any, base: Any, batches: Iterable[Mapping]) -> float | None:

@@ -114,7 +114,9 @@ class Encoder(Decoder):
         found = losses(self.classes(tokens, rows.lengths, dropout_key), rows.labels)
         return jnp.sum(jnp.where(rows.lengths > 0, found, 0)), rows.labelled
 
-    def loss_and_hits(self, tokens: jax.Array, loss_mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def loss_and_hits(
+        self, tokens: jax.Array, loss_mask: jax.Array, chunk: int = 0
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As `loss`, with the rows whose likeliest class is their label between the two; none of a number."""
         rows = taken_apart(tokens, loss_mask)
         logits, labelled = self.classes(tokens, rows.lengths), rows.lengths > 0

@@ -17,7 +17,7 @@ def with_labels(lora_config: LoRAConfig, config: Any, sizes: ModelConfig) -> LoR
 
     Raises InputError where model and data are of different kinds, or the config asks of an encoder what it cannot do.
     """
-    sources = [] if config.data.batches else sources_of(config.data)
+    sources = sources_of(config.data) if config.data.path and not config.data.batches else []
     labelled = [source.path for source in sources if source.format == FORMAT]
     if sizes.kind.bidirectional is None:
         if labelled:
@@ -29,7 +29,9 @@ def with_labels(lora_config: LoRAConfig, config: Any, sizes: ModelConfig) -> LoR
             raise InputError(f"data.task is {config.data.task!r}, which is for data.format={FORMAT}")
         return lora_config
     if not sources or len(labelled) < len(sources):
-        found = "data.batches is a file of ready rows" if not sources else f"data.format is {config.data.format!r}"
+        found = f"data.format is {config.data.format!r}"
+        if not sources:
+            found = "data.batches is a file of ready rows" if config.data.batches else "data.path is empty"
         raise InputError(
             f"the model is an encoder (RoBERTa), which learns rows with labels, and {found}: set data.format={FORMAT}"
         )

@@ -1,1 +1,0 @@
-"""Runs of encoders: labels (what a config cannot ask of one, and its classes)."""
