@@ -33,14 +33,17 @@ def classes_of(model, rows: dict[str, np.ndarray]) -> np.ndarray:
     return np.asarray(_classes(*nnx.split(model), rows["tokens"], rows["lengths"]))
 
 
-def write_tiny_roberta(folder: Path, context: int = 48) -> Path:
-    """A random checkpoint as RobertaForMaskedLM's, with the golden tokenizer; its context is `context` tokens."""
+def write_tiny_roberta(folder: Path, context: int = 48, labels: int = 0) -> Path:
+    """A random checkpoint as RobertaForMaskedLM's, or with a head, and the golden tokenizer, for `context` tokens."""
     folder.mkdir(parents=True)
     config = {
         "architectures": ["RobertaForMaskedLM"], "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "vocab_size": 400, "max_position_embeddings": context + 1, "type_vocab_size": 1,
         "layer_norm_eps": 1e-5, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
+    if labels:
+        names = {str(number): f"LABEL_{number}" for number in range(labels)}
+        config |= {"architectures": ["RobertaForSequenceClassification"], "id2label": names}
     (folder / "config.json").write_text(json.dumps(config))
     rng = np.random.default_rng(0)
     tensors = {}

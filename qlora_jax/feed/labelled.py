@@ -2,14 +2,15 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from qlora_jax.data.examples import Example, Lengths, Truncated
-from qlora_jax.data.glue.examples import tokenize_labelled
+from qlora_jax.data.glue.examples import as_label, tokenize_labelled
 from qlora_jax.data.glue.rows import read_rows
-from qlora_jax.data.glue.tasks import FORMAT, Task
+from qlora_jax.data.glue.tasks import FORMAT, Task, task_of
+from qlora_jax.data.read import data_sets
 from qlora_jax.errors import InputError
 from qlora_jax.feed.store import write_examples
 from qlora_jax.text.tokenizer import Tokenizer
@@ -72,3 +73,16 @@ def labelled_lines(left_out: int, cut: int, lengths: Lengths) -> list[str]:
     room = "data.max_source_len" if lengths.max_source_len else "the model's context"
     said = f"data: {cut:,} rows cut to {longest_text(lengths)} tokens ({room}), the longer text of a pair first"
     return torn + [said] * bool(cut)
+
+
+def labels_of(data: Any) -> Callable[[Example], str] | None:
+    """What names the label of a row, by the config's `data` section; None where rows have answers."""
+    if data.format != FORMAT:
+        return None
+    task = task_of(data.task, data_sets(data.path)[0])
+
+    def named(example: Example) -> str:
+        label = as_label(int(example.tokens[-1]), task.classes)
+        return task.labels[int(label)] if task.labels else f"{label:g}"
+
+    return named
