@@ -76,9 +76,9 @@ def next_commands(config: Any, workdir: Path, summary: dict[str, Any]) -> list[t
     adapted += [f"--block_size={spec.block_size}"] if spec.format != "none" and spec.block_size != 64 else []
     adapted += [f"--adapter={workdir}/adapter"]
     if config.data.format == GLUE:
-        data = [f"--glue_data={','.join(data_sets(config.data.eval_path or config.data.path))}"]
-        data += [f"--glue_task={config.data.task}"] if config.data.task else []
-        evaluate = command("evaluate", "--task=glue", *data, *adapted)
+        rows = [f"--glue_data={','.join(data_sets(config.data.eval_path or config.data.path))}"]
+        rows += [f"--glue_task={config.data.task}"] if config.data.task else []
+        evaluate = command("evaluate", "--task=glue", *rows, *adapted)
     elif summary.get("final_eval_loss") is not None:
         evaluate = command("evaluate", "--task=heldout", f"--workdir={workdir}", *base)
     else:

@@ -55,8 +55,8 @@ def measure(
     task, config = tasks[0], load_config(model.folder())
     check_kind(config, encoder=True)
     longest = min(context or config.context, config.context)
-    tokenizer, torn = model.tokenizer(), []
-    sets = []
+    tokenizer, sets = model.tokenizer(), []
+    torn: list[str] = []
     for path in paths:
         rows = list(read_rows(task, data_files(path), torn))
         sets.append((path, *tokenize_labelled(rows, tokenizer, task.classes, longest)))

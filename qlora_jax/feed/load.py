@@ -15,7 +15,7 @@ from qlora_jax import checksums
 from qlora_jax.checksums import Input
 from qlora_jax.data.chat_examples import check_turns
 from qlora_jax.data.detect import AUTO
-from qlora_jax.data.examples import Example, Lengths
+from qlora_jax.data.examples import Example, Lengths, Truncated
 from qlora_jax.data.formats import FORMATS
 from qlora_jax.data.glue.tasks import FORMAT as GLUE
 from qlora_jax.errors import InputError
@@ -227,7 +227,7 @@ def _report(
 def _set_lines(config: Any, each: TokenizedSet, lengths: Lengths) -> list[str]:
     found = ", found from its rows" if each.source.format == AUTO else ""
     lines = [f"data: {each.source.path} ({each.format}{found}): {each.rows:,} rows, {len(each.store):,} examples"]
-    if each.format == GLUE:
+    if each.format == GLUE and isinstance(each.cuts, Truncated):
         return lines + labelled_lines(each.left_out, each.cuts.sources, lengths)
     if FORMATS[each.format].note:
         lines.append(f"data: {FORMATS[each.format].note}")

@@ -23,6 +23,7 @@ from qlora_jax.files import write_json
 from qlora_jax.finite import first_not_finite
 from qlora_jax.io import fused, peft
 from qlora_jax.io.adapters.head import read_head, settings_with_head, with_head
+from qlora_jax.io.adapters.tensors import PREFIX, head_keys
 from qlora_jax.io.export import DTYPES
 from qlora_jax.io.load import (
     QuantSpec,
@@ -146,7 +147,7 @@ def merge_folder(
     replaced = {config.embedding_key: "embed_tokens", config.head_key: "lm_head"}
     matrices, head = peft.read_matrices(skeleton, adapter), read_head(config, adapter)
     merged_config = with_head(config, head)
-    head = {f"{merged_config.kind.bidirectional.head}.{name}": value for name, value in head.items()}
+    head = {key.removeprefix(PREFIX): head[name] for name, key in head_keys(config.kind).items()}
     factors = {
         key: (np.asarray(a)[place], np.asarray(b)[place])
         for name, (a, b) in arrays.items()
