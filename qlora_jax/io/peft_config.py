@@ -234,7 +234,7 @@ def read_config(folder: Path) -> AdapterConfig:
         excluded=file.selection("exclude_modules") or (),
         layers=layers,
         modules_to_save=file.modules_to_save(),
-        has_head=file.raw.get("task_type") == CLASSES or HEADS[0] in (file.raw.get("modules_to_save") or []),
+        has_head=HEADS[0] in (file.raw.get("modules_to_save") or ()),
         ranks={name: file.rank("rank_pattern", value) for name, value in file.pattern("rank_pattern").items()},
         alphas={name: file.alpha("alpha_pattern", value) for name, value in file.pattern("alpha_pattern").items()},
         parameters=parameters,
@@ -324,7 +324,8 @@ class _File:
 
     def modules_to_save(self) -> tuple[str, ...]:
         named = self._names("modules_to_save")
-        if other := [name for name in named if name not in (*_MATRICES, *HEADS)]:
+        heads = HEADS if HEADS[0] in named else ()
+        if other := [name for name in named if name not in (*_MATRICES, *heads)]:
             readable = " and ".join((*MODULES, HEADS[0]))
             raise InputError(f"{self.where}: modules_to_save has {_shown(other[0])}; readable are {readable}")
         saved = {_MATRICES[name] for name in named if name not in HEADS}

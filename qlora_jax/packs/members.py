@@ -86,7 +86,7 @@ def _required(plain: dict[str, Any]) -> dict[str, Any]:
 def _labels(data: dict[str, Any]) -> Any:
     """Classes of a head for a data set of GLUE; where its task is not known what a run will refuse."""
     try:
-        return task_of(data["task"], data_sets(data["path"])[0]).classes
+        return task_of(data.get("task", ""), data_sets(data["path"])[0]).classes
     except (InputError, IndexError):
         return data["path"]
 

@@ -1,10 +1,13 @@
 """The encoder against transformers: logits, losses and gradients of padded pairs, classes and numbers."""
 
+from shutil import copytree
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from qlora_jax import lora
 from qlora_jax.data.glue.examples import as_token
@@ -16,6 +19,7 @@ from qlora_jax.io.peft import load_adapter
 from qlora_jax.models.config import parse_config, read_json
 from qlora_jax.models.dropout import DropoutKey
 from qlora_jax.train.step import make_gradient
+from tests.conftest import TESTS
 from tests.roberta import FOLDERS, classes_of, golden
 
 KEY = jax.random.key(5)
@@ -120,3 +124,16 @@ def test_no_text_is_asked_of_an_encoder():
         model.new_cache(1, 64)
     with pytest.raises(InputError, match="has no head over classes"):
         model.classes(jnp.ones((1, 4), jnp.int32), None)
+
+
+def test_a_decoder_takes_no_head(tmp_path):
+    """Whatever else the adapter's folder says; and a folder without a head is no encoder's."""
+    copytree(FOLDERS / "masked" / "adapter", tmp_path / "adapter")
+    model = load_model(TESTS / "golden" / "llama" / "llama1", compute_dtype=jnp.float32)
+    with pytest.raises(InputError, match="has a head over classes .* the model is a decoder"):
+        load_adapter(model, tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    kept = {key: value for key, value in tensors.items() if not key.endswith("classifier.dense.bias")}
+    save_file(kept, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="classifier.dense.bias is missing, expected"):
+        load_adapter(load_model(FOLDERS / "masked", compute_dtype=jnp.float32), tmp_path / "adapter")
