@@ -227,19 +227,20 @@ def _report(
 def _set_lines(config: Any, each: TokenizedSet, lengths: Lengths) -> list[str]:
     found = ", found from its rows" if each.source.format == AUTO else ""
     lines = [f"data: {each.source.path} ({each.format}{found}): {each.rows:,} rows, {len(each.store):,} examples"]
-    if each.format == GLUE and isinstance(each.cuts, Truncated):
-        return lines + labelled_lines(each.left_out, each.cuts.sources, lengths)
-    if FORMATS[each.format].note:
+    is_labelled = each.format == GLUE
+    if not is_labelled and FORMATS[each.format].note:
         lines.append(f"data: {FORMATS[each.format].note}")
     if each.chat:
         learned = "the last answer of each" if config.turns == "last" else "its answers alone"
         lines.append(f"data: in the model's chat template (data.template={config.template}), {learned} learned")
-    if each.left_out:
+    if each.left_out and not is_labelled:
         lines.append(f"data: {each.left_out:,} rows left out: no answer to learn")
     if 0 < config.max_examples < each.made:
         lines.append(f"data: only the first {config.max_examples:,} by data.max_examples")
     if each.rows == config.max_rows:
         lines.append(f"data: at most {config.max_rows:,} rows are read, by data.max_rows")
+    if is_labelled and isinstance(each.cuts, Truncated):
+        return lines + labelled_lines(each.left_out, each.cuts.sources, lengths)
     return lines + each.cuts.report(lengths)
 
 

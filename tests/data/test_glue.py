@@ -8,8 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer as Rust
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Whitespace
+from tokenizers.processors import RobertaProcessing
+from tokenizers.trainers import BpeTrainer
 
 from qlora_jax.data.examples import Lengths
 from qlora_jax.data.glue.examples import as_label, as_token, rooms, tokenize_labelled
@@ -129,6 +131,24 @@ def test_pairs_are_cut_as_tokenizers_cuts_them():
                 whole = tokenizer.encode(" ".join("a" * a), " ".join("b" * b))
                 kept = [whole.sequence_ids.count(0), whole.sequence_ids.count(1)]
                 assert list(rooms(a, b, room)) == kept, (a, b, room)
+
+
+def test_rows_are_as_robertas_tokenizer_makes_them(tmp_path):
+    """Files as RoBERTa's folders have them: byte-level BPE, RobertaProcessing, tokens named in config.json alone."""
+    rust = Rust(BPE(unk_token="<unk>"))
+    rust.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trainer = BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=ByteLevel.alphabet())
+    rust.train_from_iterator(["the quick brown fox"] * 3, trainer)
+    rust.post_processor = RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    rust.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 512}')
+    (tmp_path / "config.json").write_text('{"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}')
+    rows = [Labelled(("the quick fox", " brown dog\u00e9 "), 1, "x, line 1"), Labelled(("fox",), 0, "x, line 2")]
+    rust.enable_truncation(12, strategy="longest_first")
+    examples, _ = tokenize_labelled(rows, Tokenizer.from_folder(tmp_path), 2, 12)
+    for example, row in zip(examples, rows, strict=True):
+        assert example.tokens.tolist() == [*rust.encode(*row.texts).ids, row.label]
 
 
 @pytest.fixture(scope="module")
