@@ -22,8 +22,8 @@ from qlora_jax.train.step import make_gradient
 from tests.conftest import TESTS
 from tests.roberta import FOLDERS, classes_of, golden
 
-KEY = jax.random.key(5)
 NAMES = ("masked", "regression")
+pytestmark = pytest.mark.quick_compile
 
 
 def test_logits_of_a_checkpoint_with_a_head():
@@ -71,33 +71,33 @@ def test_adapters_logits_and_gradients(name):
         np.testing.assert_allclose(value * metrics.factor, expected[key], atol=atol, rtol=1e-3)
 
 
-def test_padding_changes_nothing():
-    """A row in a wider batch, beside others, and one without a label."""
+def test_a_row_is_by_itself():
+    """What stands behind its label, which rows stand beside it, and in which micro-batch it is, change nothing, with
+    dropout; and rows without a label count for nothing."""
     rows = golden("masked")
-    model = load_model(FOLDERS / "masked", compute_dtype=jnp.float32)
-    load_adapter(model, FOLDERS / "masked" / "adapter")
-    tokens, mask = (part.reshape(4, -1) for part in as_batch(rows, 20))
-    graph, state = nnx.split(model)
-    loss = jax.jit(lambda state, tokens, mask: nnx.merge(graph, state).loss(tokens, mask))
-    whole, count = loss(state, tokens, mask)
-    each = sum(loss(state, tokens[row : row + 1, :13], mask[row : row + 1, :13])[0] for row in range(4))
-    np.testing.assert_allclose(whole, each, rtol=1e-5)
-    mask[1] = False
-    some, fewer = loss(state, tokens, mask)
-    assert (count, fewer) == (4, 3) and 0 < some < whole
-
-
-def test_a_rows_dropout_is_its_own():
-    """Whatever batch it is cut into; and there is some."""
     model = load_model(FOLDERS / "masked", compute_dtype=jnp.float32)
     load_adapter(model, FOLDERS / "masked" / "adapter")
     model.dropout_rate = 0.5
     graph, state = nnx.split(model)
-    tokens, mask = as_batch(golden("masked"), 20)
-    loss = jax.jit(lambda tokens, mask, first: nnx.merge(graph, state).loss(tokens, mask, DropoutKey(KEY, first))[0])
-    halves = [loss(tokens[half], mask[half], 2 * half) for half in range(2)]
-    np.testing.assert_allclose(sum(halves), loss(tokens.reshape(4, -1), mask.reshape(4, -1), 0), rtol=1e-5)
-    assert abs(loss(tokens[1], mask[1], 0) - halves[1]) > 1e-3
+
+    @jax.jit
+    def both(tokens, mask, first):
+        model = nnx.merge(graph, state)
+        return model.loss(tokens, mask, DropoutKey(jax.random.key(5), first)), model.loss_and_hits(tokens, mask)
+
+    tokens, mask = (part.reshape(4, -1) for part in as_batch(rows, 20))
+    (whole, count), (without, hits, _) = both(tokens, mask, 0)
+    assert count == 4 and abs(whole - without) > 1e-3
+    np.testing.assert_allclose(without / 4, rows["loss"], rtol=1e-5)
+    assert hits == (rows["logits"].argmax(axis=1) == rows["labels"]).sum()
+    others = np.where(np.arange(20) > rows["lengths"][:, None], 7, tokens).astype(np.int32)
+    np.testing.assert_allclose(both(others, mask, 0)[0][0], whole, rtol=1e-5)
+    first, last = mask.copy(), mask.copy()
+    first[2:], last[:2] = False, False
+    (one, two), _ = both(tokens, first, 0)
+    moved = both(np.roll(tokens, 2, axis=0), np.roll(last, 2, axis=0), 2)[0][0]  # the last two come first
+    assert two == 2
+    np.testing.assert_allclose(one + moved, whole, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
