@@ -32,6 +32,7 @@ def main() -> int:
     from qlora_jax.feed.batches import FileBatches
     from qlora_jax.feed.describe import histogram, show_example
     from qlora_jax.feed.figures import draw_data
+    from qlora_jax.feed.labelled import labels_of
     from qlora_jax.feed.load import load_data
     from qlora_jax.feed.padding import padding, padding_by_method
     from qlora_jax.feed.store import lengths_of, targets_of
@@ -58,10 +59,11 @@ def main() -> int:
     color = COLOR.value == "always" or (
         COLOR.value == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     )
+    label_of = labels_of(c.data)
     for example in examples[: SHOW.value]:
         learned = int(example.loss_mask.sum())
         print(f"--- {example.where}: {len(example)} tokens, {learned} of them learned")
-        print(f"{show_example(example, tokenizer, color)}\n")
+        print(f"{show_example(example, tokenizer, color, label_of and label_of(example))}\n")
     for line in [*(added.report(model.V) if added is not None else []), *data.report]:
         print(line)
     lengths, targets = lengths_of(examples), targets_of(examples)

@@ -5,6 +5,7 @@
     --task=perplexity --text=FILE                             (or --tokens=FILE.npy)
     --task=heldout --workdir=RUN                              (a finished run; --model is its base)
     --task=mmlu --mmlu_data=DIR_OR_FILE_OR_HUB_NAME           --shots=5 --split=test
+    --task=glue --glue_data=FILE[,FILE]                       (an encoder; or --glue_results=A.json,B.json: the mean)
     --task=lm-eval --tasks=NAME,NAME                          --include_path=DIR --limit=N --num_fewshot=N
 
 perplexity: mean negative log-likelihood a token, in nats, over windows of the model's context that do not overlap and
@@ -14,8 +15,9 @@ are each begun with BOS. Every token but BOS is scored. --tokens=FILE.npy takes 
 heldout: the loss on the examples that a run held out, before its first step and with its adapter.
 
 mmlu: accuracy by subject, by category, over subjects and over questions. --out gets {"task", "quant", ...,
-"accuracy_subjects", "accuracy_questions", ...}. lm-eval: the tasks of EleutherAI's harness and those of
---include_path; --out gets its results.
+"accuracy_subjects", "accuracy_questions", ...}. glue: a task's metrics and their mean, its score; what was said of
+every row stands beside --out=NAME.json in NAME.predictions.jsonl. lm-eval: the tasks of EleutherAI's harness and those
+of --include_path; --out gets its results.
 """
 
 import sys
@@ -25,13 +27,13 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from experiments.support import cli, harness_task, heldout_task, mmlu_task
+from experiments.support import cli, glue_task, harness_task, heldout_task, mmlu_task
 from experiments.support.model_flags import Loaded, model_flags
 
 if TYPE_CHECKING:
     from qlora_jax.text.tokenizer import Tokenizer
 
-TASKS = ("perplexity", "heldout", "mmlu", "lm-eval")
+TASKS = ("perplexity", "heldout", "mmlu", "glue", "lm-eval")
 
 MODEL = model_flags()
 TASK = flags.DEFINE_string("task", None, f"what to measure: {', '.join(TASKS)}", required=True)
@@ -39,6 +41,7 @@ TEXT = flags.DEFINE_string("text", None, "text file (UTF-8)")
 TOKENS = flags.DEFINE_string("tokens", None, ".npy file of token ids, in place of --text")
 HELDOUT = heldout_task.heldout_flag()
 MMLU = mmlu_task.mmlu_flags()
+GLUE = glue_task.glue_flags()
 HARNESS = harness_task.harness_flags()
 CONTEXT = flags.DEFINE_integer("context", None, "tokens seen at once, BOS included; the model's own context by default")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "sequences scored together; what makes 8,192 tokens by default")
@@ -65,6 +68,9 @@ def main() -> int:
     elif TASK.value == "mmlu":
         result = mmlu_task.measure(MMLU, MODEL, CONTEXT.value, BATCH_SIZE.value, out)
         table = mmlu_task.table(result)
+    elif TASK.value == "glue":
+        result = glue_task.measure(GLUE, MODEL, CONTEXT.value, BATCH_SIZE.value, out)
+        table = glue_task.table(result)
     else:
         result, table = harness_task.measure(HARNESS, MODEL, CONTEXT.value, BATCH_SIZE.value)
     print(table)

@@ -64,6 +64,9 @@ def get_config() -> ConfigDict:
     # used) | text (all of it is learned) | auto (found from the first rows: the one format that reads them all). One
     # for all data sets, or one for each, as a tuple or with commas
     c.data.format = FieldReference("alpaca", field_type=object)
+    # glue: rows with labels, for encoders (RoBERTa) alone, and never found: it must be said
+    c.data.task = ""  # of glue: cola | sst2 | mrpc | qqp | stsb | mnli | qnli | rte | wnli; "": as a folder or file of
+    # data.path is called
     # shares of several data sets in the examples that are drawn, as (0.7, 0.3): an epoch has as many examples as all
     # sets together, that share of them of each. A set that has fewer repeats them, all equally often; one that has more
     # goes on with the others in the next epoch. (): every example of every set once an epoch

@@ -8,7 +8,7 @@ with a = sqrt(5), that is uniform within 1 / sqrt(I)). Source: Hu et al., 2021; 
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,8 @@ from qlora_jax.errors import InputError
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.layers import Linear, Trained, part_of
+from qlora_jax.models.roberta.encoder import Encoder
+from qlora_jax.models.roberta.head import fresh_head
 
 MODULES = {"embed_tokens": "embedding", "lm_head": "head"}  # what may train whole: its name here -> Decoder's attribute
 
@@ -31,6 +33,7 @@ class LoRAConfig:
     targets: tuple[str, ...] = ("all-linear",)
     use_rslora: bool = False  # scale by alpha / sqrt(rank)
     modules_to_save: tuple[str, ...] = ()  # of MODULES, in that order; these matrices train whole
+    labels: int = 0  # classes of an encoder's head, which trains whole; 1: it gives a number; 0: of decoders
     residual: str = ""  # "pissa" or "olora": the base lacks what this start took out of it (qlora_jax.residual)
 
     def __post_init__(self):
@@ -126,6 +129,8 @@ def attach(model: Decoder, config: LoRAConfig, key: jax.Array) -> list[str]:
         set_adapter(model, name, a, b, config.scale)
     for name in config.modules_to_save:
         train_whole(model, name)
+    if config.labels:
+        train_head(model, start_of_head(model, config.labels, key))
     model.dropout_rate = config.dropout
     return list(arrays)
 
@@ -171,6 +176,21 @@ def train_whole(model: Decoder, name: str, value: jax.Array | None = None) -> No
     setattr(model, attribute, Trained(value.astype(jnp.float32)))
 
 
+def start_of_head(model: Decoder, labels: int, key: jax.Array) -> dict[str, jax.Array]:
+    """Arrays of an encoder's head to train from: the model's own, or where that has other classes, or there is none, a
+    fresh one, drawn from the key of the adapter."""
+    assert isinstance(model, Encoder)
+    if model.classifier is not None and model.classifier.labels == labels:
+        return model.classifier.arrays()
+    return fresh_head(model.bidirectional, model.config.D, labels, jax.random.fold_in(key, len(model.config.linears)))
+
+
+def train_head(model: Decoder, arrays: Mapping[str, jax.Array]) -> None:
+    """Makes an encoder's head one that trains, with these arrays (Head)."""
+    assert isinstance(model, Encoder)
+    model.set_head({name: value.astype(jnp.float32) for name, value in arrays.items()}, trains=True)
+
+
 def shape(model: Decoder, name: str) -> tuple[int, int]:
     """(O, I) of a linear layer."""
     w = linear(model, name).weight.get_value()
@@ -202,3 +222,9 @@ def whole_matrices(adapter: Any) -> dict[str, jax.Array]:
     """The adapter's state -> {"embed_tokens": [V, D], "lm_head": [V, D]}, those that train; not a tied head."""
     pure = nnx.to_pure_dict(adapter)
     return {name: pure[attribute] for name, attribute in MODULES.items() if attribute in pure}
+
+
+def head_arrays(adapter: Any) -> dict[str, jax.Array]:
+    """The adapter's state -> {"dense.weight": [D, D], ...} of an encoder's head; {} of a decoder."""
+    parts = nnx.to_pure_dict(adapter).get("classifier", {})
+    return {f"{part}.{which}": value for part, values in parts.items() for which, value in values.items()}

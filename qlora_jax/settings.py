@@ -19,7 +19,7 @@ SECTIONS = ("model", "quant", "lora", "data", "optimizer", "train", "mesh", "eva
 GONE = {"model.compute": "full", "model.fuse_lora": False}
 # Keys that came since, each with the value under which a run is the same as before. With it they do not count, for the
 # same reason.
-CAME = {"model.router_aux_loss_coef": 0.0}
+CAME = {"model.router_aux_loss_coef": 0.0, "data.task": ""}
 
 
 def resolved(config: ConfigDict) -> dict[str, Any]:

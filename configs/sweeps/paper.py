@@ -16,7 +16,8 @@ Axes and counts, each with 3 seeds; a run that several groups want is run once:
     batch sizes           2 sizes * 2 sets * 3 batch sizes * 3                  =  36   appendix B.2
     source or target      2 sizes * 8 sets * 2 * 3                              =  96   Table 10
     amount of data        2 sizes * 8 sets * 3 amounts * 3                      = 144   Table 11
-                                                                        choices 1,266, points 1,026
+    GLUE                  8 tasks * 4 types * 3 seeds                           =  96   Table 3, RoBERTa-large
+                                                                        choices 1,362, points 1,122
 
 Table 2 and Figure 3 (OPT, BLOOM, Pythia and LLaMA in several data types) finetune nothing: paper_types.py has them.
 What of the paper is not here: T5 (no such model is built).
@@ -26,7 +27,8 @@ Every run holds out 100 examples, for the loss in the ledger; MMLU is `evaluate`
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, roberta_glue
+from qlora_jax.settings import flatten
 from qlora_jax.sweep.grid import Grid, axis, chain, fixed, group, product
 
 # hub name, learning rate, dropout: the paper's for each size (section 2 of the recipe, appendix B.2)
@@ -50,6 +52,7 @@ SETS = {
 }
 REVISIONS = {"Self-Instruct": "refs/convert/parquet"}
 TYPES = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False), ("int4", False), ("none", False)]  # format, DQ
+GLUE_TYPES = [("none", False), ("int8", False), ("fp4", False), ("nf4", True)]
 RANKS = [8, 16, 32, 64, 128, 256]
 DROPOUTS = [0.0, 0.05, 0.1]
 LAYERS = [
@@ -122,4 +125,12 @@ def sweep() -> Grid:
             product(sizes(SMALL), sets(), axis("data.train_on_source", [False, True]), seeds),
         ),
         group("Table 11: amount of data", product(sizes(SMALL), sets(), axis("data.max_examples", AMOUNTS), seeds)),
+        group("Table 3: GLUE", product(glue(), types(GLUE_TYPES), seeds)),
     )
+
+
+def glue() -> Grid:
+    """The eight tasks, of RoBERTa-large by its own recipe; evaluate --task=glue measures the adapters that are kept."""
+    axes = ("train.seed", "quant.format", "quant.double_quant")
+    own = {key: value for key, value in flatten(roberta_glue.get_config()).items() if key not in axes}
+    return chain(*(fixed(own | roberta_glue.of_task(task)) for task in roberta_glue.TASKS))

@@ -46,7 +46,8 @@ def _result(summary: dict[str, Any], seconds: float) -> str:
     ]
     speed = summary.get("tokens_per_second")
     parts = [f"done: {summary['steps']:,} steps in {_duration(seconds)}"]
-    parts += [f"loss {', '.join(losses)} (nats a token)"] if losses else []
+    unit = "" if summary.get("labels") else " (nats a token)"
+    parts += [f"loss {', '.join(losses)}{unit}"] if losses else []
     parts += [f"{speed:,.0f} tokens/s"] if speed else []
     return "; ".join(parts)
 
@@ -64,6 +65,8 @@ def _sizes(summary: dict[str, Any]) -> str:
 def next_commands(config: Any, workdir: Path, summary: dict[str, Any]) -> list[tuple[str, str]]:
     """(what it does, command): ask the adapter, evaluate it, merge it."""
     from qlora_jax.api.opening import quant_name
+    from qlora_jax.data.glue.tasks import FORMAT as GLUE
+    from qlora_jax.data.read import data_sets
     from qlora_jax.io.load import QuantSpec
 
     spec = QuantSpec(config.quant.format, config.quant.block_size, config.quant.double_quant)
@@ -72,14 +75,19 @@ def next_commands(config: Any, workdir: Path, summary: dict[str, Any]) -> list[t
     adapted = [*base, f"--quant={quant_name(spec)}"]
     adapted += [f"--block_size={spec.block_size}"] if spec.format != "none" and spec.block_size not in (0, 64) else []
     adapted += [f"--adapter={workdir}/adapter"]
-    if summary.get("final_eval_loss") is not None:
+    if config.data.format == GLUE:
+        rows = [f"--glue_data={','.join(data_sets(config.data.eval_path or config.data.path))}"]
+        rows += [f"--glue_task={config.data.task}"] if config.data.task else []
+        evaluate = command("evaluate", "--task=glue", *rows, *adapted)
+    elif summary.get("final_eval_loss") is not None:
         evaluate = command("evaluate", "--task=heldout", f"--workdir={workdir}", *base)
     else:
         data = config.eval.mmlu_data or "cais/mmlu"
         evaluate = command("evaluate", "--task=mmlu", f"--mmlu_data={data}", *adapted)
     merged = str(workdir).rstrip("/") + "-merged"
+    ask = [("ask it", command("generate", *adapted, *prompt_flags(config, workdir)))]
     return [
-        ("ask it", command("generate", *adapted, *prompt_flags(config, workdir))),
+        *(ask if config.data.format != GLUE else []),
         ("measure it", evaluate),
         (
             "a whole checkpoint for other programs",

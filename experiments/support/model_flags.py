@@ -65,19 +65,23 @@ class ModelFlags:
 
         return vocabulary(self.folder(), self.adapter_folder())
 
-    def load(self) -> Loaded:
+    def load(self, encoder: bool = False) -> Loaded:
         """Loads the model; says on stderr what it is, with a progress bar if it takes long.
 
-        Raises InputError for a folder, an adapter or a quantization that does not fit.
+        `encoder`: an encoder is asked for, which classifies rows, and no decoder.
+
+        Raises InputError for a folder, an adapter or a quantization that does not fit, or a model of the other kind.
         """
         from qlora_jax.api.opening import check_adapter, quant_name
-        from qlora_jax.io.load import load_model
+        from qlora_jax.io.load import load_config, load_model
         from qlora_jax.io.peft import load_adapter
         from qlora_jax.io.remote import name_of
+        from qlora_jax.models.roberta.encoder import check_kind
         from qlora_jax.progress import Progress
 
         self._check_kernel()
         folder = self.folder()
+        check_kind(load_config(folder), encoder)
         spec = self._spec(folder)
         adapter = self.adapter_folder()
         check_adapter(adapter, spec)  # before minutes of loading

@@ -24,9 +24,11 @@ from qlora_jax.generate.requests import request_of
 from qlora_jax.generate.sampling import Sampling
 from qlora_jax.generate.trained import read_template
 from qlora_jax.io.folder import resolve
+from qlora_jax.io.load import load_config
 from qlora_jax.io.merge import copy_adapter, merge_folder
 from qlora_jax.io.peft import load_adapter
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.roberta.encoder import check_kind
 from qlora_jax.progress import Progress
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.checks import check_values
@@ -68,6 +70,7 @@ def load(
     if quant is not None and quant not in opening.QUANTS:
         raise InputError(f"quant is {quant!r}; expected one of {', '.join(opening.QUANTS)}")
     folder = resolve(str(model), revision)
+    check_kind(load_config(folder), encoder=False)
     spec = opening.choose_quant(folder, quant, block_size, otherwise="nf4+dq")
     config = get_config()
     config.model.update(path=str(model), revision=revision, kernel=kernel)

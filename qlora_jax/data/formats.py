@@ -12,6 +12,7 @@ from typing import Any
 from qlora_jax.data.fields import Pair, is_empty
 from qlora_jax.data.forms import chats, conversations, instructions, trl
 from qlora_jax.data.forms.columns import SYSTEM, TOOLS, refuse_unread
+from qlora_jax.data.glue.tasks import FORMAT as GLUE
 from qlora_jax.data.rows import Problems, Row
 from qlora_jax.errors import InputError
 from qlora_jax.text.chat import Chat
@@ -118,8 +119,8 @@ class Text:
 
 def check_format(format: str) -> None:
     """Raises InputError when there is no such format."""
-    if format not in FORMATS:
-        raise InputError(f"unknown data.format {format!r}; known formats: {', '.join(FORMATS)}, or auto")
+    if format not in (*FORMATS, GLUE):
+        raise InputError(f"unknown data.format {format!r}; known formats: {', '.join((*FORMATS, GLUE))}, or auto")
 
 
 def format_rows(rows: Iterable[Row], format: str) -> tuple[list[Text], int]:
@@ -151,6 +152,8 @@ def stream_chats(rows: Iterable[Row], format: str) -> Iterator[list[Chat]]:
 
 def _read_all(rows: Iterable[Row], format: str, read: Callable[[Format, Row], Any]) -> Iterator[tuple[Row, Any]]:
     check_format(format)
+    if format == GLUE:
+        raise InputError("rows of data.format=glue have labels and no answers: they are for encoders such as RoBERTa")
     problems = Problems()
     first_bad: Row | None = None
     for row in _GATHER[format](list(rows)) if format in _GATHER else rows:

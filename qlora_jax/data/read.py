@@ -93,24 +93,31 @@ def is_on_hub(path: str) -> bool:
     return path in KNOWN_SETS or (hub.looks_like_dataset(path) and not is_file)
 
 
-def stream_rows(path: Path, label: str, columns: Sequence[str] = ()) -> Iterator[Row]:
+def stream_rows(
+    path: Path, label: str, columns: Sequence[str] = (), quoted: bool = True, torn: list[str] | None = None
+) -> Iterator[Row]:
     """Rows of one file, one after the other.
 
     Args:
       path, label: of `data_files`.
       columns: names of the columns of .tsv files that have neither header nor quoting; () where they have a header.
+      quoted: False: in .tsv files that have a header a quotation mark is a letter too, and .txt files are such.
+      torn: takes the places of lines of a .tsv file without quoting that have another number of fields; None: these
+        are errors.
 
     Raises:
       InputError: the file is empty, of an unknown kind, cut off, not UTF-8, or has a bad line: then at the end of the
         file, with the number of bad lines.
     """
-    kind = next((name for name in (label.lower(), path.name.lower()) if name.endswith(SUFFIXES)), "")
-    suffix = next((s for s in SUFFIXES if kind.removesuffix(".gz").endswith(s)), "")
+    suffixes = (*SUFFIXES, ".txt") if not quoted else SUFFIXES
+    kind = next((name for name in (label.lower(), path.name.lower()) if name.endswith(suffixes)), "")
+    suffix = next((s for s in suffixes if kind.removesuffix(".gz").endswith(s)), "").replace(".txt", ".tsv")
     if not suffix:
         raise InputError(f"{label}: unknown kind of file, expected one of {', '.join(SUFFIXES)}")
     if path.stat().st_size == 0:
         raise InputError(f"{label} is empty (0 bytes)")
-    rows = _parquet_rows(path, label) if suffix == ".parquet" else _text_rows(path, label, suffix, columns)
+    is_parquet = suffix == ".parquet"
+    rows = _parquet_rows(path, label) if is_parquet else _text_rows(path, label, suffix, columns, quoted, torn)
     found = False
     for row in rows:
         found = True
@@ -119,9 +126,12 @@ def stream_rows(path: Path, label: str, columns: Sequence[str] = ()) -> Iterator
         raise InputError(f"{label} has no rows")
 
 
-def _text_rows(path: Path, label: str, suffix: str, columns: Sequence[str]) -> Iterator[Row]:
+def _text_rows(
+    path: Path, label: str, suffix: str, columns: Sequence[str], quoted: bool = True, torn: list[str] | None = None
+) -> Iterator[Row]:
     # of JSON a line ends at \n alone; of .csv the csv module decides
-    newline = "" if suffix in (".csv", ".tsv") and not columns else "\n"
+    is_plain = suffix == ".tsv" and (bool(columns) or not quoted)
+    newline = "" if suffix in (".csv", ".tsv") and not is_plain else "\n"
     if suffix == ".json":
         with _open_text(path, label, newline) as file:
             suffix = ".jsonl" if is_lines(file) else suffix
@@ -131,8 +141,8 @@ def _text_rows(path: Path, label: str, suffix: str, columns: Sequence[str]) -> I
             yield from json_rows(label, text) if text.strip() else ()
         elif suffix == ".jsonl":
             yield from line_rows(label, file)
-        elif suffix == ".tsv" and columns:
-            yield from _plain_tsv_rows(label, file, columns)
+        elif is_plain:
+            yield from _plain_tsv_rows(label, file, columns, torn)
         else:
             yield from _csv_rows(label, file, "," if suffix == ".csv" else "\t")
 
@@ -194,13 +204,20 @@ def _csv_rows(label: str, file: IO[str], delimiter: str) -> Iterator[Row]:
     problems.raise_if_any()
 
 
-def _plain_tsv_rows(label: str, file: IO[str], columns: Sequence[str]) -> Iterator[Row]:
-    """Rows without header or quoting: a quotation mark is a letter. Lines that are blank are passed over."""
+def _plain_tsv_rows(
+    label: str, file: IO[str], columns: Sequence[str], torn: list[str] | None = None
+) -> Iterator[Row]:
+    """Rows without quoting: a quotation mark is a letter. Without `columns` the first line is a header. Lines that are
+    blank are passed over."""
     problems = Problems()
     for number, line in enumerate(file, 1):
         values = line.removesuffix("\n").removesuffix("\r").split("\t")
-        if len(values) == len(columns):
+        if not columns:
+            columns = _csv_header(label, number, values) if line.strip() else ()
+        elif len(values) == len(columns):
             yield Row(label, number, dict(zip(columns, values, strict=True)))
+        elif line.strip() and torn is not None:
+            torn.append(f"{label}, line {number}")
         elif line.strip():
             names = ", ".join(columns)
             problems.add(f"{label}, line {number}: {len(values)} fields between tabs, expected {len(columns)}: {names}")

@@ -14,10 +14,11 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal may o
 _BAR = 40  # characters of the longest
 
 
-def show_example(example: Example, tokenizer: Tokenizer, color: bool) -> str:
+def show_example(example: Example, tokenizer: Tokenizer, color: bool, label: str | None = None) -> str:
     """The example as text, decoded from its tokens: what is given dim, what is learned green; without color what is
     learned stands between ⟦ and ⟧. BOS and EOS are shown by these names where the tokens have them, other control
-    tokens by their texts, control characters as U+FFFD."""
+    tokens by their texts, control characters as U+FFFD. `label`: of a row whose last token stands for it
+    (feed/labelled)."""
     marks = (f"{_GIVEN}%s{_PLAIN}", f"{_LEARNED}%s{_PLAIN}") if color else ("%s", "⟦%s⟧")
     stream = tokenizer.stream()
     shown = ""
@@ -25,6 +26,9 @@ def show_example(example: Example, tokenizer: Tokenizer, color: bool) -> str:
     runs = np.split(np.arange(len(example)), edges)
     for number, run in enumerate(runs):
         text = ""
+        if label is not None and number == len(runs) - 1:
+            shown += marks[1] % label
+            break
         for token in example.tokens[run].tolist():
             name = _name(tokenizer, token)
             text += stream.flush() + name if name else stream.push(token)

@@ -15,10 +15,12 @@ from qlora_jax import checksums
 from qlora_jax.checksums import Input
 from qlora_jax.data.chat_examples import check_turns
 from qlora_jax.data.detect import AUTO
-from qlora_jax.data.examples import Example, Lengths
+from qlora_jax.data.examples import Example, Lengths, Truncated
 from qlora_jax.data.formats import FORMATS
+from qlora_jax.data.glue.tasks import FORMAT as GLUE
 from qlora_jax.errors import InputError
 from qlora_jax.feed.batches import Batches, FileBatches, eval_batches
+from qlora_jax.feed.labelled import labelled_lines
 from qlora_jax.feed.orders import Shares
 from qlora_jax.feed.packing import PackedBatches, check_fits, pack_length, packed_eval_batches
 from qlora_jax.feed.padding import padding_line
@@ -209,7 +211,8 @@ def _report(
                 f"{source['train_examples']:,} {how} an epoch"
             )
     lines.append(_longest_line([train, heldout]))
-    if not all(each.chat for each in sets) and tokenizer.bos_id is not None and not tokenizer.prefix:
+    as_the_paper = not all(each.chat or each.format == GLUE for each in sets)
+    if as_the_paper and tokenizer.bos_id is not None and not tokenizer.prefix:
         bos = tokenizer.controls.get(tokenizer.bos_id, "BOS")
         lines.append(f"data: prompts begin with {bos!r}, as the paper's do; the tokenizer itself adds nothing")
     targets, total = (int(of(train).sum(dtype=np.int64)) for of in (targets_of, lengths_of))
@@ -224,17 +227,20 @@ def _report(
 def _set_lines(config: Any, each: TokenizedSet, lengths: Lengths) -> list[str]:
     found = ", found from its rows" if each.source.format == AUTO else ""
     lines = [f"data: {each.source.path} ({each.format}{found}): {each.rows:,} rows, {len(each.store):,} examples"]
-    if FORMATS[each.format].note:
+    is_labelled = each.format == GLUE
+    if not is_labelled and FORMATS[each.format].note:
         lines.append(f"data: {FORMATS[each.format].note}")
     if each.chat:
         learned = "the last answer of each" if config.turns == "last" else "its answers alone"
         lines.append(f"data: in the model's chat template (data.template={config.template}), {learned} learned")
-    if each.left_out:
+    if each.left_out and not is_labelled:
         lines.append(f"data: {each.left_out:,} rows left out: no answer to learn")
     if 0 < config.max_examples < each.made:
         lines.append(f"data: only the first {config.max_examples:,} by data.max_examples")
     if each.rows == config.max_rows:
         lines.append(f"data: at most {config.max_rows:,} rows are read, by data.max_rows")
+    if is_labelled and isinstance(each.cuts, Truncated):
+        return lines + labelled_lines(each.left_out, each.cuts.sources, lengths)
     return lines + each.cuts.report(lengths)
 
 

@@ -23,10 +23,13 @@ from qlora_jax.data.chat_examples import ChatCuts, ChatForms, tokenize_chats, us
 from qlora_jax.data.detect import AUTO, format_of_file, known_format
 from qlora_jax.data.examples import Example, Lengths, Truncated, tokenize_examples
 from qlora_jax.data.formats import COLUMNS, FORMATS, stream_chats, stream_texts
+from qlora_jax.data.glue.tasks import FORMAT as GLUE
+from qlora_jax.data.glue.tasks import task_of
 from qlora_jax.data.read import data_files, data_sets, data_shards, is_on_hub, stream_rows
 from qlora_jax.data.rows import Row
 from qlora_jax.errors import InputError
 from qlora_jax.feed.cache import Entry, cached, contents, key_of, remembered
+from qlora_jax.feed.labelled import write_labelled
 from qlora_jax.feed.sources import Source
 from qlora_jax.feed.store import ExampleStore, write_examples
 from qlora_jax.text.tokenizer import Tokenizer
@@ -111,6 +114,9 @@ class Reading:
 
         def make(file: Path, files: list[tuple[str, Path]]) -> dict[str, Any]:
             format = source.format
+            if format == GLUE:
+                task = task_of(self.config.task, source.path)
+                return write_labelled(file, files, task, self.tokenizer, self.lengths, limit, max_rows)
             if format == AUTO:
                 format = known_format(source.path) or format_of_file(files[0][1], files[0][0])
             counted = _Counts()

@@ -24,6 +24,7 @@ from qlora_jax.io.remote import name_of
 from qlora_jax.models.config import ModelConfig, parse_config, read_json
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.kind import Kind
+from qlora_jax.models.roberta.build import build
 from qlora_jax.quant import bitsandbytes, int8, mxfp4, native
 from qlora_jax.quant.tensor import QuantizedTensor, check_block_size, check_format, check_kernel, dequantize, quantize
 
@@ -344,7 +345,8 @@ def load_model(
             "are unquantized in all of them, with the values that they have there", files.folder, ", ".join(mixed),
         )  # fmt: skip
     weights: dict[str, Any] = {
-        slot: other(key, shape, jnp.float32 if "norm" in slot else None) for slot, (key, shape) in config.outer.items()
+        slot: other(key, shape, jnp.float32 if config.is_float32(slot) else None)
+        for slot, (key, shape) in config.outer.items()
     }
     weights["layers"] = {}
     for name in config.linears:
@@ -365,7 +367,7 @@ def load_model(
         weights["layers"][name] = jnp.stack(rows)
     progress(total, total)
     take_checksum(checksums.of(*(f"{key} {checksum}" for key, checksum in sorted(files.checksums.items()))))
-    return Decoder(config, weights, compute_dtype, remat, attention, sequence_chunk)
+    return build(config, weights, compute_dtype, remat, attention, sequence_chunk)
 
 
 def _mixed(config: ModelConfig, skipped: Container[str]) -> list[str]:

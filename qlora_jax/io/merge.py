@@ -22,6 +22,8 @@ from qlora_jax.errors import InputError
 from qlora_jax.files import write_json
 from qlora_jax.finite import first_not_finite
 from qlora_jax.io import fused, peft
+from qlora_jax.io.adapters.head import read_head, settings_with_head, with_head
+from qlora_jax.io.adapters.tensors import PREFIX, head_keys
 from qlora_jax.io.export import DTYPES
 from qlora_jax.io.load import (
     QuantSpec,
@@ -45,6 +47,7 @@ from qlora_jax.io.write import hf_config, read_linear, tensor_bytes
 from qlora_jax.models.config import ModelConfig, read_json
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.families.encoders import with_part
+from qlora_jax.models.roberta.build import build
 from qlora_jax.quant.tensor import QuantizedTensor, dequantize
 from qlora_jax.residual import residual
 from qlora_jax.settings import config_hash
@@ -142,7 +145,9 @@ def merge_folder(
     lora_config, arrays = peft.read_adapter(skeleton, adapter)
     peft.check_residual(lora_config.residual, source.format != "none", config.kind)
     replaced = {config.embedding_key: "embed_tokens", config.head_key: "lm_head"}
-    matrices = peft.read_matrices(skeleton, adapter)
+    matrices, head = peft.read_matrices(skeleton, adapter), read_head(config, adapter)
+    merged_config = with_head(config, head)
+    head = {key.removeprefix(PREFIX): head[name] for name, key in head_keys(config.kind).items()}
     factors = {
         key: (np.asarray(a)[place], np.asarray(b)[place])
         for name, (a, b) in arrays.items()
@@ -150,7 +155,7 @@ def merge_folder(
     }
     merged_layers = len(factors)
     rows = len(next(iter(matrices.values()))) if matrices else config.V
-    shapes, linears = expected_shapes(dataclasses.replace(config, V=rows)), linear_keys(config)
+    shapes, linears = expected_shapes(dataclasses.replace(merged_config, V=rows)), linear_keys(config)
     parameters = sum(math.prod(shape) for shape in shapes.values())
     beside, norms = keys_beside(files, config), np.zeros(3)
     needed = parameters * np.dtype(DTYPES[dtype]).itemsize + sum(tensor_bytes(files, key) for key in beside)
@@ -162,6 +167,8 @@ def merge_folder(
                 w = read_linear(files, key, linears, source, stored, config)
             elif replaced.get(key) in matrices:
                 w = matrices.pop(replaced[key])
+            elif key in head:
+                w = head.pop(key)
             elif is_packed(files, key):
                 w = read_packed(files, key, source, shapes[key])
             else:
@@ -183,7 +190,7 @@ def merge_folder(
             progress(done, len(shapes) + len(beside))
         names = writer.finish()
         settings = with_part(hf_config(read_json(base / "config.json"), dtype, config), {"vocab_size": rows})
-        write_json(folder / "config.json", settings)
+        write_json(folder / "config.json", settings_with_head(settings, merged_config))
         companions = copy_companions(base, folder)
         if peft.has_tokenizer(adapter):
             companions = sorted({*companions, *copy_companions(adapter, folder)})
@@ -225,7 +232,7 @@ def _skeleton(config: ModelConfig) -> Decoder:
     weights["layers"] = {
         name: struct((config.L, *config.copies(name), *shape)) for name, shape in config.linears.items()
     } | {name: struct((config.L, *shape)) for name, shape in config.vectors.items()}
-    return Decoder(config, weights, jnp.float32)
+    return build(config, weights, jnp.float32)
 
 
 def _values(w: Any) -> np.ndarray:

@@ -21,15 +21,17 @@ from qlora_jax import lora
 from qlora_jax.errors import InputError
 from qlora_jax.files import atomic_folder, save_tensors, write_json
 from qlora_jax.io.adapters import experts as peft_experts
-from qlora_jax.io.adapters.tensors import PREFIX, WEIGHTS, Tensors, matrix_keys
+from qlora_jax.io.adapters.head import read_head
+from qlora_jax.io.adapters.tensors import PREFIX, WEIGHTS, Tensors, head_keys, matrix_keys
 from qlora_jax.io.folder import TOKENIZERS
-from qlora_jax.io.peft_config import CONFIG, AdapterConfig, read_config
+from qlora_jax.io.peft_config import CLASSES, CONFIG, AdapterConfig, read_config
 from qlora_jax.io.place import put
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.kind import LLAMA, Kind
 from qlora_jax.models.layers import Frozen
+from qlora_jax.models.roberta.encoder import Encoder
 from qlora_jax.models.vocabulary import set_rows
 from qlora_jax.quant.tensor import QuantizedTensor
 from qlora_jax.residual import check_base, residual
@@ -58,7 +60,7 @@ def write_adapter(
       kind: of the base, for its names.
     """
     arrays, trained = lora.adapter_arrays(adapter), lora.whole_matrices(adapter)
-    write_arrays(out, arrays, config, base, matrices, trained, write_beside, kind)
+    write_arrays(out, arrays, config, base, matrices, trained, write_beside, kind, lora.head_arrays(adapter))
 
 
 def write_arrays(
@@ -70,8 +72,12 @@ def write_arrays(
     trained: Mapping[str, Any] | None = None,
     write_beside: Callable[[Path], Any] | None = None,
     kind: Kind = LLAMA,
+    head: Mapping[str, Any] | None = None,
 ) -> None:
-    """As write_adapter, of {"self_attn.q_proj": (A [L, R, I], B [L, O, R])} and the matrices that trained whole."""
+    """As write_adapter, of {"self_attn.q_proj": (A [L, R, I], B [L, O, R])} and the matrices that trained whole.
+
+    `head`: an encoder's (lora.head_arrays).
+    """
     if strangers := arrays.keys() - {*kind.linear.values()}:
         raise ValueError(f"{sorted(strangers)} are no linear layers of this kind of model")
     keys = matrix_keys(kind)
@@ -97,6 +103,10 @@ def write_arrays(
     if is_tied:
         trained["lm_head"] = trained["embed_tokens"]
     tensors |= {keys[name]: np.asarray(x) for name, x in (dict(matrices or {}) | trained).items()}
+    heads = head_keys(kind)
+    tensors |= {heads[name]: np.asarray(x) for name, x in (head or {}).items()}
+    modules = [_last(keys[name]) for name in trained]
+    modules += [kind.bidirectional.head] if kind.bidirectional and head else []
     settings = {
         "base_model_name_or_path": base,
         "bias": "none",
@@ -106,11 +116,11 @@ def write_arrays(
         "init_lora_weights": config.residual or True,
         "lora_alpha": said.alpha,
         "lora_dropout": said.dropout,
-        "modules_to_save": [_last(keys[name]) for name in trained] or None,
+        "modules_to_save": modules or None,
         "peft_type": "LORA",
         "r": config.rank,
         "target_modules": _targets(target_names, arrays, kind),
-        "task_type": "CAUSAL_LM",
+        "task_type": CLASSES if kind.bidirectional else "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": said.use_rslora,
         **written.settings,
@@ -141,6 +151,11 @@ def read_adapter(model: Decoder, folder: Path, to_train: bool = False) -> tuple[
     if experts and any(f".{name}.lora_" in key for name in (experts.router, "mlp.gate") for key in tensors.keys()):  # noqa: SIM118
         raise InputError(
             f"{tensors.path} adapts the router, which stays as it is here: train without it, or merge it in peft"
+        )
+    if settings.has_head and sizes.kind.bidirectional is None:
+        raise InputError(
+            f"{settings.where}: this adapter has a head over classes (task_type {CLASSES}), and the model is a "
+            "decoder: heads are read for encoders such as RoBERTa"
         )
     placed = _placed(settings, sizes) | _placed_experts(settings, sizes, tensors)
     if not placed:
@@ -191,7 +206,10 @@ def _last(key: str) -> str:
 
 
 def _targets(names: Iterable[str], carrying: Container[str], kind: Kind) -> list[str] | str:
-    """target_modules: names, or an expression where an encoder beside the decoder has projections of the same names."""
+    """target_modules: names, or an expression where projections of the same names stand elsewhere too: in an encoder
+    beside a decoder, or in an encoder's head."""
+    if kind.bidirectional:  # whose head has a layer "dense" too
+        return rf".*encoder\.layer\.\d+\.({'|'.join(name.replace('.', r'\.') for name in sorted(names))})"
     if kind.beside:
         return rf".*language_model\..*\.({'|'.join(name.replace('.', r'\.') for name in sorted(names))})"
     return sorted({_target(name, carrying, kind) for name in names})
@@ -357,7 +375,7 @@ def load_adapter(
     (weights done, weights in all) of that.
     """
     config, arrays = read_adapter(model, folder)
-    matrices = read_matrices(model, folder)
+    matrices, head = read_matrices(model, folder), read_head(model.config, folder)
     take_out(model, config, progress)
     for name in model.config.linears:
         if name in arrays:
@@ -368,6 +386,8 @@ def load_adapter(
         attribute = "embedding" if model.head is None else lora.MODULES[name]
         setattr(model, attribute, Frozen(jnp.asarray(matrix).astype(model.compute_dtype)))
         set_rows(model, len(matrix))
+    if isinstance(model, Encoder):
+        model.set_head({name: jnp.asarray(value) for name, value in head.items()}, trains=False)
     return config
 
 

@@ -19,6 +19,8 @@ from qlora_jax.models.config import read_json
 from qlora_jax.residual import OLORA, PISSA
 
 CONFIG = "adapter_config.json"
+CLASSES = "SEQ_CLS"  # task_type of a model with a head over classes
+HEADS = ("classifier", "score")  # what peft writes into modules_to_save then, whichever the model has
 PEFT = "0.21"  # whose keys these are
 READ, INERT = "read", "inert"
 
@@ -54,8 +56,8 @@ KEYS: dict[str, Any] = {
     "qalora_group_size": INERT,  # of use_qalora
     "megatron_core": INERT,  # of megatron_config
     "merge_weights": INERT,  # peft 0.2: merge while evaluating
-    # a head on top belongs to the other tasks
-    "task_type": (None, "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"),
+    # a head on top belongs to the other tasks; that of SEQ_CLS is an encoder's (io/peft refuses it for decoders)
+    "task_type": (None, "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", CLASSES),
     "bias": (None, "none", "all", "lora_only"),  # models here have no biases; a bias in the file is an unknown tensor
     # other arithmetic than W + scale * B A
     "use_dora": (None, False),
@@ -132,6 +134,7 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...]  # of MODULES
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
+    has_head: bool = False  # over classes, which trained whole
     parameters: tuple[str, ...] = ()  # names, and ends of names, of parameters that carry an adapter of their own
 
     def placed(self, modules: Mapping[str, int | None]) -> dict[str, tuple[int, float]]:
@@ -231,6 +234,7 @@ def read_config(folder: Path) -> AdapterConfig:
         excluded=file.selection("exclude_modules") or (),
         layers=layers,
         modules_to_save=file.modules_to_save(),
+        has_head=HEADS[0] in (file.raw.get("modules_to_save") or ()),
         ranks={name: file.rank("rank_pattern", value) for name, value in file.pattern("rank_pattern").items()},
         alphas={name: file.alpha("alpha_pattern", value) for name, value in file.pattern("alpha_pattern").items()},
         parameters=parameters,
@@ -320,10 +324,11 @@ class _File:
 
     def modules_to_save(self) -> tuple[str, ...]:
         named = self._names("modules_to_save")
-        if other := [name for name in named if name not in _MATRICES]:
-            readable = " and ".join(MODULES)
+        heads = HEADS if HEADS[0] in named else ()
+        if other := [name for name in named if name not in (*_MATRICES, *heads)]:
+            readable = " and ".join((*MODULES, HEADS[0]))
             raise InputError(f"{self.where}: modules_to_save has {_shown(other[0])}; readable are {readable}")
-        saved = {_MATRICES[name] for name in named}
+        saved = {_MATRICES[name] for name in named if name not in HEADS}
         return tuple(name for name in MODULES if name in saved)
 
     def pattern(self, key: str) -> dict[str, Any]:

@@ -138,6 +138,11 @@ def quantize_folder(
             f"{name_of(source)} is a mixture of experts, and in transformers 5 bitsandbytes keeps experts in 16 bits: "
             "nothing would read quantized ones from its form; use --format=native"
         )
+    if form == "bnb" and config.kind.bidirectional:
+        raise InputError(
+            f"{name_of(source)} is an encoder, whose heads transformers would look for in a folder of bitsandbytes' "
+            "form: use --format=native"
+        )
     files = open_files(source, config)
     if stored is not None and (skipped_linears(source, config) or is_packed(files, config.head_key)):
         raise InputError(

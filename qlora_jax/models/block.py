@@ -42,6 +42,7 @@ class Context(NamedTuple):
     starts: jax.Array | None = None  # int32 [B, T], the first place each token sees; None: all see the row's first
     layer: jax.Array | None = None  # int32 [], the number of the layer that is computed
     balance: Balance | None = None  # of a mixture's routers; None: no auxiliary loss
+    seen: jax.Array | None = None  # bool [B, 1 or T, T], which places each token sees; None: those up to its own
 
 
 class Block(nnx.Module):
@@ -81,7 +82,9 @@ class Block(nnx.Module):
         else:
             q, k, v = project([self.linear(role) for role in "qkv"], entering, dropout)
             q, k, v = self.as_queries(q, context), *self.as_keys_values(k, v, context)
-        if cache is None:
+        if context.seen is not None:
+            out = masked_attention(q, k, v, context.seen, context.positions, self.scoring)
+        elif cache is None:
             out = causal_attention(q, k, v, context.implementation, self.starts(context), self.scoring, self.sinks)
         else:
             at = (layer, jnp.arange(B)[:, None], context.positions)

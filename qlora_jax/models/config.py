@@ -12,6 +12,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.models.families import FAMILIES
 from qlora_jax.models.families.encoders import DECODERS, PART, beside_an_encoder, decoder_of
 from qlora_jax.models.kind import LINEAR_ROLES, LLAMA, Kind
+from qlora_jax.models.roberta.names import head_outer
 from qlora_jax.models.settings import Settings
 
 
@@ -126,11 +127,17 @@ class ModelConfig:
                     found[f"{slot}.bias"] = f"{name}.bias", (D,)
         if kind.positions:
             found["positions"] = f"{kind.positions}.weight", (self.context + kind.position_offset, D)
+        if kind.bidirectional:
+            found |= head_outer(kind.bidirectional, D)
         if not self.tied:
             found["head"] = f"{kind.head}.weight", (self.V, width)
         if kind.head_bias:
             found["head.bias"] = f"{kind.head}.bias", (self.V,)
         return found
+
+    def is_float32(self, slot: str) -> bool:
+        """Whether one of `outer` is float32 always; the others stay as they are on disk."""
+        return "norm" in slot or (self.kind.bidirectional is not None and slot.startswith(self.kind.bidirectional.head))
 
     @property
     def head_width(self) -> int:

@@ -61,6 +61,19 @@ class Experts:
 
 
 @dataclasses.dataclass(frozen=True)
+class Bidirectional:
+    """What an encoder has that no decoder has (models/roberta): each token sees all tokens of its row, before and
+    after it, and of the row's first a head makes classes, or one number."""
+
+    pad_id: int  # the token that has no position of its own
+    token_types: str  # name of the table whose first row is added to every token
+    types: int  # rows of that table
+    init_std: float  # standard deviation of a fresh head's weights
+    labels: int = 0  # classes of the head in the checkpoint, 1: a number; 0: it has none
+    head: str = "classifier"  # name of the head
+
+
+@dataclasses.dataclass(frozen=True)
 class Kind:
     """The description. Numbers of a model stand here only where most families have none of them."""
 
@@ -116,6 +129,8 @@ class Kind:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of what attention and feed-forward add
     logit_scale: float = 1.0
+
+    bidirectional: Bidirectional | None = None  # None: a decoder
 
     @cached_property
     def linear(self) -> dict[str, str]:

@@ -204,6 +204,21 @@ def _gemma3(width: int, feed_forward: int, layers: int, heads: int, kv_heads: in
     }
 
 
+_ROBERTA_LARGE = {
+    "architectures": ["RobertaForMaskedLM"],
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "vocab_size": 50265,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+    "layer_norm_eps": 1e-5,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+
 KNOWN = {
     "huggyllama/llama-7b": _llama1(4096, 11008, 32, 32),
     "huggyllama/llama-13b": _llama1(5120, 13824, 40, 40),
@@ -227,6 +242,7 @@ KNOWN = {
     "microsoft/phi-4": _PHI4,
     "HuggingFaceTB/SmolLM3-3B": _SMOLLM3,
     "google/gemma-2-9b-it": _GEMMA2_9B,
+    "FacebookAI/roberta-large": _ROBERTA_LARGE,
     "google/gemma-3-4b-it": _gemma3(2560, 10240, 34, 8, 4),
     "google/gemma-3-12b-it": _gemma3(3840, 15360, 48, 16, 8),
     "google/gemma-3-27b-it": _gemma3(5376, 21504, 62, 32, 16, head_dim=128, query_pre_attn_scalar=168),

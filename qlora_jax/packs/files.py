@@ -75,8 +75,10 @@ class PackFolder:
                 write_json(folder / "config.json", member.plain)
                 lines = "".join(json.dumps(row) + "\n" for row in result.rows)
                 (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
-                if all(first_not_finite(array) is None for pair in result.adapter.values() for array in pair):
-                    write_arrays(folder / "adapter", result.adapter, result.lora, result.base, kind=result.kind)
+                arrays = [*(array for pair in result.adapter.values() for array in pair), *result.head.values()]
+                if all(first_not_finite(array) is None for array in arrays):
+                    adapter, head = result.adapter, result.head
+                    write_arrays(folder / "adapter", adapter, result.lora, result.base, kind=result.kind, head=head)
                 write_json(folder / "summary.json", result.summary)
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """The members of a pack: what of their configs must be equal, what may differ, and the arrays that carry it."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -10,12 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax import lora
+from qlora_jax.data.glue.tasks import FORMAT as GLUE
+from qlora_jax.data.glue.tasks import task_of
+from qlora_jax.data.read import data_sets
 from qlora_jax.errors import InputError
 from qlora_jax.feed.load import LoadedData
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.dropout import DropoutRate
+from qlora_jax.models.roberta.names import head_shapes
 from qlora_jax.optim.schedules import make_schedule
 from qlora_jax.packs.step import Member
 from qlora_jax.settings import config_hash, differing_keys
@@ -71,9 +76,19 @@ def _required(plain: dict[str, Any]) -> dict[str, Any]:
     data = plain["data"]
     kept["data"] = {key: data[key] for key in ("pad_to_multiple_of", "packing")}
     kept["data"]["has batches"] = bool(data["batches"])
+    if data["format"] == GLUE:
+        kept["data"]["labels"] = _labels(data)
     if "8bit" in plain["optimizer"]["name"]:  # blocks of 256 values that share a scale go across a padded rank
         kept["lora"]["rank"] = plain["lora"]["rank"]
     return kept
+
+
+def _labels(data: dict[str, Any]) -> Any:
+    """Classes of a head for a data set of GLUE; where its task is not known what a run will refuse."""
+    try:
+        return task_of(data.get("task", ""), data_sets(data["path"])[0]).classes
+    except (InputError, IndexError):
+        return data["path"]
 
 
 class Rates(NamedTuple):
@@ -98,7 +113,10 @@ class PlannedMember:
     rates: Rates
 
     def trainable_params(self, model: Decoder) -> int:
-        return self.lora.rank * sum(lora.rank_one_parameters(model.config, name) for name in self.targets)
+        kind = model.config.kind.bidirectional
+        head = head_shapes(kind, model.config.D, self.lora.labels).values() if kind else ()
+        adapter = self.lora.rank * sum(lora.rank_one_parameters(model.config, name) for name in self.targets)
+        return adapter + sum(map(math.prod, head))
 
 
 @cache

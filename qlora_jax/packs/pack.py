@@ -27,6 +27,7 @@ from qlora_jax.packs.run import MemberResult, PackRun
 from qlora_jax.packs.warm import Base, Warm
 from qlora_jax.settings import config_hash, resolved
 from qlora_jax.train.checks import check_config
+from qlora_jax.train.kinds.labels import with_labels
 from qlora_jax.train.loggers import refuse_loggers
 from qlora_jax.train.setup import read_lora_config, start_input, step_count
 
@@ -63,7 +64,7 @@ def train_pack(
 
 def export_member(result: MemberResult, out: Path) -> None:
     """Writes a member's adapter as a PEFT folder of its own rank and layers."""
-    write_arrays(out, result.adapter, result.lora, result.base, kind=result.kind)
+    write_arrays(out, result.adapter, result.lora, result.base, kind=result.kind, head=result.head)
 
 
 def refuse_paging(optimizer: Any) -> None:
@@ -147,6 +148,7 @@ class PackRunner:
     def _plan(self, config: Any, plain: dict[str, Any], base: Base, say: Callable[[str], None]) -> PlannedMember:
         lora_config = read_lora_config(config.lora, adds_tokens=False, tied=base.sizes.tied)
         refuse_whole_matrices(lora_config, config.data)
+        lora_config = with_labels(lora_config, config, base.sizes)
         refuse_residual(config.lora.init_from)
         targets = lora.select_targets(lora_config.targets, base.sizes)
         data, heldout = self.warm.data(config, base, say)

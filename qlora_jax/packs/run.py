@@ -12,6 +12,7 @@ import numpy as np
 
 from qlora_jax import lora
 from qlora_jax.finite import first_not_finite
+from qlora_jax.io.adapters.head import read_head
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.kind import Kind
@@ -41,6 +42,7 @@ class MemberResult:
     lora: LoRAConfig
     base: str  # path or name of the frozen model
     kind: Kind  # of it
+    head: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # of an encoder, as lora.head_arrays has it
 
 
 class PackRun:
@@ -73,7 +75,7 @@ class PackRun:
         model.remat = self.cut.remat
         graph = lora.split(model)[0]
         has_dropout = any(member.lora.dropout for member in members)
-        structure = (base.key, self.rank, pack_members.all_targets(members, base.sizes))
+        structure = (base.key, self.rank, pack_members.all_targets(members, base.sizes), members[0].lora.labels)
         self.train_program, self.eval_program = warm.programs(
             structure, graph, self.cut.remat, self.config, has_dropout
         )
@@ -127,7 +129,16 @@ class PackRun:
         for name in names:
             a, b = (jax.numpy.asarray(np.stack([arrays[name][i] for arrays in each])) for i in range(2))
             lora.set_adapter(model, name, a, b, 1.0)
+        if self.members[0].lora.labels:
+            heads = [self._start_of_head(model, member) for member in self.members]
+            heads += [heads[0]] * (self.slots - len(heads))
+            lora.train_head(model, {name: jax.numpy.stack([head[name] for head in heads]) for name in heads[0]})
         return model
+
+    def _start_of_head(self, model: Decoder, member: PlannedMember) -> dict[str, jax.Array]:
+        if start := member.config.lora.init_from:
+            return {name: jax.numpy.asarray(value) for name, value in read_head(model.config, Path(start)).items()}
+        return lora.start_of_head(model, member.lora.labels, jax.random.key(member.config.train.seed))
 
     def _trains(self, member: int, step: int) -> bool:
         return member not in self.stopped and step < self.members[member].steps
@@ -291,7 +302,8 @@ class PackRun:
         arrays = {name: tuple(map(np.asarray, pair)) for name, pair in lora.adapter_arrays(self.state.adapter).items()}
         for index, member in enumerate(self.members):
             loss, _ = evaluated.get(index, (0.0, 0.0))
-            is_whole = all(first_not_finite(array[index]) is None for pair in arrays.values() for array in pair)
+            mine = [*(array for pair in arrays.values() for array in pair), *self._heads().values()]
+            is_whole = all(first_not_finite(array[index]) is None for array in mine)
             if index not in self.stopped and not (is_whole and math.isfinite(loss)):
                 what = f"held-out loss {loss}" if is_whole else "the adapter holds NaN or inf"
                 self._stop(index, member.steps, f"{what} after the update")
@@ -331,7 +343,12 @@ class PackRun:
         return MemberResult(
             member.hash, status, reason, summary, self.rows[index], pack_members.cut(mine, member),
             member.lora, str(self.config.model.path), self.base.sizes.kind,
+            {name: np.array(value[index]) for name, value in self._heads().items()},
         )  # fmt: skip
+
+    def _heads(self) -> dict[str, np.ndarray]:
+        """Of all members, with a leading A; {} of decoders."""
+        return {name: np.asarray(value) for name, value in lora.head_arrays(self.state.adapter).items()}
 
 
 def _bytes(tree: Any) -> int:

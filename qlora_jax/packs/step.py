@@ -22,8 +22,7 @@ from qlora_jax import lora
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.dropout import DropoutRate
 from qlora_jax.optim.schedules import make_transformation
-from qlora_jax.train.loss import summed_loss_and_hits
-from qlora_jax.train.step import make_gradient
+from qlora_jax.train.step import loss_and_hits, make_gradient
 
 OVER_MEMBERS = ("map", "vmap")  # one after the other, or all at once
 
@@ -124,7 +123,8 @@ def make_pack_evaluation(graph: Any, loss_chunk: int, over: str) -> Callable[...
     """evaluate(adapter [A], base, scale [A], wanted bool [A], tokens int32 [B, T], loss_mask bool [B, T],
     segments int32 [B, T] or None).
 
-    Returns summed nats, targets that are the likeliest token, and targets, float32 [A] each; zeros where not wanted.
+    Returns summed nats, targets that are the likeliest token, and targets, float32 [A] each; zeros where not wanted. Of
+    an encoder its loss, and rows in place of tokens.
     """
 
     def one(adapter: Any, base: Any, scale: jax.Array, wanted: jax.Array, *batch: Any) -> Any:
@@ -132,8 +132,7 @@ def make_pack_evaluation(graph: Any, loss_chunk: int, over: str) -> Callable[...
 
         def evaluate():
             model = _scaled(nnx.merge(graph, adapter, base), scale)
-            hidden, _ = model(tokens, segments=segments)
-            return summed_loss_and_hits(hidden, model.head_weight(), tokens, mask, loss_chunk)
+            return loss_and_hits(model, tokens, mask, segments, loss_chunk)
 
         return _either(over, wanted, evaluate, lambda: (jnp.float32(0),) * 3)
 

@@ -9,6 +9,7 @@ from qlora_jax.planning.gpus import PlannedGpu
 from qlora_jax.planning.memory import usable_bytes
 from qlora_jax.planning.plan import Plan, make_plan
 from qlora_jax.settings import AUTO
+from qlora_jax.train.spec import read_sizes
 
 STEP = 1024  # tokens: lengths are multiples of it
 FIRST = (4 * STEP, 8 * STEP)
@@ -29,6 +30,8 @@ def longest_context(config: Any, gpu: PlannedGpu, say: Callable[[str], None] = l
     A line through two lengths says where the card is full; lengths there are compiled until two neighbours are found or
     TRIES are spent. Raises InputError where not even FIRST[0] tokens fit.
     """
+    if read_sizes(config).kind.bidirectional:
+        raise InputError("an encoder's rows are as long as its positions: there is no longest context to look for")
     plans: dict[int, Plan] = {}
 
     def peak(tokens: int) -> int:

@@ -49,7 +49,7 @@ def step_flops(spec: RunSpec, linear_weights: float, adapter_params: float, reco
     passes = PASSES if recomputed and _recomputes(spec) else PASSES - 1
     head_passes = PASSES if recomputed and spec.model.remat == "none" else PASSES - 1
     head_passes += "lm_head" in spec.model.lora.modules_to_save
-    head = 2 * head_passes * sizes.V * sizes.D
+    head = 0 if sizes.kind.bidirectional else 2 * head_passes * sizes.V * sizes.D  # an encoder's is of rows, not tokens
     attention = 2 * sizes.N * sizes.H * batch.T * sizes.L
     linear_weights *= active_share(sizes, sizes.weights)
     adapter_params *= active_share(sizes, lambda name: rank_one_parameters(sizes, name))
@@ -67,7 +67,7 @@ def roofline(
     """The larger of computing and moving for each micro-batch, and the bus's time beside it."""
     sizes, batch = spec.model.sizes, spec.batch
     passes = PASSES if _recomputes(spec) else PASSES - 1
-    head = sizes.V * sizes.D
+    head = 0 if sizes.kind.bidirectional else sizes.V * sizes.D
     micro_flops = step_flops(spec, linear_weights, adapter_params) / batch.G
     moved = passes * packed_bytes + 2 * PASSES * head
     moved += 2 * kept_bytes(sizes, spec.model.remat, batch.B, batch.T, 2)

@@ -151,7 +151,9 @@ def cuts(wanted: ToCut) -> list[Cut]:
     """All that the config leaves open, the fastest first; of equally fast ones that which takes less memory."""
     rows = _divisors(wanted.rows) if wanted.grad_accum == AUTO else [default_cut(wanted).rows]
     remats = list(REMATS) if wanted.remat == AUTO else [wanted.remat]
-    if wanted.remat == AUTO and wanted.model.is_chunked(wanted.T):
+    if wanted.remat == AUTO and wanted.model.sizes.kind.bidirectional:
+        remats = ["block"]  # an encoder's gradient is that of its scan
+    elif wanted.remat == AUTO and wanted.model.is_chunked(wanted.T):
         remats.remove("selective")  # in chunks nothing more is kept than with "block"
     found = [Cut(number, remat) for number in rows for remat in remats]
     return sorted(found, key=lambda cut: (step_seconds(wanted, cut), temporary_bytes(wanted, cut)))
@@ -172,6 +174,8 @@ def step_seconds(wanted: ToCut, cut: Cut) -> float:
 
 def attention_of(model: ModelSpec, T: int) -> str:
     """The implementation that rows of T tokens take, on the GPU that programs are traced for."""
+    if model.sizes.kind.bidirectional:
+        return "xla"
     if model.is_chunked(T):
         return "chunked"
     return chosen(model.attention, T, model.sizes.N, model.sizes.H, model.compute_dtype)

@@ -355,7 +355,7 @@ class Run:
         def write_beside(folder: Path) -> None:
             if added is not None and added.new:
                 write_tokenizer(added, folder)
-            if prepared.tokenizer is not None:
+            if prepared.tokenizer is not None and not prepared.kind.bidirectional:
                 write_template(folder, template_of(prepared.data.sources))
 
         write_adapter(workdir.adapter, self.adapter, prepared.lora_config, base, grown, write_beside, prepared.kind)
@@ -379,6 +379,8 @@ class Run:
             "trainable_params": prepared.trainable_params,
             "total_params": prepared.total_params,
         }
+        if prepared.lora_config.labels:
+            summary["labels"] = prepared.lora_config.labels  # losses are of rows, not of tokens
         if self.mmlu is not None:
             found = self.mmlu(self.adapter, prepared.base)
             self.say(f"run: {self.mmlu.describe(found)}")

@@ -19,6 +19,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.feed.batches import FileBatches
 from qlora_jax.feed.load import LoadedData, load_data
 from qlora_jax.io import peft
+from qlora_jax.io.adapters.head import read_head
 from qlora_jax.io.folder import resolve
 from qlora_jax.io.load import QuantSpec, load_config, load_model
 from qlora_jax.io.peft_config import read_config
@@ -30,6 +31,7 @@ from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.kind import Kind
 from qlora_jax.models.layers import Frozen
 from qlora_jax.models.mixtures.router import check_router_loss
+from qlora_jax.models.roberta.encoder import Encoder
 from qlora_jax.models.vocabulary import grow
 from qlora_jax.optim.pages import state_bytes
 from qlora_jax.optim.schedules import make_optimizer, make_schedule
@@ -39,6 +41,7 @@ from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train import mmlu
 from qlora_jax.train.checks import check_config
 from qlora_jax.train.cut import ToCut
+from qlora_jax.train.kinds.labels import with_labels
 from qlora_jax.train.mmlu import Asked
 from qlora_jax.train.shapes import ModelSpec, model_settings
 
@@ -126,8 +129,10 @@ def prepare(
     quant = quantization(config)
     folder = resolve(config.model.path, config.model.revision)
     model_config = load_config(folder)
+    is_encoder = model_config.kind.bidirectional is not None
     added = added_tokens(config.data, folder)
     lora_config = read_lora_config(config.lora, bool(added and added.new), model_config.tied)
+    lora_config = with_labels(lora_config, config, model_config)
     lora.select_targets(lora_config.targets, model_config)
     check_router_loss(config.model, model_config)
     if config.lora.init_from:
@@ -144,6 +149,7 @@ def prepare(
     asked = mmlu.read(config, tokenizer or folder, model_config.context, V, say) if config.eval.mmlu_data else None
     check(data.inputs | ({} if asked is None else {"eval.mmlu_data": asked.input}))
     longest = data.batches.longest_example if data.is_packed else data.batches.max_length
+    longest = 0 if is_encoder else longest  # whose rows are cut to its positions
     if longest > model_config.context and model_config.kind.positions:
         raise InputError(
             f"sequences of up to {longest} tokens, but the model has {model_config.context} learned positions: set "
@@ -155,9 +161,14 @@ def prepare(
     if steps != config.train.steps:
         say(f"data: one pass over data.batches: {steps} steps, fewer than train.steps = {config.train.steps}")
     tx = make_optimizer(config.optimizer, steps)
-    _say_attention(config.model, model_config, data.batches.max_length, say)
+    if not is_encoder:
+        _say_attention(config.model, model_config, data.batches.max_length, say)
     model, base_input = load_base(config, folder, progress) if base is None else base.fresh(config.model)
     check({"model.path": base_input})
+    begun = ""
+    if isinstance(model, Encoder) and not config.lora.init_from:
+        kept = model.classifier is not None and model.classifier.labels == lora_config.labels
+        begun = f"; it starts {'from the one of the base' if kept else 'afresh, drawn by train.seed'}"
     lora.attach(model, lora_config, jax.random.key(config.train.seed))
     if added is not None:
         grow(model, V, added.rows_to_fill(model_config.V), added.real_rows(model_config.V))
@@ -172,6 +183,8 @@ def prepare(
             lora.set_adapter(model, name, a, b, lora_config.scale)
         for name, matrix in start.matrices.items():
             lora.train_whole(model, name, jnp.asarray(matrix))
+        if start.head:
+            lora.train_head(model, {name: jnp.asarray(value) for name, value in start.head.items()})
     graph, adapter, frozen = lora.split(model)
     to_cut = rows_to_cut(config, dataclasses.replace(model_config, V=V), lora_config, data)
     base_bytes = _bytes(frozen)
@@ -189,6 +202,10 @@ def prepare(
             f"{size // 4:,} of these parameters: {size / 2**20:,.1f} MiB in float32, as much for gradients, and "
             f"{state / 2**20:,.1f} MiB of optimizer state"
         )
+    if head := lora.head_arrays(adapter):
+        what = "a number" if lora_config.labels == 1 else f"{lora_config.labels} classes"
+        trained = sum(leaf.size for leaf in head.values())
+        say(f"model: its head, which gives {what}, trains whole in float32, {trained:,} of these parameters{begun}")
     o = config.optimizer
     schedule = make_schedule(o.schedule, o.learning_rate, steps, o.warmup_steps)
     return Prepared(
@@ -276,6 +293,7 @@ class Start(NamedTuple):
     arrays: dict[str, tuple[jax.Array, jax.Array]]  # {"self_attn.q_proj": (A [L, R, I], B [L, O, R])}
     matrices: dict[str, np.ndarray]  # embed_tokens, lm_head [V, D], those that train whole
     residual: str  # as LoRAConfig's
+    head: dict[str, np.ndarray]  # of an encoder
 
 
 def read_start(model: Decoder, folder: Path, wanted: LoRAConfig, added: AddedTokens | None = None) -> Start:
@@ -304,11 +322,14 @@ def read_start(model: Decoder, folder: Path, wanted: LoRAConfig, added: AddedTok
         for name, matrix in matrices.items()
         if len(matrix) != model.config.V
     ]
+    head = read_head(model.config, folder)
+    if (labels := len(head["out_proj.bias"]) if head else 0) != wanted.labels:
+        differing.append(f"its head has {labels} labels, the data have {wanted.labels}")
     if added is not None and matrices:
         differing += _other_ids(added, folder)
     if differing:
         raise InputError(f"lora.init_from: {folder} does not match the lora section: {'; '.join(differing)}")
-    return Start(arrays, matrices, found.residual)
+    return Start(arrays, matrices, found.residual, head)
 
 
 def _other_ids(added: AddedTokens, folder: Path) -> list[str]:
@@ -335,6 +356,8 @@ def base_size(model: Decoder) -> tuple[float, int]:
         bits += 8 * w.nbytes
         weights += model.config.weights(name)
     trained = [slot for slot in ("embedding", "head") if not isinstance(getattr(model, slot), Frozen)]
+    if model.config.kind.bidirectional:  # whose head trains, or is another
+        trained += [slot for slot in model.config.outer if slot.startswith(model.config.kind.bidirectional.head)]
     shapes = [shape for slot, (_, shape) in model.config.outer.items() if slot not in trained]
     others = sum(map(math.prod, shapes)) + model.config.L * sum(map(math.prod, model.config.vectors.values()))
     return bits / weights, weights + others

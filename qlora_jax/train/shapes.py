@@ -11,6 +11,7 @@ from qlora_jax import lora
 from qlora_jax.io.load import QuantSpec, abstract_weight
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.roberta.build import build
 from qlora_jax.settings import AUTO
 
 
@@ -77,9 +78,9 @@ def abstract_model(spec: ModelSpec) -> AbstractModel:
     config = spec.sizes
     stored = jnp.dtype(spec.kept_dtype)
 
-    def build() -> Decoder:
+    def made() -> Decoder:
         weights: dict[str, Any] = {
-            slot: jnp.zeros(shape, jnp.float32 if "norm" in slot else stored)
+            slot: jnp.zeros(shape, jnp.float32 if config.is_float32(slot) else stored)
             for slot, (_, shape) in config.outer.items()
         }
         weights["layers"] = {
@@ -91,12 +92,12 @@ def abstract_model(spec: ModelSpec) -> AbstractModel:
             one = jax.ShapeDtypeStruct(shape, stored) if one is None else dataclasses.replace(one, backend=spec.kernel)
             room = (config.L, *config.copies(name))
             weights["layers"][name] = jax.tree.map(lambda x: jnp.zeros((*room, *x.shape), x.dtype), one)  # noqa: B023
-        model = Decoder(config, weights, spec.compute_dtype, spec.remat, spec.attention, spec.sequence_chunk)
+        model = build(config, weights, spec.compute_dtype, spec.remat, spec.attention, spec.sequence_chunk)
         model.router_aux_loss_coef = spec.router_aux_loss_coef
         lora.attach(model, spec.lora, jax.random.key(0))
         return model
 
-    return AbstractModel(*lora.split(nnx.eval_shape(build)))
+    return AbstractModel(*lora.split(nnx.eval_shape(made)))
 
 
 @dataclasses.dataclass(frozen=True)

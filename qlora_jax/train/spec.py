@@ -21,6 +21,7 @@ from qlora_jax.quant.tensor import check_kernel
 from qlora_jax.text.added_tokens import extended_tokenizer
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.cut import Cut, ToCut, default_cut
+from qlora_jax.train.kinds.labels import longest_labelled_row, with_labels
 from qlora_jax.train.setup import added_tokens, read_lora_config
 from qlora_jax.train.shapes import BatchShape, ModelSpec, model_settings
 
@@ -55,7 +56,7 @@ def read_spec(config: Any, length: int | None = None) -> RunSpec:
     sizes, form, dtype = _model_sizes(config.model.path, config.model.revision)
     rows, adds_tokens = _rows(config, sizes.V)
     sizes = dataclasses.replace(sizes, V=rows)
-    lora = read_lora_config(config.lora, adds_tokens, sizes.tied)
+    lora = with_labels(read_lora_config(config.lora, adds_tokens, sizes.tied), config, sizes)
     quant = QuantSpec(config.quant.format, config.quant.block_size, config.quant.double_quant)
     check_kernel(quant.format, config.model.kernel)
     kept = _kept(dtype, config.model.compute_dtype)
@@ -92,6 +93,8 @@ def _rows(config: Any, V: int) -> tuple[int, bool]:
 def longest_row(config: Any, sizes: ModelConfig) -> int:
     """Tokens of the longest row of a batch, padding included; `sizes`: of the model, added tokens counted in V."""
     data = config.data
+    if sizes.kind.bidirectional:
+        return padded_length(longest_labelled_row(data, sizes), data.pad_to_multiple_of)
     lengths = Lengths.of(data)
     longest = lengths.room if lengths.are_given else 0
     if not longest and not (data.packing and data.pack_length):

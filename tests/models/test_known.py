@@ -33,6 +33,7 @@ PARAMETERS = {
     "microsoft/phi-4": 14.660,
     "HuggingFaceTB/SmolLM3-3B": 3.075,
     "google/gemma-2-9b-it": 9.242,
+    "FacebookAI/roberta-large": 0.3543,  # of 0.3554 with the pooler
     "google/gemma-3-4b-it": 3.880,  # of 4.300 with the encoder
     "google/gemma-3-12b-it": 11.766,  # of 12.187
     "google/gemma-3-27b-it": 27.009,  # of 27.432

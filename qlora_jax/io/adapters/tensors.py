@@ -13,6 +13,7 @@ from qlora_jax.io import header
 from qlora_jax.io.peft_config import CONFIG
 from qlora_jax.io.source import LocalSource
 from qlora_jax.models.kind import Kind
+from qlora_jax.models.roberta.names import head_shapes
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -26,6 +27,14 @@ def matrix_keys(kind: Kind) -> dict[str, str]:
     return {"embed_tokens": f"{PREFIX}{kind.embedding}.weight", "lm_head": f"{PREFIX}{kind.head}.weight"}
 
 
+def head_keys(kind: Kind) -> dict[str, str]:
+    """{"dense.weight": key, ...} of an encoder's head; {} of a decoder."""
+    if kind.bidirectional is None:
+        return {}
+    begin = f"{kind.bidirectional.head}."
+    return {key.removeprefix(begin): PREFIX + key for key in head_shapes(kind.bidirectional, 0, 0)}
+
+
 class Tensors:
     """The tensors of a PEFT folder, by the keys that `write_arrays` gives them.
 
@@ -33,7 +42,7 @@ class Tensors:
     """
 
     def __init__(self, folder: Path, kind: Kind):
-        self._matrices = matrix_keys(kind)
+        self._matrices, self._head = matrix_keys(kind), head_keys(kind)
         self.path, self._source = folder / WEIGHTS, LocalSource(folder)
         if not self._source.exists(WEIGHTS):
             pickle = (
@@ -59,6 +68,10 @@ class Tensors:
 
     def matrix_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: self._places[key].shape for name, key in self._matrices.items() if key in self._places}
+
+    def head_shapes(self) -> dict[str, tuple[int, ...]]:
+        """As matrix_shapes, of an encoder's head."""
+        return {name: self._places[key].shape for name, key in self._head.items() if key in self._places}
 
     def take(self, wanted: Mapping[str, tuple[int, ...]]) -> list[np.ndarray]:
         """These tensors, which are then no longer there. Raises InputError where one is missing or misshapen."""
@@ -88,7 +101,7 @@ class Tensors:
                 problems.append(f"missing {key}")
             elif self._places[key].shape != shape:
                 problems.append(f"{key} is {list(self._places[key].shape)}, expected {list(shape)}")
-        others = sorted(self._places.keys() - wanted.keys() - {*self._matrices.values()})
+        others = sorted(self._places.keys() - wanted.keys() - {*self._matrices.values(), *self._head.values()})
         problems += [f"unexpected {key}" for key in others]
         if problems:
             shown, more = "; ".join(problems[:_MOST_SHOWN]), len(problems) - _MOST_SHOWN

@@ -1,0 +1,1 @@
+"""What a run needs to know of models that are no decoders alone: labels (an encoder with a head over classes)."""
