@@ -336,5 +336,6 @@ def base_size(model: Decoder) -> tuple[float, int]:
         weights += model.config.weights(name)
     trained = [slot for slot in ("embedding", "head") if not isinstance(getattr(model, slot), Frozen)]
     shapes = [shape for slot, (_, shape) in model.config.outer.items() if slot not in trained]
-    others = sum(map(math.prod, shapes)) + model.config.L * sum(map(math.prod, model.config.vectors.values()))
+    vectors = (model.config.depth(name) * math.prod(shape) for name, shape in model.config.vectors.items())
+    others = sum(map(math.prod, shapes)) + sum(vectors)
     return bits / weights, weights + others

@@ -11,6 +11,7 @@ from qlora_jax import lora
 from qlora_jax.io.load import QuantSpec, abstract_weight
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.t5.assemble import assembled
 from qlora_jax.settings import AUTO
 
 
@@ -83,15 +84,15 @@ def abstract_model(spec: ModelSpec) -> AbstractModel:
             for slot, (_, shape) in config.outer.items()
         }
         weights["layers"] = {
-            name: jnp.zeros((config.L, *shape), stored if name in config.sixteen_bit else jnp.float32)
+            name: jnp.zeros((config.depth(name), *shape), stored if name in config.sixteen_bit else jnp.float32)
             for name, shape in config.vectors.items()
         }
         for name, shape in config.linears.items():
             one: Any = abstract_weight(config, name, spec.quant)
             one = jax.ShapeDtypeStruct(shape, stored) if one is None else dataclasses.replace(one, backend=spec.kernel)
-            room = (config.L, *config.copies(name))
+            room = (config.depth(name), *config.copies(name))
             weights["layers"][name] = jax.tree.map(lambda x: jnp.zeros((*room, *x.shape), x.dtype), one)  # noqa: B023
-        model = Decoder(config, weights, spec.compute_dtype, spec.remat, spec.attention, spec.sequence_chunk)
+        model = assembled(config, weights, spec.compute_dtype, spec.remat, spec.attention, spec.sequence_chunk)
         model.router_aux_loss_coef = spec.router_aux_loss_coef
         lora.attach(model, spec.lora, jax.random.key(0))
         return model

@@ -44,17 +44,14 @@ def make_gradient(
     """
 
     def micro_loss(adapter, base, tokens, loss_mask, key, segments):
-        model = merge(graph, adapter, base)
-        hidden, _ = model(tokens, dropout_key=key, segments=segments)
-        total, _ = summed_loss(hidden, model.head_weight(), tokens, loss_mask, loss_chunk)
-        return total
+        return loss_of(merge(graph, adapter, base), tokens, loss_mask, key, segments, loss_chunk)[0]
 
     def gradient(adapter, base, tokens, loss_mask, key, segments=None):
         def add(total, inputs):
             micro_tokens, micro_mask, index, micro_segments = inputs
             micro_key = None if key is None else DropoutKey(key, index * micro_tokens.shape[0])
             model = merge(graph, adapter, base)
-            if model.remat == "none":
+            if model.remat == "none" or hasattr(model, "loss"):
                 loss, grads = jax.value_and_grad(micro_loss)(
                     adapter, base, micro_tokens, micro_mask, micro_key, micro_segments
                 )
@@ -78,11 +75,24 @@ def make_evaluation(graph: Any, loss_chunk: int) -> Callable[..., tuple[jax.Arra
     nats, target tokens), without dropout."""
 
     def evaluate(adapter, base, tokens, loss_mask, segments=None):
-        model = nnx.merge(graph, adapter, base)
-        hidden, _ = model(tokens, segments=segments)
-        return summed_loss(hidden, model.head_weight(), tokens, loss_mask, loss_chunk)
+        return loss_of(nnx.merge(graph, adapter, base), tokens, loss_mask, None, segments, loss_chunk)
 
     return evaluate
+
+
+def loss_of(
+    model: Any,
+    tokens: jax.Array,
+    loss_mask: jax.Array,
+    key: jax.Array | DropoutKey | None,
+    segments: jax.Array | None,
+    loss_chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """(summed nats, target tokens) of rows: a decoder's, or by the `loss` that a model of another kind has."""
+    if hasattr(model, "loss"):
+        return model.loss(tokens, loss_mask, dropout_key=key, segments=segments, chunk=loss_chunk)
+    hidden, _ = model(tokens, dropout_key=key, segments=segments)
+    return summed_loss(hidden, model.head_weight(), tokens, loss_mask, loss_chunk)
 
 
 def mean_loss(evaluation: Callable[..., Any], adapter: Any, base: Any, batches: Iterable[Mapping]) -> float | None:
