@@ -71,7 +71,8 @@ def test_rows():
     assert rows.source.tolist() == [[5, 6, 7, 0, 0], [5, 0, 0, 0, 0], [0] * 5, [2, 3, 4, 5, 6]]
     assert rows.seen.sum(1).tolist() == [3, 1, 0, 5]
     assert [row[:2] for row in rows.inputs.tolist()] == [[2, 8], [2, 8], [2, 0], [2, 7]]
-    counted = [np.asarray(row)[np.asarray(which)].tolist() for row, which in zip(rows.labels, rows.counted, strict=True)]
+    labels, which = np.asarray(rows.labels), np.asarray(rows.counted)
+    counted = [row[own].tolist() for row, own in zip(labels, which, strict=True)]
     assert counted == [[8, 9], [8, 9, 3, 4], [], [7]] and int(rows.counted.sum()) == int(mask[:, 1:].sum())
 
 
