@@ -131,7 +131,9 @@ def make_pack_evaluation(graph: Any, loss_chunk: int, over: str) -> Callable[...
         tokens, mask, segments = batch
 
         def evaluate():
-            model = _scaled(nnx.merge(graph, adapter, base), scale)
+            model: Any = _scaled(nnx.merge(graph, adapter, base), scale)
+            if hasattr(model, "loss_and_hits"):
+                return model.loss_and_hits(tokens, mask, loss_chunk)
             hidden, _ = model(tokens, segments=segments)
             return summed_loss_and_hits(hidden, model.head_weight(), tokens, mask, loss_chunk)
 
@@ -181,5 +183,5 @@ def _scaled(model: Decoder, scale: jax.Array) -> Decoder:
     for name in model.config.linears:
         layer = lora.linear(model, name)
         if layer.lora_a is not None:
-            layer.lora_scale = nnx.data(jnp.broadcast_to(scale, (model.config.L,)))
+            layer.lora_scale = nnx.data(jnp.broadcast_to(scale, (model.config.depth(name),)))
     return model

@@ -148,8 +148,9 @@ def _divisors(number: int) -> list[int]:
 def cuts(wanted: ToCut) -> list[Cut]:
     """All that the config leaves open, the fastest first; of equally fast ones that which takes less memory."""
     rows = _divisors(wanted.rows) if wanted.grad_accum == AUTO else [default_cut(wanted).rows]
-    remats = list(REMATS) if wanted.remat == AUTO else [wanted.remat]
-    if wanted.remat == AUTO and wanted.model.is_chunked(wanted.T):
+    possible = REMATS if wanted.model.sizes.kind.pair is None else ("block",)
+    remats = list(possible) if wanted.remat == AUTO else [wanted.remat]
+    if "selective" in remats and wanted.remat == AUTO and wanted.model.is_chunked(wanted.T):
         remats.remove("selective")  # in chunks nothing more is kept than with "block"
     found = [Cut(number, remat) for number in rows for remat in remats]
     return sorted(found, key=lambda cut: (step_seconds(wanted, cut), temporary_bytes(wanted, cut)))

@@ -39,6 +39,7 @@ from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train import mmlu
 from qlora_jax.train.checks import check_config
 from qlora_jax.train.cut import ToCut
+from qlora_jax.train.kinds.pair import check_data, check_kind, limit_rows, row_limits
 from qlora_jax.train.mmlu import Asked
 from qlora_jax.train.shapes import ModelSpec, model_settings
 
@@ -130,6 +131,7 @@ def prepare(
     lora_config = read_lora_config(config.lora, bool(added and added.new), model_config.tied)
     lora.select_targets(lora_config.targets, model_config)
     check_router_loss(config.model, model_config)
+    check_kind(config, model_config)
     if config.lora.init_from:
         check_base(read_config(Path(config.lora.init_from)).residual, quant.format != "none")
     tokenizer, V = None, model_config.V
@@ -139,6 +141,7 @@ def prepare(
     elif not config.data.batches:
         tokenizer = Tokenizer.from_folder(folder)
     data = load_data(config.data, tokenizer, config.train.batch_size, V, model_config.context)
+    check_data(data, model_config)
     for line in data.report:
         say(line)
     asked = mmlu.read(config, tokenizer or folder, model_config.context, V, say) if config.eval.mmlu_data else None
@@ -158,6 +161,7 @@ def prepare(
     _say_attention(config.model, model_config, data.batches.max_length, say)
     model, base_input = load_base(config, folder, progress) if base is None else base.fresh(config.model)
     check({"model.path": base_input})
+    limit_rows(model, row_limits(model_config, [config.data]))
     lora.attach(model, lora_config, jax.random.key(config.train.seed))
     if added is not None:
         grow(model, V, added.rows_to_fill(model_config.V), added.real_rows(model_config.V))
@@ -227,7 +231,8 @@ def step_count(config: Any, data: LoadedData) -> int:
 
 def rows_to_cut(config: Any, sizes: ModelConfig, lora_config: LoRAConfig, data: LoadedData) -> ToCut:
     """The rows of a step of `data`; `sizes` with added tokens in V."""
-    spec = ModelSpec(sizes, quantization(config), lora_config, **model_settings(config.model))
+    settings = model_settings(config.model) | row_limits(sizes, [config.data])
+    spec = ModelSpec(sizes, quantization(config), lora_config, **settings)
     return ToCut.of(config, spec, data.batches.batch_size, data.batches.max_length)
 
 

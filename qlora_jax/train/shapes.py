@@ -29,6 +29,8 @@ class ModelSpec:
     kernel: str = "auto"
     sequence_chunk: int = 0
     router_aux_loss_coef: float = 0.0
+    source_len: int = 0  # of an encoder-decoder: tokens of a row's prompt and answer at most; 0: of the row
+    target_len: int = 0
 
     @property
     def is_16bit(self) -> bool:
@@ -94,6 +96,8 @@ def abstract_model(spec: ModelSpec) -> AbstractModel:
             weights["layers"][name] = jax.tree.map(lambda x: jnp.zeros((*room, *x.shape), x.dtype), one)  # noqa: B023
         model = assembled(config, weights, spec.compute_dtype, spec.remat, spec.attention, spec.sequence_chunk)
         model.router_aux_loss_coef = spec.router_aux_loss_coef
+        if config.kind.pair:
+            model.source_len, model.target_len = spec.source_len, spec.target_len
         lora.attach(model, spec.lora, jax.random.key(0))
         return model
 

@@ -31,7 +31,7 @@ class EncoderDecoder(nnx.Module):
         [L, O, I]) and config.vectors, L being the layers of the part's stack.
       compute_dtype: of activations and matmuls.
       remat: "block" keeps one activation a layer and computes the rest again in the backward pass, "none" keeps all.
-      attention, sequence_chunk: as a Decoder has them; "xla" and 0 is what there is here (train/kinds).
+      attention, sequence_chunk: as a Decoder has them; "xla" and 0 is what there is here (train/kinds/pair).
     """
 
     def __init__(
@@ -81,24 +81,39 @@ class EncoderDecoder(nnx.Module):
         Returns:
           float32 [] nats, float32 [] count.
         """
-        assert segments is None and self.config.kind.pair is not None
+        assert segments is None
+        nats, _, count = self._loss(tokens, loss_mask, dropout_key, chunk, counts_hits=False)
+        return nats, count
+
+    def loss_and_hits(
+        self, tokens: jax.Array, loss_mask: jax.Array, chunk: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """As `loss`, with the number of tokens that are the likeliest between the two: float32 [] each."""
+        return self._loss(tokens, loss_mask, None, chunk, counts_hits=True)
+
+    def _loss(
+        self, tokens: jax.Array, loss_mask: jax.Array, dropout_key: Any, chunk: int, counts_hits: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        assert self.config.kind.pair is not None
         rows = split_rows(tokens, loss_mask, self.config.kind.pair, self.source_len, self.target_len)
         encoded = self.encode(rows.source, rows.seen, dropout_key)
         hidden = self.decode(rows.inputs, encoded, rows.seen, dropout_key)
         head = self.head_weight()
 
         @partial(jax.checkpoint, prevent_cse=False)
-        def add_chunk(total, inputs):
+        def add_chunk(totals, inputs):
             hidden, labels, counted = inputs
             logits = head_logits(hidden, head)
             picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-            return total + jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * counted), None
+            nats = totals[0] + jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * counted)
+            hits = (jnp.argmax(logits, axis=-1) == labels) & counted if counts_hits else jnp.zeros_like(counted)
+            return (nats, totals[1] + jnp.sum(hits).astype(jnp.float32)), None
 
-        size = chunk_size(rows.labels.size, chunk)
-        cut = partial(_in_chunks, size=size)
+        cut = partial(_in_chunks, size=chunk_size(rows.labels.size, chunk))
         flat = hidden.reshape(-1, hidden.shape[-1]), rows.labels.reshape(-1), rows.counted.reshape(-1)
-        total, _ = jax.lax.scan(add_chunk, jnp.float32(0), tuple(map(cut, flat)))
-        return total, jnp.sum(rows.counted).astype(jnp.float32)
+        start = (jnp.float32(0), jnp.float32(0))
+        (nats, hits), _ = jax.lax.scan(add_chunk, start, tuple(map(cut, flat)))
+        return nats, hits, jnp.sum(rows.counted).astype(jnp.float32)
 
     def encode(
         self, source: jax.Array, seen: jax.Array, dropout_key: jax.Array | DropoutKey | None = None
