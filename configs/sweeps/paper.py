@@ -16,16 +16,18 @@ Axes and counts, each with 3 seeds; a run that several groups want is run once:
     batch sizes           2 sizes * 2 sets * 3 batch sizes * 3                  =  36   appendix B.2
     source or target      2 sizes * 8 sets * 2 * 3                              =  96   Table 10
     amount of data        2 sizes * 8 sets * 3 amounts * 3                      = 144   Table 11
-                                                                        choices 1,266, points 1,026
+    T5                    5 sizes * 3 types * 3 seeds                           =  45   Table 3
+                                                                        choices 1,311, points 1,071
 
-What of the paper is not here: Int8 bases, T5 (no such model is built), and rows for OPT, BLOOM and Pythia, which load.
+What of the paper is not here: Int8 bases, and rows for OPT, BLOOM and Pythia, which load.
 Every run holds out 100 examples, for the loss in the ledger; MMLU is `evaluate`'s, of the adapters that
 --keep_adapters keeps.
 """
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, t5_sni
+from qlora_jax.settings import flatten
 from qlora_jax.sweep.grid import Grid, axis, chain, fixed, group, product
 
 # hub name, learning rate, dropout: the paper's for each size (section 2 of the recipe, appendix B.2)
@@ -61,6 +63,15 @@ LAYERS = [
 RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3]
 BATCHES = [16, 32, 64]  # sequences a step
 AMOUNTS = [1_000, 3_000, 9_000]  # examples; OASST1 has about 10,000
+# hub name, r: the paper's for each size (appendix on Super-NaturalInstructions)
+T5_SIZES = {
+    "80M": ("google/t5-small-lm-adapt", 16),
+    "250M": ("google/t5-base-lm-adapt", 16),
+    "780M": ("google/t5-large-lm-adapt", 16),
+    "3B": ("google/t5-xl-lm-adapt", 64),
+    "11B": ("google/t5-xxl-lm-adapt", 64),
+}
+T5_TYPES = [("none", False), ("fp4", False), ("nf4", True)]  # format, DQ
 BOTH, SMALL = ("Alpaca", "FLAN v2"), ("7B", "13B")
 
 
@@ -96,6 +107,15 @@ def types(formats: list[tuple[str, bool]]) -> Grid:
     return chain(*(fixed({"quant.format": name, "quant.double_quant": double}) for name, double in formats))
 
 
+def t5_sizes() -> Grid:
+    """The T5s of Table 3, each by configs/t5_sni.py; that recipe says what of it is the paper's."""
+    recipe = flatten(t5_sni.get_config())
+    data = ("path", "format", "max_source_len", "max_target_len")
+    keys = [f"data.{key}" for key in data] + ["lora.alpha", "lora.dropout", "optimizer.learning_rate", "train.steps"]
+    shared = {key: recipe[key] for key in keys}
+    return chain(*(fixed(shared | {"model.path": path, "lora.rank": rank}) for path, rank in T5_SIZES.values()))
+
+
 def sweep() -> Grid:
     seeds = axis("train.seed", [0, 1, 2])
     exact = types([("nf4", True), ("none", False)])  # QLoRA and 16-bit LoRA
@@ -121,4 +141,5 @@ def sweep() -> Grid:
             product(sizes(SMALL), sets(), axis("data.train_on_source", [False, True]), seeds),
         ),
         group("Table 11: amount of data", product(sizes(SMALL), sets(), axis("data.max_examples", AMOUNTS), seeds)),
+        group("Table 3: T5", product(t5_sizes(), types(T5_TYPES), seeds)),
     )

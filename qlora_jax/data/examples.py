@@ -150,6 +150,8 @@ def tokenize_examples(
     given = _given_tokens(texts, targets, tokenizer)
     bos = [] if tokenizer.bos_id is None or tokenizer.ends_source else [tokenizer.bos_id]
     end = [tokenizer.eos_id] if tokenizer.ends_source else []
+    for number, text in enumerate(texts):
+        sources[number] = _fitting(text, sources[number], tokenizer, lengths.max_source_len - len(bos + end))
     examples = []
     counts = {"sources": 0, "targets": 0, "dropped": 0}
     for number, (text, source, target) in enumerate(zip(texts, sources, targets, strict=True)):
@@ -170,6 +172,17 @@ def tokenize_examples(
         counts["targets"] += len(second) <= len(target)
         examples.append(Example(np.asarray(first + second, np.int32), loss_mask, text.where))
     return examples, Truncated(**counts)
+
+
+def _fitting(text: Text, source: list[int], tokenizer: Tokenizer, room: int) -> list[int]:
+    """Ids of the text's source; of the first that fits the room where it has shorter ones, else of the last."""
+    if room < 0:
+        return source
+    for shorter in text.shorter:
+        if len(source) <= room:
+            break
+        source = tokenizer.encode(shorter)
+    return source
 
 
 def _given_tokens(

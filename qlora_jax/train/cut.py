@@ -195,6 +195,7 @@ def temporary_bytes(wanted: ToCut, cut: Cut, members: int = 1) -> int:
     itemsize = model.itemsize
     T = chunk_size(wanted.T, model.sequence_chunk) if model.is_chunked(wanted.T) else wanted.T
     kept = kept_bytes(config, cut.remat, cut.rows, wanted.T, itemsize, model.low_rank, log_sums(model, wanted.T))
+    kept = int(kept * model.kept_share(wanted.T))
     if cut.remat == "block+offload":
         kept = 3 * kept // config.L  # on their way
     rows = cut.rows * T

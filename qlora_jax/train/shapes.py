@@ -47,6 +47,14 @@ class ModelSpec:
         names = lora.select_targets(self.lora.targets, self.sizes)
         return self.lora.rank * sum(not self.sizes.is_expert(name) for name in names)
 
+    def kept_share(self, T: int) -> float:
+        """Of the tokens that all layers would take of a row of T, those that they do: an encoder-decoder's layers see
+        the prompt or the answer."""
+        if (pair := self.sizes.kind.pair) is None:
+            return 1.0
+        source, target = (min(limit or T, T) for limit in (self.source_len, self.target_len))
+        return (pair.encoder_layers * source + pair.decoder_layers * target) / (self.sizes.L * T)
+
     def is_chunked(self, T: int) -> bool:
         """Whether rows of T tokens go through a layer in chunks."""
         return 0 < self.sequence_chunk < T

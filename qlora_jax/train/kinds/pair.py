@@ -16,13 +16,13 @@ def check_kind(config: Any, sizes: ModelConfig) -> None:
         return
     model, data, lora = config.model, config.data, config.lora
     matrices = set(lora.modules_to_save) - {"auto"} or data.added_tokens or data.added_special_tokens
-    refused = (
+    refused = (  # a forecast of a grid has no data.train_on_source
         (model.remat not in (*REMATS, "auto"), "model.remat", "has block and none alone", "model.remat=block"),
         (model.attention not in ("auto", "xla"), "model.attention", "has a bias of scores", "model.attention=auto"),
         (model.sequence_chunk, "model.sequence_chunk", "sees a prompt whole", "model.sequence_chunk=0"),
         (data.packing, "data.packing", "has one example a row", "data.packing=False"),
         (data.batches, "data.batches", "must know where a prompt ends", "data.path"),
-        (data.train_on_source, "data.train_on_source", "predicts no prompt", "data.train_on_source=False"),
+        (data.get("train_on_source"), "data.train_on_source", "predicts no prompt", "data.train_on_source=False"),
         (data.template == "chat", "data.template", "has no form for chats", "data.template=paper"),
         (matrices, "lora.modules_to_save or data.added_tokens", "trains adapters alone", "lora.modules_to_save=()"),
         (config.eval.mmlu_data, "eval.mmlu_data", "answers no MMLU here", "eval.mmlu_data=''"),
