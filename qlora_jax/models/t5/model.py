@@ -1,12 +1,12 @@
 """The encoder-decoder: embedding, two stacks of layers, each one scan, and the head.
 
-It has a Decoder's attributes where adapters, files and checkpoints look for them, and `loss` in place of a call on
-tokens: a row of a batch is a prompt and its answer, which go to the two stacks.
+It has a Decoder's attributes where adapters, files and checkpoints look for them. What trains it is `loss`: a row of a
+batch is a prompt and its answer, which go to the two stacks. A call is a step of generation.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,13 @@ from qlora_jax.models.layers import Frozen, Group, Linear, Norm, part_of, place
 from qlora_jax.models.t5.positions import bias_of
 from qlora_jax.models.t5.rows import split_rows
 from qlora_jax.models.t5.stacks import Cached, decoder_layer, decoder_step, encoder_layer, keys_of
+
+
+class PairCache(NamedTuple):
+    """What generation keeps. layers: with a leading L. seen: bool [B, S], tokens of the prompts."""
+
+    layers: Cached
+    seen: jax.Array
 
 
 class EncoderDecoder(nnx.Module):
@@ -120,7 +127,7 @@ class EncoderDecoder(nnx.Module):
     ) -> jax.Array:
         """source int32 [B, S], seen bool [B, S] (False: padding, which no token attends to) -> [B, S, D]."""
         places = jnp.arange(source.shape[1])
-        bias = self._bias(self.encoder_distances, places, places, both_ways=True)
+        bias = self._bias(self.encoder_distances, places[None], places, both_ways=True)
         apply = lambda layer, x, dropout: encoder_layer(self.config, layer, x, bias, seen, dropout)  # noqa: E731
         return self.encoder_norm(self._through("encoder", apply, self._embed(source), dropout_key, 0))
 
@@ -133,7 +140,7 @@ class EncoderDecoder(nnx.Module):
     ) -> jax.Array:
         """Final hidden states [B, T, D] of inputs int32 [B, T], given `encode`'s [B, S, D] and its `seen`."""
         places = jnp.arange(inputs.shape[1])
-        bias = self._bias(self.decoder_distances, places, places, both_ways=False)
+        bias = self._bias(self.decoder_distances, places[None], places, both_ways=False)
         apply = lambda layer, y, dropout: decoder_layer(  # noqa: E731
             self.config, layer, y, encoded, bias, seen, dropout
         )
@@ -141,9 +148,8 @@ class EncoderDecoder(nnx.Module):
         first = self.config.kind.pair.encoder_layers
         return self.norm(self._through("decoder", apply, self._embed(inputs), dropout_key, first))
 
-    def new_cache(self, encoded: jax.Array, room: int) -> Cached:
-        """Room for `room` tokens of the decoder, and keys and values of encoded [B, S, D]; all with a leading L."""
-        B = encoded.shape[0]
+    def new_cache(self, encoded: jax.Array, seen: jax.Array, room: int) -> PairCache:
+        """Room for `room` tokens of the decoder, and keys and values of `encode`'s [B, S, D]."""
         graph, state = nnx.split(part_of(self.blocks, "decoder"))
 
         def of_layer(_, state):
@@ -151,24 +157,31 @@ class EncoderDecoder(nnx.Module):
             return None, keys_of(self.config, attention, "kv", encoded, Dropout(0.0, None))
 
         _, (k, v) = jax.lax.scan(of_layer, None, state)
-        empty = jnp.zeros((k.shape[0], B, room, *k.shape[3:]), k.dtype)
-        return Cached(empty, empty, k, v)
+        L, B, _, *heads = k.shape
+        empty = jnp.zeros((L, B, room, *heads), k.dtype)
+        return PairCache(Cached(empty, empty, k, v), seen)
 
-    def decode_one(
-        self, tokens: jax.Array, where: jax.Array, cache: Cached, seen: jax.Array
-    ) -> tuple[jax.Array, Cached]:
-        """Hidden states [B, 1, D] of one token a row, int32 [B, 1], at place `where` int32 [], and the new cache."""
-        keys = jnp.arange(cache.k.shape[2])
-        bias = self._bias(self.decoder_distances, where[None], keys, both_ways=False)
+    def __call__(self, tokens: jax.Array, positions: jax.Array, cache: PairCache) -> tuple[jax.Array, PairCache]:
+        """The decoder's step in generation.
+
+        Args:
+          tokens: int32 [B, 1]. positions: int32 [B, 1], which are written.
+          cache: of `new_cache`, and of earlier steps.
+        Returns:
+          final hidden states [B, 1, D], and the cache with these tokens.
+        """
+        layers, seen = cache
+        keys = jnp.arange(layers.k.shape[2])
+        bias = self._bias(self.decoder_distances, positions, keys, both_ways=False)
         graph, state = nnx.split(part_of(self.blocks, "decoder"))
 
         def step(y, inputs):
             state, cached = inputs
-            y, k, v = decoder_step(self.config, nnx.merge(graph, state), y, cached, where, bias, seen)
+            y, k, v = decoder_step(self.config, nnx.merge(graph, state), y, cached, positions[:, 0], bias, seen)
             return y, (k, v)
 
-        y, (k, v) = jax.lax.scan(step, self._embed(tokens), (state, cache))
-        return self.norm(y), cache._replace(k=k, v=v)
+        y, (k, v) = jax.lax.scan(step, self._embed(tokens), (state, layers))
+        return self.norm(y), PairCache(layers._replace(k=k, v=v), seen)
 
     def head_weight(self) -> jax.Array | Head:
         """What summed losses take: the head [V, D], with the scale of a tied T5's."""

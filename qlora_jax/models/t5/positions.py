@@ -33,9 +33,9 @@ def bucket_of(distances: jax.Array, buckets: int, max_distance: int, both_ways: 
 def bias_of(
     table: jax.Array, queries: jax.Array, keys: jax.Array, buckets: int, max_distance: int, both_ways: bool
 ) -> jax.Array:
-    """float32 [1, N, T, S], to be added to scores.
+    """float32 [B, N, T, S], to be added to scores.
 
-    table: [buckets, N]. queries: int32 [T], keys: int32 [S], places of the tokens.
+    table: [buckets, N]. queries: int32 [B, T], keys: int32 [S], places of the tokens.
     """
-    found = bucket_of(keys[None, :] - queries[:, None], buckets, max_distance, both_ways)
-    return jnp.moveaxis(table[found].astype(jnp.float32), -1, 0)[None]
+    found = bucket_of(keys - queries[..., None], buckets, max_distance, both_ways)
+    return jnp.moveaxis(table[found].astype(jnp.float32), -1, 1)

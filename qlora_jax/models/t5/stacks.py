@@ -58,18 +58,18 @@ def decoder_layer(
 
 
 def decoder_step(
-    config: ModelConfig, layer: Any, y: jax.Array, cached: Cached, place: jax.Array, bias: jax.Array, seen: jax.Array
+    config: ModelConfig, layer: Any, y: jax.Array, cached: Cached, places: jax.Array, bias: jax.Array, seen: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """decoder_layer for one token: y [B, 1, D] at `place` int32 [] -> [B, 1, D], and keys and values with it written.
+    """decoder_layer for one token a row: y [B, 1, D] at places int32 [B] -> [B, 1, D], and keys and values with them.
 
-    bias: [1, N, 1, S], of the room's places. No dropout.
+    bias: [B, N, 1, S], of the room's places. No dropout.
     """
     dropout = Dropout(0.0, None)
     part, cross = part_of(layer, "layer.0"), part_of(layer, "layer.1")
     q, k, v = keys_of(config, part.SelfAttention, "qkv", part.layer_norm(y), dropout)
-    keys = jax.lax.dynamic_update_slice_in_dim(cached.k, k.astype(cached.k.dtype), place, axis=1)
-    values = jax.lax.dynamic_update_slice_in_dim(cached.v, v.astype(cached.v.dtype), place, axis=1)
-    written = (jnp.arange(keys.shape[1]) <= place)[None, None, None]
+    rows = jnp.arange(len(y))
+    keys, values = (kept.at[rows, places].set(new[:, 0]) for kept, new in ((cached.k, k), (cached.v, v)))
+    written = (jnp.arange(keys.shape[1]) <= places[:, None])[:, None, None]
     y = y + _attended(part.SelfAttention, q, keys, values, bias, written, dropout)
     (q,) = keys_of(config, cross.EncDecAttention, "q", cross.layer_norm(y), dropout)
     given = seen[:, None, None]
