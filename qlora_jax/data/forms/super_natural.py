@@ -27,8 +27,7 @@ def super_natural(row: Row) -> list[Pair]:
         sources = prompts(text(row, "definition"), [], text(row, "inputs", blank=True))
         answer = text(row, "targets", blank=True)
         return [Pair(sources[0], answer)] if answer.strip() else []
-    definition, examples = _definition(row), objects(row, "Positive Examples")[:POSITIVE_EXAMPLES]
-    shown = [(text(each, "input", blank=True), text(each, "output", blank=True)) for each in examples]
+    definition, shown = definition_of(row), shown_examples(row)
     pairs = []
     for instance in chosen(objects(row, "Instances"), row.file):
         answer = outputs(instance)[0]
@@ -74,8 +73,15 @@ def outputs(instance: Row) -> list[str]:
     return found
 
 
-def _definition(row: Row) -> str:
+def definition_of(row: Row) -> str:
+    """Of a task's file; of several definitions the first."""
     value = row.fields.get("Definition")
     if isinstance(value, list) and value and isinstance(value[0], str):
         return value[0].strip()
     return text(row, "Definition").strip()
+
+
+def shown_examples(row: Row) -> list[tuple[str, str]]:
+    """Input and output of the positive examples that a prompt shows at most."""
+    examples = objects(row, "Positive Examples")[:POSITIVE_EXAMPLES]
+    return [(text(each, "input", blank=True), text(each, "output", blank=True)) for each in examples]
