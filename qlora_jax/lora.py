@@ -102,7 +102,7 @@ def _matched(pattern: str, model: ModelConfig) -> set[str]:
         )
     matched = {name for name, count in counts.items() if count}
     if not matched:
-        known = ", ".join(name.split(".")[-1] for name in model.linears)
+        known = ", ".join(dict.fromkeys(name.split(".")[-1] for name in model.linears))
         raise InputError(
             f"lora.targets: {pattern!r} matches no linear layer; known: {known}, or an expression over full names"
         )

@@ -11,7 +11,7 @@ Each folder: config.json, model.safetensors in bfloat16, and golden.npz, of floa
     loss float32 []                                summed over the answers' tokens
     generated int32 [3, 12]                        greedy, after the start token; 0 behind an end token
 
-The adapter/ of the first two was saved by PEFT with target_modules "all-linear", and in golden.npz:
+The adapter/ of the first two was saved by PEFT with target_modules "all-linear", and in golden.npz, the last of v11:
 
     adapted float32 [3, T, V]                      logits with it
     gradient/KEY float32                           of the loss with it, by the keys of adapter_model.safetensors,
@@ -132,7 +132,7 @@ def make(name: str, prefix: str, settings: dict[str, Any], seed: int) -> None:
         save_adapter(model, folder / "adapter", name)
         logits_of(model.double(), tokens)[1].backward()
         for key, parameter in model.named_parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and name == "v11":
                 arrays[f"gradient/{key.replace('.default', '')}"] = parameter.grad.numpy().astype(np.float32)
     for file in folder.iterdir():
         if file.is_file():

@@ -32,11 +32,11 @@ def test_logits(name):
     np.testing.assert_allclose(logits[:, : found["logits"].shape[1]], found["logits"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("name", "remat"), [("v10", "block"), ("v11", "none")])
-def test_gradient_is_that_of_torch(name, remat):
+def test_gradient_is_that_of_torch():
     """The step's gradient, in two micro-batches of unlike lengths, with an adapter of PEFT on every linear layer."""
+    name = "v11"
     found = golden(name)
-    model = load_model(FOLDERS / name, compute_dtype=jnp.float32, remat=remat)
+    model = load_model(FOLDERS / name, compute_dtype=jnp.float32)
     config = peft.load_adapter(model, FOLDERS / name / "adapter")
     graph, adapter, base = lora.split(model)
     rows = [0, 1, 2, 2]  # the last again, with nothing to learn

@@ -1,24 +1,21 @@
-"""Runs of an encoder-decoder: 4-bit training that learns, resumes bit for bit, and refuses what it has no form for."""
+"""Training of an encoder-decoder: packs, dropout, and what it has no form for. experiments/test_t5 has whole runs."""
 
-import json
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
 
+from qlora_jax import lora
 from qlora_jax.errors import InputError
-from qlora_jax.io import peft
 from qlora_jax.io.load import load_model
+from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.dropout import DropoutKey
-from qlora_jax.packs.pack import train_pack
-from qlora_jax.settings import resolved
-from qlora_jax.train.loop import Run, finetune
+from qlora_jax.packs.step import make_pack_evaluation
 from qlora_jax.train.setup import prepare
+from qlora_jax.train.step import make_evaluation
 from tests.t5 import FAST, FOLDERS, golden, tiny_t5_run
 
 pytestmark = pytest.mark.quick_compile
@@ -29,74 +26,49 @@ def config(tmp_path):
     return tiny_t5_run(tmp_path)
 
 
-def train(config, path: Path) -> list[str]:
-    said: list[str] = []
-    finetune(config, resolved(config), path, say=said.append)
-    return said
+def adapted(seeds: tuple[int, ...]):
+    """The model with a random adapter for each seed on all q, stacked in front: graph, adapters, base."""
+    model = load_model(FOLDERS / "v11", compute_dtype=jnp.float32)
+    lora.attach(model, LoRAConfig(2, 4, 0.3, ("q",)), jax.random.key(0))
+    model.dropout_rate = 0.3
+    graph, adapter, base = lora.split(model)
+    draws = [np.random.default_rng(seed) for seed in seeds]
+    stacked = jax.tree.map(
+        lambda x: jnp.stack([jnp.asarray(0.3 * draw.normal(size=x.shape), jnp.float32) for draw in draws]), adapter
+    )
+    return graph, stacked, base
 
 
-def losses(path: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines()]
-
-
-def adapter(path: Path) -> dict[str, np.ndarray]:
-    return load_file(path / "adapter" / peft.WEIGHTS)
-
-
-def test_a_run_learns_and_resumes_bit_for_bit(config, tmp_path, monkeypatch):
-    said = train(config, tmp_path / "whole")
-    found = losses(tmp_path / "whole")
-    assert len(found) == 10 and np.mean(found[-3:]) < 0.9 * np.mean(found[:3])
-    assert any("nf4 + double quantization" in line for line in said)
-    original = Run._step
-
-    def interrupted(self, index):
-        if index == 6:
-            raise RuntimeError("power cut")
-        return original(self, index)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "_step", interrupted)
-        with pytest.raises(RuntimeError, match="power cut"):
-            train(config, tmp_path / "cut")
-    assert "run: resumed, 4 of 10 steps done" in train(config, tmp_path / "cut")
-    assert losses(tmp_path / "cut") == found
-    a, b = (adapter(tmp_path / name) for name in ("whole", "cut"))
-    assert a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
-    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
-    assert summary["final_eval_loss"] > 0 and summary["base_bits_per_param"] < 5
-    model = load_model(Path(config.model.path))
-    again = peft.load_adapter(model, tmp_path / "whole" / "adapter")
-    assert len(again.targets) == 5 and again.targets[0] == "encoder.layer.0.SelfAttention.q"
-
-    two = [config.copy_and_resolve_references() for _ in range(2)]
-    two[1].train.seed = 5
-    mine, other = train_pack(two, say=lambda line: None)
-    assert [row["loss"] for row in mine.rows if "loss" in row] == pytest.approx(found, rel=1e-4)
-    assert other.summary["final_train_loss"] != mine.summary["final_train_loss"]
-    assert 0 < mine.summary["final_eval_accuracy"] <= 1
+def test_members_of_a_pack_are_evaluated_as_alone():
+    found, (graph, adapters, base) = golden("v11"), adapted((0, 1))
+    tokens, mask = found["tokens"], found["loss_mask"]
+    program = jax.jit(make_pack_evaluation(graph, 16, "map"), compiler_options=FAST)
+    nats, hits, counts = program(adapters, base, jnp.full(2, 2.0), jnp.ones(2, bool), tokens, mask)
+    evaluation = jax.jit(make_evaluation(graph, 16), compiler_options=FAST)
+    for member in range(2):
+        own = jax.tree.map(lambda x: x[member], adapters)  # noqa: B023
+        total, count = evaluation(own, base, tokens, mask)
+        np.testing.assert_allclose(nats[member], total, rtol=1e-5)
+        assert counts[member] == count == mask.sum() and 0 <= hits[member] < count
+    assert abs(float(nats[0] - nats[1])) > 0.1
 
 
 def test_dropout_does_not_depend_on_the_cut():
-    """A step's rows in one micro-batch or in three, in whatever width: the same masks, so the same loss."""
-    found = golden("v11")
+    """Of a step's rows at once or one by one, in whatever width: the same masks, so the same loss."""
+    found, (graph, adapters, base) = golden("v11"), adapted((0,))
+    own = jax.tree.map(lambda x: x[0], adapters)
 
-    model = load_model(FOLDERS / "v11", compute_dtype=jnp.float32)
-    peft.load_adapter(model, FOLDERS / "v11" / "adapter")
-
-    state = nnx.split(model)
-
-    @partial(jax.jit, static_argnames=("rate", "lengths"), compiler_options=FAST)
-    def loss(tokens, mask, first_row, rate, lengths):
-        own = nnx.merge(*state)
-        own.dropout_rate, (own.source_len, own.target_len) = rate, lengths
-        return own.loss(tokens, mask, dropout_key=DropoutKey(jax.random.key(7), first_row))[0]
+    @partial(jax.jit, static_argnames="lengths", compiler_options=FAST)
+    def loss(adapter, tokens, mask, seed, first_row, lengths):
+        model = nnx.merge(graph, adapter, base)
+        model.source_len, model.target_len = lengths
+        return model.loss(tokens, mask, dropout_key=DropoutKey(jax.random.key(seed), first_row))[0]
 
     tokens, mask = found["tokens"], found["loss_mask"]
-    whole = loss(tokens, mask, 0, 0.3, (0, 0))
-    assert abs(float(whole - loss(tokens, mask, 0, 0.0, (0, 0)))) > 0.1
+    whole = loss(own, tokens, mask, 7, 0, (0, 0))
+    assert abs(float(whole - loss(own, tokens, mask, 8, 0, (0, 0)))) > 0.1
     tokens, mask = (np.pad(x, ((0, 0), (0, 7))) for x in (tokens, mask))
-    parts = [loss(tokens[i : i + 1], mask[i : i + 1], i, 0.3, (31, 14)) for i in range(3)]
+    parts = [loss(own, tokens[i : i + 1], mask[i : i + 1], 7, i, (31, 14)) for i in range(3)]
     np.testing.assert_allclose(sum(parts), whole, rtol=1e-5)
 
 
