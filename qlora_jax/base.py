@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
     c.data.path = FieldReference("", field_type=object)
     c.data.revision = "main"
     # alpaca | input-output | oasst1 | hh-rlhf | self-instruct | unnatural-instructions | flan-v2 | chip2 | longform |
-    # dolly | messages (OpenAI's chats) | sharegpt | prompt-completion | preference (chosen is learned, rejected is not
+    # super-natural-instructions (the owners' list of tasks; a hundred instances of each) | dolly | messages (OpenAI's chats) | sharegpt | prompt-completion | preference (chosen is learned, rejected is not
     # used) | text (all of it is learned) | auto (found from the first rows: the one format that reads them all). One
     # for all data sets, or one for each, as a tuple or with commas
     c.data.format = FieldReference("alpaca", field_type=object)
