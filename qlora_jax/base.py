@@ -57,9 +57,10 @@ def get_config() -> ConfigDict:
     c.data.path = FieldReference("", field_type=object)
     c.data.revision = "main"
     # alpaca | input-output | oasst1 | hh-rlhf | self-instruct | unnatural-instructions | flan-v2 | chip2 | longform |
-    # super-natural-instructions (the owners' list of tasks; a hundred instances of each) | dolly | messages (OpenAI's chats) | sharegpt | prompt-completion | preference (chosen is learned, rejected is not
-    # used) | text (all of it is learned) | auto (found from the first rows: the one format that reads them all). One
-    # for all data sets, or one for each, as a tuple or with commas
+    # dolly | messages (OpenAI's chats) | sharegpt | prompt-completion | preference (chosen is learned, rejected is not
+    # used) | super-natural-instructions (its owners' list of tasks: a hundred instances of each) | text (all of it is
+    # learned) | auto (found from the first rows: the one format that reads them all). One for all data sets, or one for
+    # each, as a tuple or with commas
     c.data.format = FieldReference("alpaca", field_type=object)
     # shares of several data sets in the examples that are drawn, as (0.7, 0.3): an epoch has as many examples as all
     # sets together, that share of them of each. A set that has fewer repeats them, all equally often; one that has more

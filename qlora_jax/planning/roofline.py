@@ -53,7 +53,7 @@ def step_flops(spec: RunSpec, linear_weights: float, adapter_params: float, reco
     passes = PASSES if recomputed and _recomputes(spec) else PASSES - 1
     head_passes = PASSES if recomputed and spec.model.remat == "none" else PASSES - 1
     head_passes += "lm_head" in spec.model.lora.modules_to_save
-    head = 2 * head_passes * sizes.V * sizes.D
+    head = 2.0 * head_passes * sizes.V * sizes.D
     attention = 2 * sizes.N * sizes.H * batch.T * sizes.L
     linear_weights *= active_share(sizes, sizes.weights) * _share_of_row(spec, sizes.weights)
     ranks = lambda name: rank_one_parameters(sizes, name)  # noqa: E731
@@ -95,7 +95,7 @@ def roofline(
     passes = PASSES if _recomputes(spec) else PASSES - 1
     head = sizes.V * sizes.D
     micro_flops = step_flops(spec, linear_weights, adapter_params) / batch.G
-    moved = passes * packed_bytes + 2 * PASSES * head
+    moved = float(passes * packed_bytes + 2 * PASSES * head)
     moved += 2 * kept_bytes(sizes, spec.model.remat, batch.B, batch.T, 2) * spec.model.kept_share(batch.T)
     if spec.model.kernel in ("auto", "xla", "scratch") and spec.model.quant.format != "none":
         moved += passes * 4 * linear_weights
