@@ -171,6 +171,8 @@ def step_seconds(wanted: ToCut, cut: Cut) -> float:
 
 def attention_of(model: ModelSpec, T: int) -> str:
     """The implementation that rows of T tokens take, on the GPU that programs are traced for."""
+    if model.sizes.kind.pair is not None:
+        return "xla"
     if model.is_chunked(T):
         return "chunked"
     return chosen(model.attention, T, model.sizes.N, model.sizes.H, model.compute_dtype)

@@ -265,6 +265,8 @@ def quantization(config: Any) -> QuantSpec:
 
 def _say_attention(model: Any, sizes: ModelConfig, longest: int, say: Callable[[str], None]) -> None:
     """What attention does is said where the config leaves it open, or where a chunk decides it."""
+    if sizes.kind.pair is not None:
+        return
     if 0 < model.sequence_chunk < longest:
         say(f"model: sequences over {model.sequence_chunk} tokens in chunks of at most that, attention = chunked")
     elif model.attention == "auto":

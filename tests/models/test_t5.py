@@ -66,7 +66,7 @@ def test_buckets(setting):
 
 def test_rows():
     tokens = jnp.asarray([[5, 6, 7, 8, 9, 0], [5, 8, 9, 1, 3, 4], [0] * 6, [2, 3, 4, 5, 6, 7]])
-    mask = jnp.asarray([[0, 0, 0, 1, 1, 0], [0, 1, 1, 0, 1, 1], [0] * 6, [0, 0, 0, 0, 0, 1]], bool)
+    mask = jnp.asarray([[0, 0, 0, 1, 1, 0], [1, 1, 1, 0, 1, 1], [0] * 6, [0, 0, 0, 0, 0, 1]], bool)
     rows = split_rows(tokens, mask, Pair(1, 1, 8, 16, False, pad_id=0, start_id=2), source_len=5, target_len=5)
     assert rows.source.tolist() == [[5, 6, 7, 0, 0], [5, 0, 0, 0, 0], [0] * 5, [2, 3, 4, 5, 6]]
     assert rows.seen.sum(1).tolist() == [3, 1, 0, 5]

@@ -20,10 +20,11 @@ def split_rows(tokens: jax.Array, loss_mask: jax.Array, pair: Pair, source_len: 
     """Cuts each row before its first target.
 
     Args:
-      tokens: int32 [B, T]. loss_mask: bool [B, T], True for targets. A row without one is all padding.
+      tokens: int32 [B, T]. loss_mask: bool [B, T], True for targets; the first place is none, as for decoders. A row
+        without targets is all padding.
       source_len, target_len: tokens that a prompt and an answer have at most; 0: as many as the row.
     """
-    width = tokens.shape[1]
+    loss_mask, width = loss_mask.at[:, 0].set(False), tokens.shape[1]
     S, T = (min(width, most) if most else width for most in (source_len, target_len))
     first = jnp.argmax(loss_mask, axis=1)[:, None]  # 0 of a row without targets
     seen = jnp.arange(S) < first
