@@ -17,7 +17,7 @@ from qlora_jax.models.t5.rows import split_rows
 from tests.conftest import TESTS
 
 TINY = {
-    "architectures": ["T5ForConditionalGeneration"], "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2,
+    "architectures": ["T5ForConditionalGeneration"], "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2,
     "num_heads": 4, "num_decoder_layers": 1, "vocab_size": 96, "feed_forward_proj": "relu",
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "tie_word_embeddings": False,
     "is_encoder_decoder": True, "decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0, "n_positions": 64,

@@ -67,7 +67,7 @@ def test_it_learns_its_tasks(results):
     assert "(super-natural-instructions): 2 rows, 28 examples" in said
     assert "of each task at most 100 instances, each with its definition and at most 2 examples" in said
     losses = [json.loads(line)["loss"] for line in (results["out"] / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(losses) == 10 and sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    assert len(losses) == 10 and sum(losses[-3:]) < 0.9 * sum(losses[:3])
     said = json.loads((results["out"] / "run" / "adapter" / "adapter_config.json").read_text())
     assert said["task_type"] == "SEQ_2_SEQ_LM" and said["target_modules"] == ["q"]
 
