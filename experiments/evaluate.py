@@ -1,4 +1,4 @@
-"""Measures a model: perplexity of a text, loss on held-out examples, MMLU, or a task of EleutherAI's harness.
+"""Measures a model: perplexity of a text, loss on held-out examples, MMLU, ROUGE-L, or a task of EleutherAI's harness.
 
     python -m experiments.evaluate --task=perplexity --model=assets/tiny_llama --quant=nf4+dq --text=README.md
 
@@ -6,6 +6,7 @@
     --task=heldout --workdir=RUN                              (a finished run; --model is its base)
     --task=mmlu --mmlu_data=DIR_OR_FILE_OR_HUB_NAME           --shots=5 --split=test
     --task=glue --glue_data=FILE[,FILE]                       (an encoder; or --glue_results=A.json,B.json: the mean)
+    --task=rouge --rouge_data=FILE                            --source_len=1024 --new_tokens=128
     --task=lm-eval --tasks=NAME,NAME                          --include_path=DIR --limit=N --num_fewshot=N
 
 perplexity: mean negative log-likelihood a token, in nats, over windows of the model's context that do not overlap and
@@ -18,6 +19,9 @@ mmlu: accuracy by subject, by category, over subjects and over questions. --out 
 "accuracy_subjects", "accuracy_questions", ...}. glue: a task's metrics and their mean, its score; what was said of
 every row stands beside --out=NAME.json in NAME.predictions.jsonl. lm-eval: the tasks of EleutherAI's harness and those
 of --include_path; --out gets its results.
+
+rouge: greedy answers to Super-NaturalInstructions' test tasks (its owners' list of them), or to rows {input, output}.
+--out gets {"task", "quant", "questions", "rouge_l", "exact_match", "tasks", ...}, in percent.
 """
 
 import sys
@@ -27,13 +31,14 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from experiments.support import cli, glue_task, harness_task, heldout_task, mmlu_task
+from experiments.support import cli, glue_task, harness_task, heldout_task, mmlu_task, rouge_task
 from experiments.support.model_flags import Loaded, model_flags
 
 if TYPE_CHECKING:
     from qlora_jax.text.tokenizer import Tokenizer
 
-TASKS = ("perplexity", "heldout", "mmlu", "glue", "lm-eval")
+TASKS = ("perplexity", "heldout", "mmlu", "glue", "rouge", "lm-eval")
+DECODERS_ALONE = ("perplexity", "mmlu", "lm-eval")
 
 MODEL = model_flags()
 TASK = flags.DEFINE_string("task", None, f"what to measure: {', '.join(TASKS)}", required=True)
@@ -42,6 +47,7 @@ TOKENS = flags.DEFINE_string("tokens", None, ".npy file of token ids, in place o
 HELDOUT = heldout_task.heldout_flag()
 MMLU = mmlu_task.mmlu_flags()
 GLUE = glue_task.glue_flags()
+ROUGE = rouge_task.rouge_flags()
 HARNESS = harness_task.harness_flags()
 CONTEXT = flags.DEFINE_integer("context", None, "tokens seen at once, BOS included; the model's own context by default")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "sequences scored together; what makes 8,192 tokens by default")
@@ -59,6 +65,8 @@ def main() -> int:
     out = None if OUT.value is None else Path(OUT.value).expanduser()
     if CONTEXT.value is not None and CONTEXT.value < 2:
         raise InputError(f"context is {CONTEXT.value}; expected at least 2 tokens")
+    if TASK.value in DECODERS_ALONE:
+        refuse_pairs()
     if TASK.value == "perplexity":
         result = measure_perplexity()
         table = perplexity_table(result)
@@ -71,6 +79,9 @@ def main() -> int:
     elif TASK.value == "glue":
         result = glue_task.measure(GLUE, MODEL, CONTEXT.value, BATCH_SIZE.value, out)
         table = glue_task.table(result)
+    elif TASK.value == "rouge":
+        result = rouge_task.measure(ROUGE, MODEL, BATCH_SIZE.value)
+        table = rouge_task.table(result)
     else:
         result, table = harness_task.measure(HARNESS, MODEL, CONTEXT.value, BATCH_SIZE.value)
     print(table)
@@ -79,6 +90,18 @@ def main() -> int:
         write_json(out, result)
         print(f"written: {out}")
     return 0
+
+
+def refuse_pairs() -> None:
+    """Raises InputError for an encoder-decoder, before minutes of loading."""
+    from qlora_jax.errors import InputError
+    from qlora_jax.io.load import load_config
+
+    if load_config(MODEL.folder()).kind.pair is not None:
+        raise InputError(
+            f"--task={TASK.value} scores texts by a decoder, and {MODEL.model.value} is an encoder-decoder (T5): "
+            "--task=rouge measures its answers, --task=heldout its loss"
+        )
 
 
 def perplexity_table(result: dict[str, Any]) -> str:

@@ -61,8 +61,9 @@ def get_config() -> ConfigDict:
     c.data.revision = "main"
     # alpaca | input-output | oasst1 | hh-rlhf | self-instruct | unnatural-instructions | flan-v2 | chip2 | longform |
     # dolly | messages (OpenAI's chats) | sharegpt | prompt-completion | preference (chosen is learned, rejected is not
-    # used) | text (all of it is learned) | auto (found from the first rows: the one format that reads them all). One
-    # for all data sets, or one for each, as a tuple or with commas
+    # used) | super-natural-instructions (its owners' list of tasks: a hundred instances of each) | text (all of it is
+    # learned) | auto (found from the first rows: the one format that reads them all). One for all data sets, or one for
+    # each, as a tuple or with commas
     c.data.format = FieldReference("alpaca", field_type=object)
     # glue: rows with labels, for encoders (RoBERTa) alone, and never found: it must be said
     c.data.task = ""  # of glue: cola | sst2 | mrpc | qqp | stsb | mnli | qnli | rte | wnli; "": as a folder or file of

@@ -105,7 +105,7 @@ def _matched(pattern: str, model: ModelConfig) -> set[str]:
         )
     matched = {name for name, count in counts.items() if count}
     if not matched:
-        known = ", ".join(name.split(".")[-1] for name in model.linears)
+        known = ", ".join(dict.fromkeys(name.split(".")[-1] for name in model.linears))
         raise InputError(
             f"lora.targets: {pattern!r} matches no linear layer; known: {known}, or an expression over full names"
         )
@@ -114,7 +114,7 @@ def _matched(pattern: str, model: ModelConfig) -> set[str]:
 
 def rank_one_parameters(model: ModelConfig, name: str) -> int:
     """Parameters of an adapter of rank 1 on a linear layer, in all layers and experts."""
-    return math.prod((model.L, *model.copies(name))) * sum(model.linears[name])
+    return math.prod((model.depth(name), *model.copies(name))) * sum(model.linears[name])
 
 
 def linear(model: Decoder, name: str) -> Linear:
@@ -146,7 +146,7 @@ def fresh_adapter(model: Decoder, config: LoRAConfig, key: jax.Array) -> dict[st
         if name in names:
             O, I = shape(model, name)
             bound = 1 / math.sqrt(I)
-            room = (model.config.L, *model.config.copies(name))
+            room = (model.config.depth(name), *model.config.copies(name))
             a_shape, b_shape = (*room, config.rank, I), (*room, O, config.rank)
             # drawn flat: the same numbers, but XLA:CPU unrolls their hash over short axes, and compiles for seconds
             a = jax.random.uniform(jax.random.fold_in(key, place), (math.prod(a_shape),), jnp.float32, -bound, bound)

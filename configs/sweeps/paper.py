@@ -17,17 +17,17 @@ Axes and counts, each with 3 seeds; a run that several groups want is run once:
     source or target      2 sizes * 8 sets * 2 * 3                              =  96   Table 10
     amount of data        2 sizes * 8 sets * 3 amounts * 3                      = 144   Table 11
     GLUE                  8 tasks * 4 types * 3 seeds                           =  96   Table 3, RoBERTa-large
-                                                                        choices 1,362, points 1,122
+    T5                    5 sizes * 4 types * 3 seeds                           =  60   Table 3
+                                                                        choices 1,422, points 1,182
 
 Table 2 and Figure 3 (OPT, BLOOM, Pythia and LLaMA in several data types) finetune nothing: paper_types.py has them.
-What of the paper is not here: T5 (no such model is built).
 Every run holds out 100 examples, for the loss in the ledger; MMLU is `evaluate`'s, of the adapters that
 --keep_adapters keeps.
 """
 
 from ml_collections import ConfigDict
 
-from configs import base, roberta_glue
+from configs import base, roberta_glue, t5_sni
 from qlora_jax.settings import flatten
 from qlora_jax.sweep.grid import Grid, axis, chain, fixed, group, product
 
@@ -52,7 +52,7 @@ SETS = {
 }
 REVISIONS = {"Self-Instruct": "refs/convert/parquet"}
 TYPES = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False), ("int4", False), ("none", False)]  # format, DQ
-GLUE_TYPES = [("none", False), ("int8", False), ("fp4", False), ("nf4", True)]
+TABLE_3_TYPES = [("none", False), ("int8", False), ("fp4", False), ("nf4", True)]  # format, DQ
 RANKS = [8, 16, 32, 64, 128, 256]
 DROPOUTS = [0.0, 0.05, 0.1]
 LAYERS = [
@@ -65,6 +65,14 @@ LAYERS = [
 RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3]
 BATCHES = [16, 32, 64]  # sequences a step
 AMOUNTS = [1_000, 3_000, 9_000]  # examples; OASST1 has about 10,000
+# hub name, r: the paper's for each size (appendix on Super-NaturalInstructions)
+T5_SIZES = {
+    "80M": ("google/t5-small-lm-adapt", 16),
+    "250M": ("google/t5-base-lm-adapt", 16),
+    "780M": ("google/t5-large-lm-adapt", 16),
+    "3B": ("google/t5-xl-lm-adapt", 64),
+    "11B": ("google/t5-xxl-lm-adapt", 64),
+}
 BOTH, SMALL = ("Alpaca", "FLAN v2"), ("7B", "13B")
 
 
@@ -100,6 +108,15 @@ def types(formats: list[tuple[str, bool]]) -> Grid:
     return chain(*(fixed({"quant.format": name, "quant.double_quant": double}) for name, double in formats))
 
 
+def t5_sizes() -> Grid:
+    """The T5s of Table 3, each by configs/t5_sni.py; that recipe says what of it is the paper's."""
+    recipe = flatten(t5_sni.get_config())
+    data = ("path", "format", "max_source_len", "max_target_len")
+    keys = [f"data.{key}" for key in data] + ["lora.alpha", "lora.dropout", "optimizer.learning_rate", "train.steps"]
+    shared = {key: recipe[key] for key in keys}
+    return chain(*(fixed(shared | {"model.path": path, "lora.rank": rank}) for path, rank in T5_SIZES.values()))
+
+
 def sweep() -> Grid:
     seeds = axis("train.seed", [0, 1, 2])
     exact = types([("nf4", True), ("none", False)])  # QLoRA and 16-bit LoRA
@@ -125,7 +142,8 @@ def sweep() -> Grid:
             product(sizes(SMALL), sets(), axis("data.train_on_source", [False, True]), seeds),
         ),
         group("Table 11: amount of data", product(sizes(SMALL), sets(), axis("data.max_examples", AMOUNTS), seeds)),
-        group("Table 3: GLUE", product(glue(), types(GLUE_TYPES), seeds)),
+        group("Table 3: GLUE", product(glue(), types(TABLE_3_TYPES), seeds)),
+        group("Table 3: T5", product(t5_sizes(), types(TABLE_3_TYPES), seeds)),
     )
 
 

@@ -1,7 +1,8 @@
 """From text to tokens and a mask that says which of them are learned.
 
 An example is two pieces (the QLoRA recipe): BOS and the source, cut at its end, then the target and EOS. EOS is part of
-the target and goes first when that is cut: only an answer that is whole teaches the model to stop.
+the target and goes first when that is cut: only an answer that is whole teaches the model to stop. Of an
+encoder-decoder (T5) the source is its text and EOS, which stays when the text is cut.
 """
 
 import dataclasses
@@ -147,14 +148,17 @@ def tokenize_examples(
     sources = tokenizer.encode_batch([text.source for text in texts])
     targets = tokenizer.encode_batch([text.target for text in texts])
     given = _given_tokens(texts, targets, tokenizer)
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    bos = [] if tokenizer.bos_id is None or tokenizer.ends_source else [tokenizer.bos_id]
+    end = [tokenizer.eos_id] if tokenizer.ends_source else []
+    for number, text in enumerate(texts):
+        sources[number] = _fitting(text, sources[number], tokenizer, lengths.max_source_len - len(bos + end))
     examples = []
     counts = {"sources": 0, "targets": 0, "dropped": 0}
     for number, (text, source, target) in enumerate(zip(texts, sources, targets, strict=True)):
         if not text.target.strip() or not target:
             raise InputError(f"{text.where}: the target is empty: there is nothing to learn")
         whole = bos + source
-        first = whole[: lengths.max_source_len or None]
+        first = (whole[: lengths.max_source_len - len(end)] if lengths.max_source_len else whole) + end
         room = max(lengths.target_room(len(first)), 0)
         second = [*target, tokenizer.eos_id][:room]
         loss_mask = np.ones(len(first) + len(second), np.bool_)
@@ -164,10 +168,21 @@ def tokenize_examples(
         if not loss_mask[len(first) :].any():
             counts["dropped"] += 1
             continue
-        counts["sources"] += len(first) < len(whole)
+        counts["sources"] += len(first) < len(whole + end)
         counts["targets"] += len(second) <= len(target)
         examples.append(Example(np.asarray(first + second, np.int32), loss_mask, text.where))
     return examples, Truncated(**counts)
+
+
+def _fitting(text: Text, source: list[int], tokenizer: Tokenizer, room: int) -> list[int]:
+    """Ids of the text's source; of the first that fits the room where it has shorter ones, else of the last."""
+    if room < 0:
+        return source
+    for shorter in text.shorter:
+        if len(source) <= room:
+            break
+        source = tokenizer.encode(shorter)
+    return source
 
 
 def _given_tokens(

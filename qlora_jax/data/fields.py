@@ -19,12 +19,14 @@ class NoField(InputError):
 class Pair(NamedTuple):
     """An example as text: what is given, and what is learned. `target` is never blank. `message`: what a user would
     say in a chat, where `source` puts a prompt around it; None where `source` is that itself. `given`: the characters
-    [begin, end) of `target` that are not learned all the same, rising; its last character is."""
+    [begin, end) of `target` that are not learned all the same, rising; its last character is. `shorter`: what stands
+    in place of `source` where it is too long, the longest first."""
 
     source: str
     target: str
     message: str | None = None
     given: tuple[tuple[int, int], ...] = ()
+    shorter: tuple[str, ...] = ()
 
 
 def text(row: Row, field: str, optional: bool = False, blank: bool = False) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from qlora_jax.data.fields import Pair, is_empty
-from qlora_jax.data.forms import chats, conversations, instructions, trl
+from qlora_jax.data.forms import chats, conversations, instructions, super_natural, trl
 from qlora_jax.data.forms.columns import SYSTEM, TOOLS, refuse_unread
 from qlora_jax.data.glue.tasks import FORMAT as GLUE
 from qlora_jax.data.rows import Problems, Row
@@ -97,6 +97,12 @@ FORMATS: dict[str, Format] = {
         trl.is_conversational,
         _CHOSEN,
     ),
+    "super-natural-instructions": Format(
+        super_natural.super_natural,
+        ("Definition", "Positive Examples", "Negative Examples", "Instances", "definition", "inputs", "targets"),
+        note=f"of each task at most {super_natural.INSTANCES} instances, each with its definition and at most "
+        f"{super_natural.POSITIVE_EXAMPLES} examples",
+    ),
     "text": Format(trl.plain_text, ("text",), trl.plain_text_chats, ()),
 }
 
@@ -109,12 +115,13 @@ _GATHER: dict[str, Callable[[Sequence[Row]], list[Row]]] = {"oasst1": conversati
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A pair and the place of its row; `given` as of Pair."""
+    """A pair and the place of its row; `given` and `shorter` as of Pair."""
 
     source: str
     target: str
     where: str
     given: tuple[tuple[int, int], ...] = ()
+    shorter: tuple[str, ...] = ()
 
 
 def check_format(format: str) -> None:
@@ -142,7 +149,7 @@ def stream_texts(rows: Iterable[Row], format: str) -> Iterator[list[Text]]:
         formats that can read that row, when all rows were read.
     """
     for row, pairs in _read_all(rows, format, Format.read_pairs):
-        yield [Text(pair.source, pair.target, row.where, pair.given) for pair in pairs]
+        yield [Text(pair.source, pair.target, row.where, pair.given, pair.shorter) for pair in pairs]
 
 
 def stream_chats(rows: Iterable[Row], format: str) -> Iterator[list[Chat]]:

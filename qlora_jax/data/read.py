@@ -20,6 +20,7 @@ from qlora_jax.data import hub
 from qlora_jax.data.json_text import is_lines, json_rows, line_rows
 from qlora_jax.data.known import KNOWN_SETS
 from qlora_jax.data.rows import Problems, Row
+from qlora_jax.data.task_lists import is_task_list, lists_in, task_files
 from qlora_jax.embedded import DATA, located
 from qlora_jax.errors import InputError
 
@@ -56,8 +57,8 @@ def data_files(path: str, revision: str = "main", most: int | None = None) -> li
     """The files of a data set, each with its name in errors (a hub file's path in the cache would say nothing).
 
     Args:
-      path: a local file, a hub data set as `owner/name` (its train split) or `owner/name:file` (that file, or those of
-        a pattern as `data/*.parquet`), or a name of KNOWN_SETS.
+      path: a local file, a list of tasks (data/task_lists), a hub data set as `owner/name` (its train split) or
+        `owner/name:file` (that file, or those of a pattern as `data/*.parquet`), or a name of KNOWN_SETS.
       revision: branch, tag or commit of a hub data set; without meaning for a local file.
       most: of a hub data set no more than the first `most` files are fetched.
 
@@ -68,9 +69,9 @@ def data_files(path: str, revision: str = "main", most: int | None = None) -> li
         raise InputError("no data set given: set data.path to a file or a hub data set's name (owner/name)")
     local = located(str(path), DATA)
     if local.is_file():
-        return [(str(path), local)]
+        return task_files(local, str(path)) if is_task_list(str(path)) else [(str(path), local)]
     if local.is_dir():
-        raise InputError(f"{path} is a folder, expected a file{_listing(local)}")
+        raise InputError(f"{path} is a folder, expected a file{lists_in(local) or _listing(local)}")
     if path in KNOWN_SETS:
         return [file for name in KNOWN_SETS[path].names(path) for file in data_files(name, revision)]
     if is_on_hub(path):

@@ -96,6 +96,11 @@ def token_scores(
     Raises:
       InputError: batch_size is less than 1, or a log-probability is not finite.
     """
+    if model.config.kind.pair is not None:
+        raise InputError(
+            "texts are scored by a decoder, and this model is an encoder-decoder (T5): its answers are measured by "
+            "evaluate --task=rouge, its loss by --task=heldout"
+        )
     longest = max((len(sequence.tokens) - 1 for sequence in sequences), default=0)
     if model.config.kind.positions and longest > model.config.context:
         raise InputError(

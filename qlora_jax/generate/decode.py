@@ -24,6 +24,7 @@ from flax import nnx
 
 from pallas_kernels.finite import largest_magnitude
 from qlora_jax.errors import InputError
+from qlora_jax.generate.pairs import begin
 from qlora_jax.generate.sampling import Sampling, next_tokens
 from qlora_jax.generate.seeds import Draws, draws_of_all, row_keys
 from qlora_jax.models.block import Cache
@@ -166,14 +167,17 @@ def check_prompt(prompt: Sequence[int], model: Decoder, name: str) -> None:
     outside = next((token for token in prompt if not 0 <= token < V), None)
     if outside is not None:
         raise InputError(f"{name} has token id {outside}; the model knows 0 to {V - 1} (is it its tokenizer?)")
-    if len(prompt) >= context:
+    if len(prompt) >= context and model.config.kind.pair is None:
         raise InputError(
             f"{name} has {len(prompt)} tokens; the model's context of {context} leaves no room for an answer"
         )
 
 
 def room_for(model: Decoder, length: int, max_new_tokens: int) -> int:
-    """Cache positions that a prompt of this length and its answer need, padded."""
+    """Cache positions that a prompt of this length and its answer need, padded. Of an encoder-decoder its answer alone,
+    behind the start token: distances know no end."""
+    if model.config.kind.pair is not None:
+        return _padded(1 + max_new_tokens)
     return _padded(min(length + max_new_tokens, model.config.context))
 
 
@@ -213,15 +217,21 @@ class Decoding:
         self._limits = [min(sampling.max_new_tokens, model.config.context - len(prompt)) for prompt in prompts]
         B = len(prompts) + fill
         start, cache = 0, None
-        if earlier is not None and model.turns_alike(earlier._rows.cache.k.shape[2], room):
+        is_pair = model.config.kind.pair is not None
+        if is_pair:
+            self._limits = [sampling.max_new_tokens] * len(prompts)
+        if earlier is not None and not is_pair and model.turns_alike(earlier._rows.cache.k.shape[2], room):
             start, cache = earlier._hand_over(self._prompts[0])
-        cache = model.new_cache(B, room) if cache is None else _grown(cache, room)
         lengths = np.asarray([*map(len, prompts), *[1] * fill], np.int32)
-        hidden = jnp.zeros((B, model.config.head_width), model.compute_dtype)
         padded = np.zeros((B, _padded(int(lengths.max()) - start)), np.int32)
         for row, prompt in enumerate(self._prompts):
             padded[row, : len(prompt) - start] = prompt[start:]
-        for offset in range(0, padded.shape[1], PREFILL):
+        if is_pair:
+            cache, hidden, lengths = begin(self._graph, self._state, padded, lengths, room)
+        else:
+            cache = model.new_cache(B, room) if cache is None else _grown(cache, room)
+            hidden = jnp.zeros((B, model.config.head_width), model.compute_dtype)
+        for offset in range(0, 0 if is_pair else padded.shape[1], PREFILL):
             piece = padded[:, offset : offset + PREFILL]
             cache, hidden = _read(self._graph, self._state, cache, hidden, piece, jnp.int32(start + offset), lengths)
         done = np.arange(B) >= len(prompts)

@@ -77,7 +77,7 @@ def system_turn(system: str | None) -> list[Turn]:
 def prompt_ids(
     tokenizer: Tokenizer, template: str, request: Request, before: Sequence[Mapping[str, str]] = ()
 ) -> list[int]:
-    """Ids of a prompt, BOS included where there is one; an empty plain prompt is BOS alone.
+    """Ids of a prompt, BOS included where there is one; an empty plain prompt is BOS alone. A T5's ends with EOS.
 
     Args:
       template: one of TEMPLATES.
@@ -88,12 +88,14 @@ def prompt_ids(
     turns = [*before, {"role": "user", "content": request.message}]
     for turn in turns:
         check_unicode(turn["content"])
+    if template == "plain" and tokenizer.ends_source:
+        return tokenizer.encode_source(request.message)
     if template == "plain":
         return tokenizer.encode_from_start(request.message) or tokenizer.encode("", bos=True)
     if template == "alpaca":
-        return tokenizer.encode(alpaca_prompt(request.text, request.input), bos=True)
+        return tokenizer.encode_source(alpaca_prompt(request.text, request.input))
     if template == "guanaco":
-        return tokenizer.encode(guanaco_prompt(turns), bos=True)
+        return tokenizer.encode_source(guanaco_prompt(turns))
     if template == "chat":
         return encode_chat(tokenizer, turns)
     raise InputError(f"unknown template {template!r}; known: {', '.join(TEMPLATES)}")
@@ -127,7 +129,8 @@ class Answer:
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str, prompt: Sequence[int], stops: Sequence[str] = ()):
-        self._stream = tokenizer.stream(prompt, tokenizer.thinking if template == "chat" else {})
+        before = () if tokenizer.ends_source else prompt  # which is text of its own where an encoder reads it
+        self._stream = tokenizer.stream(before, tokenizer.thinking if template == "chat" else {})
         self._stops = (*_STOPS.get(template, ()), *stops)
         self._trim = template != "plain"
         self._begun = False

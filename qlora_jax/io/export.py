@@ -26,7 +26,7 @@ def write_checkpoint(out: Path, hf_config: dict, model: Decoder, dtype: str = "b
     for name in config.vectors:
         is_whole = name.endswith((".bias", ".sinks"))
         stacked = part_of(model.blocks, name if is_whole else f"{name}.weight").get_value()
-        tensors |= {config.key(index, name): stacked[index] for index in range(config.L)}
+        tensors |= {config.key(index, name): stacked[index] for index in range(config.depth(name))}
     for name in config.linears:
         stacked = part_of(model.blocks, name).weight.get_value()
         tensors |= {

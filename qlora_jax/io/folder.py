@@ -22,7 +22,8 @@ from qlora_jax.models.config import read_json
 
 PIECE_BYTES = 32 * 2**20  # of a tensor that is read at a time
 PIECES_ALIVE = 2  # one in use, one read ahead
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json")  # the first that a folder has is its tokenizer
+# the first that a folder has is its tokenizer; spiece.model is what T5 calls the second
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "tekken.json")
 # what goes along with the weights: settings and vocabularies, never code
 COMPANIONS = (
     "generation_config.json",
@@ -41,7 +42,7 @@ _MEND = "no model is computed from it; download or write the file again, or ask 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILES = ["*.json", "chat_template.jinja", "*.safetensors", "tokenizer.model"]  # never pickles, never code
+_HUB_FILES = ["*.json", "chat_template.jinja", "*.safetensors", *TOKENIZERS[1:3]]  # never pickles, never code
 
 
 def resolve(path: str, revision: str = "main") -> Path:

@@ -23,8 +23,8 @@ from qlora_jax.io.place import put, to_device
 from qlora_jax.io.remote import name_of
 from qlora_jax.models.config import ModelConfig, parse_config, read_json
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.families.module import assembled
 from qlora_jax.models.kind import Kind
-from qlora_jax.models.roberta.build import build
 from qlora_jax.quant import bitsandbytes, int8, mxfp4, native
 from qlora_jax.quant.tensor import QuantizedTensor, check_block_size, check_format, check_kernel, dequantize, quantize
 
@@ -88,7 +88,8 @@ def stored_quant(folder: Path) -> QuantSpec | None:
 
 
 def skipped_linears(folder: Path, config: ModelConfig) -> frozenset[str]:
-    """Keys of the linear layers that a bitsandbytes folder keeps in 16 bits: those that llm_int8_skip_modules names.
+    """Keys of the linear layers that a bitsandbytes folder keeps in 16 bits: those that llm_int8_skip_modules names,
+    and in a T5 the last of each feed-forward.
 
     As transformers reads it: the beginning of a module's full name up to a dot, or the end of it.
     """
@@ -97,6 +98,8 @@ def skipped_linears(folder: Path, config: ModelConfig) -> frozenset[str]:
     where = f"{name_of(folder)}/config.json: llm_int8_skip_modules"
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{where} is {names!r}; expected a list of modules' names")
+    if config.kind.pair and raw.get("quant_method") == "bitsandbytes":
+        names = [*names, "wo"]  # which transformers leaves out by itself
     if expressions := [name for name in names if not re.fullmatch(r"[\w.-]+", name)]:
         raise InputError(f"{where} has {expressions[0]!r}, a regular expression; names of modules are read")
     modules = (key.removesuffix(".weight") for key in linear_keys(config)) if names else ()
@@ -148,8 +151,9 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = dict(config.outer.values())
     units = {unit: config.stored(name) for name in config.linears for unit in config.units(name)}
     for index in range(config.L):
-        shapes |= {config.key(index, unit): shape for unit, shape in units.items()}
-        shapes |= {config.key(index, name): shape for name, shape in config.vectors.items()}
+        shapes |= {config.key(index, unit): shape for unit, shape in units.items() if index < config.depth(unit)}
+        vectors = {name: shape for name, shape in config.vectors.items() if index < config.depth(name)}
+        shapes |= {config.key(index, name): shape for name, shape in vectors.items()}
     return shapes
 
 
@@ -166,7 +170,7 @@ def expected_stacks(config: ModelConfig, quant: QuantSpec) -> dict[str, tuple[tu
     for name in config.linears:
         if (q := abstract_weight(config, name, quant)) is not None:
             for part, value in native.parts(q).items():
-                shape = (config.L, *config.copies(name), *value.shape)
+                shape = (config.depth(name), *config.copies(name), *value.shape)
                 found[native.stack_key(name, part)] = (shape, value.dtype.name)
     return found
 
@@ -351,7 +355,7 @@ def load_model(
     weights["layers"] = {}
     for name in config.linears:
         stack: Any = None
-        slots, room = config.slots(name), (config.L, *config.copies(name))
+        slots, room = config.slots(name), (config.depth(name), *config.copies(name))
         if stored is not None and is_native(files):
             stack = _read_stack(files, config, name, quant)
             count(len(slots))
@@ -363,11 +367,11 @@ def load_model(
         weights["layers"][name] = stack
     for name, shape in config.vectors.items():
         dtype = None if name in config.sixteen_bit else jnp.float32
-        rows = [other(config.key(index, name), shape, dtype) for index in range(config.L)]
+        rows = [other(config.key(index, name), shape, dtype) for index in range(config.depth(name))]
         weights["layers"][name] = jnp.stack(rows)
     progress(total, total)
     take_checksum(checksums.of(*(f"{key} {checksum}" for key, checksum in sorted(files.checksums.items()))))
-    return build(config, weights, compute_dtype, remat, attention, sequence_chunk)
+    return assembled(config, weights, compute_dtype, remat, attention, sequence_chunk)
 
 
 def _mixed(config: ModelConfig, skipped: Container[str]) -> list[str]:

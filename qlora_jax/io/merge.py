@@ -47,7 +47,7 @@ from qlora_jax.io.write import hf_config, read_linear, tensor_bytes
 from qlora_jax.models.config import ModelConfig, read_json
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.families.encoders import with_part
-from qlora_jax.models.roberta.build import build
+from qlora_jax.models.families.module import assembled
 from qlora_jax.quant.tensor import QuantizedTensor, dequantize
 from qlora_jax.residual import residual
 from qlora_jax.settings import config_hash
@@ -230,9 +230,9 @@ def _skeleton(config: ModelConfig) -> Decoder:
     struct = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     weights: dict[str, Any] = {slot: struct(shape) for slot, (_, shape) in config.outer.items()}
     weights["layers"] = {
-        name: struct((config.L, *config.copies(name), *shape)) for name, shape in config.linears.items()
-    } | {name: struct((config.L, *shape)) for name, shape in config.vectors.items()}
-    return build(config, weights, jnp.float32)
+        name: struct((config.depth(name), *config.copies(name), *shape)) for name, shape in config.linears.items()
+    } | {name: struct((config.depth(name), *shape)) for name, shape in config.vectors.items()}
+    return assembled(config, weights, jnp.float32)
 
 
 def _values(w: Any) -> np.ndarray:

@@ -43,7 +43,7 @@ def model_bytes(config: ModelConfig, quant: QuantSpec, itemsize: int = 2) -> int
     for slot, (_, shape) in config.outer.items():
         total += math.prod(shape) * (4 if "norm" in slot else itemsize)
     for name, shape in config.vectors.items():
-        total += config.L * math.prod(shape) * (itemsize if name in config.sixteen_bit else 4)
+        total += config.depth(name) * math.prod(shape) * (itemsize if name in config.sixteen_bit else 4)
     total += sum(
         itemsize * config.weights(name) for name in config.linears if abstract_weight(config, name, quant) is None
     )

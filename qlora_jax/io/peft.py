@@ -90,7 +90,7 @@ def write_arrays(
                 for index, x in enumerate(stacked):
                     parts = dict(zip(kind.units(name), x if kind.is_expert(name) else [x], strict=True))
                     tensors |= {
-                        _key(kind.layer.format(index), unit, letter): np.ascontiguousarray(part)
+                        _key(kind.module(index, unit), letter): np.ascontiguousarray(part)
                         for unit, part in parts.items()
                     }
     experts = {name: pair for name, pair in held.items() if kind.is_expert(name)}
@@ -120,7 +120,7 @@ def write_arrays(
         "peft_type": "LORA",
         "r": config.rank,
         "target_modules": _targets(target_names, arrays, kind),
-        "task_type": CLASSES if kind.bidirectional else "CAUSAL_LM",
+        "task_type": CLASSES if kind.bidirectional else kind.task,
         "use_dora": False,
         "use_rslora": said.use_rslora,
         **written.settings,
@@ -173,7 +173,7 @@ def read_adapter(model: Decoder, folder: Path, to_train: bool = False) -> tuple[
     for (name, place), (rank, _) in placed.items():
         O, I = sizes.linears[name]
         module = _module(sizes, name, place)
-        wanted |= {_key(*module, "A"): (rank, I), _key(*module, "B"): (O, rank)}
+        wanted |= {_key(module, "A"): (rank, I), _key(module, "B"): (O, rank)}
     tensors.check(wanted)
     config = _common_config(settings, placed, sizes)
     return config, {name: _stack(sizes, name, tensors, placed, config) for name in config.targets}
@@ -183,15 +183,14 @@ Place = tuple[str, tuple[int, ...]]  # a projection, and (layer,) or (layer, exp
 Placed = dict[Place, tuple[int, float]]  # -> rank, alpha
 
 
-def _module(config: ModelConfig, name: str, place: tuple[int, ...]) -> tuple[str, str]:
-    """A layer's name and that of a module in it."""
-    unit = config.units(name)[place[1]] if len(place) > 1 else name
-    return config.kind.layer.format(place[0]), unit
+def _module(config: ModelConfig, name: str, place: tuple[int, ...]) -> str:
+    """A module's full name."""
+    return config.module(place[0], config.units(name)[place[1]] if len(place) > 1 else name)
 
 
-def _key(layer: str, module: str, letter: str) -> str:
-    """The tensor of an adapter: letter "A" or "B" of a layer's module."""
-    return f"{PREFIX}{layer}.{module}.lora_{letter}.weight"
+def _key(module: str, letter: str) -> str:
+    """The tensor of an adapter: letter "A" or "B" of a module."""
+    return f"{PREFIX}{module}.lora_{letter}.weight"
 
 
 def _plain_scale(config: LoRAConfig) -> LoRAConfig:
@@ -210,6 +209,8 @@ def _targets(names: Iterable[str], carrying: Container[str], kind: Kind) -> list
     beside a decoder, or in an encoder's head."""
     if kind.bidirectional:  # whose head has a layer "dense" too
         return rf".*encoder\.layer\.\d+\.({'|'.join(name.replace('.', r'\.') for name in sorted(names))})"
+    if kind.pair:
+        return kind.pair.target_modules([*names], [*kind.linear.values()])
     if kind.beside:
         return rf".*language_model\..*\.({'|'.join(name.replace('.', r'\.') for name in sorted(names))})"
     return sorted({_target(name, carrying, kind) for name in names})
@@ -266,7 +267,7 @@ def _placed_experts(settings: AdapterConfig, config: ModelConfig, tensors: "Tens
             for expert in range(E):
                 place, own = (index, expert), own_a.shape[1]
                 module = _module(config, name, place)
-                tensors.give({_key(*module, "A"): own_a[expert], _key(*module, "B"): own_b[expert]})
+                tensors.give({_key(module, "A"): own_a[expert], _key(module, "B"): own_b[expert]})
                 share = own / rank
                 found[name, place] = own, alpha * (math.sqrt(share) if settings.use_rslora else share)
     return found
@@ -275,7 +276,7 @@ def _placed_experts(settings: AdapterConfig, config: ModelConfig, tensors: "Tens
 def _unlike(placed: Placed, config: ModelConfig) -> str:
     """How an adapter is not the same in all layers and projections; "" where it is."""
     for name in config.linears:
-        count, whole = sum(other == name for other, _ in placed), math.prod((config.L, *config.copies(name)))
+        count, whole = sum(other == name for other, _ in placed), math.prod((config.depth(name), *config.copies(name)))
         if 0 < count < whole:
             places = "experts of all layers" if config.is_expert(name) else "layers"
             return f"{name} carries an adapter in {count} of {whole} {places}"
@@ -303,15 +304,15 @@ def _stack(
     sizes: ModelConfig, name: str, tensors: "Tensors", placed: Placed, config: LoRAConfig
 ) -> tuple[jax.Array, jax.Array]:
     """A [L, R, I] and B [L, O, R] of a projection, with E after L for experts; R and the scale those of `config`."""
-    (O, I), R, room = sizes.linears[name], config.rank, (sizes.L, *sizes.copies(name))
+    (O, I), R, room = sizes.linears[name], config.rank, (sizes.depth(name), *sizes.copies(name))
     a, b = np.zeros((*room, R, I), np.float32), np.zeros((*room, O, R), np.float32)
     for place in np.ndindex(*room):
         if (name, place) in placed:
             rank, alpha = placed[name, place]
             own_scale = dataclasses.replace(config, rank=rank, alpha=alpha).scale
             module = _module(sizes, name, place)
-            a[place][:rank] = tensors.read(_key(*module, "A"))
-            b[place][:, :rank] = tensors.read(_key(*module, "B"))
+            a[place][:rank] = tensors.read(_key(module, "A"))
+            b[place][:, :rank] = tensors.read(_key(module, "B"))
             with np.errstate(over="ignore", invalid="ignore"):  # seen below
                 b[place] *= np.float32(own_scale / config.scale)
     if not np.isfinite(b).all():
@@ -403,11 +404,12 @@ def take_out(model: Decoder, config: LoRAConfig, progress: Callable[[int, int], 
     quantized = any(isinstance(_weight(model, name), QuantizedTensor) for name in config.targets)
     check_residual(config.residual, quantized, model.config.kind)
     model.residual = config.residual  # from here on it is no whole base, whatever ends this
-    L, total = model.config.L, model.config.L * len(config.targets)
-    for place, name in enumerate(config.targets):
-        stack = _weight(model, name)
+    total, done = sum(map(model.config.depth, config.targets)), 0
+    for name in config.targets:
+        stack, L = _weight(model, name), model.config.depth(name)
         for index in range(L):
-            progress(place * L + index, total)
+            progress(done, total)
+            done += 1
             w = jax.tree.map(lambda x: x[index], stack)  # noqa: B023 (called at once)
             left = residual(w, config.residual, config.rank, config.scale, model.config.module(index, name))
             stack = put(stack, left, (index,), (L,))  # no experts: read_adapter refuses them

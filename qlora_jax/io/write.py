@@ -133,6 +133,11 @@ def quantize_folder(
     if form == "bnb" and quant.format not in bitsandbytes.FORMATS:
         known = ", ".join(bitsandbytes.FORMATS)
         raise InputError(f"bitsandbytes has {known}, not {quant.format}: choose one of them, or --format=native")
+    if form == "bnb" and config.kind.pair:
+        raise InputError(
+            f"{name_of(source)} is a T5, of which transformers keeps wo in 16 bits or more when it reads bitsandbytes' "
+            "form: use --format=native"
+        )
     if form == "bnb" and config.sparse:
         raise InputError(
             f"{name_of(source)} is a mixture of experts, and in transformers 5 bitsandbytes keeps experts in 16 bits: "
@@ -262,6 +267,8 @@ def hf_config(raw: dict[str, Any], dtype: str, config: ModelConfig) -> dict[str,
     pointer to code (never copied) or to other files of weights."""
     dropped = ("quantization_config", "auto_map", "dtype", "torch_dtype", "transformers_weights")
     kept = {key: value for key, value in raw.items() if key not in dropped} | {"torch_dtype": dtype}
+    if config.kind.pair and raw.get("scale_decoder_outputs", True):
+        kept |= {"scale_decoder_outputs": config.kind.logit_scale != 1}  # transformers takes it from the ties else
     return with_part(kept, {} if config.tied else {"tie_word_embeddings": False})
 
 

@@ -14,13 +14,15 @@ from qlora_jax.models.families.encoders import DECODERS, PART, beside_an_encoder
 from qlora_jax.models.kind import LINEAR_ROLES, LLAMA, Kind
 from qlora_jax.models.roberta.names import head_outer
 from qlora_jax.models.settings import Settings
+from qlora_jax.models.t5.config import DEFAULTS as T5
+from qlora_jax.models.t5.config import read_t5
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     D: int  # model width
     F: int  # feed-forward width
-    L: int  # layers
+    L: int  # layers, those of an encoder too
     N: int  # query heads
     K: int  # key/value heads; N / K queries share one
     H: int  # head width
@@ -40,6 +42,8 @@ class ModelConfig:
 
         Of a stack of experts that is the shape of one; `copies` says how many there are.
         """
+        if self.kind.pair:
+            return self.kind.pair.linears(self.D, self.F, self.N * self.H)
         values = {"D": self.D, "F": self.F, "2F": 2 * self.F, "NH": self.N * self.H, "KH": self.K * self.H}
         values["QKV"] = values["NH"] + 2 * values["KH"]
         found = {}
@@ -52,6 +56,8 @@ class ModelConfig:
     def vectors(self) -> dict[str, tuple[int, ...]]:
         """Everything else of a layer: names of norms, and of biases with ".bias" at the end -> shape."""
         kind = self.kind
+        if kind.pair:
+            return dict.fromkeys(kind.pair.norms, (self.D,))
         by_kind: dict[str, dict[str, tuple[int, ...]]] = {
             "head": {"q_norm": (self.H,), "k_norm": (self.H,)},
             "heads": {"q_norm": (self.N, self.H), "k_norm": (self.K, self.H)},
@@ -101,20 +107,26 @@ class ModelConfig:
     def slots(self, name: str) -> dict[str, tuple[int, ...]]:
         """Key of each weight of a linear layer -> its place in the stack, (layer,) or (layer, expert)."""
         found: dict[str, tuple[int, ...]] = {}
-        for index in range(self.L):
+        for index in range(self.depth(name)):
             units = self.units(name)
             places = [(index, e) for e in range(len(units))] if self.is_expert(name) else [(index,)]
             found |= {self.key(index, unit): place for unit, place in zip(units, places, strict=True)}
         return found
 
+    def depth(self, name: str) -> int:
+        """Layers that have a part of that name: all, but where there are two stacks of them."""
+        return self.L if self.kind.pair is None else self.kind.pair.depth(name)
+
     def weights(self, name: str) -> int:
         """Weights of a linear layer, all layers and experts together."""
-        return math.prod((self.L, *self.copies(name), *self.linears[name]))
+        return math.prod((self.depth(name), *self.copies(name), *self.linears[name]))
 
     @cached_property
     def outer(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """What stands outside of the layers: its name in Decoder's weights -> Hugging Face key, shape."""
         kind, D = self.kind, self.D
+        if kind.pair:
+            return kind.pair.outer(self.V, D, self.N, self.tied)
         width = self.head_width
         found: dict[str, tuple[str, tuple[int, ...]]] = {"embedding": (f"{kind.embedding}.weight", (self.V, width))}
         if kind.project_in:
@@ -155,7 +167,7 @@ class ModelConfig:
 
     def module(self, index: int, name: str) -> str:
         """(3, "self_attn.q_proj") -> "model.layers.3.self_attn.q_proj", as Hugging Face calls it."""
-        return f"{self.kind.layer.format(index)}.{name}"
+        return self.kind.module(index, name)
 
     def key(self, index: int, name: str) -> str:
         """As `module`, of the tensor: a name's weight, or a bias or sinks, whose names are whole."""
@@ -198,8 +210,10 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
     if has_encoder := name in DECODERS:
         name, raw = decoder_of(raw, where)
         where = f"{where}: {PART}"
+    if name in T5:
+        return ModelConfig(**read_t5(raw, where, name))
     if name not in FAMILIES:
-        known = ", ".join((*FAMILIES, *DECODERS))
+        known = ", ".join((*FAMILIES, *DECODERS, *T5))
         raise InputError(f"{where}: unknown architecture {name}{_near(name)}; known: {known}")
     family = FAMILIES[name]
     c = Settings(raw, where, family.defaults)

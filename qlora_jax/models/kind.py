@@ -7,6 +7,8 @@ it is called on disk. The files of families/ make a Kind of a config.json.
 import dataclasses
 from functools import cached_property
 
+from qlora_jax.models.t5.pair import Pair
+
 Pairs = tuple[tuple[str, str], ...]  # role -> name in a layer, as Hugging Face names it
 
 
@@ -96,6 +98,10 @@ class Kind:
     renamed: Pairs = ()  # beginnings of keys that other versions of transformers write -> those of this table
     beside: tuple[str, ...] = ()  # beginnings of keys of other parts of the model, which are copied and never computed
     transposed: bool = False  # linear weights lie [I, O] on disk (transformers' Conv1D)
+    task: str = "CAUSAL_LM"  # what PEFT calls what the model does
+
+    # an encoder beside the decoder, which this file then describes in part (models/t5); None: a decoder alone
+    pair: Pair | None = None
 
     # parts
     biased: tuple[str, ...] = ()  # roles of the linear layers that add one
@@ -141,6 +147,10 @@ class Kind:
     def norm_of(self) -> dict[str, str]:
         """Role -> name of the norms. Two roles may share one."""
         return dict(self.norms)
+
+    def module(self, index: int, name: str) -> str:
+        """(3, "self_attn.q_proj") -> "model.layers.3.self_attn.q_proj", as Hugging Face calls it."""
+        return f"{self.layer.format(index)}.{name}" if self.pair is None else self.pair.module(index, name)
 
     def is_expert(self, name: str) -> bool:
         """Whether a linear layer is one of each expert."""

@@ -6,6 +6,7 @@ Only what decides shapes; vocabulary entries that a finetune would add are not i
 from typing import Any
 
 from qlora_jax.models.config import ModelConfig, parse_config
+from qlora_jax.models.t5.known import KNOWN_T5
 
 
 def _llama1(width: int, feed_forward: int, layers: int, heads: int) -> dict[str, Any]:
@@ -246,6 +247,7 @@ KNOWN = {
     "google/gemma-3-4b-it": _gemma3(2560, 10240, 34, 8, 4),
     "google/gemma-3-12b-it": _gemma3(3840, 15360, 48, 16, 8),
     "google/gemma-3-27b-it": _gemma3(5376, 21504, 62, 32, 16, head_dim=128, query_pre_attn_scalar=168),
+    **KNOWN_T5,
 }
 
 

@@ -159,7 +159,7 @@ def padded(arrays: dict[str, Any], sizes: ModelConfig, names: Sequence[str], ran
     """
     out = {}
     for name in names:
-        (O, I), room = sizes.linears[name], (sizes.L, *sizes.copies(name))
+        (O, I), room = sizes.linears[name], (sizes.depth(name), *sizes.copies(name))
         a, b = np.zeros((*room, rank, I), np.float32), np.zeros((*room, O, rank), np.float32)
         if name in arrays:
             mine_a, mine_b = map(np.asarray, arrays[name])

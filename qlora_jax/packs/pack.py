@@ -28,6 +28,7 @@ from qlora_jax.packs.warm import Base, Warm
 from qlora_jax.settings import config_hash, resolved
 from qlora_jax.train.checks import check_config
 from qlora_jax.train.kinds.labels import with_labels
+from qlora_jax.train.kinds.pair import check_data, check_kind
 from qlora_jax.train.loggers import refuse_loggers
 from qlora_jax.train.setup import read_lora_config, start_input, step_count
 
@@ -151,7 +152,9 @@ class PackRunner:
         lora_config = with_labels(lora_config, config, base.sizes)
         refuse_residual(config.lora.init_from)
         targets = lora.select_targets(lora_config.targets, base.sizes)
+        check_kind(config, base.sizes)
         data, heldout = self.warm.data(config, base, say)
+        check_data(data, base.sizes)
         steps = step_count(config, data)
         o = config.optimizer
         rates = learning_rates(o.schedule, o.learning_rate, steps, o.warmup_steps)

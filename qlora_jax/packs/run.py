@@ -22,6 +22,7 @@ from qlora_jax.packs.members import PlannedMember
 from qlora_jax.packs.step import MemberState, Steps, initial_optimizer
 from qlora_jax.packs.warm import Base, Warm
 from qlora_jax.train.cut import Cut, choose, default_cut, described
+from qlora_jax.train.kinds.pair import limit_rows, row_limits
 from qlora_jax.train.memory import memory_limit, peak_device_bytes, peak_host_bytes
 from qlora_jax.train.setup import read_start, rows_to_cut
 
@@ -65,6 +66,7 @@ class PackRun:
         # where an idle place costs nothing, packs of any size share a few programs
         self.slots = 1 << (len(members) - 1).bit_length() if warm.over == "map" else len(members)
         self.settings = pack_members.stacked_settings(members, self.slots)
+        self.limits = row_limits(base.sizes, [member.config.data for member in members])
         model = self._stacked_model()
         _, adapter, self.frozen = lora.split(model)
         self.state = MemberState(
@@ -75,7 +77,8 @@ class PackRun:
         model.remat = self.cut.remat
         graph = lora.split(model)[0]
         has_dropout = any(member.lora.dropout for member in members)
-        structure = (base.key, self.rank, pack_members.all_targets(members, base.sizes), members[0].lora.labels)
+        labels, targets = members[0].lora.labels, pack_members.all_targets(members, base.sizes)
+        structure = (base.key, self.rank, targets, labels, *self.limits.items())
         self.train_program, self.eval_program = warm.programs(
             structure, graph, self.cut.remat, self.config, has_dropout
         )
@@ -117,6 +120,7 @@ class PackRun:
     def _stacked_model(self) -> Decoder:
         """The model with the adapters of all members, [slots, L, ...]."""
         model = self.base.model()
+        limit_rows(model, self.limits)
         names = pack_members.all_targets(self.members, model.config)
         own = [
             read_start(model, Path(member.config.lora.init_from), member.lora).arrays

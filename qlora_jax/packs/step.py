@@ -180,5 +180,5 @@ def _scaled(model: Decoder, scale: jax.Array) -> Decoder:
     for name in model.config.linears:
         layer = lora.linear(model, name)
         if layer.lora_a is not None:
-            layer.lora_scale = nnx.data(jnp.broadcast_to(scale, (model.config.L,)))
+            layer.lora_scale = nnx.data(jnp.broadcast_to(scale, (model.config.depth(name),)))
     return model

@@ -138,7 +138,7 @@ def plan_memory(
         with traced_for(gpu):
             sums = log_sums(spec.model, spec.batch.T)
         shape = (spec.batch.B, spec.batch.T, itemsize, spec.model.low_rank, sums)
-        inputs = kept_bytes(spec.model.sizes, spec.model.remat, *shape)
+        inputs = int(kept_bytes(spec.model.sizes, spec.model.remat, *shape) * spec.model.kept_share(spec.batch.T))
     in_gradient = held | {
         "gradients": adapter,
         "block_inputs": inputs,

@@ -10,12 +10,16 @@ a token meets), H = V * D of the head:
     head      2 H  more where it trains
     attention 4 N H_head T / 2 a layer forward and recomputed, twice that for its gradient (causal: half the square)
 
+Of an encoder-decoder a token of the prompt meets the encoder and the projections of what it gives, one of the answer
+the others and the head; both count as wide as they may be. Attention is counted as a decoder's of the whole row.
+
 Bytes of one micro-batch: packed codes and scales for each pass over the base; where XLA dequantizes, also a 16-bit
 weight written and read again in each pass; what is kept of the layers written and read; the head once a pass. Of a
 step: the paged state over the bus, both ways.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 from qlora_jax.lora import rank_one_parameters
 from qlora_jax.models.sizes import active_share
@@ -49,12 +53,35 @@ def step_flops(spec: RunSpec, linear_weights: float, adapter_params: float, reco
     passes = PASSES if recomputed and _recomputes(spec) else PASSES - 1
     head_passes = PASSES if recomputed and spec.model.remat == "none" else PASSES - 1
     head_passes += "lm_head" in spec.model.lora.modules_to_save
-    head = 0 if sizes.kind.bidirectional else 2 * head_passes * sizes.V * sizes.D  # an encoder's is of rows, not tokens
+    # of an encoder it is of rows, not of tokens
+    head = 0.0 if sizes.kind.bidirectional else 2.0 * head_passes * sizes.V * sizes.D
     attention = 2 * sizes.N * sizes.H * batch.T * sizes.L
-    linear_weights *= active_share(sizes, sizes.weights)
-    adapter_params *= active_share(sizes, lambda name: rank_one_parameters(sizes, name))
+    linear_weights *= active_share(sizes, sizes.weights) * _share_of_row(spec, sizes.weights)
+    ranks = lambda name: rank_one_parameters(sizes, name)  # noqa: E731
+    adapter_params *= active_share(sizes, ranks) * _share_of_row(spec, ranks)
+    head *= _widths(spec)[1]
     token = 2 * passes * linear_weights + 2 * (passes + 1) * adapter_params + head + (passes + 1) * attention
     return token * batch.tokens
+
+
+def _widths(spec: RunSpec) -> tuple[float, float]:
+    """The shares of a row that its prompt and its answer may take, where they go through stacks of their own."""
+    if spec.model.sizes.kind.pair is None:
+        return 1.0, 1.0
+    T, model = spec.batch.T, spec.model
+    return min(model.source_len or T, T) / T, min(model.target_len or T, T) / T
+
+
+def _share_of_row(spec: RunSpec, size: Callable[[str], float]) -> float:
+    """The share of a row's tokens that go through linear layers, by the size of each: of an encoder-decoder a prompt's
+    through the encoder and the keys and values that the decoder takes of it, an answer's through the others."""
+    sizes, (source, target) = spec.model.sizes, _widths(spec)
+    if sizes.kind.pair is None:
+        return 1.0
+    reads = {name: name.startswith("encoder.") or name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
+             for name in sizes.linears}  # fmt: skip
+    passed = sum(size(name) * (source if reads[name] else target) for name in sizes.linears)
+    return passed / sum(map(size, sizes.linears))
 
 
 def _recomputes(spec: RunSpec) -> bool:
@@ -69,8 +96,8 @@ def roofline(
     passes = PASSES if _recomputes(spec) else PASSES - 1
     head = 0 if sizes.kind.bidirectional else sizes.V * sizes.D
     micro_flops = step_flops(spec, linear_weights, adapter_params) / batch.G
-    moved = passes * packed_bytes + 2 * PASSES * head
-    moved += 2 * kept_bytes(sizes, spec.model.remat, batch.B, batch.T, 2)
+    moved = float(passes * packed_bytes + 2 * PASSES * head)
+    moved += 2 * kept_bytes(sizes, spec.model.remat, batch.B, batch.T, 2) * spec.model.kept_share(batch.T)
     if spec.model.kernel in ("auto", "xla", "scratch") and spec.model.quant.format != "none":
         moved += passes * 4 * linear_weights
     micro = max(micro_flops / gpu.flops_per_second, moved / gpu.bytes_per_second)

@@ -34,6 +34,7 @@ class Tokenizer:
       prefix: ids that the tokenizer itself puts before a text (in transformers, unless add_special_tokens is False):
         often BOS, and for many none, also where there is a BOS.
       eos_id: id that ends a training example.
+      ends_source: its model is an encoder-decoder (T5), whose prompts end with EOS too and begin with nothing.
       eos_ids: every id at which generation stops, `eos_id` first.
       chat_template: Jinja source, or None.
       controls: id -> text of every control token.
@@ -48,6 +49,7 @@ class Tokenizer:
         self.prefix = settings.prefix
         self.eos_id = settings.eos_ids[0]
         self.eos_ids = settings.eos_ids
+        self.ends_source = settings.ends_source
         self.chat_template = settings.chat_template
         self.controls = {number: text for text, number in backend.specials.items()}
         self.thinking = {number: text for number, text in self.controls.items() if is_thinking(text)}
@@ -77,7 +79,7 @@ class Tokenizer:
             backend = JsonBackend(folder / "tokenizer.json", files.control_tokens(), files.stops())
         elif (file := folder / "tokenizer.model").is_file() and is_ranks(file):
             backend = JsonBackend(file, files.control_tokens(), spec=read_ranks(file, files.added_tokens()))
-        elif file.is_file():
+        elif file.is_file() or (file := folder / "spiece.model").is_file():
             backend = SentencePieceBackend(file, files.added_tokens())
         elif (folder / "tekken.json").is_file():
             backend = TekkenBackend(folder / "tekken.json")
@@ -98,6 +100,10 @@ class Tokenizer:
         before = [self.bos_id] if bos and self.bos_id is not None else []
         return before + self._backend.encode_plain([text])[0] + ([self.eos_id] if eos else [])
 
+    def encode_source(self, text: str) -> list[int]:
+        """Ids of a prompt as an example of training has it: after BOS, or before EOS where the model is a T5."""
+        return self.encode(text, bos=not self.ends_source, eos=self.ends_source)
+
     def encode_from_start(self, text: str) -> list[int]:
         """Ids of a plain text as transformers begins it: after `prefix`."""
         return [*self.prefix, *self.encode(text)]
@@ -114,7 +120,8 @@ class Tokenizer:
         """All that decides what a text becomes: equal for equal tokenizers, wherever their files are."""
         s = self._settings
         settings = [s.bos_id, list(s.eos_ids), sorted(s.special_tokens.items()), s.chat_template, s.tool_template]
-        return self._backend.content() + json.dumps(settings).encode()
+        ends = [True] if self.ends_source else []  # nothing of other models
+        return self._backend.content() + json.dumps(settings + ends).encode()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; control tokens leave nothing, bytes that are no UTF-8 become U+FFFD."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.errors import InputError
+from qlora_jax.models.t5.config import DEFAULTS as T5
 from qlora_jax.text.tokenizer_backends import Backend
 
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -23,7 +24,7 @@ _DEFAULTS = {"LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_to
 class Settings:
     """What Tokenizer takes from the files. `prefix`: what the tokenizer itself puts before a text; `eos_ids` is never
     empty; `special_tokens` has texts by name, for templates; `tool_template`: the one for chats with tools, where it is
-    another."""
+    another; `ends_source`: see Tokenizer."""
 
     folder: Path
     bos_id: int | None
@@ -32,6 +33,7 @@ class Settings:
     special_tokens: dict[str, str]
     chat_template: str | None
     tool_template: str | None
+    ends_source: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,8 @@ class Files:
                 "or eos_token_id in generation_config.json"
             )
         eos_ids += [number for number in self.stops() if number not in eos_ids]
-        return Settings(self.folder, bos_id, prefix, tuple(eos_ids), named, *self._templates())
+        is_pair = not T5.keys().isdisjoint(self.config.get("architectures") or ())
+        return Settings(self.folder, bos_id, prefix, tuple(eos_ids), named, *self._templates(), is_pair)
 
     def _named(self, backend: Backend) -> dict[str, str]:
         """Texts of the tokens that transformers knows by a name."""

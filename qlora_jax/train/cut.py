@@ -150,10 +150,9 @@ def _divisors(number: int) -> list[int]:
 def cuts(wanted: ToCut) -> list[Cut]:
     """All that the config leaves open, the fastest first; of equally fast ones that which takes less memory."""
     rows = _divisors(wanted.rows) if wanted.grad_accum == AUTO else [default_cut(wanted).rows]
-    remats = list(REMATS) if wanted.remat == AUTO else [wanted.remat]
-    if wanted.remat == AUTO and wanted.model.sizes.kind.bidirectional:
-        remats = ["block"]  # an encoder's gradient is that of its scan
-    elif wanted.remat == AUTO and wanted.model.is_chunked(wanted.T):
+    only_scanned = wanted.model.sizes.kind.bidirectional or wanted.model.sizes.kind.pair  # whose gradient is the scan's
+    remats = [wanted.remat] if wanted.remat != AUTO else ["block"] if only_scanned else list(REMATS)
+    if "selective" in remats and wanted.remat == AUTO and wanted.model.is_chunked(wanted.T):
         remats.remove("selective")  # in chunks nothing more is kept than with "block"
     found = [Cut(number, remat) for number in rows for remat in remats]
     return sorted(found, key=lambda cut: (step_seconds(wanted, cut), temporary_bytes(wanted, cut)))
@@ -174,7 +173,7 @@ def step_seconds(wanted: ToCut, cut: Cut) -> float:
 
 def attention_of(model: ModelSpec, T: int) -> str:
     """The implementation that rows of T tokens take, on the GPU that programs are traced for."""
-    if model.sizes.kind.bidirectional:
+    if model.sizes.kind.bidirectional or model.sizes.kind.pair:
         return "xla"
     if model.is_chunked(T):
         return "chunked"
@@ -200,6 +199,7 @@ def temporary_bytes(wanted: ToCut, cut: Cut, members: int = 1) -> int:
     itemsize = model.itemsize
     T = chunk_size(wanted.T, model.sequence_chunk) if model.is_chunked(wanted.T) else wanted.T
     kept = kept_bytes(config, cut.remat, cut.rows, wanted.T, itemsize, model.low_rank, log_sums(model, wanted.T))
+    kept = int(kept * model.kept_share(wanted.T))
     if cut.remat == "block+offload":
         kept = 3 * kept // config.L  # on their way
     rows = cut.rows * T

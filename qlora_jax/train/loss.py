@@ -54,7 +54,7 @@ def summed_loss_and_hits(
         return totals[0] + jnp.sum(token_nll(logits, labels) * counted), totals[1] + hits
 
     nats, hits = jax.lax.fori_loop(0, targets.chunks, add_chunk, (jnp.float32(0), jnp.float32(0)))
-    return nats, hits, targets.count.astype(jnp.float32)
+    return nats, hits, targets.total.astype(jnp.float32)
 
 
 class _Targets(NamedTuple):
@@ -65,7 +65,7 @@ class _Targets(NamedTuple):
 
     places: jax.Array  # int32 [chunks * size]: of tokens in [B * T] that predict a target, rising; then numbers beyond
     labels: jax.Array  # int32 [B * T]
-    count: jax.Array  # int32 []
+    total: jax.Array  # int32 []
     size: int  # tokens of a chunk
 
     @classmethod
@@ -81,7 +81,7 @@ class _Targets(NamedTuple):
     @property
     def chunks(self) -> jax.Array:
         """int32 []: so many have targets."""
-        return (self.count + self.size - 1) // self.size
+        return (self.total + self.size - 1) // self.size
 
     def chunk(self, number: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """[size] each: which rows to compute, their labels, which of them count, and places for what is computed.
@@ -90,7 +90,7 @@ class _Targets(NamedTuple):
         """
         first = number * self.size
         places = jax.lax.dynamic_slice_in_dim(self.places, first, self.size)
-        counted = first + jnp.arange(self.size) < self.count
+        counted = first + jnp.arange(self.size) < self.total
         rows = jnp.where(counted, places, self.places[0])
         return rows, jnp.take(self.labels, rows), counted, places
 

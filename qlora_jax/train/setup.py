@@ -42,6 +42,7 @@ from qlora_jax.train import mmlu
 from qlora_jax.train.checks import check_config
 from qlora_jax.train.cut import ToCut
 from qlora_jax.train.kinds.labels import with_labels
+from qlora_jax.train.kinds.pair import check_data, check_kind, limit_rows, row_limits
 from qlora_jax.train.mmlu import Asked
 from qlora_jax.train.shapes import ModelSpec, model_settings
 
@@ -135,6 +136,7 @@ def prepare(
     lora_config = with_labels(lora_config, config, model_config)
     lora.select_targets(lora_config.targets, model_config)
     check_router_loss(config.model, model_config)
+    check_kind(config, model_config)
     if config.lora.init_from:
         check_base(read_config(Path(config.lora.init_from)).residual, quant.format != "none")
     tokenizer, V = None, model_config.V
@@ -144,6 +146,7 @@ def prepare(
     elif not config.data.batches:
         tokenizer = Tokenizer.from_folder(folder)
     data = load_data(config.data, tokenizer, config.train.batch_size, V, model_config.context)
+    check_data(data, model_config)
     for line in data.report:
         say(line)
     asked = mmlu.read(config, tokenizer or folder, model_config.context, V, say) if config.eval.mmlu_data else None
@@ -169,6 +172,7 @@ def prepare(
     if isinstance(model, Encoder) and not config.lora.init_from:
         kept = model.classifier is not None and model.classifier.labels == lora_config.labels
         begun = f"; it starts {'from the one of the base' if kept else 'afresh, drawn by train.seed'}"
+    limit_rows(model, row_limits(model_config, [config.data]))
     lora.attach(model, lora_config, jax.random.key(config.train.seed))
     if added is not None:
         grow(model, V, added.rows_to_fill(model_config.V), added.real_rows(model_config.V))
@@ -244,7 +248,8 @@ def step_count(config: Any, data: LoadedData) -> int:
 
 def rows_to_cut(config: Any, sizes: ModelConfig, lora_config: LoRAConfig, data: LoadedData) -> ToCut:
     """The rows of a step of `data`; `sizes` with added tokens in V."""
-    spec = ModelSpec(sizes, quantization(config), lora_config, **model_settings(config.model))
+    settings = model_settings(config.model) | row_limits(sizes, [config.data])
+    spec = ModelSpec(sizes, quantization(config), lora_config, **settings)
     return ToCut.of(config, spec, data.batches.batch_size, data.batches.max_length)
 
 
@@ -277,6 +282,8 @@ def quantization(config: Any) -> QuantSpec:
 
 def _say_attention(model: Any, sizes: ModelConfig, longest: int, say: Callable[[str], None]) -> None:
     """What attention does is said where the config leaves it open, or where a chunk decides it."""
+    if sizes.kind.pair is not None:
+        return
     if 0 < model.sequence_chunk < longest:
         say(f"model: sequences over {model.sequence_chunk} tokens in chunks of at most that, attention = chunked")
     elif model.attention == "auto":
@@ -359,5 +366,6 @@ def base_size(model: Decoder) -> tuple[float, int]:
     if model.config.kind.bidirectional:  # whose head trains, or is another
         trained += [slot for slot in model.config.outer if slot.startswith(model.config.kind.bidirectional.head)]
     shapes = [shape for slot, (_, shape) in model.config.outer.items() if slot not in trained]
-    others = sum(map(math.prod, shapes)) + model.config.L * sum(map(math.prod, model.config.vectors.values()))
+    vectors = (model.config.depth(name) * math.prod(shape) for name, shape in model.config.vectors.items())
+    others = sum(map(math.prod, shapes)) + sum(vectors)
     return bits / weights, weights + others

@@ -11,7 +11,7 @@ from qlora_jax import lora
 from qlora_jax.io.load import QuantSpec, abstract_weight
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.roberta.build import build
+from qlora_jax.models.families.module import assembled
 from qlora_jax.settings import AUTO
 
 
@@ -29,6 +29,8 @@ class ModelSpec:
     kernel: str = "auto"
     sequence_chunk: int = 0
     router_aux_loss_coef: float = 0.0
+    source_len: int = 0  # of an encoder-decoder: tokens of a row's prompt and answer at most; 0: of the row
+    target_len: int = 0
 
     @property
     def is_16bit(self) -> bool:
@@ -44,6 +46,14 @@ class ModelSpec:
         """Ranks of a layer's adapters together, but for those of experts."""
         names = lora.select_targets(self.lora.targets, self.sizes)
         return self.lora.rank * sum(not self.sizes.is_expert(name) for name in names)
+
+    def kept_share(self, T: int) -> float:
+        """Of the tokens that all layers would take of a row of T, those that they do: an encoder-decoder's layers see
+        the prompt or the answer."""
+        if (pair := self.sizes.kind.pair) is None:
+            return 1.0
+        source, target = (min(limit or T, T) for limit in (self.source_len, self.target_len))
+        return (pair.encoder_layers * source + pair.decoder_layers * target) / (self.sizes.L * T)
 
     def is_chunked(self, T: int) -> bool:
         """Whether rows of T tokens go through a layer in chunks."""
@@ -84,16 +94,18 @@ def abstract_model(spec: ModelSpec) -> AbstractModel:
             for slot, (_, shape) in config.outer.items()
         }
         weights["layers"] = {
-            name: jnp.zeros((config.L, *shape), stored if name in config.sixteen_bit else jnp.float32)
+            name: jnp.zeros((config.depth(name), *shape), stored if name in config.sixteen_bit else jnp.float32)
             for name, shape in config.vectors.items()
         }
         for name, shape in config.linears.items():
             one: Any = abstract_weight(config, name, spec.quant)
             one = jax.ShapeDtypeStruct(shape, stored) if one is None else dataclasses.replace(one, backend=spec.kernel)
-            room = (config.L, *config.copies(name))
+            room = (config.depth(name), *config.copies(name))
             weights["layers"][name] = jax.tree.map(lambda x: jnp.zeros((*room, *x.shape), x.dtype), one)  # noqa: B023
-        model = build(config, weights, spec.compute_dtype, spec.remat, spec.attention, spec.sequence_chunk)
+        model = assembled(config, weights, spec.compute_dtype, spec.remat, spec.attention, spec.sequence_chunk)
         model.router_aux_loss_coef = spec.router_aux_loss_coef
+        if config.kind.pair:
+            model.source_len, model.target_len = spec.source_len, spec.target_len
         lora.attach(model, spec.lora, jax.random.key(0))
         return model
 

@@ -22,6 +22,7 @@ from qlora_jax.text.added_tokens import extended_tokenizer
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.cut import Cut, ToCut, default_cut
 from qlora_jax.train.kinds.labels import longest_labelled_row, with_labels
+from qlora_jax.train.kinds.pair import check_kind, row_limits
 from qlora_jax.train.setup import added_tokens, read_lora_config
 from qlora_jax.train.shapes import BatchShape, ModelSpec, model_settings
 
@@ -60,7 +61,9 @@ def read_spec(config: Any, length: int | None = None) -> RunSpec:
     quant = QuantSpec(config.quant.format, config.quant.block_size, config.quant.double_quant)
     check_kernel(quant.format, config.model.kernel)
     kept = _kept(dtype, config.model.compute_dtype)
-    model = ModelSpec(sizes, quant, lora, kept_dtype=kept, **model_settings(config.model))
+    check_kind(config, sizes)
+    settings = model_settings(config.model) | row_limits(sizes, [config.data])
+    model = ModelSpec(sizes, quant, lora, kept_dtype=kept, **settings)
     rows, batches = config.train.batch_size, FileBatches(config.data.batches) if config.data.batches else None
     if batches is not None:
         rows, length = batches.batch_size, batches.max_length

@@ -26,6 +26,7 @@ ROWS = {
     "sharegpt": {"conversations": TURNS},
     "prompt-completion": {"prompt": "Q", "completion": "A"},
     "preference": {"prompt": "Q", "chosen": "A", "rejected": "B"},
+    "super-natural-instructions": {"definition": "D", "inputs": "Q", "targets": "A"},
     "text": {"text": "A"},
 }
 FORMS = [(format, form) for format in FORMATS for form in ("paper", "chat") if (format, form) != ("text", "chat")]

@@ -26,6 +26,7 @@ ROWS = {
     "messages": [{"messages": HELLO, "prompt": "Q"}, {"messages": TOOL, "tools": []}],
     "prompt-completion": [{"prompt": "P", "completion": "C"}, {"prompt": HELLO[:1], "completion": HELLO[1:]}],
     "preference": [{"prompt": "Q", "chosen": HELLO, "rejected": HELLO, "messages": HELLO, "score_chosen": 8.0}],
+    "super-natural-instructions": [{"definition": "D", "inputs": "Q", "targets": "A", "task_name": "t"}],
     "text": [{"text": "Once upon a time"}, {"text": "### Human: Q"}, {"text": "the end"}],
     "sharegpt": [{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}],
 }

@@ -102,17 +102,17 @@ def test_adapters_are_kept_where_asked(results):
 
 def test_the_paper_is_planned_without_weights_and_data(results):
     assert results["dry"]["status"] == 0, results["dry"]["err"]
-    assert "in all 1,122 points" in results["dry"]["out"] and "GPU-hours" in results["dry"]["out"]
+    assert "in all 1,182 points" in results["dry"]["out"] and "GPU-hours" in results["dry"]["out"]
 
 
 def test_the_papers_grid():
     points = expand(paper.get_config(), paper.sweep())
-    assert points.choices == 1_362 and len(points) == 1_122
+    assert points.choices == 1_422 and len(points) == 1_182
     assert str(points.choices) in paper.__doc__.replace(",", "") and str(len(points)) in paper.__doc__.replace(",", "")
     stated = [int(line.split("= ")[1].split()[0]) for line in paper.__doc__.splitlines() if "*" in line]
     assert sum(stated) == points.choices
-    assert len({point.config["data"]["path"] for point in points.points}) == 16  # and tasks of GLUE
-    assert len({point.config["model"]["path"] for point in points.points}) == 5
+    assert len({point.config["data"]["path"] for point in points.points}) == 17  # 8 sets, 8 tasks of GLUE, T5's
+    assert len({point.config["model"]["path"] for point in points.points}) == 10
     packs = make_packs(points.points, pack_key, 16)
     assert len(packs) < len(points) / 5
     keys = flatten(points.points[0].config)

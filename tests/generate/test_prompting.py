@@ -62,6 +62,8 @@ def test_answers(tokenizer, template, generated, shown, size) -> None:
 class Letters:
     """A tokenizer of one id a character."""
 
+    ends_source = False
+
     def stream(self, context, written):
         return self
 

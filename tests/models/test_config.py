@@ -9,6 +9,7 @@ from qlora_jax.io.load import expected_shapes
 from qlora_jax.models.config import parse_config, read_json
 from qlora_jax.models.families import FAMILIES
 from qlora_jax.models.families.encoders import DECODERS
+from qlora_jax.models.t5.config import DEFAULTS as T5
 from tests.conftest import REPOSITORY
 
 
@@ -131,7 +132,7 @@ def test_layers_of_qwen_see_all_where_windows_are_off():
 
 def test_every_family_is_in_the_docs():
     text = (REPOSITORY / "docs" / "models.md").read_text(encoding="utf-8")
-    known = [*FAMILIES, *DECODERS]
+    known = [*FAMILIES, *DECODERS, *T5]
     assert all(f"| `{name}` |" in text for name in known)
     assert f"{len(known)} architectures" in (REPOSITORY / "README.md").read_text(encoding="utf-8")
 

@@ -55,14 +55,21 @@ PARAMETERS = {
     "EleutherAI/pythia-2.8b": 2.775,
     "EleutherAI/pythia-6.9b": 6.857,
     "EleutherAI/pythia-12b": 11.846,
+    "google-t5/t5-small": 0.0605,
+    "google-t5/t5-base": 0.2229,
+    "google-t5/t5-large": 0.7377,
+    "google-t5/t5-3b": 2.8516,
+    "google-t5/t5-11b": 11.3073,
 }
+for size, billions in (("small", 0.07696), ("base", 0.24758), ("large", 0.78315), ("xl", 2.84976), ("xxl", 11.13533)):
+    PARAMETERS |= {f"google/{name.format(size)}": billions for name in ("t5-v1_1-{}", "t5-{}-lm-adapt", "flan-t5-{}")}
 
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_parameters_are_those_of_the_model_card(name):
     config = known_config(name)
     outer = sum(math.prod(shape) for _, shape in config.outer.values())
-    vectors = config.L * sum(map(math.prod, config.vectors.values()))
+    vectors = sum(config.depth(name) * math.prod(shape) for name, shape in config.vectors.items())
     assert (linear_weights(config) + outer + vectors) / 1e9 == pytest.approx(PARAMETERS[name], abs=6e-4)
 
 

@@ -2,7 +2,7 @@
 
 description (what a family's entry says) → llamas, mixtures (of experts), gemmas, parallel (attention beside
 feed-forward), older (learned positions, ALiBi), roberta (encoders). encoders: models whose decoder is one of these and
-has an encoder of images beside it.
+has an encoder of images beside it. module: which module a kind is, with the encoders and T5.
 """
 
 from qlora_jax.models.families import gemmas, llamas, mixtures, older, parallel, roberta
