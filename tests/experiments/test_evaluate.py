@@ -86,7 +86,7 @@ def test_a_table_is_printed(results) -> None:
 @pytest.mark.parametrize(
     ("name", "named"),
     [
-        ("task", ["unknown task 'squad'", "known: perplexity, heldout, mmlu, glue, lm-eval"]),
+        ("task", ["unknown task 'squad'", "known: perplexity, heldout, mmlu, glue, rouge, lm-eval"]),
         ("neither", ["one of --text=FILE and --tokens=FILE.npy"]),
         ("stored", ["one of --text=FILE and --tokens=FILE.npy"]),
         ("empty", ["empty.txt is empty"]),
