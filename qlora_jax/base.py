@@ -130,7 +130,7 @@ def get_config() -> ConfigDict:
     # model.remat (what is chosen is printed, and kept by a run that goes on). No cut changes a step but by rounding. On
     # devices that state no memory limit auto makes micro-batches of 2,048 tokens at most, or of one sequence
     c.train.grad_accum = FieldReference(16, field_type=object)
-    c.train.loss_chunk = 1024  # tokens whose logits exist at a time
+    c.train.loss_chunk = 1024  # tokens whose logits exist at a time; of target tokens alone
     c.train.checkpoint_every = 100  # steps
     c.train.keep_checkpoints = 2  # the newest that stay on disk; where one is found damaged a run goes on from the one
     # before, which 1 has not
