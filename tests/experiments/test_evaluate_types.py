@@ -1,13 +1,14 @@
 """The command `evaluate_types`: the paper's tables are listed anywhere; what is there is not measured again."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
 
 import pytest
+from absl.flags import FLAGS
 
 from configs.sweeps import paper_types
-from experiments import evaluate_types
 from qlora_jax.errors import InputError
 from qlora_jax.evaluate.by_type import Table, cells, score
 from qlora_jax.io.write import QUANTS
@@ -26,17 +27,20 @@ def run(monkeypatch, tmp_path, capsys):
     (tmp_path / "tables.py").write_text(FILE)
     (tmp_path / "text.txt").write_text("Once upon a time")
 
+    command = importlib.import_module("experiments.evaluate_types")
+
     def make(*arguments: str, evaluate=None) -> tuple[int, str]:
-        flags = [f"--tables={tmp_path / 'tables.py'}", *arguments]
-        monkeypatch.setattr(sys, "argv", ["evaluate_types", *flags])
-        monkeypatch.setattr(evaluate_types, "evaluate", evaluate)
-        evaluate_types.flags.FLAGS.unparse_flags()
-        evaluate_types.flags.FLAGS(["evaluate_types", *flags])
-        return evaluate_types.main(), capsys.readouterr().out
+        flags = ["evaluate_types", f"--tables={tmp_path / 'tables.py'}", *arguments]
+        monkeypatch.setattr(sys, "argv", flags)
+        monkeypatch.setattr(command, "evaluate", evaluate)
+        FLAGS.unparse_flags()
+        FLAGS(flags)
+        return command.main(), capsys.readouterr().out
 
     yield make
-    for name in ("tables", "workdir", "text", "tokens", "only", "also", "dry_run"):
-        evaluate_types.flags.FLAGS[name].unparse()
+    # commands that other tests call in this process have flags of the same names
+    FLAGS.remove_flag_values([flag.name for flag in FLAGS.flags_by_module_dict()[command.__name__]])
+    del sys.modules[command.__name__]
 
 
 def test_the_papers_tables():

@@ -20,6 +20,8 @@ from qlora_jax.io.shards import new_folder
 from qlora_jax.io.write import quantize_folder
 from qlora_jax.quant.native import stack_key
 
+pytestmark = pytest.mark.quick_compile
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 KILL_AT_TENSOR = """
 import os, signal, sys
@@ -48,8 +50,6 @@ from pathlib import Path
 from qlora_jax.errors import InputError
 from qlora_jax.io import shards
 from qlora_jax.io.write import quantize_folder
-
-pytestmark = pytest.mark.quick_compile
 shards._check_room = lambda *arguments: None
 if len(sys.argv) > 4:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), int(sys.argv[4])))

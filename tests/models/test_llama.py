@@ -17,6 +17,7 @@ from qlora_jax.lora import LoRAConfig
 from qlora_jax.models import decoder
 from qlora_jax.models.dropout import Dropout
 from tests.llama_names import LINEARS
+from tests.models.equations import equations
 from tests.random_arrays import random_normal
 
 pytestmark = pytest.mark.quick_compile
@@ -206,12 +207,3 @@ def deepened(model, times: int):
     lora.attach(deeper, LoRAConfig(rank=2), jax.random.key(0))
     loss, adapter = gradient_of(deeper, jnp.ones((1, 5), jnp.int32))
     return jax.make_jaxpr(jax.grad(loss))(adapter).jaxpr
-
-
-def equations(jaxpr) -> int:
-    parameters = jax.tree.leaves([list(eqn.params.values()) for eqn in jaxpr.eqns], is_leaf=is_jaxpr)
-    return len(jaxpr.eqns) + sum(equations(getattr(p, "jaxpr", p)) for p in parameters if is_jaxpr(p))
-
-
-def is_jaxpr(value) -> bool:
-    return hasattr(value, "eqns") or hasattr(value, "jaxpr")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.quick_compile
+
 SCRIPT = """
 import math
 import jax, jax.numpy as jnp, numpy as np, optax
@@ -14,8 +16,6 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from qlora_jax.optim.paged import PagedOptimizer
 from qlora_jax.optim.pages import Pages
 from tests.optim.transformations import TRANSFORMATIONS
-
-pytestmark = pytest.mark.quick_compile
 
 mesh = jax.make_mesh((2, 2), ("data", "model"))
 specs = {"a": P(None, "model"), "b": P(), "c": P(None, ("data", "model"))}

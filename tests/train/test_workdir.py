@@ -22,6 +22,8 @@ from qlora_jax.train.loop import finetune
 from qlora_jax.train.workdir import Workdir
 from tests.tiny_run import tiny_config as make_config
 
+pytestmark = pytest.mark.quick_compile
+
 
 @pytest.fixture(scope="module")
 def finished(golden, tmp_path_factory) -> tuple[Path, Path]:
@@ -189,8 +191,6 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from qlora_jax.train.workdir import Workdir
-
-pytestmark = pytest.mark.quick_compile
 workdir = Workdir(Path(sys.argv[1]), {})
 print("held", flush=True)
 time.sleep(600)
