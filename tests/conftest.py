@@ -4,8 +4,10 @@ import atexit
 import gc
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,10 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
+
+# What a shell starts in the background ignores Ctrl-C, and so would every command that a test starts and interrupts
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # before any test imports jax; compiled programs are shared by workers, commands and later runs
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
