@@ -51,7 +51,7 @@ def make_gradient(
             micro_tokens, micro_mask, index, micro_segments = inputs
             micro_key = None if key is None else DropoutKey(key, index * micro_tokens.shape[0])
             model = merge(graph, adapter, base)
-            if model.remat == "none" or hasattr(model, "loss"):
+            if model.remat == "none" or type(model) is not Decoder:  # add_gradient knows a decoder's layers alone
                 loss, grads = jax.value_and_grad(micro_loss)(
                     adapter, base, micro_tokens, micro_mask, micro_key, micro_segments
                 )
@@ -89,10 +89,10 @@ def loss_of(
     segments: jax.Array | None,
     loss_chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """(summed nats, target tokens) of rows: a decoder's, or by the `loss` that a model of another kind has."""
+    """(summed nats, target tokens) of rows; of an encoder its own `loss`, and rows in place of tokens."""
     if hasattr(model, "loss"):
         return model.loss(tokens, loss_mask, dropout_key=key, segments=segments, chunk=loss_chunk)
-    hidden, _ = model(tokens, dropout_key=key, segments=segments)
+    hidden, tokens, loss_mask = _predicted(model, tokens, loss_mask, key, segments)
     return summed_loss(hidden, model.head_weight(), tokens, loss_mask, loss_chunk)
 
 
@@ -102,8 +102,17 @@ def loss_and_hits(
     """(summed nats, targets that were the likeliest, targets) without dropout; not for differentiation."""
     if hasattr(model, "loss_and_hits"):
         return model.loss_and_hits(tokens, loss_mask, loss_chunk)
-    hidden, _ = model(tokens, segments=segments)
+    hidden, tokens, loss_mask = _predicted(model, tokens, loss_mask, None, segments)
     return summed_loss_and_hits(hidden, model.head_weight(), tokens, loss_mask, loss_chunk)
+
+
+def _predicted(
+    model: Any, tokens: jax.Array, loss_mask: jax.Array, key: Any, segments: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(hidden states, tokens, mask) as summed_loss takes them: an encoder-decoder makes rows of its own."""
+    if hasattr(model, "predicted"):
+        return model.predicted(tokens, loss_mask, key)
+    return model(tokens, dropout_key=key, segments=segments)[0], tokens, loss_mask
 
 
 def mean_loss(evaluation: Callable[..., Any], adapter: Any, base: Any, batches: Iterable[Mapping]) -> float | None:

@@ -15,6 +15,7 @@ from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.dropout import DropoutKey
 from qlora_jax.packs.step import make_pack_evaluation
 from qlora_jax.train.setup import prepare
+from qlora_jax.train.step import loss_of
 from tests.t5 import FAST, FOLDERS, golden, tiny_t5_run
 
 pytestmark = pytest.mark.quick_compile
@@ -59,7 +60,7 @@ def test_dropout_does_not_depend_on_the_cut():
     def loss(adapter, tokens, mask, seed, first_row, lengths):
         model = nnx.merge(graph, adapter, base)
         model.source_len, model.target_len = lengths
-        return model.loss(tokens, mask, dropout_key=DropoutKey(jax.random.key(seed), first_row))[0]
+        return loss_of(model, tokens, mask, DropoutKey(jax.random.key(seed), first_row), None, 1024)[0]
 
     tokens, mask = found["tokens"], found["loss_mask"]
     whole = loss(own, tokens, mask, 7, 0, (0, 0))

@@ -1,18 +1,16 @@
 """The encoder-decoder: embedding, two stacks of layers, each one scan, and the head.
 
-It has a Decoder's attributes where adapters, files and checkpoints look for them. What trains it is `loss`: a row of a
-batch is a prompt and its answer, which go to the two stacks. A call is a step of generation.
+It has a Decoder's attributes where adapters, files and checkpoints look for them. What trains it is
+`predicted`: a row of a batch is a prompt and its answer, which go to the two stacks. A call is a step of generation.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qlora_jax.models.chunks import chunk_size
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.dropout import Dropout, DropoutKey
 from qlora_jax.models.head import Head, head_logits
@@ -70,57 +68,28 @@ class EncoderDecoder(nnx.Module):
         self.norm = Norm(weights["norm"], config.norm_eps)
         self.head = nnx.data(None if config.tied else Frozen(weights["head"]))
 
-    def loss(
-        self,
-        tokens: jax.Array,
-        loss_mask: jax.Array,
-        dropout_key: jax.Array | DropoutKey | None = None,
-        segments: jax.Array | None = None,
-        chunk: int = 1024,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Summed negative log-likelihood of the answers' tokens, and their number.
+    def predicted(
+        self, tokens: jax.Array, loss_mask: jax.Array, dropout_key: jax.Array | DropoutKey | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What the decoder says of a batch's answers, in the form of a decoder's rows (train/loss).
 
         Args:
           tokens: int32 [B, T], prompt and answer of each row. loss_mask: bool [B, T], True where a token is learned.
           dropout_key: of LoRA dropout; None is no dropout. A DropoutKey says which rows of a step's batch these are.
-          segments: None; packed rows have no place here.
-          chunk: tokens whose logits exist at a time; recomputed in the backward pass.
         Returns:
-          float32 [] nats, float32 [] count.
+          Final hidden states [B, U + 1, D], and start token and answer int32 [B, U + 1] with the mask of what is
+          learned, bool [B, U + 1]: place t is predicted from t - 1, and the last hidden state from nothing.
         """
-        assert segments is None
-        nats, _, count = self._loss(tokens, loss_mask, dropout_key, chunk, counts_hits=False)
-        return nats, count
-
-    def loss_and_hits(
-        self, tokens: jax.Array, loss_mask: jax.Array, chunk: int
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """As `loss`, with the number of tokens that are the likeliest between the two: float32 [] each."""
-        return self._loss(tokens, loss_mask, None, chunk, counts_hits=True)
-
-    def _loss(
-        self, tokens: jax.Array, loss_mask: jax.Array, dropout_key: Any, chunk: int, counts_hits: bool
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         assert self.config.kind.pair is not None
         rows = split_rows(tokens, loss_mask, self.config.kind.pair, self.source_len, self.target_len)
         encoded = self.encode(rows.source, rows.seen, dropout_key)
         hidden = self.decode(rows.inputs, encoded, rows.seen, dropout_key)
-        head = self.head_weight()
-
-        @partial(jax.checkpoint, prevent_cse=False)
-        def add_chunk(totals, inputs):
-            hidden, labels, counted = inputs
-            logits = head_logits(hidden, head)
-            picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-            nats = totals[0] + jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * counted)
-            hits = (jnp.argmax(logits, axis=-1) == labels) & counted if counts_hits else jnp.zeros_like(counted)
-            return (nats, totals[1] + jnp.sum(hits).astype(jnp.float32)), None
-
-        cut = partial(_in_chunks, size=chunk_size(rows.labels.size, chunk))
-        flat = hidden.reshape(-1, hidden.shape[-1]), rows.labels.reshape(-1), rows.counted.reshape(-1)
-        start = (jnp.float32(0), jnp.float32(0))
-        (nats, hits), _ = jax.lax.scan(add_chunk, start, tuple(map(cut, flat)))
-        return nats, hits, jnp.sum(rows.counted).astype(jnp.float32)
+        start = rows.inputs[:, :1]
+        return (
+            jnp.pad(hidden, ((0, 0), (0, 1), (0, 0))),
+            jnp.concatenate([start, rows.labels], axis=1),
+            jnp.concatenate([jnp.zeros_like(start, bool), rows.counted], axis=1),
+        )
 
     def encode(
         self, source: jax.Array, seen: jax.Array, dropout_key: jax.Array | DropoutKey | None = None
@@ -228,9 +197,3 @@ class EncoderDecoder(nnx.Module):
         assert self.config.kind.pair is not None
         numbers = first + jnp.arange(self.config.kind.pair.depth(f"{stack}."))
         return jax.lax.scan(step, x, (state, numbers))[0]
-
-
-def _in_chunks(rows: jax.Array, size: int) -> jax.Array:
-    """[M, ...] -> [n, size, ...], padded with zeros."""
-    padded = jnp.pad(rows, ((0, -len(rows) % size), *((0, 0),) * (rows.ndim - 1)))
-    return padded.reshape(-1, size, *rows.shape[1:])
