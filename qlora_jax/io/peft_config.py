@@ -234,7 +234,7 @@ def read_config(folder: Path) -> AdapterConfig:
         excluded=file.selection("exclude_modules") or (),
         layers=layers,
         modules_to_save=file.modules_to_save(),
-        has_head=HEADS[0] in (file.raw.get("modules_to_save") or ()),
+        has_head=file.raw.get("task_type") == CLASSES or HEADS[0] in (file.raw.get("modules_to_save") or ()),
         ranks={name: file.rank("rank_pattern", value) for name, value in file.pattern("rank_pattern").items()},
         alphas={name: file.alpha("alpha_pattern", value) for name, value in file.pattern("alpha_pattern").items()},
         parameters=parameters,

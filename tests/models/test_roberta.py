@@ -1,5 +1,6 @@
 """The encoder against transformers: logits, losses and gradients of padded pairs, classes and numbers."""
 
+import json
 from shutil import copytree
 
 import jax
@@ -132,6 +133,12 @@ def test_a_decoder_takes_no_head(tmp_path):
     model = load_model(TESTS / "golden" / "llama" / "llama1", compute_dtype=jnp.float32)
     with pytest.raises(InputError, match="has a head over classes .* the model is a decoder"):
         load_adapter(model, tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    for changes in ({"modules_to_save": None}, {"task_type": None}):  # each says it alone
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings | changes))
+        with pytest.raises(InputError, match="has a head over classes .* the model is a decoder"):
+            load_adapter(model, tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     kept = {key: value for key, value in tensors.items() if not key.endswith("classifier.dense.bias")}
     save_file(kept, tmp_path / "adapter" / "adapter_model.safetensors")
