@@ -1,6 +1,7 @@
 """What a row becomes, and reading its fields: every mistake is one line with file, line and what was found."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple, NoReturn
 
 from qlora_jax.data.json_text import loads
@@ -27,6 +28,17 @@ class Pair(NamedTuple):
     message: str | None = None
     given: tuple[tuple[int, int], ...] = ()
     shorter: tuple[str, ...] = ()
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or text that is one; None for anything else, true and false among it."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        found = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
 
 
 def text(row: Row, field: str, optional: bool = False, blank: bool = False) -> str:

@@ -41,7 +41,7 @@ def model_bytes(config: ModelConfig, quant: QuantSpec, itemsize: int = 2) -> int
     """The loaded model. itemsize: bytes a value that is not quantized is kept in, but for norms: they are float32."""
     total = 0
     for slot, (_, shape) in config.outer.items():
-        total += math.prod(shape) * (4 if "norm" in slot else itemsize)
+        total += math.prod(shape) * (4 if config.is_float32(slot) else itemsize)
     for name, shape in config.vectors.items():
         total += config.depth(name) * math.prod(shape) * (itemsize if name in config.sixteen_bit else 4)
     total += sum(

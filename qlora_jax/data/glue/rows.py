@@ -5,7 +5,6 @@ writes -1, and the owners nothing, where a test set's labels are hidden.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +76,7 @@ def _labelled(task: Task, row: Row) -> Labelled:
 def _label(task: Task, row: Row, column: str) -> float:
     """Raises InputError for what is no label of the task."""
     value: Any = row.fields[column]
-    number = _number(value)
+    number = fields.number(value)
     if number == -1:
         raise InputError(
             f"{row.where}: {column} is -1, a hidden label of a test set: nothing is learned or measured from it; take "
@@ -93,14 +92,3 @@ def _label(task: Task, row: Row, column: str) -> float:
         named = ", ".join(f"{name} ({place})" for place, name in enumerate(task.labels))
         raise InputError(f"{row.where}: {column} is {value!r}; labels of {task.name} are {named}")
     return int(number)
-
-
-def _number(value: Any) -> float | None:
-    """A finite number, or text that is one; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None

@@ -21,13 +21,13 @@ A file of answers is JSONL with answer_id and model_id; the released ones lie in
 """
 
 import dataclasses
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_jax.data.fields import number as number_of
 from qlora_jax.data.read import read_rows
 from qlora_jax.data.rows import Problems, Row
 from qlora_jax.errors import InputError
@@ -265,24 +265,14 @@ def _protocol(rows: Sequence[Row]) -> str:
 def _score(value: Any, protocol: str) -> int | tuple[float, float] | None:
     """None for what is no score of the protocol."""
     if isinstance(value, list):
-        numbers = [_number(part) for part in value]
+        numbers = [number_of(part) for part in value]
         if protocol != "relative" or len(numbers) != 2 or None in numbers:
             return None
         a, b = (float(number) for number in numbers if number is not None)
         return UNPARSED if UNPARSED in (a, b) else (a, b) if a >= 0 and b >= 0 else None
-    number = _number(value)
+    number = number_of(value)
     allowed = (UNPARSED,) if protocol == "relative" else (FIRST, SECOND, TIE, UNPARSED)
     return int(number) if number in allowed and number is not None else None
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _bad_score(row: Row, protocol: str) -> str:

@@ -25,16 +25,8 @@ class Encoder(Decoder):
     checkpoint has one. `classifier` is None without a head: lora.attach gives one that trains.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        weights: dict[str, Any],
-        compute_dtype: Any,
-        remat: str = "block",
-        attention: str = "auto",
-        sequence_chunk: int = 0,
-    ):
-        super().__init__(config, weights, compute_dtype, remat, attention, sequence_chunk)
+    def __init__(self, config: ModelConfig, weights: dict[str, Any], *settings: Any):
+        super().__init__(config, weights, *settings)
         self.token_types = Frozen(weights["token_types"])
         self.classifier: Any = nnx.data(None)
         if self.bidirectional.labels:
