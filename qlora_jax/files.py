@@ -110,8 +110,13 @@ def _sort_metadata(path: Path) -> None:
         file.write(text.ljust(length))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all: written beside and renamed. Raises ValueError for NaN and infinity, which JSON has not."""
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all: written beside and renamed."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As write_text. Raises ValueError for NaN and infinity, which JSON has not."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -40,6 +40,7 @@ def measure(
     from qlora_jax.errors import InputError
     from qlora_jax.evaluate.glue import score
     from qlora_jax.evaluate.glue.predict import logits_of
+    from qlora_jax.files import write_text
     from qlora_jax.io.load import load_config
     from qlora_jax.models.roberta.encoder import Encoder, check_kind
     from qlora_jax.progress import Progress
@@ -77,8 +78,8 @@ def measure(
         ]
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        file = out.with_suffix(".predictions.jsonl")
-        file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_text(out.with_suffix(".predictions.jsonl"), text)
     return {
         "task": "glue",
         "glue_task": task.name,
