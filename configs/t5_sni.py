@@ -2,8 +2,8 @@
 
 git clone https://github.com/allenai/natural-instructions
 python -m experiments.train --config=configs/t5_sni.py --workdir=runs/t5_sni
-python -m experiments.evaluate --task=rouge --model=google/t5-xl-lm-adapt --adapter=runs/t5_sni/adapter
---rouge_data=natural-instructions/splits/default/test_tasks.txt --out=rouge.json
+python -m experiments.evaluate --task=rouge --model=google/t5-xl-lm-adapt --quant=nf4+dq \\
+    --adapter=runs/t5_sni/adapter --rouge_data=natural-instructions/splits/default/test_tasks.txt --out=rouge.json
 
 What the paper says of this: preprocessing and hyperparameters of Wang et al. (2022), r 16 up to "large" and 64 for 3B
 and 11B, alpha 64, no dropout. Wang et al.'s script: two epochs of 16 examples a step at a constant 5e-5, 1,024 tokens
