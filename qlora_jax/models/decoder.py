@@ -10,6 +10,7 @@ from flax import nnx
 from pallas_kernels.attention import refusal
 from pallas_kernels.nf4_matmul import dense_matmul
 from qlora_jax.errors import InputError
+from qlora_jax.mesh.shards import Shards
 from qlora_jax.models.attention import segment_starts
 from qlora_jax.models.block import Block, Cache, Context
 from qlora_jax.models.chunks import chunk_size, layer_in_chunks
@@ -54,6 +55,7 @@ class Decoder(nnx.Module):
         self.remat, self.attention, self.sequence_chunk = remat, attention, sequence_chunk
         self.dropout_rate: Any = 0.0  # a number, or a DropoutRate of the program's inputs
         self.router_aux_loss_coef = 0.0  # of a mixture's auxiliary loss in training (train/backward.py)
+        self.shards: Shards | None = None  # of a mesh; this model's arrays are one device's parts then (mesh/shards.py)
         self.residual = ""  # the adapter's start whose part the linear layers lack, if there is one
         kind = config.kind
         self.embedding = Frozen(weights["embedding"])
@@ -105,7 +107,10 @@ class Decoder(nnx.Module):
 
         def step(carry, inputs):
             (x, cache), (state, layer) = carry, inputs
-            return apply_layer(tuple(state), x, layer, cache), None
+            stacks = None
+            if self.shards is not None and self.shards.gathers:
+                state, stacks = map(self.shards.whole, state), self.gathered_stacks(layer)
+            return apply_layer(tuple(state), x, layer, cache, stacks=stacks), None
 
         if self.remat != "none" and cache is None:
             step = jax.checkpoint(step, prevent_cse=False)  # a scan's body is not merged with its forward
@@ -183,7 +188,10 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """[B, T] at positions int32 [B, T] (0..T-1 by default) -> [B, T, D] in the compute dtype."""
-        return self.enter(self.embedding.get_value()[tokens], positions)
+        table = self.embedding.get_value()
+        if self.shards is not None and self.shards.splits_embedding:
+            return self.enter(self.shards.lookup(table, tokens), positions)
+        return self.enter(table[tokens], positions)
 
     def enter(self, rows: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """Rows of the embedding [B, T, D] -> what the first layer takes: scaled, with learned positions, normed."""
@@ -215,6 +223,11 @@ class Decoder(nnx.Module):
         graph, _, *states = nnx.split(self.blocks, Stack, *filters)
         return graph, *states
 
+    def gathered_stacks(self, layer: Any) -> Any:
+        """The stacks of one layer's experts from all devices of a mesh: [1, E, ...], where `layers` are [L, E, ...]."""
+        assert self.shards is not None
+        return self.shards.layer(nnx.state(self.blocks, Stack), layer, keepdims=True)
+
     def apply_layer(
         self,
         block: Any,
@@ -225,15 +238,19 @@ class Decoder(nnx.Module):
         layer: jax.Array,
         cache: Cache | None = None,
         balance: Balance | None = None,
+        stacks: Any = None,
     ) -> tuple[jax.Array, Cache | None]:
         """One layer: x [B, T, D] -> [B, T, D], and the cache with its keys and values.
 
         `state`: the layer's slice of `layers(nnx.LoRAParam, ...)`: adapter and frozen arrays. Where the sequence is cut
         into chunks T is what `pad` makes of it, and the frozen arrays get no gradient. `balance`: of the auxiliary loss
-        of a mixture, which is not there in chunks.
+        of a mixture, which is not there in chunks. `stacks`: those of the layer's experts alone, as `gathered_stacks`
+        has them; None: the model's own.
         """
         key = None if dropout_key is None else DropoutKey.of(dropout_key).of_layer(layer)
-        context, stacks = context._replace(layer=layer, balance=balance), nnx.state(self.blocks, Stack)
+        place = layer if stacks is None else jnp.zeros_like(layer)
+        stacks = nnx.state(self.blocks, Stack) if stacks is None else stacks
+        context = context._replace(layer=place, balance=balance)
         if cache is None and self._is_chunked(x.shape[1]):
             adapter, frozen = state
             pieces = _ChunkedBlock(block, chunk_size(x.shape[1], self.sequence_chunk))
@@ -246,10 +263,11 @@ class Decoder(nnx.Module):
         """What head_logits takes: [V, D], the output head or the embedding it is tied to, or a Head that is more."""
         kind = self.config.kind
         weight = (self.embedding if self.head is None else self.head).get_value()
-        if not kind.head_bias and kind.logit_scale == 1 and not kind.logit_softcap:
+        axis = None if self.shards is None else self.shards.head_axis(self.head is None)
+        if not kind.head_bias and kind.logit_scale == 1 and not kind.logit_softcap and axis is None:
             return weight
         bias = self.head_bias.get_value() if kind.head_bias else None
-        return Head(weight, bias, kind.logit_scale, kind.logit_softcap)
+        return Head(weight, bias, kind.logit_scale, kind.logit_softcap, axis)
 
     def outer(self, slot: str) -> jax.Array:
         """One of config.outer, as the model holds it: outer("norm.bias")."""

@@ -1,7 +1,7 @@
 """The output head: hidden states -> logits."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,15 @@ from pallas_kernels.nf4_matmul import dense_matmul
 class Head:
     """A head that is more than a matrix: cap * tanh((scale * h W^T + bias) / cap).
 
-    weight: [V, D]. bias: [V] or None. softcap: 0 is none.
+    weight: [V, D]. bias: [V] or None. softcap: 0 is none. axis: of a mesh, along which V is divided: weight and bias
+    are this device's part then, inside `shard_map`.
     """
 
     weight: jax.Array
     bias: jax.Array | None = None
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
     softcap: float = dataclasses.field(default=0.0, metadata={"static": True})
+    axis: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __getitem__(self, rows: Any) -> "Head":
         """The head of these tokens alone."""
@@ -37,3 +39,72 @@ def head_logits(hidden: jax.Array, head: jax.Array | Head) -> jax.Array:
     if head.bias is not None:
         logits = logits + head.bias.astype(jnp.float32)
     return head.softcap * jnp.tanh(logits / head.softcap) if head.softcap else logits
+
+
+def axis_of(head: jax.Array | Head) -> str | None:
+    """The axis of a mesh along which the head is divided."""
+    return head.axis if isinstance(head, Head) else None
+
+
+def token_losses(hidden: jax.Array, head: jax.Array | Head, labels: jax.Array) -> jax.Array:
+    """hidden [m, D], labels int32 [m] -> float32 [m]: -log softmax(logits)[label], nats."""
+    if axis_of(head) is None:
+        return token_nll(head_logits(hidden, head), labels)
+    return _Divided.of(hidden, head, labels).losses()
+
+
+def token_losses_and_hits(
+    hidden: jax.Array, head: jax.Array | Head, labels: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """As token_losses, and whether the label is the likeliest token: bool [m]."""
+    if axis_of(head) is not None:
+        divided = _Divided.of(hidden, head, labels)
+        return divided.losses(), divided.hits()
+    logits = head_logits(hidden, head)
+    return token_nll(logits, labels), jnp.argmax(logits, axis=-1) == labels
+
+
+def token_nll(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """float32 [..., V], int32 [...] -> float32 [...]: -log softmax(logits)[label], nats."""
+    picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+class _Divided(NamedTuple):
+    """Logits where each device has a part of the vocabulary: of that part, of all devices' rows.
+
+    Rows travel, the head does not. Each device gets the sums for its own rows: their transposes give it the gradient
+    of its own rows.
+    """
+
+    logits: jax.Array  # float32 [devices * m, V / devices]
+    labels: jax.Array  # int32 [devices * m], counted from the part's first token
+    largest: jax.Array  # float32 [devices * m], of all parts
+    axis: str
+    m: int
+
+    @classmethod
+    def of(cls, hidden: jax.Array, head: Any, labels: jax.Array) -> "_Divided":
+        axis, m = head.axis, hidden.shape[0]
+        hidden, labels = (jax.lax.all_gather(x, axis, tiled=True) for x in (hidden, labels))
+        logits = head_logits(hidden, head)
+        largest = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(logits, axis=-1)), axis)
+        return cls(logits, labels - jax.lax.axis_index(axis) * logits.shape[-1], largest, axis, m)
+
+    def losses(self) -> jax.Array:
+        V = self.logits.shape[-1]
+        is_here = (self.labels >= 0) & (self.labels < V)
+        picked = jnp.take_along_axis(self.logits, jnp.clip(self.labels, 0, V - 1)[:, None], axis=-1)[:, 0]
+        sums = jnp.sum(jnp.exp(self.logits - self.largest[:, None]), axis=-1)
+        mine = lambda x: jax.lax.psum_scatter(x, self.axis, tiled=True)  # noqa: E731
+        return jnp.log(mine(sums)) + self._own(self.largest) - mine(jnp.where(is_here, picked, 0.0))
+
+    def hits(self) -> jax.Array:
+        """Of equally likely tokens the first counts, as argmax has it."""
+        V = self.logits.shape[-1]
+        here = jnp.argmax(self.logits, axis=-1) - self.labels  # from the label to the part's likeliest token
+        first = jnp.where(jnp.max(self.logits, axis=-1) == self.largest, here, V * jax.lax.axis_size(self.axis))
+        return self._own(jax.lax.pmin(first, self.axis)) == 0
+
+    def _own(self, rows: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(self.axis) * self.m, self.m)

@@ -88,6 +88,7 @@ def add_gradient(
     block, adapter, frozen = model.layers(nnx.LoRAParam, ...)
     key = None if key is None else DropoutKey.of(key).for_layers(model.config.L)  # drawn once, not in each layer
     apply_layer = partial(model.apply_layer, block, context, key)
+    layers = _Layers(model, frozen)
     numbers = jnp.arange(model.config.L)
     offload = model.remat == "block+offload"
     names = NAMES if model.remat == "selective" else ()
@@ -95,15 +96,18 @@ def add_gradient(
     if balance is not None:
         names, apply_layer = (*names, STATISTICS), partial(apply_layer, balance=balance)
 
-    def forward(x, layer):
-        mine, others, number = layer
-        y, kept = keeping(lambda x: apply_layer((mine, others), x, number)[0], names)(x)
+    def forward(carry, layer):
+        (x, here), (mine, others, number) = carry, layer
+        here, ahead = layers.here(here, others, number + 1)
+        compute = lambda x: apply_layer((layers.whole(mine), here[0]), x, number, stacks=here[1])[0]  # noqa: E731
+        y, kept = keeping(compute, names)(x)
         of_routers = kept.pop(f"{STATISTICS} 0", None)
         if offload:
-            return y, (jax.device_put(x, jax.memory.Space.Host), of_routers)
-        return y, (joined({"x": x, **kept}), of_routers)
+            return (y, ahead), (jax.device_put(x, jax.memory.Space.Host), of_routers)
+        return (y, ahead), (joined({"x": x, **kept}), of_routers)
 
-    x, (inputs, of_routers) = jax.lax.scan(forward, model.embed(tokens, context.positions), (adapter, frozen, numbers))
+    start = (model.embed(tokens, context.positions), layers.gathered(0))
+    (x, last), (inputs, of_routers) = jax.lax.scan(forward, start, (adapter, layers.cut, numbers))
 
     head = "embedding" if model.head is None else "head"
     head_sum = jax.tree.leaves(total[head])[0] if head in total else None
@@ -116,16 +120,17 @@ def add_gradient(
         apply_layer = partial(apply_layer, balance=balance._replace(gradient=targets * pull))
 
     def backward(carry, layer):
-        (dx, total), (kept, mine, others, number) = carry, layer
+        (dx, total, here), (kept, mine, others, number) = carry, layer
+        here, ahead = layers.here(here, others, number - 1)
         kept = {"x": jax.device_put(kept, jax.memory.Space.Device)} if offload else taken_apart(kept)
         x = kept.pop("x")
-        again = with_kept(lambda mine, x: apply_layer((mine, others), x, number)[0], kept)
-        _, pullback = jax.vjp(again, mine, x)
+        compute = lambda mine, x: apply_layer((layers.whole(mine), here[0]), x, number, stacks=here[1])[0]  # noqa: E731
+        _, pullback = jax.vjp(with_kept(compute, kept), mine, x)
         gradient, dx = pullback(dx)
-        return (dx, jax.tree.map(partial(_added, number), total, gradient)), None
+        return (dx, jax.tree.map(partial(_added, number), total, gradient), ahead), None
 
-    blocks = (inputs, adapter, frozen, numbers)
-    (dx, sums), _ = jax.lax.scan(backward, (dx, total["blocks"]), blocks, reverse=True)
+    blocks = (inputs, adapter, layers.cut, numbers)
+    (dx, sums, _), _ = jax.lax.scan(backward, (dx, total["blocks"], last), blocks, reverse=True)
     total["blocks"] = sums
     if head_sum is not None:
         total[head] = jax.tree.map(lambda _: head_sum, total[head])
@@ -133,6 +138,34 @@ def add_gradient(
         dx = model.embedding_gradient(tokens, context.positions, dx)
         total["embedding"] = jax.tree.map(lambda sums: sums.at[tokens].add(dx.astype(sums.dtype)), total["embedding"])
     return loss, total
+
+
+class _Layers:
+    """The frozen arrays of one layer after the other.
+
+    Where a device has all of them the scan cuts them. Where it has parts each layer is gathered while the one before is computed, and handed on:
+    what the last step of the forward pass gathers is what the backward pass begins with.
+    """
+
+    def __init__(self, model: Decoder, frozen: Any):
+        self._model, self._frozen = model, frozen
+        self._shards = model.shards if model.shards is not None and model.shards.gathers else None
+        self.cut = frozen if self._shards is None else None  # what the scan cuts
+
+    def gathered(self, number: Any) -> Any:
+        """(frozen arrays, stacks of experts) of a layer from all devices, of the nearest where there is none of that
+        number; None where the scan cuts them."""
+        if self._shards is None:
+            return None
+        return self._shards.layer(self._frozen, number), self._model.gathered_stacks(number)
+
+    def here(self, gathered: Any, cut: Any, following: Any) -> tuple[Any, Any]:
+        """A layer's (frozen arrays, stacks of experts), and what the step after it begins with."""
+        return ((cut, None), None) if self._shards is None else (gathered, self.gathered(following))
+
+    def whole(self, adapter: Any) -> Any:
+        """A layer's adapter from all devices."""
+        return adapter if self._shards is None else self._shards.whole(adapter)
 
 
 def _added(number: jax.Array, sums: jax.Array, gradient: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.models.chunks import chunk_size
-from qlora_jax.models.head import Head, head_logits
+from qlora_jax.models.head import Head, axis_of, token_losses, token_losses_and_hits
 
 
 def summed_loss(
@@ -32,7 +32,7 @@ def summed_loss(
     @partial(jax.checkpoint, prevent_cse=False)
     def add_chunk(total, inputs):
         rows, labels, counted = inputs
-        return total + jnp.sum(token_nll(head_logits(rows, head), labels) * counted), None
+        return total + jnp.sum(token_losses(rows, head, labels) * counted), None
 
     total, _ = jax.lax.scan(add_chunk, jnp.float32(0), _chunks(hidden, tokens, loss_mask, chunk))
     return total, jnp.sum(loss_mask[:, 1:]).astype(jnp.float32)
@@ -45,13 +45,13 @@ def summed_loss_and_hits(
 
     Logits are computed of target tokens alone. Not for differentiation: the loop is as long as there are targets.
     """
-    rows, targets = hidden.reshape(-1, hidden.shape[-1]), _Targets.of(tokens, loss_mask, chunk)
+    rows, targets = hidden.reshape(-1, hidden.shape[-1]), _Targets.of(tokens, loss_mask, chunk, axis_of(head))
 
     def add_chunk(number, totals):
         chosen, labels, counted, _ = targets.chunk(number)
-        logits = head_logits(jnp.take(rows, chosen, axis=0), head)
-        hits = jnp.sum((jnp.argmax(logits, axis=-1) == labels) & counted).astype(jnp.float32)
-        return totals[0] + jnp.sum(token_nll(logits, labels) * counted), totals[1] + hits
+        losses, are_hits = token_losses_and_hits(targets.take(rows, chosen), head, labels)
+        hits = jnp.sum(are_hits & counted).astype(jnp.float32)
+        return totals[0] + jnp.sum(losses * counted), totals[1] + hits
 
     nats, hits = jax.lax.fori_loop(0, targets.chunks, add_chunk, (jnp.float32(0), jnp.float32(0)))
     return nats, hits, targets.total.astype(jnp.float32)
@@ -67,21 +67,29 @@ class _Targets(NamedTuple):
     labels: jax.Array  # int32 [B * T]
     total: jax.Array  # int32 []
     size: int  # tokens of a chunk
+    axis: str | None  # of a mesh, whose devices go through as many chunks as the one that has most targets
 
     @classmethod
-    def of(cls, tokens: jax.Array, loss_mask: jax.Array, chunk: int) -> "_Targets":
+    def of(cls, tokens: jax.Array, loss_mask: jax.Array, chunk: int, axis: str | None = None) -> "_Targets":
         counted = jnp.roll(loss_mask.at[:, 0].set(False), -1, axis=1).reshape(-1)
         n = counted.size
         size = chunk_size(n, chunk)
         number = jnp.arange(-(-n // size) * size, dtype=jnp.int32)
         # no two are alike, those beyond neither: a scatter may rely on that
         places = jnp.sort(jnp.where(jnp.pad(counted, (0, number.size - n)), number, number + number.size))
-        return cls(places, jnp.roll(tokens, -1, axis=1).reshape(-1), jnp.sum(counted), size)
+        return cls(places, jnp.roll(tokens, -1, axis=1).reshape(-1), jnp.sum(counted), size, axis)
 
     @property
     def chunks(self) -> jax.Array:
         """int32 []: so many have targets."""
-        return (self.total + self.size - 1) // self.size
+        mine = (self.total + self.size - 1) // self.size
+        return mine if self.axis is None else jax.lax.pmax(mine, self.axis)
+
+    def take(self, rows: jax.Array, chosen: jax.Array) -> jax.Array:
+        """Rows [B * T, D] of a chunk [size, D]: zeros where another device has targets, and this one has none."""
+        if self.axis is None:
+            return jnp.take(rows, chosen, axis=0)
+        return rows.at[chosen].get(mode="fill", fill_value=0)
 
     def chunk(self, number: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """[size] each: which rows to compute, their labels, which of them count, and places for what is computed.
@@ -92,7 +100,7 @@ class _Targets(NamedTuple):
         places = jax.lax.dynamic_slice_in_dim(self.places, first, self.size)
         counted = first + jnp.arange(self.size) < self.total
         rows = jnp.where(counted, places, self.places[0])
-        return rows, jnp.take(self.labels, rows), counted, places
+        return rows, jnp.take(self.labels, rows, mode="clip"), counted, places
 
 
 def _chunks(hidden: jax.Array, tokens: jax.Array, loss_mask: jax.Array, chunk: int) -> tuple[jax.Array, ...]:
@@ -127,19 +135,19 @@ def loss_and_gradient(
     Returns:
       float32 [] nats, d x [B, T, D] in x's dtype, and head_sum with the head's gradient added.
     """
-    rows, targets = x.reshape(-1, x.shape[-1]), _Targets.of(tokens, loss_mask, chunk)
+    rows, targets = x.reshape(-1, x.shape[-1]), _Targets.of(tokens, loss_mask, chunk, axis_of(head))
 
     def add_chunk(number, carry):
         total, dx, head_sum = carry
         chosen, labels, counted, places = targets.chunk(number)
 
         def chunk_loss(rows, head):
-            return jnp.sum(token_nll(head_logits(norm(rows), head), labels) * counted)
+            return jnp.sum(token_losses(norm(rows), head, labels) * counted)
 
         if head_sum is None:
-            loss, fresh = jax.value_and_grad(chunk_loss)(jnp.take(rows, chosen, axis=0), head)
+            loss, fresh = jax.value_and_grad(chunk_loss)(targets.take(rows, chosen), head)
         else:
-            loss, (fresh, of_head) = jax.value_and_grad(chunk_loss, (0, 1))(jnp.take(rows, chosen, axis=0), head)
+            loss, (fresh, of_head) = jax.value_and_grad(chunk_loss, (0, 1))(targets.take(rows, chosen), head)
             head_sum = head_sum + (of_head.weight if isinstance(of_head, Head) else of_head)
         dx = dx.at[places].set(fresh, mode="drop", unique_indices=True, indices_are_sorted=True)
         return total + loss, dx, head_sum
@@ -147,9 +155,3 @@ def loss_and_gradient(
     start = (jnp.float32(0), jnp.zeros_like(rows), head_sum)
     total, dx, head_sum = jax.lax.fori_loop(0, targets.chunks, add_chunk, start)
     return total, dx.reshape(x.shape), head_sum
-
-
-def token_nll(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """float32 [..., V], int32 [...] -> float32 [...]: -log softmax(logits)[label], nats."""
-    picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - picked

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import PartitionSpec
 
+from qlora_jax.mesh.place import Devices, on_mesh
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.dropout import DropoutKey
 from qlora_jax.train.backward import add_gradient
@@ -27,7 +29,11 @@ class StepMetrics(NamedTuple):
 
 
 def make_gradient(
-    graph: Any, loss_chunk: int, max_grad_norm: float | jax.Array, merge: Callable[..., Decoder] = nnx.merge
+    graph: Any,
+    loss_chunk: int,
+    max_grad_norm: float | jax.Array,
+    merge: Callable[..., Decoder] = nnx.merge,
+    devices: Devices | None = None,
 ) -> Callable[..., tuple[Any, StepMetrics]]:
     """The function to jit: gradients of the adapter alone.
 
@@ -36,6 +42,7 @@ def make_gradient(
       loss_chunk: see summed_loss.
       max_grad_norm: global norm above which gradients are scaled down to it; 0 does not clip.
       merge: makes the model of (graph, adapter, base).
+      devices: of a model that has `shards`: they divide B among them.
     Returns:
       gradient(adapter, base, tokens int32 [G, B, T], loss_mask bool [G, B, T], key or None, segments int32 [G, B, T] or
       None) -> (sums, StepMetrics), G being micro-batches, segments as Decoder takes them. The gradient is
@@ -47,9 +54,13 @@ def make_gradient(
         return loss_of(merge(graph, adapter, base), tokens, loss_mask, key, segments, loss_chunk)[0]
 
     def gradient(adapter, base, tokens, loss_mask, key, segments=None):
+        shards = getattr(merge(graph, adapter, base), "shards", None)
+
         def add(total, inputs):
             micro_tokens, micro_mask, index, micro_segments = inputs
-            micro_key = None if key is None else DropoutKey(key, index * micro_tokens.shape[0])
+            rows = micro_tokens.shape[0]
+            first = index * rows if shards is None else index * rows * shards.row_parts + shards.first_row(rows)
+            micro_key = None if key is None else DropoutKey(key, first)
             model = merge(graph, adapter, base)
             if model.remat == "none" or type(model) is not Decoder:  # add_gradient knows a decoder's layers alone
                 loss, grads = jax.value_and_grad(micro_loss)(
@@ -62,23 +73,29 @@ def make_gradient(
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, adapter))
         (loss, grads), _ = jax.lax.scan(add, zero, (tokens, loss_mask, jnp.arange(tokens.shape[0]), segments))
         count = jnp.sum(loss_mask[:, :, 1:]).astype(jnp.float32)
+        if shards is not None:
+            loss, count, grads = shards.total(loss), shards.total(count), shards.summed(grads)
         scale = 1 / jnp.maximum(count, 1)
-        norm = optax.tree.norm(grads) * scale
+        norm = (optax.tree.norm(grads) if shards is None else shards.norm(grads)) * scale
         clip = jnp.where((max_grad_norm > 0) & (norm > max_grad_norm), max_grad_norm / norm, 1.0)
         return grads, StepMetrics(loss * scale, norm, count, scale * clip)
 
-    return gradient
+    return gradient if devices is None else on_mesh(gradient, devices, lambda adapter: (adapter, PartitionSpec()))
 
 
-def make_evaluation(graph: Any, loss_chunk: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def make_evaluation(
+    graph: Any, loss_chunk: int, devices: Devices | None = None
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """evaluate(adapter, base, tokens int32 [B, T], loss_mask bool [B, T], segments int32 [B, T] or None) -> (summed
-    nats, target tokens), without dropout."""
+    nats, target tokens), without dropout. `devices` divide B among them."""
 
     def evaluate(adapter, base, tokens, loss_mask, segments=None):
-        nats, _, count = loss_and_hits(nnx.merge(graph, adapter, base), tokens, loss_mask, segments, loss_chunk)
-        return nats, count
+        model = nnx.merge(graph, adapter, base)
+        nats, _, count = loss_and_hits(model, tokens, loss_mask, segments, loss_chunk)
+        shards = getattr(model, "shards", None)
+        return (nats, count) if shards is None else shards.total((nats, count))
 
-    return evaluate
+    return evaluate if devices is None else on_mesh(evaluate, devices, lambda adapter: PartitionSpec())
 
 
 def loss_of(
@@ -115,21 +132,26 @@ def _predicted(
     return model(tokens, dropout_key=key, segments=segments)[0], tokens, loss_mask
 
 
-def mean_loss(evaluation: Callable[..., Any], adapter: Any, base: Any, batches: Iterable[Mapping]) -> float | None:
+def mean_loss(
+    evaluation: Callable[..., Any], adapter: Any, base: Any, batches: Iterable[Mapping], parts: int = 1
+) -> float | None:
     """Mean loss over the target tokens of all batches, nats; None without any batch.
 
     `evaluation`: of make_evaluation, compiled. `batches`: tokens and loss_mask [B, T], and segments of packed rows.
+    `parts`: devices that divide B among them.
     """
     total, count, any_batch = 0.0, 0.0, False
     for batch in batches:
-        nats, targets = evaluation(adapter, base, *arrays_of(batch))
+        nats, targets = evaluation(adapter, base, *arrays_of(batch, parts))
         total, count, any_batch = total + float(nats), count + float(targets), True
     return total / max(count, 1) if any_batch else None
 
 
-def arrays_of(batch: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """tokens and loss_mask, and the segments of packed rows."""
-    return [batch[name] for name in ("tokens", "loss_mask", "segments") if name in batch]
+def arrays_of(batch: Mapping[str, np.ndarray], parts: int = 1) -> list[np.ndarray]:
+    """tokens and loss_mask, and the segments of packed rows; with rows that have no target, so that `parts` divide
+    them."""
+    arrays = [batch[name] for name in ("tokens", "loss_mask", "segments") if name in batch]
+    return [np.pad(x, ((0, -len(x) % parts), (0, 0))) if len(x) % parts else x for x in arrays]
 
 
 # One function for one model: JAX finds what it traced and compiled by the function, so that a second run of a model in

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.train.loss import loss_and_gradient, summed_loss, summed_loss_and_hits, token_nll
+from qlora_jax.models.head import token_nll
+from qlora_jax.train.loss import loss_and_gradient, summed_loss, summed_loss_and_hits
 
 pytestmark = pytest.mark.quick_compile
 

@@ -51,6 +51,7 @@ class EncoderDecoder(nnx.Module):
         self.config = config
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.remat, self.attention, self.sequence_chunk = remat, attention, sequence_chunk
+        self.shards = None  # of a mesh: as Decoder's
         self.dropout_rate: Any = 0.0  # a number, or a DropoutRate of the program's inputs
         self.router_aux_loss_coef = 0.0  # no routers: it stays
         self.residual = ""  # as Decoder's

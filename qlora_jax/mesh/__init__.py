@@ -1,0 +1,7 @@
+"""One run on several devices.
+
+axes      how many devices, and what each axis of them divides
+rules     which array is cut along which of its axes
+shards    what a model does where it holds a part of each array: gather, look up, sum
+place     arrays onto the devices of a mesh
+"""

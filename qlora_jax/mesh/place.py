@@ -1,0 +1,86 @@
+"""Arrays onto the devices of a mesh, each device the part that is its own."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qlora_jax.errors import InputError
+from qlora_jax.mesh.axes import NAMES, Axes
+from qlora_jax.mesh.rules import name_of
+from qlora_jax.mesh.shards import FSDP, ROWS, Shards
+
+
+class Devices(NamedTuple):
+    """The devices of a run, and how its arrays are divided among them."""
+
+    mesh: Mesh
+    shards: Shards
+
+    def shardings(self, tree: Any, root: str = "") -> Any:
+        """Where each array of a state stands; `root`: the name of what the state is of, and a dot."""
+        return jax.tree.map(
+            lambda spec: NamedSharding(self.mesh, spec),
+            specs(self.shards, tree, root),
+            is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
+        )
+
+
+def mesh_of(axes: Axes, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of `devices`, this machine's by default. Raises InputError where there are fewer."""
+    devices = jax.devices() if devices is None else devices
+    if len(devices) < axes.devices:
+        raise InputError(
+            f"the mesh ({axes}) takes {axes.devices} devices, and JAX sees {len(devices)} here: set mesh.devices="
+            f"{len(devices)}, or start the run where there are more"
+        )
+    kept = np.asarray(devices[: axes.devices], object).reshape(axes)
+    return Mesh(kept, NAMES)
+
+
+def specs(shards: Shards, tree: Any, root: str = "") -> Any:
+    """PartitionSpec of each array of a state."""
+
+    def spec(path: Any, leaf: Any) -> PartitionSpec:
+        axis = shards.axis_of.get(root + name_of(path))
+        if axis is None:
+            return PartitionSpec()
+        return PartitionSpec(*(None,) * (len(leaf.shape) + axis), FSDP)
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def on_mesh(function: Callable[..., Any], devices: Devices, results: Callable[[Any], Any]) -> Any:
+    """A program of each device, function(adapter, base, *inputs), as one of the mesh.
+
+    Args:
+      function: takes this device's parts of the states of `lora.split`, and its rows of the inputs.
+      results: specs of what it gives, from the adapter's.
+    Returns:
+      function of whole arrays. Inputs [..., B, T] are divided along B, others stand whole on each device; None is left
+      out.
+    """
+
+    def called(adapter: Any, base: Any, *inputs: Any) -> Any:
+        there = [x is not None for x in inputs]
+        given = [x for x in inputs if x is not None]
+        rows = [PartitionSpec(*(None,) * (x.ndim - 2), ROWS) if x.ndim > 1 else PartitionSpec() for x in given]
+
+        def local(adapter: Any, base: Any, *given: Any) -> Any:
+            mine = iter(given)
+            return function(adapter, base, *(next(mine) if is_there else None for is_there in there))
+
+        mesh, shards = devices
+        of_adapter = specs(shards, adapter)
+        mapped = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(of_adapter, specs(shards, base), *rows),
+            out_specs=results(of_adapter),
+            check_vma=False,  # kernels and custom gradients do not say along which axes what they give varies
+        )
+        return mapped(adapter, base, *given)
+
+    return called

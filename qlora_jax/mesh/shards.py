@@ -1,0 +1,117 @@
+"""What a model does on each device of a mesh, where it holds a part of each array: inside `shard_map` alone.
+
+A layer's packed codes travel, never its 16-bit weights, and they do so while the layer before is computed. A gradient
+of a gathered adapter comes back summed over the devices and cut as the adapter is: the transpose of gathering.
+"""
+
+import dataclasses
+import math
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qlora_jax.mesh.axes import Axes
+from qlora_jax.mesh.rules import BLOCKS, name_of, named, split_axis
+
+FSDP = "fsdp"
+ROWS = ("data", FSDP)  # a batch's rows are divided along both
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """How a model's arrays are divided: part of its graph, so that a program knows it.
+
+    cut: (name, axis counted from its end) of each array of model and adapter that is divided along fsdp.
+    """
+
+    axes: Axes
+    cut: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def of(cls, axes: Axes, *trees: Any) -> "Shards":
+        """By the rules, for the states of `lora.split`, arrays or shapes."""
+        found = ((name, split_axis(name, leaf, axes.fsdp)) for tree in trees for name, leaf in named(tree))
+        return cls(axes, tuple((name, axis) for name, axis in found if axis is not None))
+
+    @cached_property
+    def axis_of(self) -> dict[str, int]:
+        """Name -> axis, of what is divided."""
+        return dict(self.cut)
+
+    def whole(self, layer: Any) -> Any:
+        """A layer's slice of a state under `blocks`: its parts gathered from all devices."""
+
+        def gathered(path: Any, leaf: jax.Array) -> jax.Array:
+            axis = self.axis_of.get(BLOCKS + name_of(path))
+            return leaf if axis is None else jax.lax.all_gather(leaf, FSDP, axis=leaf.ndim + axis, tiled=True)
+
+        return jax.tree_util.tree_map_with_path(gathered, layer)
+
+    def layer(self, stacks: Any, number: Any, keepdims: bool = False) -> Any:
+        """`whole` of one layer of stacked arrays [L, ...]; of [1, ...] with keepdims. The nearest where there is none of
+        that number."""
+
+        def at(stack: jax.Array) -> jax.Array:
+            nearest = jnp.clip(number, 0, stack.shape[0] - 1)
+            return jax.lax.dynamic_index_in_dim(stack, nearest, keepdims=keepdims)
+
+        return self.whole(jax.tree.map(at, stacks))
+
+    @property
+    def gathers(self) -> bool:
+        """Whether a layer's arrays are other devices' too."""
+        return bool(self.cut)
+
+    @property
+    def splits_embedding(self) -> bool:
+        return "embedding" in self.axis_of
+
+    def head_axis(self, tied: bool) -> str | None:
+        """The axis of the mesh along which the head's vocabulary is divided."""
+        return FSDP if ("embedding" if tied else "head") in self.axis_of else None
+
+    def lookup(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Rows of an embedding [V, D] of which this device has a part: tokens int32 [B, T] -> [B, T, D].
+
+        Each device looks up what it has for all of them; a row is one device's and zeros from the others.
+        """
+        everyones = jax.lax.all_gather(tokens, FSDP, tiled=True)
+        here = everyones - jax.lax.axis_index(FSDP) * table.shape[0]
+        rows = jnp.where(((here >= 0) & (here < table.shape[0]))[..., None], table.at[here].get(mode="clip"), 0)
+        return jax.lax.psum_scatter(rows, FSDP, tiled=True)
+
+    def first_row(self, rows: int) -> jax.Array:
+        """Which row of a micro-batch this device's `rows` begin with, int32 []."""
+        return jax.lax.axis_index(ROWS) * rows
+
+    @property
+    def row_parts(self) -> int:
+        """Devices that rows of a batch are divided among."""
+        return self.axes.devices
+
+    def total(self, values: Any) -> Any:
+        """Sums over all devices."""
+        return jax.lax.psum(values, ROWS)
+
+    def summed(self, gradient: Any) -> Any:
+        """Over what of each array all devices added to its sums; what was gathered came back summed along fsdp."""
+        axes = lambda path: ROWS[0] if name_of(path) in self.axis_of else ROWS  # noqa: E731
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: jax.lax.psum(leaf, axes(path)), gradient)
+
+    def norm(self, gradient: Any) -> jax.Array:
+        """Global norm of a summed gradient: float32 []."""
+        squares = [jnp.float32(0), jnp.float32(0)]  # of what stands whole on each device, of what is divided
+        for name, leaf in named(gradient):
+            squares[name in self.axis_of] += jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+        return jnp.sqrt(squares[0] + jax.lax.psum(squares[1], FSDP))
+
+
+def bytes_of_one(shards: Shards | None, tree: Any, root: str = "") -> int:
+    """Bytes of a state's arrays that one device holds."""
+    cut = {} if shards is None else shards.axis_of
+    ways = 1 if shards is None else shards.axes.fsdp
+    return sum(
+        math.prod(leaf.shape) * leaf.dtype.itemsize // (ways if name in cut else 1) for name, leaf in named(tree, root)
+    )
