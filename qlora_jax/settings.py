@@ -20,6 +20,8 @@ GONE = {"model.compute": "full", "model.fuse_lora": False}
 # Keys that came since, each with the value under which a run is the same as before. With it they do not count, for the
 # same reason.
 CAME = {"model.router_aux_loss_coef": 0.0, "data.task": ""}
+# Where a run computes, not what: its devices divide the same work, so that it may go on with others.
+_WHERE = {"mesh": {"devices": 1}}
 
 
 def resolved(config: ConfigDict) -> dict[str, Any]:
@@ -47,7 +49,8 @@ def _plain(value: Any, path: str) -> Any:
 def config_hash(plain: dict[str, Any]) -> str:
     """SHA-256, in hex, of `plain` as JSON with sorted keys and no spaces: equal for equal values in any order.
 
-    Keys that are gone (GONE) count as if they stood in the section, keys that came (CAME) as if they were not there.
+    Keys that are gone (GONE) count as if they stood in the section, keys that came (CAME) as if they were not there,
+    and those of `mesh` not at all.
     """
     return hashlib.sha256(_canonical(_as_ever(plain)).encode()).hexdigest()
 
@@ -57,8 +60,8 @@ def _canonical(value: Any) -> str:
 
 
 def _as_ever(plain: dict[str, Any]) -> dict[str, Any]:
-    """The config with the keys that are gone, in every section of theirs that has keys, and without those that came and
-    change nothing."""
+    """The config with the keys that are gone, in every section of theirs that has keys, without those that came and
+    change nothing, and as on one device."""
     whole = dict(plain)
     for key, value in GONE.items():
         section, _, name = key.partition(".")
@@ -68,7 +71,7 @@ def _as_ever(plain: dict[str, Any]) -> dict[str, Any]:
         section, _, name = key.partition(".")
         if isinstance(found := whole.get(section), dict) and found.get(name) == value:
             whole[section] = {other: kept for other, kept in found.items() if other != name}
-    return whole
+    return whole | {section: value for section, value in _WHERE.items() if section in whole}
 
 
 def differing_keys(there: dict[str, Any], here: dict[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from qlora_jax import checksums
 from qlora_jax.errors import InputError
 from qlora_jax.io import fused
 from qlora_jax.io.folder import TensorFiles, are_equal, has_weights, signature
-from qlora_jax.io.place import put, to_device
+from qlora_jax.io.place import anywhere, put, to_device
 from qlora_jax.io.remote import name_of
 from qlora_jax.models.config import ModelConfig, parse_config, read_json
 from qlora_jax.models.decoder import Decoder
@@ -177,10 +177,8 @@ def expected_stacks(config: ModelConfig, quant: QuantSpec) -> dict[str, tuple[tu
 
 def abstract_weight(config: ModelConfig, name: str, quant: QuantSpec) -> QuantizedTensor | None:
     """One weight of a linear layer, quantized, with shapes in place of arrays; None where it keeps 16 bits."""
-    own = quant_of(config, name, quant)
-    if own.format == "none":
-        return None
-    return native.abstract(config.linears[name], own.format, own.block_size, own.double_quant)
+    own, shape = quant_of(config, name, quant), config.linears[name]
+    return None if own.format == "none" else native.abstract(shape, own.format, own.block_size, own.double_quant)
 
 
 def is_native(files: TensorFiles) -> bool:
@@ -288,6 +286,7 @@ def load_model(
     progress: Callable[[int, int], None] = lambda done, total: None,
     sequence_chunk: int = 0,
     take_checksum: Callable[[str], None] = lambda checksum: None,
+    place: Callable[[str, Any], Any] = anywhere,
 ) -> Decoder:
     """Reads a checkpoint.
 
@@ -299,6 +298,8 @@ def load_model(
       kernel: of the 4-bit matmul, one of nf4_matmul.BACKENDS; int8 has "xla", which "auto" takes.
       progress: called with (tensors done, tensors in all).
       take_checksum: called with the checksum of all tensors as they stand in the folder, whatever files they are in.
+      place: takes the name of an array in the model's tree (see mesh/rules) and what has its shape and dtype, and says
+        how devices hold it, as a jax sharding.
     Raises:
       InputError: the folder does not fit its config.json, is quantized otherwise than asked, or a weight is not finite.
     """
@@ -320,27 +321,26 @@ def load_model(
         done += tensors
         progress(done, total)
 
-    def array(key: str, dtype: Any = None) -> jax.Array:
+    def array(key: str, dtype: Any = None, sharding: Any = None) -> jax.Array:
         count()
-        return to_device(files, key, dtype or _kept_dtype(files.dtypes[key], compute_dtype))
+        return to_device(files, key, dtype or _kept_dtype(files.dtypes[key], compute_dtype), sharding)
 
-    def linear(name: str, key: str, place: tuple[int, ...], as_array: bool) -> QuantizedTensor | jax.Array:
-        own = quant_of(config, name, quant)
-        if own.format == "none" or key in skipped:
+    def linear(name: str, key: str, slot: tuple[int, ...], as_array: bool) -> QuantizedTensor | jax.Array:
+        if quant_of(config, name, quant).format == "none" or key in skipped:
             w = array(key, compute_dtype if as_array else None)
             return w.T if config.transposes(name) else w
         count()
         if stored is None:
             return pack(files, config, name, key, quant, f"{files.folder}: {key}")
-        q = read_quantized(files, config, name, place, quant)
+        q = read_quantized(files, config, name, slot, quant)
         return _values(q, jnp.dtype(compute_dtype)) if as_array else q
 
-    def other(key: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        """What is kept in 16 or 32 bits."""
+    def other(key: str, shape: tuple[int, ...], dtype: Any, name: str = "") -> jax.Array:
+        """What is kept in 16 or 32 bits; `name`: in the model's tree, of what is not a layer's."""
         if is_packed(files, key):
             count()
             return _values(read_packed(files, key, quant, shape), jnp.dtype(compute_dtype))
-        return array(key, dtype)
+        return array(key, dtype, place(name, jax.ShapeDtypeStruct(shape, jnp.float32)))
 
     mixed = _mixed(config, skipped)
     if mixed:
@@ -349,7 +349,7 @@ def load_model(
             "are unquantized in all of them, with the values that they have there", files.folder, ", ".join(mixed),
         )  # fmt: skip
     weights: dict[str, Any] = {
-        slot: other(key, shape, jnp.float32 if config.is_float32(slot) else None)
+        slot: other(key, shape, jnp.float32 if config.is_float32(slot) else None, slot)
         for slot, (key, shape) in config.outer.items()
     }
     weights["layers"] = {}
@@ -357,11 +357,12 @@ def load_model(
         stack: Any = None
         slots, room = config.slots(name), (config.depth(name), *config.copies(name))
         if stored is not None and is_native(files):
-            stack = _read_stack(files, config, name, quant)
+            stack = _read_stack(files, config, name, quant, place)
             count(len(slots))
         else:
-            for key, place in slots.items():
-                stack = put(stack, linear(name, key, place, name in mixed), place, room)
+            for key, slot in slots.items():
+                one = linear(name, key, slot, name in mixed)
+                stack = put(stack, one, slot, room, partial(_of_weight, place, name))
         if isinstance(stack, QuantizedTensor):
             stack = dataclasses.replace(stack, backend=kernel, threshold=threshold)
         weights["layers"][name] = stack
@@ -386,12 +387,21 @@ def _kept_dtype(stored: str, compute_dtype: Any) -> Any:
     return jnp.dtype(stored) if stored != "float32" else jnp.dtype(compute_dtype)
 
 
-def _read_stack(files: TensorFiles, config: ModelConfig, name: str, quant: QuantSpec) -> QuantizedTensor:
+def _of_weight(place: Callable[[str, Any], Any], name: str, part: str, leaf: Any) -> Any:
+    """Where a part of a layer's weight stands: ".codes", or "" of an array."""
+    return place(f"blocks.{name}.weight{part}", leaf)
+
+
+def _read_stack(
+    files: TensorFiles, config: ModelConfig, name: str, quant: QuantSpec, place: Callable[[str, Any], Any]
+) -> QuantizedTensor:
     """A projection of all layers from a folder in our own form: nothing is computed, what is read is what is kept."""
     q = abstract_weight(config, name, quant)
     assert q is not None
-    arrays = {part: to_device(files, native.stack_key(name, part)) for part in native.parts(q)}
-    return native.filled(q, arrays)
+    keys = {part: native.stack_key(name, part) for part in native.parts(q)}
+    stacks = {part: jax.ShapeDtypeStruct(files.shapes[key], jnp.dtype(files.dtypes[key])) for part, key in keys.items()}
+    here = {part: _of_weight(place, name, f".{part}", stack) for part, stack in stacks.items()}
+    return native.filled(q, {part: to_device(files, key, sharding=here[part]) for part, key in keys.items()})
 
 
 def pack(files: TensorFiles, config: ModelConfig, name: str, key: str, quant: QuantSpec, where: str) -> QuantizedTensor:

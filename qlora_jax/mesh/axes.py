@@ -22,26 +22,26 @@ class Axes(NamedTuple):
 
     @classmethod
     def of(cls, section: Any) -> "Axes":
-        """The config's `mesh` section. Raises InputError for what no mesh is."""
-        for key in ("devices", "data", *_TO_COME):
-            if section[key] < 1:
-                raise InputError(f"mesh.{key} is {section[key]}; expected at least 1")
-        if section.fsdp < 0:
-            raise InputError(f"mesh.fsdp is {section.fsdp}; expected devices, or 0 for those that other axes leave")
+        """The config's `mesh` section; keys that are not there are 1, fsdp 0. Raises InputError for what no mesh is."""
+        found = {key: section.get(key, 1) for key in ("devices", "data", *_TO_COME)} | {"fsdp": section.get("fsdp", 0)}
+        for key, value in found.items():
+            if value < (key != "fsdp"):
+                wanted = "at least 1" if key != "fsdp" else "devices, or 0 for those that mesh.data leaves"
+                raise InputError(f"mesh.{key} is {value}; expected {wanted}")
         for key in _TO_COME:
-            if section[key] > 1:
+            if found[key] > 1:
                 raise InputError(
-                    f"mesh.{key} is {section[key]}; models are divided along fsdp, which holds any of them in parts: "
-                    f"set mesh.fsdp={section[key]} and mesh.{key}=1"
+                    f"mesh.{key} is {found[key]}; models are divided along fsdp, which holds any of them in parts: "
+                    f"set mesh.fsdp={found[key]} and mesh.{key}=1"
                 )
-        devices = section.devices
-        if section.fsdp == 0 and devices > 1:
-            if devices % section.data:
+        devices, data = found["devices"], found["data"]
+        if found["fsdp"] == 0 and devices > 1:
+            if devices % data:
                 raise InputError(
-                    f"mesh.devices is {devices}, which mesh.data = {section.data} does not divide: change one of them"
+                    f"mesh.devices is {devices}, which mesh.data = {data} does not divide: change one of them"
                 )
-            return cls(section.data, devices // section.data)
-        axes = cls(section.data, max(section.fsdp, 1))
+            return cls(data, devices // data)
+        axes = cls(data, max(found["fsdp"], 1))
         if devices not in (1, axes.devices):
             raise InputError(
                 f"mesh.devices is {devices}, but mesh.data = {axes.data} and mesh.fsdp = {axes.fsdp} take "
@@ -54,5 +54,17 @@ class Axes(NamedTuple):
         """In all. Each computes its own rows of a batch."""
         return self.data * self.fsdp
 
+    def rows(self, batch: int) -> int:
+        """Of a batch of so many sequences, those of each device. Raises InputError where they are not equally many."""
+        if batch % self.devices:
+            raise InputError(
+                f"batches of {batch} sequences cannot be divided among {self.devices} devices ({self}): make "
+                "train.batch_size a multiple"
+            )
+        return batch // self.devices
+
     def __str__(self) -> str:
         return f"data {self.data} x fsdp {self.fsdp}"
+
+
+ONE = Axes()  # device

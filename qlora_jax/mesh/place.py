@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qlora_jax.errors import InputError
 from qlora_jax.mesh.axes import NAMES, Axes
-from qlora_jax.mesh.rules import name_of
+from qlora_jax.mesh.rules import name_of, split_axis
 from qlora_jax.mesh.shards import FSDP, ROWS, Shards
 
 
@@ -27,6 +27,10 @@ class Devices(NamedTuple):
             is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
         )
 
+    def rows(self, x: Any) -> NamedSharding:
+        """Where an input [..., B, T] stands, as on_mesh divides it."""
+        return NamedSharding(self.mesh, _rows(x))
+
 
 def mesh_of(axes: Axes, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of `devices`, this machine's by default. Raises InputError where there are fewer."""
@@ -40,16 +44,27 @@ def mesh_of(axes: Axes, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(kept, NAMES)
 
 
+def by_rules(mesh: Mesh, name: str, leaf: Any) -> NamedSharding:
+    """Where an array of the model stands, by its name in the model's tree and what has its shape and dtype."""
+    return NamedSharding(mesh, _spec(split_axis(name, leaf, mesh.shape[FSDP]), leaf))
+
+
 def specs(shards: Shards, tree: Any, root: str = "") -> Any:
     """PartitionSpec of each array of a state."""
 
     def spec(path: Any, leaf: Any) -> PartitionSpec:
-        axis = shards.axis_of.get(root + name_of(path))
-        if axis is None:
-            return PartitionSpec()
-        return PartitionSpec(*(None,) * (len(leaf.shape) + axis), FSDP)
+        return _spec(shards.axis_of.get(root + name_of(path)), leaf)
 
     return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def _rows(x: Any) -> PartitionSpec:
+    return PartitionSpec(*(None,) * (len(x.shape) - 2), ROWS) if len(x.shape) > 1 else PartitionSpec()
+
+
+def _spec(axis: int | None, leaf: Any) -> PartitionSpec:
+    """Of an array that is cut along an axis counted from its end; None: it stands whole on each device."""
+    return PartitionSpec() if axis is None else PartitionSpec(*(None,) * (len(leaf.shape) + axis), FSDP)
 
 
 def on_mesh(function: Callable[..., Any], devices: Devices, results: Callable[[Any], Any]) -> Any:
@@ -66,7 +81,7 @@ def on_mesh(function: Callable[..., Any], devices: Devices, results: Callable[[A
     def called(adapter: Any, base: Any, *inputs: Any) -> Any:
         there = [x is not None for x in inputs]
         given = [x for x in inputs if x is not None]
-        rows = [PartitionSpec(*(None,) * (x.ndim - 2), ROWS) if x.ndim > 1 else PartitionSpec() for x in given]
+        rows = [_rows(x) for x in given]
 
         def local(adapter: Any, base: Any, *given: Any) -> Any:
             mine = iter(given)

@@ -40,6 +40,17 @@ class Shards:
         """Name -> axis, of what is divided."""
         return dict(self.cut)
 
+    def of_one(self, tree: Any) -> Any:
+        """Shapes of a state -> those of the parts that one device holds."""
+
+        def part(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+            shape, axis = list(leaf.shape), self.axis_of.get(name_of(path))
+            if axis is not None:
+                shape[axis] //= self.axes.fsdp
+            return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+
+        return jax.tree_util.tree_map_with_path(part, tree)
+
     def whole(self, layer: Any) -> Any:
         """A layer's slice of a state under `blocks`: its parts gathered from all devices."""
 
@@ -50,8 +61,8 @@ class Shards:
         return jax.tree_util.tree_map_with_path(gathered, layer)
 
     def layer(self, stacks: Any, number: Any, keepdims: bool = False) -> Any:
-        """`whole` of one layer of stacked arrays [L, ...]; of [1, ...] with keepdims. The nearest where there is none of
-        that number."""
+        """`whole` of one layer of stacked arrays [L, ...]; [1, ...] with keepdims. The nearest where none has the
+        number."""
 
         def at(stack: jax.Array) -> jax.Array:
             nearest = jnp.clip(number, 0, stack.shape[0] - 1)
@@ -106,6 +117,11 @@ class Shards:
         for name, leaf in named(gradient):
             squares[name in self.axis_of] += jnp.sum(jnp.square(leaf.astype(jnp.float32)))
         return jnp.sqrt(squares[0] + jax.lax.psum(squares[1], FSDP))
+
+
+def share_of_one(shards: Shards | None, tree: Any) -> float:
+    """The part of a state's bytes that one device holds."""
+    return bytes_of_one(shards, tree) / max(bytes_of_one(None, tree), 1)
 
 
 def bytes_of_one(shards: Shards | None, tree: Any, root: str = "") -> int:

@@ -36,6 +36,16 @@ def _llama3(width: int, feed_forward: int, layers: int, heads: int) -> dict[str,
     }
 
 
+_LLAMA31_405B = _llama3(16384, 53248, 126, 128) | {
+    "max_position_embeddings": 131072,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
 _QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
     "head_dim": 128,
@@ -131,6 +141,13 @@ _QWEN3_30B = _QWEN3 | {
     "norm_topk_prob": True,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
+}
+_QWEN3_235B = _QWEN3_30B | {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "num_hidden_layers": 94,
+    "num_attention_heads": 64,
 }
 _MIXTRAL = _MISTRAL | {
     "architectures": ["MixtralForCausalLM"],
@@ -228,6 +245,7 @@ KNOWN = {
     "TinyLlama/TinyLlama_v1.1": _llama1(2048, 5632, 22, 32) | {"num_key_value_heads": 4, "rms_norm_eps": 1e-5},
     "meta-llama/Meta-Llama-3-8B": _llama3(4096, 14336, 32, 32),
     "meta-llama/Meta-Llama-3-70B": _llama3(8192, 28672, 80, 64),
+    "meta-llama/Llama-3.1-405B": _LLAMA31_405B,
     "meta-llama/Llama-3.2-3B": _LLAMA32_3B,
     "meta-llama/Llama-3.2-3B-Instruct": _LLAMA32_3B,
     "mistralai/Mistral-7B-v0.3": _MISTRAL,
@@ -236,6 +254,7 @@ KNOWN = {
     "Qwen/Qwen3-14B": _qwen3(5120, 17408, 40, 40),
     "Qwen/Qwen3-30B-A3B": _QWEN3_30B,
     "Qwen/Qwen3-30B-A3B-Instruct-2507": _QWEN3_30B | {"max_position_embeddings": 262144, "rope_theta": 10000000},
+    "Qwen/Qwen3-235B-A22B": _QWEN3_235B,
     "mistralai/Mixtral-8x7B-Instruct-v0.1": _MIXTRAL,
     "allenai/OLMoE-1B-7B-0924": _OLMOE,
     "openai/gpt-oss-20b": _GPT_OSS | {"num_hidden_layers": 24, "num_local_experts": 32},

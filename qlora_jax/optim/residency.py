@@ -15,7 +15,7 @@ class Residency(NamedTuple):
     reason: str
 
 
-def decide(paging: str, pages: Pages, limit: int | None, program_bytes: int) -> Residency:
+def decide(paging: str, pages: Pages, limit: int | None, program_bytes: int, share: float = 1.0) -> Residency:
     """Which part of the optimizer's state stays on the device.
 
     Args:
@@ -23,6 +23,7 @@ def decide(paging: str, pages: Pages, limit: int | None, program_bytes: int) -> 
       limit: bytes that the device's allocator may give out; None where it states none (CPUs): auto pages nothing.
       program_bytes: of the largest program of the run besides the update: arguments (the base among them), results and
         temporaries, aliases once. Parameters and gradients, which the update needs, are arguments and results of it.
+      share: of the state, that one of several devices holds; what it has free is then room for 1 / share as much.
     """
     state = sum(pages.bytes)
     if paging == "never":
@@ -33,10 +34,10 @@ def decide(paging: str, pages: Pages, limit: int | None, program_bytes: int) -> 
         return Residency(
             math.inf, _line(pages, math.inf, "optimizer.paging = auto: this device states no memory limit")
         )
-    free = limit - reserved(limit) - program_bytes
+    free = math.floor((limit - reserved(limit) - program_bytes) / share)
     why = (
         f"optimizer.paging = auto: of {_mib(limit)}, training takes {_mib(program_bytes)} and {RESERVED:.0%} is "
-        f"reserved, which leaves {_mib(free)}"
+        f"reserved, which leaves {_mib(free)}{'' if share == 1 else ' on all devices together'}"
     )
     if state <= free:
         return Residency(math.inf, _line(pages, math.inf, why))

@@ -20,6 +20,7 @@ from qlora_jax.checksums import Input
 from qlora_jax.errors import InputError
 from qlora_jax.io.peft import write_arrays
 from qlora_jax.io.peft_config import read_config
+from qlora_jax.mesh.axes import Axes
 from qlora_jax.optim.schedules import paging
 from qlora_jax.packs.files import PackFolder
 from qlora_jax.packs.members import PlannedMember, check_equal, learning_rates, pack_key
@@ -77,6 +78,15 @@ def refuse_paging(optimizer: Any) -> None:
         )
 
 
+def refuse_mesh(section: Any) -> None:
+    """Raises InputError where several devices would train."""
+    if (axes := Axes.of(section)).devices > 1:
+        raise InputError(
+            f"a pack trains on one device, but the mesh ({axes}) has {axes.devices}: set mesh.devices=1, or train such "
+            "a run by itself (experiments.train)"
+        )
+
+
 def refuse_whole_matrices(lora_config: lora.LoRAConfig, data: Any) -> None:
     """Raises InputError where more than adapters would train."""
     if lora_config.modules_to_save or data.added_tokens or data.added_special_tokens:
@@ -128,6 +138,7 @@ class PackRunner:
         for config in configs:
             check_config(config)
             refuse_loggers(config.train.loggers)
+            refuse_mesh(config.mesh)
         refuse_paging(configs[0].optimizer)
         folder = None if workdir is None else PackFolder(workdir, plains, say)
         try:

@@ -114,7 +114,7 @@ class PackRun:
         choice = kept or choose(to_cut, held, memory_limit(), members=side_by_side)
         self.say(described(to_cut, choice))
         if self.folder is not None:
-            self.folder.workdir.keep_cut(choice)
+            self.folder.workdir.keep_cut(to_cut, choice)
         return choice.cut
 
     def _stacked_model(self) -> Decoder:

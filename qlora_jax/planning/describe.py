@@ -28,7 +28,10 @@ def table(plan: Plan) -> str:
         return f"  {label:<36}{size / scale:>9.3f} {unit}{more}"
 
     pages = f" in {len(memory.resident)} pages, {sum(memory.resident)} of them on the device"
+    devices = plan.spec.axes.devices
     lines = [f"{plan.gpu.device_kind}: {both(plan.gpu.memory_bytes)}", ""]
+    if devices > 1:
+        lines[0] = f"{devices} x {lines[0]} each; mesh: {plan.spec.axes}; what follows is of each"
     lines += [row(_LABELS[kind], size) for kind, size in peak.bytes.items()]
     lines += [
         row(f"peak on the device, while: {peak.name}", peak.total),
@@ -39,14 +42,16 @@ def table(plan: Plan) -> str:
         row("host memory at the peak of loading", memory.load_host_peak_bytes),
         row("optimizer state", memory.optimizer_bytes, pages),
         "",
-        f"  a step: {batch.G} micro-batches of {batch.B} rows of {batch.T} = {batch.tokens:,} tokens, remat "
-        f"{plan.spec.model.remat}",
+        f"  a step: {batch.G} micro-batches of {batch.B} rows of {batch.T}{' on each' if devices > 1 else ''} = "
+        f"{devices * batch.tokens:,} tokens, remat {plan.spec.model.remat}",
         f"  ({plan.choice.reason}),",
         f"  {plan.time.flops / 1e12:,.2f} TFLOP,",
         f"  {plan.time.bytes / 1e9:,.2f} GB of device memory moved, {plan.time.bus_bytes / 1e9:,.3f} GB each way over "
         "the bus",
         f"  roofline {plan.time.seconds:.3g} s; tokens/s at "
-        + ", ".join(f"{share:.0%}: {share * batch.tokens / plan.time.seconds:,.0f}" for share in EFFICIENCIES),
+        + ", ".join(
+            f"{share:.0%}: {share * devices * batch.tokens / plan.time.seconds:,.0f}" for share in EFFICIENCIES
+        ),
         "",
     ]
     if plan.fits:

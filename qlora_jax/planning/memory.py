@@ -65,7 +65,7 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Of a run on one GPU."""
+    """Of a run, on each of its GPUs."""
 
     phases: tuple[Phase, ...]
     page_bytes: tuple[int, ...]  # optimizer state of each page
@@ -94,8 +94,8 @@ class Memory:
 
 
 def held_bytes(spec: RunSpec) -> int:
-    """Base, adapters and gradients of a run, whatever its cut into micro-batches."""
-    model = abstract_model(spec.model)
+    """Base, adapters and gradients of a run on each device, whatever its cut into micro-batches."""
+    model = abstract_model(spec.model, spec.axes).of_one()
     return _bytes(model.base) + 2 * _bytes(model.adapter)
 
 
@@ -119,16 +119,17 @@ def base_bytes(model: AbstractModel) -> dict[str, int]:
 def plan_memory(
     spec: RunSpec, gpu: PlannedGpu, tx: optax.GradientTransformation, page_bytes: int, paging: str, run: dict[str, Any]
 ) -> Memory:
-    """Compiles the run's programs for `gpu` and adds up.
+    """Compiles the run's programs for `gpu`, as many as the run has, and adds up.
 
     Args:
       spec: sizes.
       tx, page_bytes, paging: of the optimizer.
       run: loss_chunk, max_grad_norm.
     """
-    model = abstract_model(spec.model)
-    base, adapter = base_bytes(model), _bytes(model.adapter)
-    matrices = _bytes(whole_matrices(model.adapter))
+    model = abstract_model(spec.model, spec.axes)
+    mine = model.of_one()
+    base, adapter = base_bytes(mine), _bytes(mine.adapter)
+    matrices = _bytes(whole_matrices(mine.adapter))
     held = base | {"adapters": adapter - matrices, "modules_to_save": matrices}
     gradient = compile_gradient(gpu, model, spec.batch, spec.model.lora.dropout > 0, **run).memory_analysis()
     offloaded = gradient.host_temp_size_in_bytes
@@ -148,14 +149,15 @@ def plan_memory(
     if spec.evaluation is not None:
         evaluation = _temporaries(compile_evaluation(gpu, model, spec.evaluation, run["loss_chunk"]))
 
-    pages = Pages(tx, model.adapter, page_bytes)
+    # of one device's parts: a run's pages are of whole arrays, and each device has its share of each
+    pages = Pages(tx, mine.adapter, max(page_bytes * adapter // max(_bytes(model.adapter), 1), 1))
     programs = max(sum(in_gradient.values()), sum(held.values()) + evaluation)
     resident = pages.resident(decide(paging, pages, usable_bytes(gpu), programs).resident_bytes)
     stays = sum(size for size, is_kept in zip(pages.bytes, resident, strict=True) if is_kept)
     update = _temporaries(compile_update(gpu, pages))
     itemsize = jnp.dtype(spec.model.kept_dtype).itemsize
     loading = load_device_peak_bytes(spec.model.sizes, spec.model.quant, spec.form, itemsize, itemsize)
-    loading -= sum(base.values())
+    loading -= _bytes(model.base)
     beside = lambda temporaries: {"allocator": allocator_bytes(gpu, temporaries)}  # noqa: E731
     phases = (
         Phase("loading", base | {"temporaries": loading}),

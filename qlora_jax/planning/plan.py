@@ -13,7 +13,7 @@ from qlora_jax.optim.residency import reserved
 from qlora_jax.optim.schedules import make_optimizer, paging
 from qlora_jax.planning.advice import Change, first_that_fits
 from qlora_jax.planning.gpus import PlannedGpu
-from qlora_jax.planning.memory import Memory, fits, held_bytes, plan_memory, usable_bytes
+from qlora_jax.planning.memory import Memory, base_bytes, fits, held_bytes, plan_memory, usable_bytes
 from qlora_jax.planning.roofline import Roofline, roofline
 from qlora_jax.planning.topology import traced_for
 from qlora_jax.settings import flatten
@@ -42,9 +42,12 @@ class Plan:
 
     def to_json(self, name: str) -> dict[str, Any]:
         batch = self.spec.batch
-        tokens = batch.tokens
+        devices = self.spec.axes.devices
+        tokens = batch.tokens * devices
         return {
             "gpu": name,
+            "devices": devices,
+            "mesh": self.spec.axes._asdict(),
             "device_kind": self.gpu.device_kind,
             "fits": self.fits,
             "device_memory_bytes": self.gpu.memory_bytes,
@@ -112,7 +115,13 @@ def make_plan(
     paged = memory.optimizer_bytes - sum(
         size for size, stays in zip(memory.page_bytes, memory.resident, strict=True) if stays
     )
-    time = roofline(spec, gpu, packed, weights, kinds["adapters"] // 4, paged)
+    adapter_params = kinds["adapters"] // 4
+    if spec.axes.devices > 1:  # of the whole model, which each device computes
+        model = abstract_model(spec.model, spec.axes)
+        whole = base_bytes(model)
+        packed = whole["codes"] + whole["scales"] or whole["linear_16bit"]
+        adapter_params = sum(leaf.size for leaf in jax.tree.leaves(model.adapter))
+    time = roofline(spec, gpu, packed, weights, adapter_params, paged)
     return Plan(gpu, spec, memory, time, change, tuple(tried), choice)
 
 
@@ -130,7 +139,8 @@ def _choose_cut(config: Any, spec: RunSpec, gpu: PlannedGpu, say: Callable[[str]
     limit = None if gpu.is_here and memory_limit() is None else usable_bytes(gpu)
     held, state = held_bytes(spec), 0
     if paging(config.optimizer) == "never":
-        state = state_bytes(make_optimizer(config.optimizer, config.train.steps), abstract_model(spec.model).adapter)
+        mine = abstract_model(spec.model, spec.axes).of_one()
+        state = state_bytes(make_optimizer(config.optimizer, config.train.steps), mine.adapter)
 
     def fits(cut: Cut) -> bool:
         return limit is None or take(cut).gradient_bytes + state <= limit - reserved(limit)

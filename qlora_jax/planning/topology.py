@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
 
 from qlora_jax.errors import InputError
 from qlora_jax.planning.gpus import PlannedGpu
@@ -25,23 +26,33 @@ def is_installed() -> bool:
     )
 
 
-@functools.cache
 def described_device(gpu: PlannedGpu) -> Any:
     """A jax device to lower and compile for. Raises InputError where XLA:GPU's compiler is not installed."""
+    return described_devices(gpu, 1)[0]
+
+
+@functools.cache
+def described_devices(gpu: PlannedGpu, count: int) -> Any:
+    """So many of one host."""
     if not is_installed():
         raise InputError("planning for a GPU needs XLA's compiler for it: pip install 'qlora_jax[plan]'")
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", topology_name="", topology="1x1x1", target_config=gpu.target_config
+            platform="cuda", topology_name="", topology=f"1x1x{count}", target_config=gpu.target_config
         )
     except Exception as error:  # whatever the plugin raises, the user's question is whether this GPU can be planned
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"XLA cannot compile for {gpu.device_kind} here: {reason}") from error
-    return topology.devices[0]
+    return topology.devices
 
 
-def on_gpu(gpu: PlannedGpu, tree: Any) -> Any:
-    """The shapes of `tree` (arrays or ShapeDtypeStructs), placed on the described device."""
+def on_gpu(gpu: PlannedGpu, tree: Any, shardings: Any = None) -> Any:
+    """The shapes of `tree` (arrays or ShapeDtypeStructs), placed on the described device.
+
+    `shardings`: of described_devices, one for each array, where there are several.
+    """
+    if shardings is not None:
+        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, shardings)
     if gpu.is_here:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
     sharding = jax.sharding.SingleDeviceSharding(described_device(gpu))
@@ -49,14 +60,16 @@ def on_gpu(gpu: PlannedGpu, tree: Any) -> Any:
 
 
 @contextlib.contextmanager
-def traced_for(gpu: PlannedGpu) -> Iterator[None]:
-    """What is chosen while tracing is chosen for `gpu`."""
+def traced_for(gpu: PlannedGpu, devices: Mesh | None = None) -> Iterator[None]:
+    """What is chosen while tracing is chosen for `gpu`; `devices`: where programs are of several."""
     if gpu.is_here:
         yield
         return
     device = jax.sharding.AbstractDevice(device_kind=gpu.device_kind, num_cores=gpu.cores, platform="gpu")
     auto = (jax.sharding.AxisType.Auto,)  # an explicit axis would be part of the types of what is made while tracing
     mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=auto, abstract_device=device)
+    if devices is not None:
+        mesh = devices.abstract_mesh.update(abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         yield
 
@@ -77,12 +90,16 @@ def compile_for(
     *arguments: Any,
     compiler_options: dict[str, str] | None = None,
     donate_argnums: tuple[int, ...] = (),
+    devices: Mesh | None = None,
 ) -> Any:
-    """`function` jitted, lowered and compiled for shapes that `on_gpu` placed: a jax.stages.Compiled."""
+    """`function` jitted, lowered and compiled for shapes that `on_gpu` placed: a jax.stages.Compiled.
+
+    `devices`: described ones, of a program for several.
+    """
     jitted = jax.jit(function, donate_argnums=donate_argnums)
     if gpu.is_here:
         return jitted.lower(*arguments).compile(compiler_options=compiler_options)
-    with traced_for(gpu), _uncached():
+    with traced_for(gpu, devices), _uncached():
         try:
             traced = jitted.trace(*arguments)
         except RuntimeError as error:  # of a kernel that is not for this GPU

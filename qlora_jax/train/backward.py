@@ -143,8 +143,8 @@ def add_gradient(
 class _Layers:
     """The frozen arrays of one layer after the other.
 
-    Where a device has all of them the scan cuts them. Where it has parts each layer is gathered while the one before is computed, and handed on:
-    what the last step of the forward pass gathers is what the backward pass begins with.
+    Where a device has all of them the scan cuts them. Where it has parts each layer is gathered while the one before is
+    computed, and handed on: what the forward pass gathers last is what the backward pass begins with.
     """
 
     def __init__(self, model: Decoder, frozen: Any):

@@ -12,6 +12,7 @@ from qlora_jax.data.chat_examples import TEMPLATES
 from qlora_jax.data.examples import Lengths
 from qlora_jax.errors import InputError
 from qlora_jax.feed.sources import sources_of
+from qlora_jax.mesh.axes import Axes
 from qlora_jax.models import attention
 from qlora_jax.models.decoder import REMAT
 from qlora_jax.optim.paged import PAGING
@@ -33,7 +34,6 @@ _AT_LEAST_ONE = (
     ("train", "steps"), ("train", "batch_size"), ("train", "loss_chunk"),
     ("train", "checkpoint_every"), ("train", "keep_checkpoints"), ("train", "log_every"),
     ("optimizer", "page_bytes"), ("eval", "batch_size"), ("eval", "mmlu_batch_size"),
-    ("mesh", "devices"),
 )  # fmt: skip
 
 
@@ -87,8 +87,34 @@ def check_values(config: Any, backend: str | None = None) -> None:
             f"{backend}: set model.{key}=xla"
         )
     check_kernel(config.quant.format, config.model.kernel)
-    if config.mesh.devices != 1:
-        raise InputError(f"mesh.devices is {config.mesh.devices}; one run trains on one device")
+    _check_mesh(config)
+
+
+def _check_mesh(config: Any) -> None:
+    axes = Axes.of(config.mesh)
+    if axes.devices == 1:
+        return
+    if config.model.router_aux_loss_coef:
+        raise InputError(
+            f"model.router_aux_loss_coef is {config.model.router_aux_loss_coef}, whose loss is of all of a batch's "
+            f"tokens together, and the mesh ({axes}) divides them: set it to 0, or mesh.devices=1"
+        )
+    if axes.fsdp == 1:
+        return
+    matrices = set(config.lora.modules_to_save) - {AUTO}
+    added = config.data.added_tokens or config.data.added_special_tokens
+    refused = (
+        (config.model.remat == "none", "model.remat", "keeps every layer that was gathered", "model.remat=block"),
+        (matrices, "lora.modules_to_save", "trains whole matrices", "lora.modules_to_save=()"),
+        (added, "data.added_tokens", "adds rows to a divided embedding", "data.added_tokens=()"),
+        (config.eval.mmlu_data, "eval.mmlu_data", "asks with a whole head", "eval.mmlu_data=''"),
+    )
+    for is_wrong, key, does, mend in refused:
+        if is_wrong:
+            raise InputError(
+                f"{key} {does}, and the mesh ({axes}) divides the model's arrays: set {mend}, or divide rows alone by "
+                f"mesh.data={axes.devices} and mesh.fsdp=1"
+            )
 
 
 def _check_flash(section: Any) -> None:

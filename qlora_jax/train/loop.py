@@ -27,6 +27,7 @@ from qlora_jax.feed.batches import Batches
 from qlora_jax.feed.pipeline import prefetched, step_dataset
 from qlora_jax.generate.trained import template_of, write_template
 from qlora_jax.io.peft import write_adapter
+from qlora_jax.mesh.shards import bytes_of_one, share_of_one
 from qlora_jax.optim.paged import PagedOptimizer
 from qlora_jax.optim.pages import Pages
 from qlora_jax.optim.residency import decide, reserved
@@ -110,7 +111,7 @@ class Run:
         self.adapter = prepared.adapter
         self.pages = Pages(prepared.tx, self.adapter, config.optimizer.page_bytes)
         self.cut, self.gradient = self._choose_cut()
-        self.evaluation = Program(evaluation_of(prepared.graph, config.train.loss_chunk))
+        self.evaluation = Program(evaluation_of(prepared.graph, config.train.loss_chunk, prepared.devices))
         self.mmlu = None if prepared.mmlu is None else MMLU(prepared.graph, prepared.mmlu)
         self.optimizer = self._make_optimizer()
         self.states = self.optimizer.init(self.adapter)
@@ -201,25 +202,29 @@ class Run:
 
         choice = self.workdir.kept_cut(to_cut, self.say)
         if choice is None:
-            adapter = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.adapter))
+            shards = None if prepared.devices is None else prepared.devices.shards
+            adapter = bytes_of_one(shards, self.adapter)
             choice = choose(to_cut, prepared.base_bytes + 2 * adapter + state, limit, fits)
         if to_cut.is_open or to_cut.rows // choice.cut.rows != to_cut.grad_accum:
             self.say(described(to_cut, choice))
         if to_cut.is_open:
-            self.workdir.keep_cut(choice)
+            self.workdir.keep_cut(to_cut, choice)
         return choice.cut, programs.get(choice.cut) or self._gradient_program(choice.cut)
 
     def _gradient_program(self, cut: Cut) -> Program:
         graph = self.prepared.graph_with(cut.remat)
         o = self.config.optimizer
-        return Program(gradient_of(graph, self.config.train.loss_chunk, o.max_grad_norm), compiler_options(cut.remat))
+        gradient = gradient_of(graph, self.config.train.loss_chunk, o.max_grad_norm, devices=self.prepared.devices)
+        return Program(gradient, compiler_options(cut.remat))
 
     def _make_optimizer(self) -> PagedOptimizer:
         """With as much of its state on the device as optimizer.paging says."""
         section, limit = self.config.optimizer, memory_limit()
         if paging(section) == "auto" and limit is not None:
             self._compile_largest()
-        residency = decide(paging(section), self.pages, limit, self._program_bytes())
+        shards = None if self.prepared.devices is None else self.prepared.devices.shards
+        share = share_of_one(shards, self.adapter)
+        residency = decide(paging(section), self.pages, limit, self._program_bytes(), share)
         self.say(residency.reason)
         return PagedOptimizer(self.pages, self.adapter, residency.resident_bytes)
 
@@ -229,7 +234,7 @@ class Run:
         self.gradient.compile(*self._gradient_shapes(prepared.data.batches.max_length, self.cut))
         heldout = prepared.data.eval_batches(prepared.data.heldout, config.eval.batch_size)
         for batch in itertools.islice(heldout, 1):  # the longest first
-            self.evaluation.compile(self.adapter, prepared.base, *arrays_of(batch))
+            self.evaluation.compile(self.adapter, prepared.base, *arrays_of(batch, prepared.row_parts))
         if self.mmlu is not None:
             self.mmlu.compile_largest(self.adapter, prepared.base)
 
@@ -248,17 +253,17 @@ class Run:
     def _gradient_shapes(self, length: int, cut: Cut) -> list[Any]:
         """Arguments of the gradient for batches of rows of `length` tokens."""
         prepared = self.prepared
-        shape = (prepared.to_cut.rows // cut.rows, cut.rows, length)
+        shape = (prepared.to_cut.rows // cut.rows, cut.rows * prepared.row_parts, length)
         tokens, mask = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.int32, np.bool_))
         key = jax.random.key(0) if self.config.lora.dropout else None
         # a step gives its adapter away: while another thread compiles, only shapes are sure to be there
-        adapter = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.adapter)
+        adapter = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.adapter)
         return [adapter, prepared.base, tokens, mask, key, *([tokens] if prepared.data.is_packed else [])]
 
     def evaluate(self, examples: Sequence[Example]) -> float | None:
         """Mean loss over the target tokens of held-out examples, nats; None without any."""
         batches = self.prepared.data.eval_batches(examples, self.config.eval.batch_size) if examples else ()
-        return mean_loss(self.evaluation, self.adapter, self.prepared.base, batches)
+        return mean_loss(self.evaluation, self.adapter, self.prepared.base, batches, self.prepared.row_parts)
 
     def _heldout_loss(self, step: int) -> float | None:
         loss = self.evaluate(self.prepared.data.heldout)
@@ -286,7 +291,8 @@ class Run:
         if found is None:
             self.workdir.keep_metrics_until(-1)
             return 0
-        start, self.adapter, states = found
+        start, adapter, states = found
+        self.adapter = self.prepared.on_devices(adapter)
         self.states = self.optimizer.place(states)
         self.workdir.keep_metrics_until(start)
         done = "finished: its files are written again" if start == self.prepared.steps else "resumed"
@@ -298,7 +304,7 @@ class Run:
         config, prepared = self.config, self.prepared
         begun = time.perf_counter()
         batch = next(self.feed)
-        micro = lambda x: x.reshape(-1, self.cut.rows, x.shape[-1])  # noqa: E731
+        micro = lambda x: x.reshape(-1, self.cut.rows * prepared.row_parts, x.shape[-1])  # noqa: E731
         key = None
         if config.lora.dropout:
             key = jax.random.fold_in(jax.random.key(config.train.seed + 1), step)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +24,12 @@ from qlora_jax.io.adapters.head import read_head
 from qlora_jax.io.folder import resolve
 from qlora_jax.io.load import QuantSpec, load_config, load_model
 from qlora_jax.io.peft_config import read_config
+from qlora_jax.io.place import anywhere
 from qlora_jax.io.remote import name_of
 from qlora_jax.lora import LoRAConfig
+from qlora_jax.mesh.axes import Axes
+from qlora_jax.mesh.place import Devices, by_rules, mesh_of
+from qlora_jax.mesh.shards import Shards, bytes_of_one
 from qlora_jax.models import attention
 from qlora_jax.models.config import ModelConfig, read_json
 from qlora_jax.models.decoder import Decoder
@@ -81,8 +86,9 @@ class Prepared:
     tx: Any  # optax, without clipping
     schedule: Callable[[int], Any]
     steps: int  # optimizer steps of the run
-    to_cut: ToCut  # a step's rows, and how the config wants them cut
-    base_bytes: int  # the frozen model on the device
+    to_cut: ToCut  # a step's rows on one device, and how the config wants them cut
+    devices: Devices | None  # None: one
+    base_bytes: int  # the frozen model on a device
     base_bits_per_param: float  # of the linear layers, scales included
     trainable_params: int
     total_params: int
@@ -95,6 +101,15 @@ class Prepared:
         model = nnx.merge(self.graph, self.adapter, self.base)
         model.remat = remat
         return lora.split(model)[0]
+
+    @property
+    def row_parts(self) -> int:
+        """Devices that divide the rows of a batch."""
+        return 1 if self.devices is None else self.devices.shards.row_parts
+
+    def on_devices(self, adapter: Any) -> Any:
+        """An adapter where the run has it."""
+        return adapter if self.devices is None else jax.device_put(adapter, self.devices.shardings(adapter))
 
     def grown_matrices(self) -> dict[str, Any]:
         """Embedding and head that do not train, where they have rows for new tokens: the adapter needs them too.
@@ -127,6 +142,8 @@ def prepare(
       InputError: any mistake in config, data or model, in one line; or what `check` raises.
     """
     check_config(config)
+    axes = Axes.of(config.mesh)
+    mesh = mesh_of(axes) if axes.devices > 1 else None
     quant = quantization(config)
     folder = resolve(config.model.path, config.model.revision)
     model_config = load_config(folder)
@@ -166,7 +183,8 @@ def prepare(
     tx = make_optimizer(config.optimizer, steps)
     if not is_encoder:
         _say_attention(config.model, model_config, data.batches.max_length, say)
-    model, base_input = load_base(config, folder, progress) if base is None else base.fresh(config.model)
+    place = anywhere if mesh is None else partial(by_rules, mesh)
+    model, base_input = load_base(config, folder, progress, place) if base is None else base.fresh(config.model)
     check({"model.path": base_input})
     begun = ""
     if isinstance(model, Encoder) and not config.lora.init_from:
@@ -190,8 +208,14 @@ def prepare(
         if start.head:
             lora.train_head(model, {name: jnp.asarray(value) for name, value in start.head.items()})
     graph, adapter, frozen = lora.split(model)
+    devices = None
+    if mesh is not None:
+        devices = Devices(mesh, Shards.of(axes, adapter, frozen))
+        model.shards = devices.shards
+        graph, adapter, frozen = lora.split(model)
+        adapter, frozen = (jax.device_put(tree, devices.shardings(tree)) for tree in (adapter, frozen))
     to_cut = rows_to_cut(config, dataclasses.replace(model_config, V=V), lora_config, data)
-    base_bytes = _bytes(frozen)
+    base_bytes = bytes_of_one(None if devices is None else devices.shards, frozen)
     bits, base_params = base_size(model)
     trainable = sum(leaf.size for leaf in jax.tree.leaves(adapter))
     say(
@@ -213,7 +237,7 @@ def prepare(
     o = config.optimizer
     schedule = make_schedule(o.schedule, o.learning_rate, steps, o.warmup_steps)
     return Prepared(
-        folder, tokenizer, data, graph, adapter, frozen, lora_config, tx, schedule, steps, to_cut,
+        folder, tokenizer, data, graph, adapter, frozen, lora_config, tx, schedule, steps, to_cut, devices,
         base_bytes, bits, trainable, base_params + trainable, asked, added, model_config.kind,
     )  # fmt: skip
 
@@ -250,17 +274,23 @@ def rows_to_cut(config: Any, sizes: ModelConfig, lora_config: LoRAConfig, data: 
     """The rows of a step of `data`; `sizes` with added tokens in V."""
     settings = model_settings(config.model) | row_limits(sizes, [config.data])
     spec = ModelSpec(sizes, quantization(config), lora_config, **settings)
-    return ToCut.of(config, spec, data.batches.batch_size, data.batches.max_length)
+    rows = Axes.of(config.mesh).rows(data.batches.batch_size)
+    return ToCut.of(config, spec, rows, data.batches.max_length)
 
 
-def load_base(config: Any, folder: Path, progress: Callable[[int, int], None]) -> Base:
-    """The frozen model that the config's `model` and `quant` sections describe, from its folder."""
+def load_base(
+    config: Any, folder: Path, progress: Callable[[int, int], None], place: Callable[[str, Any], Any] = anywhere
+) -> Base:
+    """The frozen model that the config's `model` and `quant` sections describe, from its folder.
+
+    `place`: see load_model.
+    """
     m = config.model
     sums: list[str] = []
     check_router_loss(m, load_config(folder))
     model = load_model(
         folder, quantization(config), m.compute_dtype, m.remat, m.attention, m.kernel, progress, m.sequence_chunk,
-        sums.append,
+        sums.append, place,
     )  # fmt: skip
     model.router_aux_loss_coef = m.router_aux_loss_coef
     settings = {key: value for key, value in read_json(folder / "config.json").items() if key not in _NOT_SETTINGS}

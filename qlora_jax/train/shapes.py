@@ -9,6 +9,8 @@ from flax import nnx
 
 from qlora_jax import lora
 from qlora_jax.io.load import QuantSpec, abstract_weight
+from qlora_jax.mesh.axes import ONE, Axes
+from qlora_jax.mesh.shards import Shards
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.families.module import assembled
@@ -72,19 +74,28 @@ def model_settings(section: Any) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class AbstractModel:
-    """`lora.split` of a model that has shapes only."""
+    """`lora.split` of a model that has shapes only; of one on a mesh, whole shapes."""
 
     graph: Any
     adapter: Any
     base: Any
+    shards: Shards | None = None
+
+    def of_one(self) -> "AbstractModel":
+        """The shapes that one device of the mesh holds."""
+        if self.shards is None:
+            return self
+        return dataclasses.replace(
+            self, adapter=self.shards.of_one(self.adapter), base=self.shards.of_one(self.base)
+        )
 
     def merged(self) -> Decoder:
         """The model itself, of ShapeDtypeStructs."""
         return nnx.merge(self.graph, self.adapter, self.base)
 
 
-def abstract_model(spec: ModelSpec) -> AbstractModel:
-    """The model that `train/setup.prepare` would load, as shapes and dtypes."""
+def abstract_model(spec: ModelSpec, axes: Axes = ONE) -> AbstractModel:
+    """The model that `train/setup.prepare` would load on a mesh of these axes, as shapes and dtypes."""
     config = spec.sizes
     stored = jnp.dtype(spec.kept_dtype)
 
@@ -109,7 +120,12 @@ def abstract_model(spec: ModelSpec) -> AbstractModel:
         lora.attach(model, spec.lora, jax.random.key(0))
         return model
 
-    return AbstractModel(*lora.split(nnx.eval_shape(made)))
+    model = nnx.eval_shape(made)
+    graph, adapter, base = lora.split(model)
+    if axes.devices == 1:
+        return AbstractModel(graph, adapter, base)
+    model.shards = Shards.of(axes, adapter, base)
+    return AbstractModel(*lora.split(model), model.shards)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from qlora_jax.feed.load import longest_example
 from qlora_jax.feed.packing import pack_length
 from qlora_jax.io.folder import TOKENIZERS, fetch_config
 from qlora_jax.io.load import QuantSpec, load_config, skipped_linears
+from qlora_jax.mesh.axes import ONE, Axes
 from qlora_jax.models.config import ModelConfig, read_json
 from qlora_jax.models.known import KNOWN, known_config
 from qlora_jax.quant import native
@@ -29,13 +30,14 @@ from qlora_jax.train.shapes import BatchShape, ModelSpec, model_settings
 
 @dataclasses.dataclass(frozen=True)
 class RunSpec:
-    """The sizes of a run."""
+    """The sizes of a run. Rows are those of one device."""
 
     model: ModelSpec
     batch: BatchShape  # of a train step, at the longest row
     evaluation: BatchShape | None  # one batch of held-out examples; None where there are none
     form: str  # of the weights on disk: one of io/peaks.FORMS
     to_cut: ToCut  # the rows of the train step, and how the config wants them cut
+    axes: Axes = ONE  # of the run's devices
 
     def with_cut(self, cut: Cut) -> "RunSpec":
         """The same run, cut otherwise."""
@@ -68,11 +70,13 @@ def read_spec(config: Any, length: int | None = None) -> RunSpec:
     if batches is not None:
         rows, length = batches.batch_size, batches.max_length
     length = length or longest_row(config, sizes)
+    axes = Axes.of(config.mesh)
+    rows = axes.rows(rows)
     to_cut = ToCut.of(config, model, rows, length)
     has_evaluation = bool(config.data.eval_examples or config.data.eval_path) and not config.data.batches
     packed = config.data.packing
-    evaluation = BatchShape(1, config.eval.batch_size, length, packed) if has_evaluation else None
-    spec = RunSpec(model, BatchShape(1, rows, length, packed), evaluation, form, to_cut)
+    evaluation = BatchShape(1, -(-config.eval.batch_size // axes.devices), length, packed) if has_evaluation else None
+    spec = RunSpec(model, BatchShape(1, rows, length, packed), evaluation, form, to_cut, axes)
     return spec.with_cut(default_cut(to_cut))
 
 

@@ -22,6 +22,7 @@ from qlora_jax.train.cut import Choice, Cut, ToCut, cuts
 # Keys that name files and folders: another name with the same content is the same run.
 _PATHS = ("model.path", "data.path", "data.eval_path", "data.batches", "lora.init_from", "eval.mmlu_data")
 INPUTS, CUT = "inputs.json", "cut.json"
+_KEPT = "kept: the run began with it"  # of a cut, why
 
 
 def refuse_other_config(path: Path, config: dict[str, Any]) -> None:
@@ -155,17 +156,23 @@ class Workdir:
         try:
             found = json.loads(file.read_bytes())
             cut = Cut(found["micro_batch_rows"], found["remat"])
-            if type(cut.rows) is not int or cut not in cuts(wanted):
+            if type(cut.rows) is not int:
                 raise ValueError
+            if cut not in cuts(wanted):
+                if found.get("rows_of_a_device", wanted.rows) == wanted.rows:
+                    raise ValueError
+                say("run: its devices are others than until the checkpoint: batches are cut anew")
+                return None
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file} is damaged; put it back, or start anew in another --workdir") from error
-        return Choice(cut, "kept: the run began with it")
+        return Choice(cut, _KEPT)
 
-    def keep_cut(self, choice: Choice) -> None:
+    def keep_cut(self, wanted: ToCut, choice: Choice) -> None:
         """Writes down how a run's batches are cut, as a new one has chosen it."""
-        if not (self._goes_on and (self.path / CUT).exists()):
+        if choice.reason != _KEPT:
             rows, remat = choice.cut
-            write_json(self.path / CUT, {"micro_batch_rows": rows, "remat": remat, "reason": choice.reason})
+            said = {"micro_batch_rows": rows, "remat": remat, "reason": choice.reason}
+            write_json(self.path / CUT, said | {"rows_of_a_device": wanted.rows})
 
     def keep_metrics_until(self, step: int) -> None:
         """Drops the lines of steps after `step` (they will be run again) and a line that a kill cut short."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from qlora_jax.errors import InputError
 from qlora_jax.feed.load import LoadedData
+from qlora_jax.mesh.axes import Axes
 from qlora_jax.models.config import ModelConfig
 
 REMATS = ("block", "none")
@@ -12,6 +13,12 @@ REMATS = ("block", "none")
 
 def check_kind(config: Any, sizes: ModelConfig) -> None:
     """Raises InputError where a config asks for what a model of this kind does not have."""
+    axes = Axes.of(config.mesh)
+    if axes.fsdp > 1 and (sizes.kind.pair or sizes.kind.bidirectional):
+        raise InputError(
+            f"the mesh ({axes}) divides the model's arrays, which encoders and T5 do not have here: divide rows alone "
+            f"by mesh.data={axes.devices} and mesh.fsdp=1"
+        )
     if sizes.kind.pair is None:
         return
     model, data, lora = config.model, config.data, config.lora
