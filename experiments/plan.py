@@ -8,7 +8,8 @@ Compiles the config's real training programs for a GPU that is not here, from th
 GPU are needed, and data only where data.max_source_len or data.max_target_len is 0, which makes rows as long as its
 longest. Prints device memory by kind, host memory, and the least time of a step; and, where it does not fit, the
 smallest change that does. --gpu=here plans for this machine's own device; with --workdir it is held against what a
-finished run there has measured.
+finished run there has measured. For several cards of one machine: --config.mesh.devices=2 (or mesh.data, mesh.fsdp);
+--mesh then lists how each array is divided.
 """
 
 import json
@@ -29,6 +30,7 @@ GPU = flags.DEFINE_list("gpu", None, "One or more of the known GPUs (a wrong nam
 OUT = flags.DEFINE_string("out", None, "JSON file to write (with several GPUs: a list).")
 WORKDIR = flags.DEFINE_string("workdir", None, "With --gpu=here: a finished run of this config, to compare with.")
 LONGEST = flags.DEFINE_bool("longest_context", False, "Find the longest sequence that fits instead, one a step.")
+MESH = flags.DEFINE_bool("mesh", False, "Also list how each array is divided among the devices of config.mesh.")
 ADVISE = flags.DEFINE_bool("advise", True, "Where it does not fit, look for the smallest change that does.")
 
 
@@ -41,7 +43,7 @@ def main() -> None:
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # XLA's scheduler calls a program over four fifths of a card an error
     from qlora_jax.api.recipe import fill_for_plan
     from qlora_jax.errors import InputError
-    from qlora_jax.planning.describe import table
+    from qlora_jax.planning.describe import mesh_table, table
     from qlora_jax.planning.gpus import planned_gpu
     from qlora_jax.planning.here import gpu_here
     from qlora_jax.planning.plan import make_plan
@@ -65,6 +67,8 @@ def main() -> None:
         plan = make_plan(config, gpu, lambda line: print(f"plan: {line}", flush=True), ADVISE.value, length)
         plans.append(plan.to_json(name))
         print(table(plan))
+        if MESH.value:
+            print(mesh_table(plan))
     if measured is not None:
         plans[0] |= _compare(plans[0]["device_peak_bytes"], measured.peak_bytes)
     if OUT.value:

@@ -1,7 +1,11 @@
 """A plan as a person reads it."""
 
+import math
+
+from qlora_jax.mesh.rules import named
 from qlora_jax.planning.memory import usable_bytes
 from qlora_jax.planning.plan import EFFICIENCIES, Plan
+from qlora_jax.train.shapes import abstract_model
 
 _LABELS = {
     "codes": "base: codes",
@@ -48,6 +52,7 @@ def table(plan: Plan) -> str:
         f"  {plan.time.flops / 1e12:,.2f} TFLOP,",
         f"  {plan.time.bytes / 1e9:,.2f} GB of device memory moved, {plan.time.bus_bytes / 1e9:,.3f} GB each way over "
         "the bus",
+        *_wire(plan),
         f"  roofline {plan.time.seconds:.3g} s; tokens/s at "
         + ", ".join(
             f"{share:.0%}: {share * devices * batch.tokens / plan.time.seconds:,.0f}" for share in EFFICIENCIES
@@ -69,6 +74,35 @@ def table(plan: Plan) -> str:
         if plan.change is not None:
             lines.append(f"  it fits with {plan.change}")
     return "\n".join(lines)
+
+
+def _wire(plan: Plan) -> list[str]:
+    """What each of several devices receives in a step."""
+    if not plan.memory.wire:
+        return []
+    codes = sum(size for what, size in plan.memory.wire.items() if what.endswith(" u8"))
+    total, rate = plan.time.wire_bytes, plan.gpu.link_bytes_per_second
+    return [
+        f"  {total / 1e9:,.2f} GB received from the other devices, {codes / max(total, 1):.1%} of it packed weights: "
+        f"{total / rate:.3g} s at {rate / 1e9:,.0f} GB/s,"
+    ]
+
+
+def mesh_table(plan: Plan) -> str:
+    """Each array of model and adapter: its shape, along what it is divided, and what each device holds."""
+    model = abstract_model(plan.spec.model, plan.spec.axes)
+    cut = {} if model.shards is None else model.shards.axis_of
+    rows = [f"mesh: {plan.spec.axes}; rows of a batch are divided along both", ""]
+    for name, leaf in [*named(model.base), *named(model.adapter)]:
+        axes = ["-"] * len(leaf.shape)
+        ways = plan.spec.axes.fsdp if name in cut else 1
+        if name in cut:
+            axes[cut[name]] = "fsdp"
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize // ways
+        shape = ", ".join(str(d) for d in leaf.shape)
+        line = f"  {name:<56}{f'{leaf.dtype}[{shape}]':<36}({', '.join(axes)})"
+        rows.append(f"{line:<112}{size / 1e6:>10.2f} MB")
+    return "\n".join([*rows, "  optimizer state lies as the parameters that it is of", ""])
 
 
 def both(size: int) -> str:

@@ -24,6 +24,11 @@ class PlannedGpu:
     is_here: bool = False  # this process's own device, which programs are compiled for as always
 
     @property
+    def link_bytes_per_second(self) -> float:
+        """To other cards of the machine, one direction: NVLink where the card has it, else PCIe 4.0 x16."""
+        return next((rate for kind, rate in _LINKS.items() if kind in self.device_kind), 25 * 10**9)
+
+    @property
     def target_config(self) -> str:
         """XLA's GpuTargetConfig in text form."""
         major, minor = self.compute_capability
@@ -55,6 +60,8 @@ _CORES = {
     (10, 0): (233_472, 232_448, 2048),
     (12, 0): (102_400, 101_376, 1536),
 }
+# NVLink of the cards in the table, and PCIe 5.0 x16 of the RTX 5090
+_LINKS = {"A100-SXM4": 300e9, "H100": 450e9, "H200": 450e9, "B200": 900e9, "RTX 5090": 50e9}
 _MIB, _GB, _TERA = 2**20, 10**9, 10**12
 GPUS = {
     "rtx3090": PlannedGpu("NVIDIA GeForce RTX 3090", (8, 6), 82, 24_268 * _MIB, 936 * _GB, 71 * _TERA, 6 * _MIB, 1.695),

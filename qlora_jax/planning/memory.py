@@ -28,6 +28,7 @@ from qlora_jax.planning.allocator import allocator_bytes
 from qlora_jax.planning.gpus import PlannedGpu
 from qlora_jax.planning.program import compile_evaluation, compile_gradient, compile_update
 from qlora_jax.planning.topology import traced_for
+from qlora_jax.planning.wire import wire_bytes
 from qlora_jax.quant.tensor import QuantizedTensor
 from qlora_jax.train.backward import kept_bytes
 from qlora_jax.train.cut import log_sums
@@ -73,6 +74,7 @@ class Memory:
     optimizer_bytes: int  # all of its state, wherever it lives
     pinned_host_bytes: int  # paged state, and offloaded block inputs
     load_host_peak_bytes: int
+    wire: dict[str, int]  # bytes that a device receives from others in a step (planning/wire.py), by what they are
 
     @property
     def peak(self) -> Phase:
@@ -131,7 +133,9 @@ def plan_memory(
     base, adapter = base_bytes(mine), _bytes(mine.adapter)
     matrices = _bytes(whole_matrices(mine.adapter))
     held = base | {"adapters": adapter - matrices, "modules_to_save": matrices}
-    gradient = compile_gradient(gpu, model, spec.batch, spec.model.lora.dropout > 0, **run).memory_analysis()
+    compiled = compile_gradient(gpu, model, spec.batch, spec.model.lora.dropout > 0, **run)
+    wire = {} if model.shards is None else dict(wire_bytes(compiled.as_text()))
+    gradient = compiled.memory_analysis()
     offloaded = gradient.host_temp_size_in_bytes
     inputs = 0
     if spec.model.remat in ("block", "selective"):  # of the temporaries, what is known
@@ -179,6 +183,7 @@ def plan_memory(
         sum(pages.bytes),
         pinned,
         load_host_peak_bytes(spec.model.sizes, spec.form, itemsize) + pinned,
+        wire,
     )
 
 

@@ -65,6 +65,8 @@ class Plan:
             "step_flops": self.time.flops,
             "step_device_bytes_moved": self.time.bytes,
             "step_bus_bytes_each_way": self.time.bus_bytes,
+            "step_wire_bytes_received": self.time.wire_bytes,
+            "step_wire_bytes": self.memory.wire,
             "tokens_per_step": tokens,
             "micro_batch_rows": batch.B,
             "remat": self.spec.model.remat,
@@ -121,7 +123,7 @@ def make_plan(
         whole = base_bytes(model)
         packed = whole["codes"] + whole["scales"] or whole["linear_16bit"]
         adapter_params = sum(leaf.size for leaf in jax.tree.leaves(model.adapter))
-    time = roofline(spec, gpu, packed, weights, adapter_params, paged)
+    time = roofline(spec, gpu, packed, weights, adapter_params, paged, sum(memory.wire.values()))
     return Plan(gpu, spec, memory, time, change, tuple(tried), choice)
 
 

@@ -39,6 +39,7 @@ class Roofline:
     bytes: float  # of device memory
     bus_bytes: float  # each way, between host and device
     seconds: float
+    wire_bytes: int = 0  # that each of several devices receives from the others
 
 
 def step_flops(spec: RunSpec, linear_weights: float, adapter_params: float, recomputed: bool = True) -> float:
@@ -89,9 +90,15 @@ def _recomputes(spec: RunSpec) -> bool:
 
 
 def roofline(
-    spec: RunSpec, gpu: PlannedGpu, packed_bytes: int, linear_weights: int, adapter_params: int, bus_bytes: int
+    spec: RunSpec,
+    gpu: PlannedGpu,
+    packed_bytes: int,
+    linear_weights: int,
+    adapter_params: int,
+    bus_bytes: int,
+    wire_bytes: int = 0,
 ) -> Roofline:
-    """The larger of computing and moving for each micro-batch, and the bus's time beside it."""
+    """The larger of computing and moving for each micro-batch, and the time of bus and wire beside it."""
     sizes, batch = spec.model.sizes, spec.batch
     passes = PASSES if _recomputes(spec) else PASSES - 1
     head = 0 if sizes.kind.bidirectional else sizes.V * sizes.D
@@ -103,4 +110,5 @@ def roofline(
     micro = max(micro_flops / gpu.flops_per_second, moved / gpu.bytes_per_second)
     matrices = min(len(spec.model.lora.modules_to_save), 1 if sizes.tied else 2)
     seconds = batch.G * micro + 24 * (adapter_params + matrices * head) / gpu.bytes_per_second
-    return Roofline(batch.G * micro_flops, batch.G * moved, bus_bytes, max(seconds, bus_bytes / BUS_BYTES_PER_SECOND))
+    seconds = max(seconds, bus_bytes / BUS_BYTES_PER_SECOND, wire_bytes / gpu.link_bytes_per_second)
+    return Roofline(batch.G * micro_flops, batch.G * moved, bus_bytes, seconds, wire_bytes)
