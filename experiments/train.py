@@ -24,14 +24,22 @@ RUN = run_flags()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one folder, one config. Needed with --config.")
 
 
+COORDINATOR = flags.DEFINE_string("coordinator", None, "Of processes that train one model: HOST:PORT of the first.")
+PROCESSES = flags.DEFINE_integer("processes", None, "With --coordinator: how many they are.")
+PROCESS = flags.DEFINE_integer("process", None, "With --coordinator: which of them this is, from 0.")
+CLUSTER = flags.DEFINE_bool("cluster", False, "Join the processes that srun or mpirun started, one a node.")
+
+
 def main() -> int:
     from qlora_jax.api.folders import choose_workdir
     from qlora_jax.errors import InputError
+    from qlora_jax.mesh.processes import is_first
     from qlora_jax.settings import resolved
     from qlora_jax.train.loop import Stopped, finetune
     from qlora_jax.train.memory import out_of_memory_said
 
     begun = time.perf_counter()
+    _join()
     config, given = RUN.read(needs_data=True)
     if WORKDIR.value is None and RUN.has_file():
         raise InputError("missing flag --workdir=... (--help says more)")
@@ -44,10 +52,26 @@ def main() -> int:
         with out_of_memory_said():
             summary = finetune(config, plain, workdir)
     except Stopped as stopped:
-        print(f"{stopped}:\n  {this_command()}")
+        if is_first():
+            print(f"{stopped}:\n  {this_command()}")
         return 143  # 128 + SIGTERM
-    print(finished(config, workdir, summary, time.perf_counter() - begun))
+    if is_first():
+        print(finished(config, workdir, summary, time.perf_counter() - begun))
     return 0
+
+
+def _join() -> None:
+    """Meets the other processes of the run, if the flags say that there are some."""
+    from qlora_jax.errors import InputError
+    from qlora_jax.mesh.processes import start
+
+    given = [flag is not None for flag in (COORDINATOR.value, PROCESSES.value, PROCESS.value)]
+    if any(given) and not all(given):
+        raise InputError("--coordinator, --processes and --process go together: who trains, and which of them this is")
+    if CLUSTER.value and any(given):
+        raise InputError("--cluster asks the launcher for what --coordinator, --processes and --process say: give one")
+    if CLUSTER.value or all(given):
+        start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qlora_jax.io.folder import TensorFiles
+from qlora_jax.mesh.processes import everywhere, own
 
 
 def anywhere(name: str, leaf: Any) -> None:
@@ -27,10 +29,11 @@ def to_device(files: TensorFiles, key: str, dtype: Any = None, sharding: Any = N
     buffer: Any = None
     for corner, piece in pieces:
         if piece.shape == shape:
-            return jax.block_until_ready(jax.device_put(jnp.asarray(piece).astype(dtype), sharding))
+            whole = jnp.asarray(piece).astype(dtype)
+            return jax.block_until_ready(whole if sharding is None else everywhere(whole, sharding))
         if buffer is None:
             buffer = jnp.zeros(shape, dtype, device=sharding)
-        buffer = jax.block_until_ready(_write(buffer, jnp.asarray(piece), corner))
+        buffer = jax.block_until_ready(_write(buffer, own(jnp.asarray(piece)), corner, sharding))
         del piece
     return buffer
 
@@ -54,18 +57,23 @@ def put(
             return jnp.zeros(shape.shape, shape.dtype, device=sharding(jax.tree_util.keystr(path), shape))
 
         stack = jax.tree_util.tree_map_with_path(empty, leaf)
-    return jax.block_until_ready(_write_weight(stack, leaf, tuple(map(jnp.int32, place))))
+    divided = [stack.sharding if len(stack.sharding.device_set) > 1 else None for stack in jax.tree.leaves(stack)]
+    where = tuple(np.int32(number) for number in place)
+    return jax.block_until_ready(_write_weight(stack, own(leaf), where, tuple(divided)))
 
 
-@partial(jax.jit, donate_argnums=0)
-def _write(buffer: jax.Array, piece: jax.Array, corner: tuple[Any, ...]) -> jax.Array:
-    return jax.lax.dynamic_update_slice(buffer, piece.astype(buffer.dtype), corner)
+@partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _write(buffer: jax.Array, piece: jax.Array, corner: tuple[Any, ...], sharding: Any) -> jax.Array:
+    written = jax.lax.dynamic_update_slice(buffer, piece.astype(buffer.dtype), corner)
+    return written if sharding is None else jax.lax.with_sharding_constraint(written, sharding)
 
 
-@partial(jax.jit, donate_argnums=0)
-def _write_weight(stack: Any, leaf: Any, place: tuple[jax.Array, ...]) -> Any:
-    def write(stack: jax.Array, x: jax.Array) -> jax.Array:
+@partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _write_weight(stack: Any, leaf: Any, place: tuple[jax.Array, ...], shardings: tuple[Any, ...]) -> Any:
+    def write(stack: jax.Array, x: jax.Array, sharding: Any) -> jax.Array:
         one = x.reshape(*(1,) * len(place), *x.shape)
-        return jax.lax.dynamic_update_slice(stack, one, (*place, *(0,) * x.ndim))
+        written = jax.lax.dynamic_update_slice(stack, one, (*place, *(0,) * x.ndim))
+        return written if sharding is None else jax.lax.with_sharding_constraint(written, sharding)
 
-    return jax.tree.map(write, stack, leaf)
+    stacks, treedef = jax.tree.flatten(stack)
+    return jax.tree.unflatten(treedef, map(write, stacks, jax.tree.leaves(leaf), shardings))

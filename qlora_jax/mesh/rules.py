@@ -1,45 +1,36 @@
 """Which array is cut along which of its axes, by its name. Whatever the rules do not cut stands whole on each device.
 
     embedding, head, head_bias      the vocabulary: each device knows its own tokens' rows
-    blocks.NAME.weight.codes ...    packed bytes and scales, along the run of values: no byte is cut
-    blocks.NAME.weight              in 16 bits: out-features
-    blocks.NAME.lora_a, lora_b      in-features of A [.., R, I], out-features of B [.., O, R]
+    blocks.NAME.weight, lora_a/b    the first axis behind the layers': packed bytes and scales [L, n] along the run of
+                                    values (no byte is cut), 16-bit weights and B [L, O, R] by out-features, A [L, R, I]
+                                    by ranks, a mixture's stacks [L, E, ...] by experts
 
-An array whose axis the devices do not divide stands whole, too. Names are paths in the model's own tree.
+The first axis, since gathering along any other turns the whole stack around in memory first. An array whose axis the
+devices do not divide stands whole, too. Names are paths in the model's own tree.
 """
 
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 BLOCKS = "blocks."
 _VOCABULARY = ("embedding", "head", "head_bias")
-_PACKED = ("codes", "absmax", "nested_absmax")
+_PARTS = ("codes", "absmax", "nested_absmax", "offset", "weight", "lora_a", "lora_b")
 
 
 def split_axis(name: str, leaf: Any, ways: int) -> int | None:
     """The axis along which `ways` devices divide an array, counted from its end; None: each holds all of it.
 
-    `leaf`: what has its shape and dtype.
+    `leaf`: what has its shape.
     """
-    axis = _axis(name, leaf) if ways > 1 else None
-    return None if axis is None or leaf.shape[axis] % ways else axis
-
-
-def _axis(name: str, leaf: Any) -> int | None:
+    shape = leaf.shape
     if name in _VOCABULARY:
-        return -len(leaf.shape)
-    if not name.startswith(BLOCKS):
+        axis = 0
+    elif name.startswith(BLOCKS) and name.rpartition(".")[2] in _PARTS and (".weight." in name or len(shape) > 2):
+        axis = 1  # of what has a weight's parts, or is a stack of matrices: no norm's vectors
+    else:
         return None
-    last = name.rpartition(".")[2]
-    if last in _PACKED:
-        return -2 if leaf.dtype == jnp.int8 else -1
-    if last == "lora_a":
-        return -1
-    if last == "lora_b" or (last == "weight" and len(leaf.shape) > 2):
-        return -2
-    return None
+    return axis - len(shape) if ways > 1 and axis < len(shape) and shape[axis] % ways == 0 else None
 
 
 def named(tree: Any, root: str = "") -> list[tuple[str, Any]]:

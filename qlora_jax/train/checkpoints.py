@@ -30,6 +30,7 @@ from orbax.checkpoint import type_handlers
 from qlora_jax import checksums
 from qlora_jax.errors import InputError
 from qlora_jax.files import write_json
+from qlora_jax.mesh import processes
 
 _ITEM, _SUMS = "default", "checksums.json"  # orbax's folder of what it saved, in that of a step; our file in it
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that orbax was writing
@@ -62,9 +63,11 @@ class Checkpoints:
     def _manager(self) -> ocp.CheckpointManager:
         """Opened at the first save, once nothing will be set aside any more."""
         if self._opened is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep, create=True, enable_async_checkpointing=True, lightweight_initialize=True
-            )
+                max_to_keep=self._keep, create=False, enable_async_checkpointing=True, lightweight_initialize=True,
+                multiprocessing_options=_alone(),
+            )  # fmt: skip
             self._opened = ocp.CheckpointManager(self.folder.absolute(), options=options, item_handlers=_Handler())
         return self._opened
 
@@ -192,12 +195,58 @@ class Checkpoints:
         )
 
 
+class SharedCheckpoints:
+    """As Checkpoints, of a run of several processes: the first one has the folder, and all hold the same state.
+
+    Arrays that the processes divide are put together for it, one after the other, and what it restores it tells the
+    others. So every method is called by all of them at once.
+    """
+
+    def __init__(self, folder: Path, keep: int, say: Callable[[str], None] = print):
+        self._own = Checkpoints(folder, keep, say) if processes.is_first() else None
+        self._latest: int | None = processes.told(None if self._own is None else self._own.latest)
+
+    @property
+    def latest(self) -> int | None:
+        return self._latest
+
+    def save(self, step: int, adapter: Any, states: list[Any], wait: bool = False) -> None:
+        if step != self._latest:
+            adapter, states = (jax.tree.map(processes.on_host, tree) for tree in (adapter, states))
+        if self._own is not None:
+            self._own.save(step, adapter, states, wait)
+        self._latest = step
+        if wait:
+            processes.wait(f"checkpoint {step}")
+
+    def restore(self, adapter: Any, states: list[Any]) -> tuple[int, Any, list[Any]] | None:
+        found = None if self._own is None else self._own.restore(adapter, states)
+        self._latest = processes.told(None if found is None else found[0])
+        if self._latest is None:
+            return None
+        trees = (adapter, states)
+        read = None if found is None else [np.asarray(leaf) for leaf in jax.tree.leaves(found[1:])]
+        leaves = processes.told_arrays(read, jax.tree.leaves(trees))
+        return (self._latest, *jax.tree.unflatten(jax.tree.structure(trees), leaves))
+
+    def settle(self) -> None:
+        if self._own is not None:
+            self._own.settle()
+
+    def close(self) -> None:
+        if self._own is not None:
+            self._own.close()
+
+
 class _Handler(ocp.PyTreeCheckpointHandler):
     """Orbax's own, whose last file has the checksums of the others; then the folder takes its place."""
 
     def __init__(self) -> None:
         in_place = type_handlers.NumpyHandler(deepcopy_host_arrays=False)  # orbax would copy everything once more
-        super().__init__(type_handler_registry=type_handlers.create_type_handler_registry((np.ndarray, in_place)))
+        super().__init__(
+            type_handler_registry=type_handlers.create_type_handler_registry((np.ndarray, in_place)),
+            multiprocessing_options=_alone(),
+        )
 
     def finalize(self, directory: Any) -> None:
         super().finalize(directory)
@@ -215,6 +264,13 @@ class _Save(ocp.args.PyTreeSave):
 @dataclasses.dataclass
 class _Restore(ocp.args.PyTreeRestore):
     """Goes to _Handler."""
+
+
+def _alone() -> Any:
+    """Of a run's processes the first alone writes and reads; orbax would wait for all."""
+    if not processes.are_several():
+        return ocp.options.MultiprocessingOptions()
+    return ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="run")
 
 
 def _files(folder: Path) -> list[str]:
@@ -251,7 +307,7 @@ def _read_all(item: Path) -> None:
 
 def _read(item: Path, like: dict[str, list[np.ndarray]]) -> dict[str, list[np.ndarray]]:
     """Raises ValueError where the arrays are not of the shapes in `like`, and whatever orbax raises."""
-    with ocp.Checkpointer(_Handler()) as checkpointer:
+    with ocp.Checkpointer(_Handler(), multiprocessing_options=_alone()) as checkpointer:
         tree = checkpointer.restore(item.absolute(), args=_restore(like))
     for found, expected in zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True):
         if found.shape != expected.shape:
@@ -270,8 +326,10 @@ def _as_tree(adapter: Any, states: list[Any]) -> dict[str, list[np.ndarray]]:
     }
 
 
-def _host(leaf: jax.Array) -> np.ndarray:
+def _host(leaf: jax.Array | np.ndarray) -> np.ndarray:
     """A copy of what training will overwrite; a view of what it will only replace."""
+    if isinstance(leaf, np.ndarray):
+        return leaf
     return np.asarray(leaf) if leaf.sharding.memory_kind == "pinned_host" else np.array(leaf)
 
 

@@ -21,12 +21,14 @@ import jax
 import numpy as np
 
 from pallas_kernels.finite import all_finite
+from qlora_jax.checksums import Input
 from qlora_jax.data.examples import Example
 from qlora_jax.errors import InputError
 from qlora_jax.feed.batches import Batches
 from qlora_jax.feed.pipeline import prefetched, step_dataset
 from qlora_jax.generate.trained import template_of, write_template
 from qlora_jax.io.peft import write_adapter
+from qlora_jax.mesh import processes
 from qlora_jax.mesh.shards import bytes_of_one, share_of_one
 from qlora_jax.optim.paged import PagedOptimizer
 from qlora_jax.optim.pages import Pages
@@ -36,9 +38,9 @@ from qlora_jax.progress import Progress
 from qlora_jax.settings import config_hash
 from qlora_jax.text.added_tokens import write_tokenizer
 from qlora_jax.train.backward import compiler_options
-from qlora_jax.train.checkpoints import Checkpoints
+from qlora_jax.train.checkpoints import Checkpoints, SharedCheckpoints
 from qlora_jax.train.checks import check_config
-from qlora_jax.train.cut import Cut, choose, described
+from qlora_jax.train.cut import Choice, Cut, ToCut, choose, described
 from qlora_jax.train.loggers import Loggers
 from qlora_jax.train.memory import Program, memory_limit, memory_said, peak_device_bytes, peak_host_bytes
 from qlora_jax.train.mmlu import MMLU
@@ -73,20 +75,35 @@ def finetune(
       InputError: whatever the user can mend, before training starts; or a loss that is not finite, with step and batch.
       Stopped: after SIGTERM, once the state is saved.
     """
+    with processes.own_folder(path) as own:
+        return _finetune(config, plain, own, processes.quiet(say), base)
+
+
+def _finetune(
+    config: Any, plain: dict[str, Any], path: Path, say: Callable[[str], None], base: Base | None
+) -> dict[str, Any]:
     check_config(config)
     refuse_other_config(path, plain)
     workdir = Workdir(path, plain)
+
+    def check(inputs: dict[str, Input]) -> None:
+        for key, value in inputs.items():
+            processes.same(key, value.content)
+        workdir.check(inputs, say)
+
     try:
-        checkpoints = Checkpoints(workdir.checkpoints, config.train.keep_checkpoints, say)
+        make = SharedCheckpoints if processes.are_several() else Checkpoints
+        checkpoints = make(workdir.checkpoints, config.train.keep_checkpoints, say)
         if checkpoints.latest is not None:
             workdir.go_on(say)
         # of the model, and of the residual base that an adapter may need
         with Progress("loading", unit="tensor") as loading:
-            prepared = prepare(config, say, loading.to, lambda inputs: workdir.check(inputs, say), base)
+            prepared = prepare(config, say, loading.to, check, base)
         workdir.begin(say)
         run = Run(config, plain, prepared, workdir, checkpoints, say)
         try:
-            return run.finish()
+            with processes.lost_said():
+                return run.finish()
         finally:
             run.close()
             checkpoints.settle()  # what is being written is worth having, whatever ended the run
@@ -103,7 +120,7 @@ class Run:
         plain: dict,
         prepared: Prepared,
         workdir: Workdir,
-        checkpoints: Checkpoints,
+        checkpoints: Checkpoints | SharedCheckpoints,
         say: Callable[[str], None],
     ):
         self.config, self.plain, self.prepared, self.say = config, plain, prepared, say
@@ -122,7 +139,8 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         start = self._resume()
-        self.loggers = Loggers(self.config.train.loggers, self.workdir.path, self.plain, start, self.say)
+        loggers = self.config.train.loggers if processes.is_first() else ()
+        self.loggers = Loggers(loggers, self.workdir.path, self.plain, start, self.say)
         summary = None
         try:
             self._train(start)
@@ -135,7 +153,7 @@ class Run:
 
     def _train(self, start: int) -> None:
         steps = self.prepared.steps
-        # one run trains on one device (checks.check_values), so it takes whole batches
+        # a process takes whole batches, of which it puts its own rows on its devices: they are a few kilobytes
         self.feed = prefetched(step_dataset(self.prepared.data.batches, steps, shard_index=0, shard_count=1), start)
         self._compile_ahead(start)
         with _on_sigterm(self.stop):
@@ -164,7 +182,7 @@ class Run:
             self._log_mmlu(done, progress.write)
         if done % config.train.checkpoint_every == 0 or done == steps:
             self._save(done)
-        if self.stop.is_set() and done < steps:
+        if processes.stop_is_due(done, self.stop.is_set()) and done < steps:
             progress.close()
             self._save(done, wait=True)
             raise Stopped(
@@ -200,7 +218,7 @@ class Run:
             programs[cut].compile(*self._gradient_shapes(prepared.data.batches.max_length, cut))
             return limit is None or programs[cut].peak_bytes + state <= limit - reserved(limit)
 
-        choice = self.workdir.kept_cut(to_cut, self.say)
+        choice = self._kept_cut(to_cut)
         if choice is None:
             shards = None if prepared.devices is None else prepared.devices.shards
             adapter = bytes_of_one(shards, self.adapter)
@@ -210,6 +228,12 @@ class Run:
         if to_cut.is_open:
             self.workdir.keep_cut(to_cut, choice)
         return choice.cut, programs.get(choice.cut) or self._gradient_program(choice.cut)
+
+    def _kept_cut(self, to_cut: ToCut) -> Choice | None:
+        """As the run's folder has it, which the first process holds."""
+        kept = self.workdir.kept_cut(to_cut, self.say) if processes.is_first() else None
+        found = processes.told(None if kept is None else [*kept.cut, kept.reason])
+        return None if found is None else Choice(Cut(found[0], found[1]), found[2])
 
     def _gradient_program(self, cut: Cut) -> Program:
         graph = self.prepared.graph_with(cut.remat)
@@ -263,7 +287,8 @@ class Run:
     def evaluate(self, examples: Sequence[Example]) -> float | None:
         """Mean loss over the target tokens of held-out examples, nats; None without any."""
         batches = self.prepared.data.eval_batches(examples, self.config.eval.batch_size) if examples else ()
-        return mean_loss(self.evaluation, self.adapter, self.prepared.base, batches, self.prepared.row_parts)
+        prepared = self.prepared
+        return mean_loss(self.evaluation, self.adapter, prepared.base, batches, prepared.row_parts, prepared.given)
 
     def _heldout_loss(self, step: int) -> float | None:
         loss = self.evaluate(self.prepared.data.heldout)
@@ -307,8 +332,8 @@ class Run:
         micro = lambda x: x.reshape(-1, self.cut.rows * prepared.row_parts, x.shape[-1])  # noqa: E731
         key = None
         if config.lora.dropout:
-            key = jax.random.fold_in(jax.random.key(config.train.seed + 1), step)
-        tokens, loss_mask, *segments = map(micro, arrays_of(batch))
+            key = prepared.given(jax.random.fold_in(jax.random.key(config.train.seed + 1), step))
+        tokens, loss_mask, *segments = map(prepared.given, map(micro, arrays_of(batch)))
         grads, metrics = self.gradient(self.adapter, prepared.base, tokens, loss_mask, key, *segments)
         loss, norm = float(metrics.loss), float(metrics.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -364,7 +389,8 @@ class Run:
             if prepared.tokenizer is not None and not prepared.kind.bidirectional:
                 write_template(folder, template_of(prepared.data.sources))
 
-        write_adapter(workdir.adapter, self.adapter, prepared.lora_config, base, grown, write_beside, prepared.kind)
+        adapter = jax.tree.map(processes.on_host, self.adapter) if processes.are_several() else self.adapter
+        write_adapter(workdir.adapter, adapter, prepared.lora_config, base, grown, write_beside, prepared.kind)
         eval_loss = self._heldout_loss(prepared.steps)
         rows = [row for row in workdir.metrics() if "loss" in row]
         device_bytes, source = self._device_bytes()

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from qlora_jax.errors import InputError
+from qlora_jax.mesh.processes import wait
 
 MEMORY_FRACTION = 0.95  # of a GPU, for JAX's allocator; XLA_CLIENT_MEM_FRACTION says otherwise
 
@@ -27,15 +28,21 @@ class Program:
     ):
         self._jitted = jax.jit(function, compiler_options=compiler_options, donate_argnums=donate_argnums)
         self._compiled: dict[Any, Future] = {}
+        self._called: set[Any] = set()
         self._lock = threading.Lock()
         self.waits = 0  # calls whose program was not there yet
         self.peak_bytes = 0  # largest program so far: arguments, results and temporaries
 
     def __call__(self, *arguments: Any) -> Any:
-        program = self._compiled.get(_key(arguments))
+        key = _key(arguments)
+        program = self._compiled.get(key)
         if program is None or not program.done():
             self.waits += 1
-        return self.compile(*arguments)(*arguments)
+        compiled = self.compile(*arguments)
+        if key not in self._called:
+            self._called.add(key)
+            wait("program")  # for processes that compile it for longer
+        return compiled(*arguments)
 
     def compile(self, *arguments: Any) -> Any:
         """The program for arrays of these shapes, whose memory then counts in peak_bytes."""
@@ -86,13 +93,13 @@ def out_of_memory_said() -> Iterator[None]:
 
 def memory_limit() -> int | None:
     """Bytes that the first device's allocator may give out; None on backends that state none (CPU)."""
-    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def peak_device_bytes(compiled_peak: int) -> tuple[int, str]:
     """(bytes, where the figure comes from): the allocator's peak on accelerators; on CPUs the largest compiled
     program."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"], "allocator"
     return compiled_peak, "compiler"
@@ -100,7 +107,7 @@ def peak_device_bytes(compiled_peak: int) -> tuple[int, str]:
 
 def memory_said() -> str:
     """The most memory taken so far, and of what: the device's where its allocator counts, else the process's."""
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return f"{stats['peak_bytes_in_use'] / 2**30:.2f} GiB device"
     return f"{peak_host_bytes() / 2**30:.2f} GiB host"

@@ -29,6 +29,7 @@ from qlora_jax.io.remote import name_of
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.mesh.axes import Axes
 from qlora_jax.mesh.place import Devices, by_rules, mesh_of
+from qlora_jax.mesh.processes import are_several, everywhere
 from qlora_jax.mesh.shards import Shards, bytes_of_one
 from qlora_jax.models import attention
 from qlora_jax.models.config import ModelConfig, read_json
@@ -109,7 +110,11 @@ class Prepared:
 
     def on_devices(self, adapter: Any) -> Any:
         """An adapter where the run has it."""
-        return adapter if self.devices is None else jax.device_put(adapter, self.devices.shardings(adapter))
+        return adapter if self.devices is None else everywhere(adapter, self.devices.shardings(adapter))
+
+    def given(self, x: Any) -> Any:
+        """A program's input, which every process has whole, where the devices of several take it."""
+        return everywhere(x, self.devices.rows(x)) if self.devices is not None and are_several() else x
 
     def grown_matrices(self) -> dict[str, Any]:
         """Embedding and head that do not train, where they have rows for new tokens: the adapter needs them too.
@@ -213,7 +218,7 @@ def prepare(
         devices = Devices(mesh, Shards.of(axes, adapter, frozen))
         model.shards = devices.shards
         graph, adapter, frozen = lora.split(model)
-        adapter, frozen = (jax.device_put(tree, devices.shardings(tree)) for tree in (adapter, frozen))
+        adapter, frozen = (everywhere(tree, devices.shardings(tree)) for tree in (adapter, frozen))
     to_cut = rows_to_cut(config, dataclasses.replace(model_config, V=V), lora_config, data)
     base_bytes = bytes_of_one(None if devices is None else devices.shards, frozen)
     bits, base_params = base_size(model)

@@ -133,16 +133,21 @@ def _predicted(
 
 
 def mean_loss(
-    evaluation: Callable[..., Any], adapter: Any, base: Any, batches: Iterable[Mapping], parts: int = 1
+    evaluation: Callable[..., Any],
+    adapter: Any,
+    base: Any,
+    batches: Iterable[Mapping],
+    parts: int = 1,
+    given: Callable[[Any], Any] = lambda x: x,
 ) -> float | None:
     """Mean loss over the target tokens of all batches, nats; None without any batch.
 
     `evaluation`: of make_evaluation, compiled. `batches`: tokens and loss_mask [B, T], and segments of packed rows.
-    `parts`: devices that divide B among them.
+    `parts`: devices that divide B among them. `given`: puts an input where they take it.
     """
     total, count, any_batch = 0.0, 0.0, False
     for batch in batches:
-        nats, targets = evaluation(adapter, base, *arrays_of(batch, parts))
+        nats, targets = evaluation(adapter, base, *map(given, arrays_of(batch, parts)))
         total, count, any_batch = total + float(nats), count + float(targets), True
     return total / max(count, 1) if any_batch else None
 
