@@ -33,7 +33,7 @@ CLUSTER = flags.DEFINE_bool("cluster", False, "Join the processes that srun or m
 def main() -> int:
     from qlora_jax.api.folders import choose_workdir
     from qlora_jax.errors import InputError
-    from qlora_jax.mesh.processes import is_first
+    from qlora_jax.mesh.processes import are_several, is_first
     from qlora_jax.settings import resolved
     from qlora_jax.train.loop import Stopped, finetune
     from qlora_jax.train.memory import out_of_memory_said
@@ -54,7 +54,7 @@ def main() -> int:
     except Stopped as stopped:
         if is_first():
             print(f"{stopped}:\n  {this_command()}")
-        return 143  # 128 + SIGTERM
+        return 0 if are_several() else 143  # 128 + SIGTERM; a launcher would take it for one of many that failed
     if is_first():
         print(finished(config, workdir, summary, time.perf_counter() - begun))
     return 0

@@ -35,6 +35,7 @@ ORDER = (
     "qlora_jax.lora",
     "qlora_jax.residual",
     "qlora_jax.models",
+    "qlora_jax.mesh",
     "qlora_jax.quant",
     "qlora_jax.files",
     "qlora_jax.progress",

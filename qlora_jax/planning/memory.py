@@ -21,6 +21,7 @@ import optax
 
 from qlora_jax.io.peaks import load_device_peak_bytes, load_host_peak_bytes
 from qlora_jax.lora import linear, whole_matrices
+from qlora_jax.mesh.wire import wire_bytes
 from qlora_jax.models.layers import Frozen
 from qlora_jax.optim.pages import Pages
 from qlora_jax.optim.residency import decide
@@ -28,7 +29,6 @@ from qlora_jax.planning.allocator import allocator_bytes
 from qlora_jax.planning.gpus import PlannedGpu
 from qlora_jax.planning.program import compile_evaluation, compile_gradient, compile_update
 from qlora_jax.planning.topology import traced_for
-from qlora_jax.planning.wire import wire_bytes
 from qlora_jax.quant.tensor import QuantizedTensor
 from qlora_jax.train.backward import kept_bytes
 from qlora_jax.train.cut import log_sums
@@ -74,7 +74,7 @@ class Memory:
     optimizer_bytes: int  # all of its state, wherever it lives
     pinned_host_bytes: int  # paged state, and offloaded block inputs
     load_host_peak_bytes: int
-    wire: dict[str, int]  # bytes that a device receives from others in a step (planning/wire.py), by what they are
+    wire: dict[str, int]  # bytes that a device receives from others in a step (mesh/wire.py), by what they are
 
     @property
     def peak(self) -> Phase:

@@ -60,8 +60,8 @@ def _received(match: re.Match[str], line: str) -> Counter[str]:
     n = _group_size(line)
     result, kind, is_start = match[1], match[2], match[3]
     arrays = _ARRAY.findall(result)
-    if kind == "all-gather" and is_start:
-        arrays = arrays[len(arrays) // 2 :]  # what it starts with, and what it will give
+    if kind != "all-reduce" and is_start:
+        arrays = arrays[len(arrays) // 2 :]  # it lists what it takes, and then what it will give
     sizes: Counter[str] = Counter()
     for dtype, shape in arrays:
         size = math.prod(int(d) for d in shape.split(",") if d) * _BITS.get(dtype, 32) // 8

@@ -1,0 +1,78 @@
+"""What a config says of its devices."""
+
+import pytest
+
+from configs import base
+from qlora_jax.errors import InputError
+from qlora_jax.mesh.axes import Axes
+from qlora_jax.settings import config_hash, differing_keys, resolved
+from qlora_jax.train.checks import check_values
+
+
+def config(**values):
+    c = base.get_config()
+    with c.unlocked():
+        c.mesh.update(values)
+    return c
+
+
+@pytest.mark.parametrize(
+    "values, axes",
+    [
+        ({}, (1, 1)),
+        ({"devices": 4}, (1, 4)),
+        ({"devices": 4, "data": 2}, (2, 2)),
+        ({"fsdp": 3}, (1, 3)),
+        ({"data": 2, "fsdp": 1}, (2, 1)),
+        ({"devices": 8, "data": 2, "fsdp": 4}, (2, 4)),
+    ],
+)
+def test_what_is_left_open_is_fsdp(values, axes):
+    assert Axes.of(config(**values).mesh) == axes
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"devices": 0}, "mesh.devices is 0; expected at least 1"),
+        ({"fsdp": -1}, "mesh.fsdp is -1; expected devices, or 0"),
+        ({"devices": 6, "data": 4}, "mesh.data = 4 does not divide"),
+        ({"devices": 6, "data": 2, "fsdp": 2}, "take 4: change one of them"),
+        ({"tensor": 2}, "set mesh.fsdp=2 and mesh.tensor=1"),
+        ({"expert": 4}, "set mesh.fsdp=4 and mesh.expert=1"),
+    ],
+)
+def test_what_is_no_mesh_is_refused(values, said):
+    with pytest.raises(InputError, match=said):
+        Axes.of(config(**values).mesh)
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("model.remat", "none", "keeps every layer that was gathered"),
+        ("model.router_aux_loss_coef", 0.1, "all of a batch's tokens together"),
+        ("lora.modules_to_save", ("lm_head",), "trains whole matrices"),
+        ("data.added_tokens", ("<a>",), "adds rows"),
+        ("eval.mmlu_data", "cais/mmlu", "whole head"),
+    ],
+)
+def test_what_a_mesh_does_not_do_is_refused_and_how_to_mend_it_said(key, value, said):
+    c = config(devices=2)
+    with c.unlocked():
+        c.update_from_flattened_dict({key: value})
+    with pytest.raises(InputError, match=said) as refused:
+        check_values(c, "cpu")
+    assert "set " in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_batch_must_give_each_device_as_many_rows():
+    with pytest.raises(InputError, match="batches of 6 sequences cannot be divided among 4 devices"):
+        Axes(1, 4).rows(6)
+
+
+def test_where_a_run_computes_is_not_what_it_is():
+    one, many = resolved(config()), resolved(config(devices=8, data=2))
+    assert config_hash(one) == config_hash(many) and differing_keys(one, many) == []
+    old = one | {"mesh": {"devices": 1}}  # as written before there were axes
+    assert config_hash(old) == config_hash(one)
