@@ -320,7 +320,7 @@ def test_two_processes_cannot_share_a_workdir(tiny_config, tmp_path, monkeypatch
         ("quant", "format", "nf5", "known: nf4, fp4, int4"),
         ("quant", "block_size", 48, "power of two"),
         ("lora", "dropout", 1.0, "probability"),
-        ("mesh", "devices", 2, "one device"),
+        ("mesh", "devices", 2, "takes 2 devices, and JAX sees 1 here"),
         ("model", "path", "", "model.path is empty"),
         ("data", "batches", "", "data.path is empty"),
         ("lora", "targets", ("q_porj",), "matches no linear layer"),
