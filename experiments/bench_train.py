@@ -46,6 +46,7 @@ flags.DEFINE_alias("gpu-bytes", "gpu_bytes")
 
 def main() -> None:
     from qlora_jax.bench import memory_cap
+    from qlora_jax.mesh.axes import Axes
     from qlora_jax.train.checks import check_values
     from qlora_jax.train.spec import read_spec
 
@@ -53,6 +54,7 @@ def main() -> None:
     gpu_memory = memory_cap.gpu_memory_bytes()
     config = CONFIG.value
     check_values(config, "cpu" if gpu_memory is None else "gpu")
+    Axes.of_one(config.mesh, "bench_train times")
     spec = read_spec(config)
     if spec.to_cut.is_open:
         spec = _cut(spec, cap, gpu_memory)

@@ -66,6 +66,7 @@ def _config(folder: Path) -> Any:
         if key in known:
             config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
     config.eval.mmlu_data = ""
+    config.mesh.update(base.get_config().mesh)  # one device does, whatever the run had
     return config
 
 

@@ -49,6 +49,15 @@ class Axes(NamedTuple):
             )
         return axes
 
+    @classmethod
+    def of_one(cls, section: Any, what: str) -> None:
+        """Raises InputError where the config's `mesh` section is of several devices, and `what` is of one."""
+        if (axes := cls.of(section)).devices > 1:
+            raise InputError(
+                f"{what} one device, but the mesh ({axes}) has {axes.devices}: set mesh.devices=1, or train such a run "
+                "by itself (experiments.train)"
+            )
+
     @property
     def devices(self) -> int:
         """In all. Each computes its own rows of a batch."""

@@ -78,15 +78,6 @@ def refuse_paging(optimizer: Any) -> None:
         )
 
 
-def refuse_mesh(section: Any) -> None:
-    """Raises InputError where several devices would train."""
-    if (axes := Axes.of(section)).devices > 1:
-        raise InputError(
-            f"a pack trains on one device, but the mesh ({axes}) has {axes.devices}: set mesh.devices=1, or train such "
-            "a run by itself (experiments.train)"
-        )
-
-
 def refuse_whole_matrices(lora_config: lora.LoRAConfig, data: Any) -> None:
     """Raises InputError where more than adapters would train."""
     if lora_config.modules_to_save or data.added_tokens or data.added_special_tokens:
@@ -138,7 +129,7 @@ class PackRunner:
         for config in configs:
             check_config(config)
             refuse_loggers(config.train.loggers)
-            refuse_mesh(config.mesh)
+            Axes.of_one(config.mesh, "a pack trains on")
         refuse_paging(configs[0].optimizer)
         folder = None if workdir is None else PackFolder(workdir, plains, say)
         try:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qlora_jax.mesh.axes import Axes
 from qlora_jax.models.dropout import DropoutRate
 from qlora_jax.models.sizes import linear_weights
 from qlora_jax.packs.run import STEPS_A_CALL
@@ -55,6 +56,7 @@ def plan_pack(config: Any, gpu: PlannedGpu, A: int) -> PackPlan:
     Raises InputError: a mistake in the config, a model whose sizes are not known, no compiler for the GPU.
     """
     check_values(config, jax.default_backend() if gpu.is_here else "gpu")
+    Axes.of_one(config.mesh, "a pack trains on")
     spec = read_spec(config)
     model = abstract_model(spec.model)
     over = "map" if gpu.is_here and jax.default_backend() == "cpu" else "vmap"
