@@ -144,6 +144,9 @@ class Block(nnx.Module):
         if growth:
             grown = 1 + growth * jnp.log1p(jnp.floor(context.positions.astype(jnp.float32) / step))
             q = (q * grown[:, :, None, None]).astype(q.dtype)
+        if self.kind.scores_fall:
+            assert context.layer is not None
+            q = (q / (context.layer + 1).astype(jnp.float32)).astype(q.dtype)
         return checkpoint_name(q, "queries")
 
     def keys_values(self, x: jax.Array, context: Context, dropout: Dropout) -> tuple[jax.Array, jax.Array]:
@@ -166,13 +169,10 @@ class Block(nnx.Module):
         y = self.linear("qkv")(x, dropout)
         if self.kind.qkv_layout == "groups":  # for each key head its queries, then the key and the value
             y = y.reshape(B, T, K, N // K + 2, H)
-            q, k, v = y[..., :-2, :].reshape(B, T, N * H), y[..., -2, :], y[..., -1, :]
+            q, k, v = (part.reshape(B, T, -1) for part in (y[..., :-2, :], y[..., -2, :], y[..., -1, :]))
         else:
             q, k, v = jnp.split(y, [N * H, (N + K) * H], axis=-1)
-        q = self.turned(self.heads(q, "q_norm", N), context)
-        k = self.turned(self.heads(k.reshape(B, T, K * H), "k_norm", K), context)
-        v = v.reshape(B, T, K, H)
-        return checkpoint_name(q, "queries"), checkpoint_name(k, "keys"), checkpoint_name(v, "values")
+        return self.as_queries(q, context), *self.as_keys_values(k, v, context)
 
     @property
     def has_window(self) -> bool:

@@ -61,13 +61,14 @@ class ModelConfig:
         by_kind: dict[str, dict[str, tuple[int, ...]]] = {
             "head": {"q_norm": (self.H,), "k_norm": (self.H,)},
             "heads": {"q_norm": (self.N, self.H), "k_norm": (self.K, self.H)},
+            "heads apart": {"q_norm": (self.N, self.H), "k_norm": (self.K, self.H)},
             "whole": {"q_norm": (self.N * self.H,), "k_norm": (self.K * self.H,)},
         }
         of_heads = by_kind[kind.qk_norm]
         found: dict[str, tuple[int, ...]] = {}
         for role, name in kind.norms:
             found[name] = of_heads.get(role, (self.D,))
-            if kind.norm_bias:
+            if kind.norm_bias and not (role in of_heads and kind.qk_norm == "heads apart"):
                 found[f"{name}.bias"] = found[name]
         for role in kind.biased:
             if role in kind.linear:
@@ -174,6 +175,13 @@ class ModelConfig:
         if name.endswith(".bias") and self.is_expert(name):
             return self.module(index, f"{name.removesuffix('.bias')}_bias")
         return self.module(index, name) + ("" if name.endswith((".bias", ".sinks")) else ".weight")
+
+    def pieces(self, index: int, name: str) -> dict[str, tuple[int, ...]]:
+        """The tensors on disk that make one of `vectors` in a layer: key -> shape. One, or one of each head."""
+        shape, kind = self.vectors[name], self.kind
+        if kind.qk_norm == "heads apart" and name in (kind.norm_of.get("q_norm"), kind.norm_of.get("k_norm")):
+            return {self.key(index, f"{name}.norms.{head}"): shape[1:] for head in range(shape[0])}
+        return {self.key(index, name): shape}
 
     def transposes(self, name: str) -> bool:
         """Whether a linear layer's weights lie [I, O] in unquantized files."""

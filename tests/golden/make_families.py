@@ -228,6 +228,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             PIXTRAL,
         ),
     ),
+    "stablelm_heads": (
+        "StableLm",
+        A | {"qk_layernorm": True, "use_parallel_residual": True} | rope(PART),
+        B
+        | {"num_attention_heads": 6, "num_key_value_heads": 3, "qk_layernorm": True, "use_qkv_bias": True}
+        | rope(PART),
+    ),
+    "gpt2_by_layer": (
+        "GPT2",
+        GPT2 | {"n_inner": 24, "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+        GPT2 | {"n_layer": 3, "scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False},
+    ),
 }
 ADAPTED = ("gpt2_a", "gpt_neox_a", "opt_a", "phi3_a", "phi_a", "falcon_b", "gemma3_images_b")
 CONFIGS = {"Gemma3": "Gemma3TextConfig", "Gemma3VL": "Gemma3Config"}

@@ -7,7 +7,6 @@ from qlora_jax.models.settings import Settings
 
 def gpt2(c: Settings, sizes: dict[str, int]) -> Described:
     """Weights lie [I, O] on disk; the feed-forward is 4 D wide where n_inner says nothing."""
-    c.only("scale_attn_by_inverse_layer_idx", False, None, why="scores that are scaled by the layer are not computed")
     c.only("add_cross_attention", False, None, why="attention to an encoder is not computed")
     linears = names(qkv="attn.c_attn", o="attn.c_proj", up="mlp.c_fc", down="mlp.c_proj")
     kind = Kind(
@@ -25,6 +24,7 @@ def gpt2(c: Settings, sizes: dict[str, int]) -> Described:
         biased=tuple(role for role, _ in linears),
         rotary="",
         attention_scale=None if c.get("scale_attn_weights", True) else 1.0,
+        scores_fall=c.flag("scale_attn_by_inverse_layer_idx"),
         activation=c.activation("activation_function"),
     )
     return Described(kind, sizes={"K": sizes["N"]})

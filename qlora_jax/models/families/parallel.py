@@ -14,12 +14,13 @@ _FUSED_MLP = {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
 
 def stablelm(c: Settings, sizes: dict[str, int]) -> Described:
     """Llama with LayerNorm and heads that turn in part."""
-    c.only("qk_layernorm", False, None, why="norms that are modules of their own for each head are not read")
     parallel = c.flag("use_parallel_residual")
+    heads = names(q_norm="self_attn.q_layernorm", k_norm="self_attn.k_layernorm") * c.flag("qk_layernorm")
     kind = Kind(
         norm="layer",
         norm_bias=True,
-        norms=_ONE_NORM if parallel else _TWO_NORMS,
+        norms=(*heads, *(_ONE_NORM if parallel else _TWO_NORMS)),
+        qk_norm="heads apart",
         parallel=parallel,
         biased=("q", "k", "v") * c.flag("use_qkv_bias"),
         rotary_width=int(sizes["H"] * c.share("partial_rotary_factor", default=0.25)),
