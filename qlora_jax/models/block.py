@@ -131,6 +131,12 @@ class Block(nnx.Module):
         choice = self.rope.get_value() if len(set(self.kind.layer_ropes)) > 1 else None
         return rotate(x, context.turn.of_layer(choice), self.kind.rotary == "pairs")
 
+    def turned_heads(self, y: jax.Array, norm: str, count: int, context: Context) -> jax.Array:
+        """A projection [B, T, count * H] -> [B, T, count, H], normed and turned."""
+        if self.kind.turned_first:
+            return self.norm(norm, self.turned(y.reshape(*y.shape[:2], count, self.H), context))
+        return self.turned(self.heads(y, norm, count), context)
+
     def queries(self, x: jax.Array, context: Context, dropout: Dropout) -> jax.Array:
         """x [B, T, D] -> [B, T, N, H], rotated."""
         if "qkv" in self.kind.linear:
@@ -139,7 +145,7 @@ class Block(nnx.Module):
 
     def as_queries(self, q: jax.Array, context: Context) -> jax.Array:
         """A projection [B, T, N * H] -> [B, T, N, H], rotated."""
-        q = self.turned(self.heads(q, "q_norm", self.N), context)
+        q = self.turned_heads(q, "q_norm", self.N, context)
         growth, step = self.kind.query_growth
         if growth:
             grown = 1 + growth * jnp.log1p(jnp.floor(context.positions.astype(jnp.float32) / step))
@@ -158,7 +164,7 @@ class Block(nnx.Module):
 
     def as_keys_values(self, k: jax.Array, v: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
         """Projections [B, T, K * H] -> keys, rotated, and values: [B, T, K, H] each."""
-        k = self.turned(self.heads(k, "k_norm", self.K), context)
+        k = self.turned_heads(k, "k_norm", self.K, context)
         v = self.clipped(v.reshape(*v.shape[:2], self.K, self.H))
         return checkpoint_name(k, "keys"), checkpoint_name(v, "values")
 

@@ -14,6 +14,7 @@ Those of ADAPTED have adapter/ besides, saved by PEFT with target_modules "all-l
 
 import shutil
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,41 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         GPT2 | {"n_inner": 24, "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
         GPT2 | {"n_layer": 3, "scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False},
     ),
+    "exaone4": (
+        "Exaone4",
+        A | {"sliding_window": 6, "sliding_window_pattern": 2} | rope(THETA),
+        B | WIDE | {"sliding_window": None, "layer_types": ["full_attention"] * 3} | rope(LINEAR),
+    ),
+    "seed_oss": (
+        "SeedOss",
+        A | WIDE | rope(THETA),
+        B | {"head_dim": 6, "attention_bias": False, "attention_out_bias": True, "mlp_bias": True} | rope(YARN),
+    ),
+    "arcee": ("Arcee", A | rope(THETA), B | {"attention_bias": True, "mlp_bias": True} | rope(YARN)),
+    "hunyuan": (
+        "HunYuanDenseV1",
+        A | {"head_dim": 8} | rope(DYNAMIC | {"factor": 1.0, "alpha": 50.0}),
+        B | WIDE | {"attention_bias": True} | rope(THETA),
+    ),
+    "glm": ("Glm", A | {"head_dim": 8} | rope(PART), B | WIDE | {"attention_bias": False} | rope(THETA)),
+    "glm4": ("Glm4", A | {"head_dim": 8} | rope(PART), B | WIDE | {"attention_bias": False} | rope(THETA)),
+    "helium": (
+        "Helium",
+        A | {"head_dim": 8} | rope(THETA),
+        B | {"head_dim": 6, "attention_bias": True, "mlp_bias": True} | rope(LINEAR),
+    ),
+    "ernie": ("Ernie4_5", A | {"head_dim": 8} | rope(THETA), B | WIDE | {"use_bias": True} | rope(YARN)),
+    "nemotron": (
+        "Nemotron",
+        A | rope(PART),
+        B | WIDE | {"attention_bias": True, "mlp_bias": True} | rope(LINEAR | {"partial_rotary_factor": 1.0}),
+    ),
+    "gptj": ("GPTJ", GPT2 | {"rotary_dim": 4}, GPT2 | {"n_head": 1, "rotary_dim": 16, "n_inner": 24}),
+    "gpt_bigcode": (
+        "GPTBigCode",
+        GPT2 | {"n_inner": 24},
+        GPT2 | {"tie_word_embeddings": True, "multi_query": False, "scale_attn_weights": False},
+    ),
 }
 ADAPTED = ("gpt2_a", "gpt_neox_a", "opt_a", "phi3_a", "phi_a", "falcon_b", "gemma3_images_b")
 CONFIGS = {"Gemma3": "Gemma3TextConfig", "Gemma3VL": "Gemma3Config"}
@@ -287,7 +323,7 @@ def adapted(model: torch.nn.Module, folder: Path, tokens: np.ndarray, seed: int)
 def make(name: str, prefix: str, settings: dict[str, Any], seed: int) -> None:
     folder = HERE / "families" / name
     shutil.rmtree(folder, ignore_errors=True)
-    config = getattr(transformers, CONFIGS.get(prefix, f"{prefix}Config"))(**settings)
+    config = getattr(transformers, CONFIGS.get(prefix, f"{prefix}Config"))(**deepcopy(settings))  # it writes into them
     family = getattr(transformers, MODELS.get(prefix, f"{prefix}ForCausalLM"))
     model = family(config)
     fill(model, seed)

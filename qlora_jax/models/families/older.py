@@ -1,5 +1,7 @@
 """Families from before rotary embedding: learned positions (GPT-2, OPT) and ALiBi (BLOOM)."""
 
+import dataclasses
+
 from qlora_jax.models.families.description import KEYS, Described, Family
 from qlora_jax.models.kind import Kind, names
 from qlora_jax.models.settings import Settings
@@ -28,6 +30,17 @@ def gpt2(c: Settings, sizes: dict[str, int]) -> Described:
         activation=c.activation("activation_function"),
     )
     return Described(kind, sizes={"K": sizes["N"]})
+
+
+def gpt_bigcode(c: Settings, sizes: dict[str, int]) -> Described:
+    """GPT-2 whose heads share one key and value, and whose weights lie [O, I]."""
+    c.only("add_cross_attention", False, None, why="attention to an encoder is not computed")
+    shares = c.flag("multi_query")
+    found = gpt2(c, sizes)
+    kind = dataclasses.replace(
+        found.kind, transposed=False, scores_fall=False, qkv_layout="blocks" if shares else "groups"
+    )
+    return Described(kind, sizes={"K": 1 if shares else sizes["N"]})
 
 
 _OPT_BEFORE = names(attention_in="self_attn_layer_norm", feed_forward_in="final_layer_norm")
@@ -102,6 +115,17 @@ FAMILIES = {
         {
             "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new", "tie_word_embeddings": True,
             "n_positions": 1024,
+        },
+        keys=KEYS | _GPT2_KEYS | {"context": ("n_positions",)},
+        eps="layer_norm_epsilon",
+        has_head_dim=False,
+        default_F=True,
+    ),
+    "GPTBigCodeForCausalLM": Family(
+        gpt_bigcode,
+        {
+            "layer_norm_epsilon": 1e-5, "activation_function": "gelu_pytorch_tanh", "tie_word_embeddings": True,
+            "n_positions": 1024, "multi_query": True, "eos_token_id": 50256, "bos_token_id": 50256,
         },
         keys=KEYS | _GPT2_KEYS | {"context": ("n_positions",)},
         eps="layer_norm_epsilon",
