@@ -1,8 +1,8 @@
 """What each family of decoders is: its config.json as a Kind. A file has those that resemble each other.
 
-description (what a family's entry says) → llamas, pairs (of a rope that lie side by side), mixtures (of experts), gemmas, parallel (attention beside
-feed-forward), older (learned positions, ALiBi), roberta (encoders). encoders: models whose decoder is one of these and
-has an encoder of images beside it. module: which module a kind is, with the encoders and T5.
+description (what a family's entry says) → llamas, pairs (of a rope, side by side), mixtures (of experts), gemmas,
+parallel (attention beside feed-forward), older (learned positions, ALiBi), roberta (encoders). encoders: models whose
+decoder is one of these and has an encoder of images beside it. module: which module a kind is.
 """
 
 from qlora_jax.models.families import gemmas, llamas, mixtures, older, pairs, parallel, roberta

@@ -185,7 +185,7 @@ def arcee(c: Settings, sizes: dict[str, int]) -> Described:
 
 
 def hunyuan(c: Settings, sizes: dict[str, int]) -> Described:
-    """Queries and keys are normed once they are turned; `alpha` of its dynamic rope is a larger theta for all lengths."""
+    """Queries and keys are normed once they are turned; `alpha` of a dynamic rope makes theta larger, at any length."""
     whole_heads(c)
     said = dict(c.raw.get("rope_scaling") or c.raw.get("rope_parameters") or {})
     theta, scaling = c.rope(sizes["context"])

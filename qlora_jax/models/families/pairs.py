@@ -38,7 +38,7 @@ def glm4(c: Settings, sizes: dict[str, int]) -> Described:
 def helium(c: Settings, sizes: dict[str, int]) -> Described:
     whole_heads(c)
     if sizes["N"] * sizes["H"] != sizes["D"]:
-        raise InputError(f"{c.where}: num_attention_heads x head_dim is not hidden_size, as this family's o_proj has it")
+        raise InputError(f"{c.where}: num_attention_heads x head_dim is not hidden_size, as this family has it")
     kind = Kind(
         biased=_QKV * c.flag("attention_bias") + ALL_FEED_FORWARD * c.flag("mlp_bias"),
         rotary="pairs",
