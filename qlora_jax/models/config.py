@@ -215,6 +215,7 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
         for what is not implemented and would be computed wrongly.
     """
     name = (raw.get("architectures") or [f"(none; model_type {raw.get('model_type')!r})"])[0]
+    whole = name
     if has_encoder := name in DECODERS:
         name, raw = decoder_of(raw, where)
         where = f"{where}: {PART}"
@@ -247,7 +248,7 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
     sizes = {"D": D, "F": F, "L": L, "N": N, "K": K, "H": H, "V": V, "context": context}
     described = family.describe(c, sizes)
     kind, (theta, scaling) = described.kind, described.rope
-    kind = beside_an_encoder(kind) if has_encoder else kind
+    kind = beside_an_encoder(kind, whole) if has_encoder else kind
     width = kind.rotary_width or H
     if kind.rotary and (width % 2 or width < 2):
         raise InputError(f"{where}: head width {width} is odd; rotary embedding turns pairs")

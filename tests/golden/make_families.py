@@ -76,6 +76,14 @@ PIXTRAL = {
     "model_type": "pixtral", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
     "num_attention_heads": 1, "image_size": 8, "patch_size": 4,
 }  # fmt: skip
+QWEN_IMAGES = {
+    "depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "patch_size": 4, "fullatt_block_indexes": [0],
+}  # fmt: skip
+QWEN3_IMAGES = {
+    "depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "patch_size": 4, "out_hidden_size": 16,
+    "num_position_embeddings": 4, "deepstack_visual_indexes": [0],
+}  # fmt: skip
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [1, 1, 1]}}
 _OUTER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 _OPT = (*_OUTER, "hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings")
 GPT2 = {"n_positions": 32, "n_embd": 16, "n_head": 2, "n_layer": 2} | only(A, *_OUTER)
@@ -276,13 +284,25 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         GPT2 | {"n_inner": 24},
         GPT2 | {"tie_word_embeddings": True, "multi_query": False, "scale_attn_weights": False},
     ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VL",
+        with_images(A | rope(THETA | {"mrope_section": [1, 1, 2]}), QWEN_IMAGES | {"out_hidden_size": 16}),
+        with_images(B | MROPE, QWEN_IMAGES | {"out_hidden_size": 24}),
+    ),
+    "qwen3_vl": (
+        "Qwen3VL",
+        with_images(A | {"head_dim": 8} | rope(THETA | {"mrope_section": [2, 1, 1]}), QWEN3_IMAGES),
+        with_images(B | WIDE | {"attention_bias": True} | MROPE, QWEN3_IMAGES | {"out_hidden_size": 24}),
+    ),
 }
-ADAPTED = ("gpt2_a", "gpt_neox_a", "opt_a", "phi3_a", "phi_a", "falcon_b", "gemma3_images_b")
+ADAPTED = ("gpt2_a", "gpt_neox_a", "opt_a", "phi3_a", "phi_a", "falcon_b", "gemma3_images_b", "qwen2_5_vl_b")
 CONFIGS = {"Gemma3": "Gemma3TextConfig", "Gemma3VL": "Gemma3Config"}
 MODELS = {
     "GPT2": "GPT2LMHeadModel",
     "Gemma3VL": "Gemma3ForConditionalGeneration",
     "Mistral3": "Mistral3ForConditionalGeneration",
+    "Qwen2_5_VL": "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VL": "Qwen3VLForConditionalGeneration",
 }
 
 
