@@ -2,13 +2,14 @@
 
 from qlora_jax.planning.memory import usable_bytes
 from qlora_jax.planning.plan import EFFICIENCIES, Plan
+from qlora_jax.train.cut import in_words
 
 _LABELS = {
     "codes": "base: codes",
     "scales": "base: scales",
     "linear_16bit": "base: linear layers, not quantized",
     "embeddings_and_head": "base: embeddings and head",
-    "norms": "base: norms",
+    "norms": "base: norms, biases, positions",
     "adapters": "adapters",
     "modules_to_save": "embedding and head that train",
     "gradients": "gradients",
@@ -39,8 +40,7 @@ def table(plan: Plan) -> str:
         row("host memory at the peak of loading", memory.load_host_peak_bytes),
         row("optimizer state", memory.optimizer_bytes, pages),
         "",
-        f"  a step: {batch.G} micro-batches of {batch.B} rows of {batch.T} = {batch.tokens:,} tokens, remat "
-        f"{plan.spec.model.remat}",
+        f"  a step: {in_words(batch.G, batch.B)} of {batch.T} = {batch.tokens:,} tokens, remat {plan.spec.model.remat}",
         f"  ({plan.choice.reason}),",
         f"  {plan.time.flops / 1e12:,.2f} TFLOP,",
         f"  {plan.time.bytes / 1e9:,.2f} GB of device memory moved, {plan.time.bus_bytes / 1e9:,.3f} GB each way over "
