@@ -53,12 +53,12 @@ def table(plan: Plan) -> str:
         room = usable_bytes(plan.gpu) - peak.total
         lines.append(f"it fits, with {both(room)} to spare")
     else:
-        short = peak.total - usable_bytes(plan.gpu)
+        short, sparse = peak.total - usable_bytes(plan.gpu), plan.spec.model.sizes.sparse
         lines.append(f"it does not fit: {both(short)} short")
         if memory.held_bytes > usable_bytes(plan.gpu):
             lines.append(
                 f"  base, adapters and gradients alone take {both(memory.held_bytes)}: take a larger card, a smaller "
-                "model or a smaller lora.rank"
+                "model or a smaller lora.rank" + (", or lora.targets without the experts" if sparse else "")
             )
         lines += [f"  nor with {change}" for change in plan.tried]
         if plan.change is not None:
