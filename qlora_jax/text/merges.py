@@ -79,7 +79,7 @@ def _class_of(folder: Path, files: Files) -> str:
     kind = said.removesuffix("Fast") if isinstance(said, str) else said
     if kind not in _CLASSES:
         raise InputError(
-            f"{folder} has {VOCABULARY} and {MERGES}, and {kind or 'no file'} says how they are read; known are "
+            f"{folder} has vocab.json and merges.txt, and {kind or 'no file'} says how they are read; known are "
             f"{', '.join(_CLASSES)}: put a tokenizer.json beside them, as transformers writes it: "
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
