@@ -114,7 +114,7 @@ def measure_perplexity() -> dict[str, Any]:
     """The result, as it is written."""
     from qlora_jax.errors import InputError
     from qlora_jax.evaluate.perplexity import perplexity
-    from qlora_jax.io.folder import TOKENIZERS
+    from qlora_jax.io.folder import has_tokenizer
     from qlora_jax.io.load import load_config
     from qlora_jax.progress import Progress
 
@@ -122,9 +122,8 @@ def measure_perplexity() -> dict[str, Any]:
         raise InputError("--task=perplexity takes one of --text=FILE and --tokens=FILE.npy")
     folder = MODEL.folder()
     config = load_config(folder)
-    has_tokenizer = any((folder / name).is_file() for name in TOKENIZERS)
     # token ids can be scored without a tokenizer; config.json knows BOS
-    tokenizer = MODEL.tokenizer() if has_tokenizer or TEXT.value is not None else None
+    tokenizer = MODEL.tokenizer() if has_tokenizer(folder) or TEXT.value is not None else None
     bos_id = config.bos_id if tokenizer is None else first_token(tokenizer)
     texts = read_texts(tokenizer, MODEL.vocabulary())
     loaded = MODEL.load()

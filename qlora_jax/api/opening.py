@@ -5,8 +5,9 @@ from pathlib import Path
 import jax
 
 from qlora_jax.errors import InputError
+from qlora_jax.io.folder import has_tokenizer
 from qlora_jax.io.load import QuantSpec, load_config, stored_quant
-from qlora_jax.io.peft import has_tokenizer, matrix_shapes
+from qlora_jax.io.peft import matrix_shapes
 from qlora_jax.io.peft_config import read_config
 from qlora_jax.io.write import QUANTS as QUANTIZED
 from qlora_jax.io.write import quant_spec, refuse_blocks

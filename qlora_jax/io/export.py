@@ -26,7 +26,9 @@ def write_checkpoint(out: Path, hf_config: dict, model: Decoder, dtype: str = "b
     for name in config.vectors:
         is_whole = name.endswith((".bias", ".sinks"))
         stacked = part_of(model.blocks, name if is_whole else f"{name}.weight").get_value()
-        tensors |= {config.key(index, name): stacked[index] for index in range(config.depth(name))}
+        for index in range(config.depth(name)):
+            pieces = config.pieces(index, name)
+            tensors |= {key: stacked[index].reshape(-1, *shape)[i] for i, (key, shape) in enumerate(pieces.items())}
     for name in config.linears:
         stacked = part_of(model.blocks, name).weight.get_value()
         tensors |= {

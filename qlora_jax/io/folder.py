@@ -22,8 +22,9 @@ from qlora_jax.models.config import read_json
 
 PIECE_BYTES = 32 * 2**20  # of a tensor that is read at a time
 PIECES_ALIVE = 2  # one in use, one read ahead
-# the first that a folder has is its tokenizer; spiece.model is what T5 calls the second
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "tekken.json")
+# the first that a folder has is its tokenizer; spiece.model is what T5 calls the second, merges.txt stands beside
+# vocab.json
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "tekken.json", "merges.txt")
 # what goes along with the weights: settings and vocabularies, never code
 COMPANIONS = (
     "generation_config.json",
@@ -34,7 +35,6 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
     "vocab.json",
-    "merges.txt",
 )
 _ALIGNMENT = 64
 _SCALES = (".absmax", ".nested_absmax", ".offset")  # of quantized weights, as bitsandbytes and quant/native name them
@@ -42,7 +42,21 @@ _MEND = "no model is computed from it; download or write the file again, or ask 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILES = ["*.json", "chat_template.jinja", "*.safetensors", *TOKENIZERS[1:3]]  # never pickles, never code
+# never pickles, never code
+_HUB_FILES = ["*.json", "chat_template.jinja", "*.safetensors", "tokenizer.model", "spiece.model", "merges.txt"]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has one: one of its files, or a class that needs none (ByT5's)."""
+    return any((folder / name).is_file() for name in TOKENIZERS) or is_of_bytes(folder)
+
+
+def is_of_bytes(folder: Path) -> bool:
+    """Whether the folder's tokenizer is ByT5's, whose tokens are bytes and which has no file."""
+    for name in ("tokenizer_config.json", "config.json"):
+        if (folder / name).is_file() and (said := read_json(folder / name).get("tokenizer_class")):
+            return said == "ByT5Tokenizer"
+    return False
 
 
 def resolve(path: str, revision: str = "main") -> Path:

@@ -152,8 +152,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     units = {unit: config.stored(name) for name in config.linears for unit in config.units(name)}
     for index in range(config.L):
         shapes |= {config.key(index, unit): shape for unit, shape in units.items() if index < config.depth(unit)}
-        vectors = {name: shape for name, shape in config.vectors.items() if index < config.depth(name)}
-        shapes |= {config.key(index, name): shape for name, shape in vectors.items()}
+        for name in config.vectors:
+            shapes |= config.pieces(index, name) if index < config.depth(name) else {}
     return shapes
 
 
@@ -368,8 +368,9 @@ def load_model(
         weights["layers"][name] = stack
     for name, shape in config.vectors.items():
         dtype = None if name in config.sixteen_bit else jnp.float32
-        rows = [other(config.key(index, name), shape, dtype) for index in range(config.depth(name))]
-        weights["layers"][name] = jnp.stack(rows)
+        pieces = [piece for index in range(config.depth(name)) for piece in config.pieces(index, name).items()]
+        rows = jnp.stack([other(key, piece, dtype) for key, piece in pieces])
+        weights["layers"][name] = rows.reshape(config.depth(name), *shape)
     progress(total, total)
     take_checksum(checksums.of(*(f"{key} {checksum}" for key, checksum in sorted(files.checksums.items()))))
     return assembled(config, weights, compute_dtype, remat, attention, sequence_chunk)

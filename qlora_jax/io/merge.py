@@ -25,6 +25,7 @@ from qlora_jax.io import fused, peft
 from qlora_jax.io.adapters.head import read_head, settings_with_head, with_head
 from qlora_jax.io.adapters.tensors import PREFIX, head_keys
 from qlora_jax.io.export import DTYPES
+from qlora_jax.io.folder import has_tokenizer
 from qlora_jax.io.load import (
     QuantSpec,
     check_tensors,
@@ -192,7 +193,7 @@ def merge_folder(
         settings = with_part(hf_config(read_json(base / "config.json"), dtype, config), {"vocab_size": rows})
         write_json(folder / "config.json", settings_with_head(settings, merged_config))
         companions = copy_companions(base, folder)
-        if peft.has_tokenizer(adapter):
+        if has_tokenizer(adapter):
             companions = sorted({*companions, *copy_companions(adapter, folder)})
         w_norm, update, rounding = (math.sqrt(part) for part in norms)
         report = {

@@ -23,7 +23,6 @@ from qlora_jax.files import atomic_folder, save_tensors, write_json
 from qlora_jax.io.adapters import experts as peft_experts
 from qlora_jax.io.adapters.head import read_head
 from qlora_jax.io.adapters.tensors import PREFIX, WEIGHTS, Tensors, head_keys, matrix_keys
-from qlora_jax.io.folder import TOKENIZERS
 from qlora_jax.io.peft_config import CLASSES, CONFIG, AdapterConfig, read_config
 from qlora_jax.io.place import put
 from qlora_jax.lora import LoRAConfig
@@ -360,10 +359,6 @@ def check_weights(folder: Path) -> None:
     tensors = Tensors(folder, LLAMA)
     for key in tensors.keys():  # noqa: SIM118 (no mapping)
         tensors.read(key)
-
-
-def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 def load_adapter(

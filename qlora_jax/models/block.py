@@ -131,6 +131,12 @@ class Block(nnx.Module):
         choice = self.rope.get_value() if len(set(self.kind.layer_ropes)) > 1 else None
         return rotate(x, context.turn.of_layer(choice), self.kind.rotary == "pairs")
 
+    def turned_heads(self, y: jax.Array, norm: str, count: int, context: Context) -> jax.Array:
+        """A projection [B, T, count * H] -> [B, T, count, H], normed and turned."""
+        if self.kind.turned_first:
+            return self.norm(norm, self.turned(y.reshape(*y.shape[:2], count, self.H), context))
+        return self.turned(self.heads(y, norm, count), context)
+
     def queries(self, x: jax.Array, context: Context, dropout: Dropout) -> jax.Array:
         """x [B, T, D] -> [B, T, N, H], rotated."""
         if "qkv" in self.kind.linear:
@@ -139,11 +145,14 @@ class Block(nnx.Module):
 
     def as_queries(self, q: jax.Array, context: Context) -> jax.Array:
         """A projection [B, T, N * H] -> [B, T, N, H], rotated."""
-        q = self.turned(self.heads(q, "q_norm", self.N), context)
+        q = self.turned_heads(q, "q_norm", self.N, context)
         growth, step = self.kind.query_growth
         if growth:
             grown = 1 + growth * jnp.log1p(jnp.floor(context.positions.astype(jnp.float32) / step))
             q = (q * grown[:, :, None, None]).astype(q.dtype)
+        if self.kind.scores_fall:
+            assert context.layer is not None
+            q = (q / (context.layer + 1).astype(jnp.float32)).astype(q.dtype)
         return checkpoint_name(q, "queries")
 
     def keys_values(self, x: jax.Array, context: Context, dropout: Dropout) -> tuple[jax.Array, jax.Array]:
@@ -155,7 +164,7 @@ class Block(nnx.Module):
 
     def as_keys_values(self, k: jax.Array, v: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
         """Projections [B, T, K * H] -> keys, rotated, and values: [B, T, K, H] each."""
-        k = self.turned(self.heads(k, "k_norm", self.K), context)
+        k = self.turned_heads(k, "k_norm", self.K, context)
         v = self.clipped(v.reshape(*v.shape[:2], self.K, self.H))
         return checkpoint_name(k, "keys"), checkpoint_name(v, "values")
 
@@ -166,13 +175,10 @@ class Block(nnx.Module):
         y = self.linear("qkv")(x, dropout)
         if self.kind.qkv_layout == "groups":  # for each key head its queries, then the key and the value
             y = y.reshape(B, T, K, N // K + 2, H)
-            q, k, v = y[..., :-2, :].reshape(B, T, N * H), y[..., -2, :], y[..., -1, :]
+            q, k, v = (part.reshape(B, T, -1) for part in (y[..., :-2, :], y[..., -2, :], y[..., -1, :]))
         else:
             q, k, v = jnp.split(y, [N * H, (N + K) * H], axis=-1)
-        q = self.turned(self.heads(q, "q_norm", N), context)
-        k = self.turned(self.heads(k.reshape(B, T, K * H), "k_norm", K), context)
-        v = v.reshape(B, T, K, H)
-        return checkpoint_name(q, "queries"), checkpoint_name(k, "keys"), checkpoint_name(v, "values")
+        return self.as_queries(q, context), *self.as_keys_values(k, v, context)
 
     @property
     def has_window(self) -> bool:

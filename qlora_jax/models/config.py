@@ -61,13 +61,14 @@ class ModelConfig:
         by_kind: dict[str, dict[str, tuple[int, ...]]] = {
             "head": {"q_norm": (self.H,), "k_norm": (self.H,)},
             "heads": {"q_norm": (self.N, self.H), "k_norm": (self.K, self.H)},
+            "heads apart": {"q_norm": (self.N, self.H), "k_norm": (self.K, self.H)},
             "whole": {"q_norm": (self.N * self.H,), "k_norm": (self.K * self.H,)},
         }
         of_heads = by_kind[kind.qk_norm]
         found: dict[str, tuple[int, ...]] = {}
         for role, name in kind.norms:
             found[name] = of_heads.get(role, (self.D,))
-            if kind.norm_bias:
+            if kind.norm_bias and not (role in of_heads and kind.qk_norm == "heads apart"):
                 found[f"{name}.bias"] = found[name]
         for role in kind.biased:
             if role in kind.linear:
@@ -175,6 +176,13 @@ class ModelConfig:
             return self.module(index, f"{name.removesuffix('.bias')}_bias")
         return self.module(index, name) + ("" if name.endswith((".bias", ".sinks")) else ".weight")
 
+    def pieces(self, index: int, name: str) -> dict[str, tuple[int, ...]]:
+        """The tensors on disk that make one of `vectors` in a layer: key -> shape. One, or one of each head."""
+        shape, kind = self.vectors[name], self.kind
+        if kind.qk_norm == "heads apart" and name in (kind.norm_of.get("q_norm"), kind.norm_of.get("k_norm")):
+            return {self.key(index, f"{name}.norms.{head}"): shape[1:] for head in range(shape[0])}
+        return {self.key(index, name): shape}
+
     def transposes(self, name: str) -> bool:
         """Whether a linear layer's weights lie [I, O] in unquantized files."""
         experts = self.kind.experts
@@ -207,6 +215,7 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
         for what is not implemented and would be computed wrongly.
     """
     name = (raw.get("architectures") or [f"(none; model_type {raw.get('model_type')!r})"])[0]
+    whole = name
     if has_encoder := name in DECODERS:
         name, raw = decoder_of(raw, where)
         where = f"{where}: {PART}"
@@ -239,7 +248,7 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
     sizes = {"D": D, "F": F, "L": L, "N": N, "K": K, "H": H, "V": V, "context": context}
     described = family.describe(c, sizes)
     kind, (theta, scaling) = described.kind, described.rope
-    kind = beside_an_encoder(kind) if has_encoder else kind
+    kind = beside_an_encoder(kind, whole) if has_encoder else kind
     width = kind.rotary_width or H
     if kind.rotary and (width % 2 or width < 2):
         raise InputError(f"{where}: head width {width} is odd; rotary embedding turns pairs")

@@ -106,9 +106,12 @@ class Kind:
     # parts
     biased: tuple[str, ...] = ()  # roles of the linear layers that add one
     head_bias: bool = False
-    norm: str = "rms"  # "rms", "rms+1" (times 1 + w), or "layer"
+    norm: str = "rms"  # "rms" or "layer"; "rms+1", "layer+1": times 1 + w
     norm_bias: bool = False
-    qk_norm: str = "head"  # one of [H] for "head", of all heads at once for "whole", one [N, H] a head for "heads"
+    # one of [H] for "head", of all heads at once for "whole", one [N, H] a head for "heads"; "heads apart": as "heads",
+    # in files a module for each head (NAME.norms.3), without biases
+    qk_norm: str = "head"
+    turned_first: bool = False  # queries and keys are normed once they are turned
     qkv_layout: str = "blocks"  # of a fused projection: q, k, v one after the other; "groups": queries, k, v of each K
     activation: str = "silu"
     normed_residual: bool = False  # what is added to is the norm's output, not what it was given
@@ -130,6 +133,7 @@ class Kind:
     softcap: float = 0.0  # of attention scores s: cap * tanh(s / cap); 0: none
     logit_softcap: float = 0.0
     attention_scale: float | None = None  # None: 1 / sqrt(H)
+    scores_fall: bool = False  # scores are divided by the layer's number, from 1 on
     query_growth: tuple[float, float] = (0.0, 1.0)  # (b, c): queries times 1 + b log(1 + floor(position / c))
     embedding_width: int = 0  # 0 is D
     embedding_scale: float = 1.0

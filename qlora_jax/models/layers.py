@@ -88,8 +88,8 @@ def project(linears: Sequence[Linear], x: jax.Array, dropout: Dropout) -> list[j
 class Norm(nnx.Module):
     """A norm over the last axes, as many as its weight has, in float32; the result has x's dtype.
 
-        rms     x / rms(x) * w                    rms+1   x / rms(x) * (1 + w)
-        layer   (x - mean(x)) / std(x) * w (+ bias)
+        rms     x / rms(x) * w                        rms+1    x / rms(x) * (1 + w)
+        layer   (x - mean(x)) / std(x) * w (+ bias)   layer+1  (x - mean(x)) / std(x) * (1 + w) (+ bias)
 
     A weight of two axes [N, H] norms each head by itself.
     """
@@ -102,11 +102,11 @@ class Norm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
-        if self.kind == "layer":
+        if self.kind.startswith("layer"):
             x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         weight = self.weight.get_value()
-        x32 = x32 * (1 + weight if self.kind == "rms+1" else weight)
+        x32 = x32 * (1 + weight if self.kind.endswith("+1") else weight)
         if hasattr(self, "bias"):
             x32 = x32 + self.bias.get_value()
         return x32.astype(x.dtype)

@@ -5,6 +5,7 @@ import math
 from qlora_jax.mesh.rules import named
 from qlora_jax.planning.memory import usable_bytes
 from qlora_jax.planning.plan import EFFICIENCIES, Plan
+from qlora_jax.train.cut import in_words
 from qlora_jax.train.shapes import abstract_model
 
 _LABELS = {
@@ -12,7 +13,7 @@ _LABELS = {
     "scales": "base: scales",
     "linear_16bit": "base: linear layers, not quantized",
     "embeddings_and_head": "base: embeddings and head",
-    "norms": "base: norms",
+    "norms": "base: norms, biases, positions",
     "adapters": "adapters",
     "modules_to_save": "embedding and head that train",
     "gradients": "gradients",
@@ -46,7 +47,7 @@ def table(plan: Plan) -> str:
         row("host memory at the peak of loading", memory.load_host_peak_bytes),
         row("optimizer state", memory.optimizer_bytes, pages),
         "",
-        f"  a step: {batch.G} micro-batches of {batch.B} rows of {batch.T}{' on each' if devices > 1 else ''} = "
+        f"  a step: {in_words(batch.G, batch.B)} of {batch.T}{' on each' if devices > 1 else ''} = "
         f"{devices * batch.tokens:,} tokens, remat {plan.spec.model.remat}",
         f"  ({plan.choice.reason}),",
         f"  {plan.time.flops / 1e12:,.2f} TFLOP,",
@@ -63,12 +64,12 @@ def table(plan: Plan) -> str:
         room = usable_bytes(plan.gpu) - peak.total
         lines.append(f"it fits, with {both(room)} to spare")
     else:
-        short = peak.total - usable_bytes(plan.gpu)
+        short, sparse = peak.total - usable_bytes(plan.gpu), plan.spec.model.sizes.sparse
         lines.append(f"it does not fit: {both(short)} short")
         if memory.held_bytes > usable_bytes(plan.gpu):
             lines.append(
                 f"  base, adapters and gradients alone take {both(memory.held_bytes)}: take a larger card, a smaller "
-                "model or a smaller lora.rank"
+                "model or a smaller lora.rank" + (", or lora.targets without the experts" if sparse else "")
             )
         lines += [f"  nor with {change}" for change in plan.tried]
         if plan.change is not None:

@@ -77,8 +77,8 @@ def find_added(folder: Path, ordinary: Sequence[str], control: Sequence[str]) ->
     tokenizer = Tokenizer.from_folder(folder)
     if (ordinary or control) and tokenizer.is_ranked:
         raise InputError(
-            f"data.added_tokens: {folder} has its vocabulary in a file of ranks (tekken.json, or tiktoken's), which "
-            "takes no new tokens: use one of its unused control tokens, such as <SPECIAL_20>, or put a tokenizer.json "
+            f"data.added_tokens: {folder} has no tokenizer.json, and tekken.json, tiktoken's files, merges.txt and "
+            "bytes take no new tokens: use an unused control token, such as <SPECIAL_20>, or put a tokenizer.json "
             "beside it"
         )
     if ordinary and not (folder / "tokenizer.json").is_file():

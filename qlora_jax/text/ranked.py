@@ -21,6 +21,8 @@ _TEKKEN_SPECIALS = (
     "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]",
 )  # fmt: skip
 TEKKEN_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+# ByT5's control tokens, before its bytes; the sentinels of its pretraining stand after them.
+BYT5_NAMES = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 # How texts are cut where a file of ranks says nothing about it: as Llama 3 does, and transformers takes it.
 _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -78,6 +80,12 @@ def read_tekken(file: Path) -> dict[str, Any]:
     names = [*names, *(f"<SPECIAL_{number}>" for number in range(len(names), count))]
     controls = {name: number for number, name in enumerate(names)}
     return _spec({token: count + rank for rank, token in enumerate(strings)}, pattern, controls, str(file))
+
+
+def of_bytes(specials: Mapping[str, int]) -> dict[str, Any]:
+    """ByT5's tokenizer, whose tokens are bytes, as the spec of a tokenizer.json. `specials`: BYT5_NAMES first."""
+    first = len(BYT5_NAMES)
+    return _spec({bytes([byte]): first + byte for byte in range(256)}, r"[\s\S]", specials, "ByT5Tokenizer")
 
 
 def _decoded(text: bytes) -> bytes | None:

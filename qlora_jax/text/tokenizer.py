@@ -13,12 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.errors import InputError
-from qlora_jax.io.folder import TOKENIZERS
+from qlora_jax.io.folder import TOKENIZERS, is_of_bytes
 from qlora_jax.text import chat_template, tokenizer_files
 from qlora_jax.text.chat_guard import Guard, is_thinking, spoken
 from qlora_jax.text.decode_stream import DecodeStream
+from qlora_jax.text.merges import MERGES, MergesBackend
 from qlora_jax.text.ranked import is_ranks, read_ranks
-from qlora_jax.text.tokenizer_backends import Backend, Encoding, JsonBackend, SentencePieceBackend, TekkenBackend
+from qlora_jax.text.tokenizer_backends import (
+    Backend,
+    ByteBackend,
+    Encoding,
+    JsonBackend,
+    SentencePieceBackend,
+    TekkenBackend,
+)
 
 
 def _one_of_the_files() -> str:
@@ -83,6 +91,10 @@ class Tokenizer:
             backend = SentencePieceBackend(file, files.added_tokens())
         elif (folder / "tekken.json").is_file():
             backend = TekkenBackend(folder / "tekken.json")
+        elif (folder / MERGES).is_file():
+            backend = MergesBackend(folder, files)
+        elif is_of_bytes(folder):
+            backend = ByteBackend(folder, files.sentinels())
         else:
             raise InputError(f"{folder} has no tokenizer: expected {_one_of_the_files()} there")
         return cls(backend, files.settings(backend))

@@ -180,6 +180,17 @@ class TekkenBackend(JsonBackend):
         self.prefix = (self.specials["<s>"],) if "<s>" in self.specials else ()
 
 
+class ByteBackend(JsonBackend):
+    """ByT5's: bytes, three control tokens before them and `sentinels` after them. No file."""
+
+    def __init__(self, folder: Path, sentinels: Sequence[str]) -> None:
+        controls = {text: number for number, text in enumerate(ranked.BYT5_NAMES.values())}
+        controls |= {text: len(controls) + 256 + place for place, text in enumerate(sentinels)}
+        super().__init__(folder, set(), spec=ranked.of_bytes(controls))
+        self.defaults = dict(ranked.BYT5_NAMES)
+        self.prefix = ()
+
+
 class SentencePieceBackend:
     """tokenizer.model, read by the `sentencepiece` library."""
 

@@ -76,6 +76,16 @@ class Files:
                 added[token["content"]] = int(number)
         return added
 
+    def sentinels(self) -> list[str]:
+        """Texts of ByT5's tokens for pretraining: those that are listed, or as many as extra_ids says."""
+        listed = self.tokenizer_config.get("additional_special_tokens")
+        if listed is not None:
+            return [token["content"] if isinstance(token, dict) else token for token in listed]
+        count = self.tokenizer_config.get("extra_ids", 125)
+        if type(count) is not int or count < 0:
+            raise InputError(f"{self.folder}/tokenizer_config.json: extra_ids is {count!r}; expected a count")
+        return [f"<extra_id_{number}>" for number in range(count)]
+
     def settings(self, backend: Backend) -> Settings:
         """Raises InputError when nothing says which token ends a text, or when a named one is not in the vocabulary."""
         named = self._named(backend)

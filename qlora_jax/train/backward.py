@@ -53,8 +53,10 @@ def kept_bytes(
     """
     widths = sizes.D
     if remat == "selective":
-        feed_forward = 0 if sizes.sparse else 2 * sizes.F  # experts are computed again from what they took
-        widths += 2 * sizes.N * sizes.H + 2 * sizes.K * sizes.H + sizes.D + feed_forward + low_rank
+        gates = 1 if sizes.kind.linear.keys() & {"gate", "gate_up"} else 0
+        feed_forward = 0 if sizes.sparse else (1 + gates) * sizes.F  # experts are computed again from what they took
+        attended = 0 if sizes.kind.parallel else sizes.D
+        widths += 2 * sizes.N * sizes.H + 2 * sizes.K * sizes.H + attended + feed_forward + low_rank
     sums = log_sums if remat == "selective" else 0
     return sizes.L * B * T * (widths * itemsize + 4 * sums)
 

@@ -107,7 +107,10 @@ def choose(
         if temporary_bytes(wanted, cut, members) <= room and fits(cut):
             return Choice(cut, f"auto: the fastest that fits {room / 2**30:.2f} GiB beside model and gradients")
     least = min(possible, key=lambda cut: temporary_bytes(wanted, cut))
-    return Choice(least, f"auto: none fits {room / 2**30:.2f} GiB beside model and gradients; this takes least")
+    why = "model and gradients leave no room"
+    if room > 0:
+        why = f"none fits {room / 2**30:.2f} GiB beside model and gradients"
+    return Choice(least, f"auto: {why}; this takes least")
 
 
 def room_for_cuts(held: int, limit: int) -> int:
@@ -138,9 +141,11 @@ def described(wanted: ToCut, choice: Choice) -> str:
     if not wanted.is_open:
         asked = f"not {wanted.grad_accum}: the file's batches are smaller"
         return f"data: {wanted.rows // rows} micro-batches a step, {asked}"
-    G = wanted.rows // rows
-    parts = f"{G} micro-batch{'es' * (G > 1)} of {rows} row{'s' * (rows > 1)}"
-    return f"cut: {parts} a step, remat {remat} ({choice.reason})"
+    return f"cut: {in_words(wanted.rows // rows, rows)} a step, remat {remat} ({choice.reason})"
+
+
+def in_words(G: int, rows: int) -> str:
+    return f"{G} micro-batch{'es' * (G > 1)} of {rows} row{'s' * (rows > 1)}"
 
 
 def _divisors(number: int) -> list[int]:

@@ -21,7 +21,7 @@ from qlora_jax.feed.batches import FileBatches
 from qlora_jax.feed.load import LoadedData, load_data
 from qlora_jax.io import peft
 from qlora_jax.io.adapters.head import read_head
-from qlora_jax.io.folder import resolve
+from qlora_jax.io.folder import has_tokenizer, resolve
 from qlora_jax.io.load import QuantSpec, load_config, load_model
 from qlora_jax.io.peft_config import read_config
 from qlora_jax.io.place import anywhere
@@ -376,7 +376,7 @@ def read_start(model: Decoder, folder: Path, wanted: LoRAConfig, added: AddedTok
 
 def _other_ids(added: AddedTokens, folder: Path) -> list[str]:
     """New tokens whose ids are others in the tokenizer beside an adapter, if there is one."""
-    if not peft.has_tokenizer(folder):
+    if not has_tokenizer(folder):
         return []
     theirs = Tokenizer.from_folder(folder, added.folder)
     return [

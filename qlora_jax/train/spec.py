@@ -12,7 +12,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.feed.batches import FileBatches, padded_length
 from qlora_jax.feed.load import longest_example
 from qlora_jax.feed.packing import pack_length
-from qlora_jax.io.folder import TOKENIZERS, fetch_config
+from qlora_jax.io.folder import fetch_config, has_tokenizer
 from qlora_jax.io.load import QuantSpec, load_config, skipped_linears
 from qlora_jax.mesh.axes import ONE, Axes
 from qlora_jax.models.config import ModelConfig, read_json
@@ -131,7 +131,7 @@ def _missing(data: Any, folder: Path) -> str:
     for path in (*data_sets(data.path), *data_sets(data.eval_path)):
         if not located(path, DATA).is_file():
             return f"{path} is no file on this machine"
-    if not any((folder / name).is_file() for name in TOKENIZERS):
+    if not has_tokenizer(folder):
         return f"{folder} is no folder with a tokenizer on this machine"
     return ""
 

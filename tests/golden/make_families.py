@@ -14,6 +14,7 @@ Those of ADAPTED have adapter/ besides, saved by PEFT with target_modules "all-l
 
 import shutil
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,14 @@ PIXTRAL = {
     "model_type": "pixtral", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
     "num_attention_heads": 1, "image_size": 8, "patch_size": 4,
 }  # fmt: skip
+QWEN_IMAGES = {
+    "depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "patch_size": 4, "fullatt_block_indexes": [0],
+}  # fmt: skip
+QWEN3_IMAGES = {
+    "depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "patch_size": 4, "out_hidden_size": 16,
+    "num_position_embeddings": 4, "deepstack_visual_indexes": [0],
+}  # fmt: skip
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [1, 1, 1]}}
 _OUTER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 _OPT = (*_OUTER, "hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings")
 GPT2 = {"n_positions": 32, "n_embd": 16, "n_head": 2, "n_layer": 2} | only(A, *_OUTER)
@@ -228,13 +237,72 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             PIXTRAL,
         ),
     ),
+    "stablelm_heads": (
+        "StableLm",
+        A | {"qk_layernorm": True, "use_parallel_residual": True} | rope(PART),
+        B
+        | {"num_attention_heads": 6, "num_key_value_heads": 3, "qk_layernorm": True, "use_qkv_bias": True}
+        | rope(PART),
+    ),
+    "gpt2_by_layer": (
+        "GPT2",
+        GPT2 | {"n_inner": 24, "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+        GPT2 | {"n_layer": 3, "scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False},
+    ),
+    "exaone4": (
+        "Exaone4",
+        A | {"sliding_window": 6, "sliding_window_pattern": 2} | rope(THETA),
+        B | WIDE | {"sliding_window": None, "layer_types": ["full_attention"] * 3} | rope(LINEAR),
+    ),
+    "seed_oss": (
+        "SeedOss",
+        A | WIDE | rope(THETA),
+        B | {"head_dim": 6, "attention_bias": False, "attention_out_bias": True, "mlp_bias": True} | rope(YARN),
+    ),
+    "arcee": ("Arcee", A | rope(THETA), B | {"attention_bias": True, "mlp_bias": True} | rope(YARN)),
+    "hunyuan": (
+        "HunYuanDenseV1",
+        A | {"head_dim": 8} | rope(DYNAMIC | {"factor": 1.0, "alpha": 50.0}),
+        B | WIDE | {"attention_bias": True} | rope(THETA),
+    ),
+    "glm": ("Glm", A | {"head_dim": 8} | rope(PART), B | WIDE | {"attention_bias": False} | rope(THETA)),
+    "glm4": ("Glm4", A | {"head_dim": 8} | rope(PART), B | WIDE | {"attention_bias": False} | rope(THETA)),
+    "helium": (
+        "Helium",
+        A | {"head_dim": 8} | rope(THETA),
+        B | {"head_dim": 6, "attention_bias": True, "mlp_bias": True} | rope(LINEAR),
+    ),
+    "ernie": ("Ernie4_5", A | {"head_dim": 8} | rope(THETA), B | WIDE | {"use_bias": True} | rope(YARN)),
+    "nemotron": (
+        "Nemotron",
+        A | rope(PART),
+        B | WIDE | {"attention_bias": True, "mlp_bias": True} | rope(LINEAR | {"partial_rotary_factor": 1.0}),
+    ),
+    "gptj": ("GPTJ", GPT2 | {"rotary_dim": 4}, GPT2 | {"n_head": 1, "rotary_dim": 16, "n_inner": 24}),
+    "gpt_bigcode": (
+        "GPTBigCode",
+        GPT2 | {"n_inner": 24},
+        GPT2 | {"tie_word_embeddings": True, "multi_query": False, "scale_attn_weights": False},
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VL",
+        with_images(A | rope(THETA | {"mrope_section": [1, 1, 2]}), QWEN_IMAGES | {"out_hidden_size": 16}),
+        with_images(B | MROPE, QWEN_IMAGES | {"out_hidden_size": 24}),
+    ),
+    "qwen3_vl": (
+        "Qwen3VL",
+        with_images(A | {"head_dim": 8} | rope(THETA | {"mrope_section": [2, 1, 1]}), QWEN3_IMAGES),
+        with_images(B | WIDE | {"attention_bias": True} | MROPE, QWEN3_IMAGES | {"out_hidden_size": 24}),
+    ),
 }
-ADAPTED = ("gpt2_a", "gpt_neox_a", "opt_a", "phi3_a", "phi_a", "falcon_b", "gemma3_images_b")
+ADAPTED = ("gpt2_a", "gpt_neox_a", "opt_a", "phi3_a", "phi_a", "falcon_b", "gemma3_images_b", "qwen2_5_vl_b")
 CONFIGS = {"Gemma3": "Gemma3TextConfig", "Gemma3VL": "Gemma3Config"}
 MODELS = {
     "GPT2": "GPT2LMHeadModel",
     "Gemma3VL": "Gemma3ForConditionalGeneration",
     "Mistral3": "Mistral3ForConditionalGeneration",
+    "Qwen2_5_VL": "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VL": "Qwen3VLForConditionalGeneration",
 }
 
 
@@ -275,7 +343,7 @@ def adapted(model: torch.nn.Module, folder: Path, tokens: np.ndarray, seed: int)
 def make(name: str, prefix: str, settings: dict[str, Any], seed: int) -> None:
     folder = HERE / "families" / name
     shutil.rmtree(folder, ignore_errors=True)
-    config = getattr(transformers, CONFIGS.get(prefix, f"{prefix}Config"))(**settings)
+    config = getattr(transformers, CONFIGS.get(prefix, f"{prefix}Config"))(**deepcopy(settings))  # it writes into them
     family = getattr(transformers, MODELS.get(prefix, f"{prefix}ForCausalLM"))
     model = family(config)
     fill(model, seed)

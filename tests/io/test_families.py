@@ -49,7 +49,7 @@ def test_adapters_of_peft(name, tmp_path):
     np.testing.assert_allclose(logits_of(merged, tokens), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["gpt2_a", "phi3_a"])
+@pytest.mark.parametrize("name", ["gpt2_a", "phi3_a", "stablelm_heads_a", "qwen2_5_vl_b"])
 def test_both_quantized_forms_hold_what_is_quantized_here(name, tmp_path):
     here = load_model(FOLDERS / name, quant := QuantSpec("nf4", 32, True), jnp.float32)
     for form in ("native", "bnb"):
@@ -57,6 +57,8 @@ def test_both_quantized_forms_hold_what_is_quantized_here(name, tmp_path):
         there = load_model(tmp_path / form, compute_dtype=jnp.float32)
         for a, b in zip(jax.tree.leaves(lora.split(here)[2]), jax.tree.leaves(lora.split(there)[2]), strict=True):
             np.testing.assert_array_equal(a, b)
+    whole = {key for key in load_file(FOLDERS / name / "model.safetensors") if "_proj." not in key and "c_" not in key}
+    assert whole <= load_file(tmp_path / "bnb" / "model.safetensors").keys()  # under the names that the source has
 
 
 @pytest.mark.parametrize(("name", "prefix"), [("gpt2_a", "transformer."), ("opt_a", "model.")])

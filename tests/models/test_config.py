@@ -67,6 +67,22 @@ def test_a_decoder_beside_an_encoder_is_read_from_its_part(llama3):
         parse_config({"model_type": "gpt2"}, "f")
 
 
+def test_a_decoder_of_qwen_vl_is_read_with_or_without_a_part():
+    """As the hub has it, one object for both, and as transformers 5 writes it."""
+    text = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text |= {"vocab_size": 40, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2}
+    whole = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"}
+    rope = {"type": "mrope", "mrope_section": [1, 1, 2]}
+    flat = parse_config(whole | text | {"rope_theta": 500.0, "rope_scaling": rope}, "f")
+    part = text | {"model_type": "qwen2_5_vl_text", "rope_parameters": rope | {"rope_theta": 500.0, "type": "default"}}
+    assert flat == parse_config(whole | {"text_config": part}, "f")
+    assert (flat.rope_theta, flat.rope_scaling, flat.norm_eps, flat.tied) == (500.0, (), 1e-5, False)
+    assert parse_config(whole | text, "f").rope_theta == 1e6
+    assert parse_config(whole | {"text_config": part | {"tie_word_embeddings": True}}, "f").tied
+    with pytest.raises(InputError, match="rope scaling of type 'other' is not supported"):
+        parse_config(whole | text | {"rope_scaling": rope | {"type": "other"}}, "f")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -12,6 +12,7 @@ from qlora_jax.io.load import QuantSpec, load_model
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.config import parse_config, read_json
 from qlora_jax.models.kept import NAMES, keeping
+from qlora_jax.train.backward import kept_bytes
 from qlora_jax.train.shapes import ModelSpec, abstract_model
 from tests.families import FAST, FOLDERS, logits_of
 
@@ -64,9 +65,13 @@ def test_a_cache_made_for_longer_answers_turns_otherwise():
 
 @pytest.mark.parametrize("name", sorted(path.name for path in FOLDERS.glob("*_a")))
 def test_what_selective_remat_keeps_is_there(name):
-    """Every kind of layer names its values: without the names they would be computed again, and nothing said so."""
+    """Every kind of layer names its values: without the names they would be computed again, and nothing said so.
+
+    And cuts and plans count their bytes.
+    """
     config = parse_config(read_json(FOLDERS / name / "config.json"), name)
-    parts = abstract_model(ModelSpec(config, QuantSpec("none"), LoRAConfig(2), "float32", "float32"))
+    spec = ModelSpec(config, QuantSpec("none"), LoRAConfig(2), "float32", "float32")
+    parts = abstract_model(spec)
 
     def kept(adapter, base, tokens):
         model = nnx.merge(parts.graph, adapter, base)
@@ -83,6 +88,8 @@ def test_what_selective_remat_keeps_is_there(name):
     expected |= set() if config.kind.parallel else {"attended"}
     expected -= {"gate", "up"} if config.sparse else set()  # experts are computed again from what they took
     assert {key.split()[0] for key in found} == expected
+    counted = kept_bytes(config, "selective", 1, 8, 4, spec.low_rank) - kept_bytes(config, "block", 1, 8, 4)
+    assert config.L * sum(value.size * value.dtype.itemsize for value in found.values()) == counted
 
 
 def test_depth_adds_no_program():

@@ -75,7 +75,7 @@ def test_control_tokens_of_tekken(tmp_path):
     assert tokenizer.controls[23] == "<SPECIAL_23>" and tokenizer.vocab_size == CONTROLS + 257
     assert tokenizer.encode_marked("<s>[INST]a")[:3] == [1, 3, CONTROLS + ord("a")]
     assert min(tokenizer.encode("<s>[INST]</s>")) >= CONTROLS  # plain text never is one
-    with pytest.raises(InputError, match="file of ranks .* takes no new tokens"):
+    with pytest.raises(InputError, match="no tokenizer.json, and tekken.json, .* take no new tokens"):
         find_added(tmp_path, ["<new>"], [])
 
 

@@ -60,7 +60,9 @@ def test_what_the_config_says_stays():
 
 def test_where_none_fits_it_is_the_one_that_takes_least():
     cut, reason = choose(to_cut(), 30 * GIB, 24 * GIB)
-    assert cut == Cut(1, "block+offload") and "none fits" in reason
+    assert cut == Cut(1, "block+offload") and reason == "auto: model and gradients leave no room; this takes least"
+    cut, reason = choose(to_cut(), 5 * GIB, 80 * GIB, lambda cut: False)
+    assert cut == Cut(1, "block+offload") and "none fits 7" in reason
 
 
 def test_a_cut_that_does_not_fit_after_all_gives_way_to_the_next():

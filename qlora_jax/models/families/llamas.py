@@ -9,11 +9,17 @@ from qlora_jax.models.settings import Settings, check_positive
 
 ALL_ATTENTION = ("q", "k", "v", "o")
 ALL_FEED_FORWARD = ("gate", "up", "down")
-# OLMo norms what attention and feed-forward give, not what they take
-_OLMO_NORMS = names(
-    q_norm="self_attn.q_norm", k_norm="self_attn.k_norm",
-    attention_out="post_attention_layernorm", feed_forward_out="post_feedforward_layernorm",
+# projections of one input that are one matrix
+FUSED_FEED_FORWARD = names(
+    q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", o="self_attn.o_proj",
+    gate_up="mlp.gate_up_proj", down="mlp.down_proj",
 )  # fmt: skip
+_HEAD_NORMS = names(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
+# OLMo norms what attention and feed-forward give, not what they take
+_OLMO_NORMS = (
+    *_HEAD_NORMS,
+    *names(attention_out="post_attention_layernorm", feed_forward_out="post_feedforward_layernorm"),
+)
 
 
 def described(c: Settings, sizes: dict[str, int], kind: Kind) -> Described:
@@ -72,7 +78,7 @@ def qwen2(c: Settings, sizes: dict[str, int]) -> Described:
 
 def qwen3(c: Settings, sizes: dict[str, int]) -> Described:
     kind = Kind(
-        norms=(*LLAMA.norms, *names(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")),
+        norms=(*LLAMA.norms, *_HEAD_NORMS),
         biased=ALL_ATTENTION * c.flag("attention_bias"),
         windows=_qwen_windows(c, sizes["L"]),
         activation=c.activation(),
@@ -141,6 +147,63 @@ def granite(c: Settings, sizes: dict[str, int]) -> Described:
     return described(c, sizes, kind)
 
 
+def exaone4(c: Settings, sizes: dict[str, int]) -> Described:
+    """OLMo 3 whose norms of queries and keys are of each head. Where windows are on, layers without one do not turn."""
+    L, window, every = sizes["L"], c.window(), c.get("sliding_window_pattern")
+    types = c.layer_types(L)
+    if types is None and (not window or type(every) is not int or every < 1):
+        raise InputError(
+            f"{c.where}: layer_types is absent, which transformers makes of sliding_window {c.get('sliding_window')!r} "
+            f"and sliding_window_pattern {every!r} only where both are positive integers: write layer_types"
+        )
+    types = types or [SLIDES if (index + 1) % every else FULL for index in range(L)]
+    if SLIDES in types and not window:
+        raise c.wrong("sliding_window", f"a positive integer, as layer_types has {SLIDES}")
+    turns = [not window or kind == SLIDES for kind in types]
+    kind = Kind(
+        norms=_OLMO_NORMS,
+        windows=windows_of(types, window, L),
+        layer_ropes=() if all(turns) else tuple(OWN_ROPE if turn else NO_ROPE for turn in turns),
+        activation=c.activation(),
+    )
+    return described(c, sizes, kind)
+
+
+def seed_oss(c: Settings, sizes: dict[str, int]) -> Described:
+    biased = ("q", "k", "v") * c.flag("attention_bias") + ("o",) * c.flag("attention_out_bias")
+    return described(c, sizes, Kind(biased=biased + ALL_FEED_FORWARD * c.flag("mlp_bias"), activation=c.activation()))
+
+
+def arcee(c: Settings, sizes: dict[str, int]) -> Described:
+    """A feed-forward without a gate."""
+    kind = Kind(
+        linears=tuple((role, name) for role, name in LLAMA.linears if role != "gate"),
+        biased=ALL_ATTENTION * c.flag("attention_bias") + ("up", "down") * c.flag("mlp_bias"),
+        activation=c.activation(),
+    )
+    return described(c, sizes, kind)
+
+
+def hunyuan(c: Settings, sizes: dict[str, int]) -> Described:
+    """Queries and keys are normed once they are turned; `alpha` of a dynamic rope makes theta larger, at any length."""
+    whole_heads(c)
+    said = dict(c.raw.get("rope_scaling") or c.raw.get("rope_parameters") or {})
+    theta, scaling = c.rope(sizes["context"])
+    alpha = said.get("alpha")
+    if said.get("rope_type", said.get("type")) == "dynamic" and alpha:
+        check_positive("alpha", alpha, c.where)
+        if sizes["H"] < 4:
+            raise InputError(f"{c.where}: rope scaling by alpha needs heads of 4 values or more, not {sizes['H']}")
+        theta, scaling = theta * alpha ** (sizes["H"] / (sizes["H"] - 2)), ()
+    kind = Kind(
+        norms=(*LLAMA.norms, *names(q_norm="self_attn.query_layernorm", k_norm="self_attn.key_layernorm")),
+        turned_first=True,
+        biased=ALL_ATTENTION * c.flag("attention_bias"),
+        activation=c.activation(),
+    )
+    return Described(kind, (theta, scaling))
+
+
 def phi3(c: Settings, sizes: dict[str, int]) -> Described:
     """Llama whose projections of one input are one matrix."""
     share = c.share("partial_rotary_factor", default=1.0)
@@ -176,7 +239,29 @@ FAMILIES = {
     ),
     "Olmo2ForCausalLM": Family(olmo2, {"rms_norm_eps": 1e-5}),
     "Olmo3ForCausalLM": Family(olmo3, {"rms_norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 500000.0}),
+    "Exaone4ForCausalLM": Family(
+        exaone4,
+        {
+            "rms_norm_eps": 1e-5, "num_key_value_heads": 32, "sliding_window": 4096, "sliding_window_pattern": 4,
+            "eos_token_id": 2, "bos_token_id": 0,
+        },
+    ),
     "GraniteForCausalLM": Family(granite, {"rms_norm_eps": 1e-6}),
+    "SeedOssForCausalLM": Family(
+        seed_oss,
+        {
+            "rms_norm_eps": 1e-6, "num_key_value_heads": 8, "head_dim": 128, "attention_bias": True,
+            "eos_token_id": 2, "bos_token_id": 0, "max_position_embeddings": 524288,
+        },
+    ),
+    "ArceeForCausalLM": Family(
+        arcee,
+        {
+            "rms_norm_eps": 1e-5, "hidden_act": "relu2", "eos_token_id": 128001, "bos_token_id": 128000,
+            "max_position_embeddings": 4096,
+        },
+    ),
+    "HunYuanDenseV1ForCausalLM": Family(hunyuan, {"rms_norm_eps": 1e-5, "eos_token_id": 2, "bos_token_id": 1}),
     "Phi3ForCausalLM": Family(
         phi3,
         {

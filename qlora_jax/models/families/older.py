@@ -1,5 +1,7 @@
 """Families from before rotary embedding: learned positions (GPT-2, OPT) and ALiBi (BLOOM)."""
 
+import dataclasses
+
 from qlora_jax.models.families.description import KEYS, Described, Family
 from qlora_jax.models.kind import Kind, names
 from qlora_jax.models.settings import Settings
@@ -7,7 +9,6 @@ from qlora_jax.models.settings import Settings
 
 def gpt2(c: Settings, sizes: dict[str, int]) -> Described:
     """Weights lie [I, O] on disk; the feed-forward is 4 D wide where n_inner says nothing."""
-    c.only("scale_attn_by_inverse_layer_idx", False, None, why="scores that are scaled by the layer are not computed")
     c.only("add_cross_attention", False, None, why="attention to an encoder is not computed")
     linears = names(qkv="attn.c_attn", o="attn.c_proj", up="mlp.c_fc", down="mlp.c_proj")
     kind = Kind(
@@ -25,9 +26,21 @@ def gpt2(c: Settings, sizes: dict[str, int]) -> Described:
         biased=tuple(role for role, _ in linears),
         rotary="",
         attention_scale=None if c.get("scale_attn_weights", True) else 1.0,
+        scores_fall=c.flag("scale_attn_by_inverse_layer_idx"),
         activation=c.activation("activation_function"),
     )
     return Described(kind, sizes={"K": sizes["N"]})
+
+
+def gpt_bigcode(c: Settings, sizes: dict[str, int]) -> Described:
+    """GPT-2 whose heads share one key and value, and whose weights lie [O, I]."""
+    c.only("add_cross_attention", False, None, why="attention to an encoder is not computed")
+    shares = c.flag("multi_query")
+    found = gpt2(c, sizes)
+    kind = dataclasses.replace(
+        found.kind, transposed=False, scores_fall=False, qkv_layout="blocks" if shares else "groups"
+    )
+    return Described(kind, sizes={"K": 1 if shares else sizes["N"]})
 
 
 _OPT_BEFORE = names(attention_in="self_attn_layer_norm", feed_forward_in="final_layer_norm")
@@ -102,6 +115,17 @@ FAMILIES = {
         {
             "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new", "tie_word_embeddings": True,
             "n_positions": 1024,
+        },
+        keys=KEYS | _GPT2_KEYS | {"context": ("n_positions",)},
+        eps="layer_norm_epsilon",
+        has_head_dim=False,
+        default_F=True,
+    ),
+    "GPTBigCodeForCausalLM": Family(
+        gpt_bigcode,
+        {
+            "layer_norm_epsilon": 1e-5, "activation_function": "gelu_pytorch_tanh", "tie_word_embeddings": True,
+            "n_positions": 1024, "multi_query": True, "eos_token_id": 50256, "bos_token_id": 50256,
         },
         keys=KEYS | _GPT2_KEYS | {"context": ("n_positions",)},
         eps="layer_norm_epsilon",
