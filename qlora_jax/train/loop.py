@@ -22,7 +22,7 @@ import numpy as np
 
 from pallas_kernels.finite import all_finite
 from qlora_jax.data.examples import Example
-from qlora_jax.errors import InputError
+from qlora_jax.errors import InputError, one_line
 from qlora_jax.feed.batches import Batches
 from qlora_jax.feed.pipeline import prefetched, step_dataset
 from qlora_jax.generate.trained import template_of, write_template
@@ -72,6 +72,8 @@ def finetune(
       InputError: whatever the user can mend, before training starts; or a loss that is not finite, with step and batch.
       Stopped: after SIGTERM, once the state is saved.
     """
+    tell = say
+    say = lambda line: tell(one_line(line))  # noqa: E731 (a line may quote a stranger's file)
     check_config(config)
     refuse_other_config(path, plain)
     workdir = Workdir(path, plain)
