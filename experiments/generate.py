@@ -221,7 +221,9 @@ def converse(setup: Setup, template: str) -> int:
 
 
 def show(text: str) -> None:
-    print(text, end="", flush=True)
+    from qlora_jax.progress import for_terminal
+
+    print(for_terminal(text), end="", flush=True)
 
 
 def note(text: str) -> None:

@@ -192,12 +192,14 @@ def announce(
 
 
 def show_request(judging: "Judging", comparison: "Comparison") -> None:
+    from qlora_jax.progress import for_terminal
+
     print(
         f"\nthe first request, on question {comparison.question.item}, {comparison.first} before {comparison.second}:"
     )
     for message in judging.body(comparison)["messages"]:
         text = message["content"].encode("utf-8", "replace").decode()
-        print(f"\n--- {message['role']} ---\n{text}")
+        print(f"\n--- {message['role']} ---\n{for_terminal(text)}")
 
 
 def ask(judging: "Judging", left: "Sequence[Comparison]", file: "VerdictFile", url: str, key: str | None) -> "Outcome":

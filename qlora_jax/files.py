@@ -4,7 +4,9 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,42 @@ from safetensors.numpy import save_file
 from qlora_jax import checksums
 from qlora_jax.errors import InputError
 from qlora_jax.finite import check_finite
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+MOST_BYTES = 100_000_000  # of a file that is read whole: what safetensors allows its headers; a tokenizer takes a third
+
+
+def read_whole(path: Path, most: int = MOST_BYTES) -> bytes:
+    """The bytes of a stranger's file: a pipe or a device, which never ends, is refused, as is a file of over `most`.
+
+    Raises InputError for these, and OSError where it cannot be read.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # the second: a pipe is not waited for
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise InputError(f"{path} is no file, but a folder, a pipe or a device")
+        if found.st_size > most:
+            raise InputError(f"{path} has {found.st_size:,} bytes; expected {most:,} at most")
+        with open(handle, "rb", closefd=False) as file:
+            return file.read(most)
+    finally:
+        os.close(handle)
+
+
+def loads(data: bytes) -> Any:
+    """A stranger's JSON, UTF-8. Raises ValueError for whatever is none, also for nesting that is too deep and for texts
+    that are no Unicode."""
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if _SURROGATE.search(data):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("it has half a surrogate pair, which no text has") from error
+    return value
 
 
 @contextmanager

@@ -6,6 +6,7 @@ minute. So a log of a day has some 1,400 of them, whatever a step takes.
 
 import dataclasses
 import io
+import re
 import sys
 import time
 from collections import deque
@@ -19,6 +20,15 @@ _FIRST_GAP, _LONGEST_GAP = 10.0, 60.0  # seconds between lines of a log
 _RECENT = 50  # steps that the time left is reckoned from
 _DELAY = 2.0  # seconds before a bar of short work shows
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+
+
+# what steers a terminal; tabs and ends of lines do not
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def for_terminal(text: str) -> str:
+    """A stranger's text, or a model's, as stdout may have it: nothing in it steers a terminal; a file gets it all."""
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if sys.stdout.isatty() else text
 
 
 def place() -> Literal["terminal", "notebook", "log"]:

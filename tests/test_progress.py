@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qlora_jax.progress import Progress, place
+from qlora_jax.progress import Progress, for_terminal, place
 
 
 class Clock:
@@ -141,3 +141,11 @@ def test_a_notebook_draws_it_in_one_place(monkeypatch, capsys):
     assert repr(shown[1][0]).startswith("loading:") and repr(shown[1][-1]) == shown[1][-1]._repr_html_() == ""
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))
     assert place() == "log"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_models_text_does_not_steer_a_terminal(monkeypatch, is_terminal):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
+    text = "a\tb\n\x1b]0;title\x07\x1b[2J\r\u202eé😀\x9b31m"
+    shown = "a\tb\n\ufffd]0;title\ufffd\ufffd[2J\ufffd\ufffdé😀\ufffd31m"
+    assert for_terminal(text) == (shown if is_terminal else text)

@@ -122,6 +122,9 @@ def test_other_commands_are_known():
                 assert set(what.removeprefix(".[").removesuffix("]").split(",")) <= extras, command
             case ["pip", "install", what] if what.startswith("qlora_jax["):
                 assert set(what.removeprefix("qlora_jax[").removesuffix("]").split(",")) <= extras, command
+            case ["python", script, *words] if script.startswith("scripts/"):
+                text = (REPOSITORY / script).read_text(encoding="utf-8")
+                assert all(f'"{word.partition("=")[0]}"' in text for word in words), command
             case ["python3", "-m", "venv", ".venv"] | [".", ".venv/bin/activate"]:
                 pass
             case _:

@@ -174,12 +174,16 @@ def _open_bytes(path: Path, label: str) -> IO[bytes]:
 
 def _undecodable_line(path: Path, label: str) -> int:
     """The first line that is not UTF-8: decoding says which byte of a piece it was, not which line of the file."""
-    with _open_bytes(path, label) as raw:
-        for number, line in enumerate(raw, 1):
-            try:
+    number = 0
+    try:
+        with _open_bytes(path, label) as raw:
+            for line in raw:
+                number += 1
                 line.decode()
-            except UnicodeDecodeError:
-                return number
+    except UnicodeDecodeError:
+        return number
+    except (EOFError, zlib.error, OSError):  # a packed file that is damaged further on
+        return number + 1
     raise AssertionError(f"{label} is UTF-8 line by line")
 
 
@@ -242,7 +246,7 @@ def _parquet_rows(path: Path, label: str) -> Iterator[Row]:
                 for fields in batch.to_pylist():
                     number += 1
                     yield Row(label, number, fields, "row")
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # of values, too
         reason = str(error).split("\n")[0]
         raise InputError(f"{label}: not a readable Parquet file: {reason}") from error
 

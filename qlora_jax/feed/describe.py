@@ -1,16 +1,15 @@
 """What a run will see of its data: examples as the loss sees them, and their lengths."""
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from qlora_jax.data.examples import Example
 from qlora_jax.feed.batches import round_up
+from qlora_jax.progress import CONTROL
 from qlora_jax.text.tokenizer import Tokenizer
 
 _GIVEN, _LEARNED, _PLAIN = "\x1b[2m", "\x1b[32m", "\x1b[0m"  # dim, green
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal may obey; tabs and line breaks stay
 _BAR = 40  # characters of the longest
 
 
@@ -34,7 +33,7 @@ def show_example(example: Example, tokenizer: Tokenizer, color: bool, label: str
             text += stream.flush() + name if name else stream.push(token)
         if number == len(runs) - 1:
             text += stream.flush()
-        shown += marks[int(example.loss_mask[run[0]])] % _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+        shown += marks[int(example.loss_mask[run[0]])] % CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
     return shown
 
 

@@ -41,6 +41,7 @@ _SCALES = (".absmax", ".nested_absmax", ".offset")  # of quantized weights, as b
 _MEND = "no model is computed from it; download or write the file again, or ask who made it"
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
+_SHARD = re.compile(r"[^/\\\x00-\x1f\x7f]{1,200}\.safetensors")  # a file of the folder itself
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # never pickles, never code
 _HUB_FILES = ["*.json", "chat_template.jinja", "*.safetensors", "tokenizer.model", "spiece.model", "merges.txt"]
@@ -231,8 +232,10 @@ def _choose(folder: Path) -> tuple[list[str], list[str]]:
         if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
             raise InputError(f"{source.name}/{_INDEX} has no weight_map of tensor names to file names")
     shards = sorted(set(named.values()))
-    if outside := [name for name in shards if Path(name).name != name]:
-        raise InputError(f"{source.name}/{_INDEX} names {outside[0]!r}; shards must lie in the folder itself")
+    if outside := [name for name in shards if not _SHARD.fullmatch(name)]:
+        raise InputError(
+            f"{source.name}/{_INDEX} names {outside[0]!r}; shards must lie in the folder itself and end in .safetensors"
+        )
     absent = [name for name in shards if not source.exists(name)]
     if source.exists(_SINGLE):
         if not absent and shards not in ([], [_SINGLE]):

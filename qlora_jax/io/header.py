@@ -20,6 +20,8 @@ DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8",
 _NAMES = {name: code for code, name in DTYPES.items()}
 _OTHER_BITS = {"F64": 64, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16, "BOOL": 8}
 _LARGEST = 100_000_000  # bytes; the format's own limit
+_LARGEST_FILE = 2**62  # bytes, which any system can count
+_MOST_AXES = 32  # of a tensor; models have 5
 
 
 class Place(NamedTuple):
@@ -58,7 +60,7 @@ def read_header(read: Callable[[int, np.ndarray], None]) -> dict[str, Place]:
         entries = json.loads(text, object_pairs_hook=_unique)
         sums = checksums.from_metadata(entries.pop("__metadata__", None))
         places = {name: _place(entry, 8 + length, sums.get(name, "")) for name, entry in entries.items()}
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError("its header is not the JSON of a safetensors file") from error
     end = 8 + length
     for name, place in sorted(places.items(), key=lambda item: (item[1].start, item[1].stop)):
@@ -68,6 +70,8 @@ def read_header(read: Callable[[int, np.ndarray], None]) -> dict[str, Place]:
         bits = _OTHER_BITS.get(place.dtype) or (place.dtype in _NAMES and 8 * numpy_dtype(place.dtype).itemsize)
         if bits and 8 * (place.stop - place.start) != bits * math.prod(place.shape):
             raise ValueError(f"{name} has {place.stop - place.start} bytes, not those of {place.dtype} {place.shape}")
+    if end > _LARGEST_FILE:
+        raise ValueError(f"it would have {end:,} bytes")
     if end > 8 + length:
         content(end - 1, end)
     return places
@@ -82,8 +86,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _place(entry: Mapping, begin: int, checksum: str) -> Place:
     start, stop = entry["data_offsets"]
-    if not all(isinstance(size, int) and size >= 0 for size in (*entry["shape"], start, stop)):
+    if not all(type(size) is int and size >= 0 for size in (*entry["shape"], start, stop)):
         raise TypeError("sizes are natural numbers")
+    if len(entry["shape"]) > _MOST_AXES or math.prod(max(1, size) for size in entry["shape"]) > _LARGEST_FILE:
+        raise TypeError("no array has such a shape")
     dtype = DTYPES.get(entry["dtype"], entry["dtype"])
     return Place(dtype, tuple(entry["shape"]), begin + start, begin + stop, checksum)
 

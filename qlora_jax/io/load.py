@@ -66,7 +66,7 @@ def stored_quant(folder: Path) -> QuantSpec | None:
 
     Raises InputError for a quantization that cannot be read (GPTQ, AWQ, ...).
     """
-    raw = read_json(folder / "config.json").get("quantization_config")
+    raw = _quantization(folder)
     if raw is None:
         return None
     method = raw.get("quant_method")
@@ -87,13 +87,21 @@ def stored_quant(folder: Path) -> QuantSpec | None:
     )
 
 
+def _quantization(folder: Path) -> dict[str, Any] | None:
+    """What config.json says of a quantization. Raises InputError where it is no object."""
+    raw = read_json(folder / "config.json").get("quantization_config")
+    if raw is not None and not isinstance(raw, dict):
+        raise InputError(f"{name_of(folder)}/config.json: quantization_config is {raw!r}; expected an object")
+    return raw
+
+
 def skipped_linears(folder: Path, config: ModelConfig) -> frozenset[str]:
     """Keys of the linear layers that a bitsandbytes folder keeps in 16 bits: those that llm_int8_skip_modules names,
     and in a T5 the last of each feed-forward.
 
     As transformers reads it: the beginning of a module's full name up to a dot, or the end of it.
     """
-    raw = read_json(folder / "config.json").get("quantization_config") or {}
+    raw = _quantization(folder) or {}
     names = raw.get("llm_int8_skip_modules") or [] if raw.get("quant_method") == "bitsandbytes" else []
     where = f"{name_of(folder)}/config.json: llm_int8_skip_modules"
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

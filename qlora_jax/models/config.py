@@ -2,20 +2,22 @@
 
 import dataclasses
 import difflib
-import json
 import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from qlora_jax.errors import InputError
+from qlora_jax.files import loads, read_whole
 from qlora_jax.models.families import FAMILIES
 from qlora_jax.models.families.encoders import DECODERS, PART, beside_an_encoder, decoder_of
 from qlora_jax.models.kind import LINEAR_ROLES, LLAMA, Kind
 from qlora_jax.models.roberta.names import head_outer
-from qlora_jax.models.settings import Settings
+from qlora_jax.models.settings import MOST_LAYERS, Settings
 from qlora_jax.models.t5.config import DEFAULTS as T5
 from qlora_jax.models.t5.config import read_t5
+
+_MOST_EXPERTS = 2**20  # of all layers together: each has names of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,12 +197,14 @@ class ModelConfig:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises InputError naming the file when it is missing, or no JSON object."""
+    """The object in a JSON file. Raises InputError naming the file when it is missing, too large, or no JSON object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = loads(read_whole(path))
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing; expected a Hugging Face checkpoint folder with config.json") from error
-    except (ValueError, OSError, RecursionError) as error:
+    except InputError:
+        raise
+    except (ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a JSON {type(value).__name__}; expected an object")
@@ -214,8 +218,7 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
       InputError: the architecture is unknown (known ones are listed), a size is missing or nonsense, or the model asks
         for what is not implemented and would be computed wrongly.
     """
-    name = (raw.get("architectures") or [f"(none; model_type {raw.get('model_type')!r})"])[0]
-    whole = name
+    name = whole = _architecture(raw, where)
     if has_encoder := name in DECODERS:
         name, raw = decoder_of(raw, where)
         where = f"{where}: {PART}"
@@ -230,7 +233,8 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
     if file not in (None, "model.safetensors", "model.safetensors.index.json"):
         raise InputError(f"{where}: transformers_weights is {file!r}; expected model.safetensors, or no such key")
     keys = family.keys
-    D, L, N, V = (c.count(*keys[letter]) for letter in "DLNV")
+    D, N, V = (c.count(*keys[letter]) for letter in "DNV")
+    L = c.count(*keys["L"], most=MOST_LAYERS)
     says_F = bool(keys["F"]) and c.get(keys["F"][0]) is not None
     F = c.count(*keys["F"]) if says_F or not family.default_F else 4 * D
     K = next((value for key in keys["K"] if (value := c.get(key)) is not None), None) or N
@@ -249,6 +253,10 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
     described = family.describe(c, sizes)
     kind, (theta, scaling) = described.kind, described.rope
     kind = beside_an_encoder(kind, whole) if has_encoder else kind
+    if kind.experts and L * kind.experts.count > _MOST_EXPERTS:
+        raise InputError(
+            f"{where}: {kind.experts.count:,} experts in each of {L:,} layers; at most {_MOST_EXPERTS:,} are read"
+        )
     width = kind.rotary_width or H
     if kind.rotary and (width % 2 or width < 2):
         raise InputError(f"{where}: head width {width} is odd; rotary embedding turns pairs")
@@ -267,6 +275,13 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
         bos_id=raw.get("bos_token_id", family.defaults.get("bos_token_id")),
         kind=kind,
     )
+
+
+def _architecture(raw: dict, where: str) -> str:
+    named = raw.get("architectures") or [f"(none; model_type {raw.get('model_type')!r})"]
+    if not isinstance(named, list) or not isinstance(named[0], str):
+        raise InputError(f"{where}: architectures is {named!r}; expected a list of names")
+    return named[0]
 
 
 def _near(name: str) -> str:

@@ -1,13 +1,15 @@
 """Keys of a config.json as values of the right kind; every mistake is one line that names file and key."""
 
 import json
-import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from qlora_jax.errors import InputError
 from qlora_jax.models.kind import ACTIVATIONS
 
+_LARGEST = 2.0**1000  # of a number: floats hold it and what is computed from it
+MOST = 2**31 - 1  # of a size: arrays' axes are counted in 32 bits
+MOST_LAYERS = 10_000  # ten times what any model has: names are made for each
 Rope = tuple[float, tuple[tuple[str, Any], ...]]  # theta and the items of its scaling, () for none
 # What each type of scaling must say; what is in OPTIONAL is read where it is said.
 _ROPES: dict[str, tuple[str, ...]] = {
@@ -39,12 +41,14 @@ class Settings:
     def wrong(self, key: str, expected: str) -> InputError:
         return InputError(f"{self.where}: {key} is {self.get(key)!r}; expected {expected}")
 
-    def count(self, *keys: str) -> int:
-        """The first of the keys that is there: a positive integer."""
+    def count(self, *keys: str, most: int = MOST) -> int:
+        """The first of the keys that is there: a positive integer, at most `most`."""
         key = next((key for key in keys if key in self.raw), keys[0])
         value = self.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self.wrong(key, "a positive integer")
+        if value > most:
+            raise self.wrong(key, f"{most:,} at most")
         return value
 
     def positive(self, key: str, default: float | None = None) -> float:
@@ -58,7 +62,7 @@ class Settings:
 
     def flag(self, key: str) -> bool:
         value = self.get(key)
-        if value not in (True, False, None):
+        if not isinstance(value, bool | int | None) or value not in (True, False, None):
             raise self.wrong(key, "true or false")
         return bool(value)
 
@@ -71,7 +75,7 @@ class Settings:
 
     def activation(self, key: str = "hidden_act") -> str:
         value = self.get(key, "silu")
-        if value not in ACTIVATIONS:
+        if not isinstance(value, str) or value not in ACTIVATIONS:
             raise self.wrong(key, f"one of {', '.join(ACTIVATIONS)}")
         return value
 
@@ -120,7 +124,10 @@ class Settings:
         return next(iter(found.values()), None) or self._read_rope({}, theta, context, "")
 
     def _rope_items(self) -> dict[str, Any]:
-        return dict(self.raw.get("rope_scaling") or self.raw.get("rope_parameters") or {})
+        said = self.raw.get("rope_scaling") or self.raw.get("rope_parameters") or {}
+        if not isinstance(said, dict):
+            raise self.wrong("rope_scaling" if self.raw.get("rope_scaling") else "rope_parameters", "an object")
+        return said
 
     def _read_rope(self, said: Any, theta: Any, context: int, entry: str) -> Rope:
         if not isinstance(said, dict):
@@ -131,10 +138,14 @@ class Settings:
                 f"{self.where}: rope_parameters has one entry for each kind of layer ({', '.join(nested)}), which this "
                 "family does not read: give the parameters themselves"
             )
-        parameters = dict(said.get(entry) or {}) if entry else dict(said)
+        parameters = (said.get(entry) or {}) if entry else said
+        if not isinstance(parameters, dict):
+            raise InputError(f"{self.where}: {entry} of rope_parameters is {parameters!r}; expected an object")
         theta = parameters.get("rope_theta", theta)
         check_positive("rope_theta", theta, self.where)
         kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if not isinstance(kind, str):
+            raise InputError(f"{self.where}: rope scaling is of type {kind!r}; expected a name")
         kind = self.defaults.get("rope_names", {}).get(kind, kind)
         if parameters.get("llama_4_scaling_beta") and not self.defaults.get("reads_llama_4_scaling"):
             raise InputError(f"{self.where}: llama_4_scaling_beta, which scales queries by place, is not supported")
@@ -172,5 +183,5 @@ class Settings:
 
 
 def check_positive(key: str, value: Any, where: str) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < _LARGEST:
         raise InputError(f"{where}: {key} is {value!r}; expected a positive number")

@@ -14,6 +14,7 @@ import numpy as np
 
 from pallas_kernels.nf4_matmul import NESTED_BLOCK
 from qlora_jax.errors import InputError
+from qlora_jax.files import loads
 from qlora_jax.finite import check_finite
 from qlora_jax.quant import int8
 from qlora_jax.quant.codebooks import absmax_map, codebook
@@ -86,13 +87,13 @@ def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str = "weight") -
     if format is None:
         raise InputError(f"{name} has no {_STATE}nf4 or {_STATE}fp4 beside it: not a bitsandbytes 4-bit weight")
     try:
-        state = json.loads(np.asarray(tensors[f"{name}.{_STATE}{format}"], np.uint8).tobytes())
+        state = loads(np.asarray(tensors[f"{name}.{_STATE}{format}"], np.uint8).tobytes())
         out_features, in_features = (int(size) for size in state["shape"])
         block_size = int(state["blocksize"])
         double_quant = "nested_offset" in state
         nested_block = int(state.get("nested_blocksize", NESTED_BLOCK))
         offset = float(state["nested_offset"]) if double_quant else None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(f"{name}: its quant_state is not the JSON bitsandbytes writes ({error!r})") from error
     check_block_size(block_size)
     if nested_block != NESTED_BLOCK:
@@ -109,7 +110,8 @@ def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str = "weight") -
     if double_quant:
         nested_absmax = _part(tensors, name, f"{name}.nested_absmax", np.float32, -(-blocks // NESTED_BLOCK))
         _check_scales(nested_absmax, f"{name}.nested_absmax")
-        _check_scales(np.asarray([offset], np.float32), f"nested_offset of {name}")
+        with np.errstate(over="ignore"):  # infinity is refused
+            _check_scales(np.asarray([offset], np.float32), f"nested_offset of {name}")
         _check_table(tensors, f"{name}.nested_quant_map", absmax_map())
     return QuantizedTensor(
         jnp.asarray(_halves(codes, n)),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.evaluate.tournament.figures import pyplot, save
+from qlora_jax.evaluate.tournament.figures import plain, pyplot, save
 from qlora_jax.report.compare import Block, Share, means, over_seeds
 from qlora_jax.report.source import Curve
 
@@ -55,8 +55,8 @@ def draw_means(folder: Path, name: str, block: Block, label: str) -> None:
             axes.errorbar([mean.mean for mean in found], places, xerr=ends, fmt="o", ms=4.5, capsize=3, color=COLORS[0])
             axes.set_yticks(places, [_cut(text) for text in block.labels(index)])
             axes.set_ylim(max(tallest, len(found)) - 0.5 if count > 1 else len(found) - 0.5, -0.5)
-            axes.set_title(factor.name)
-            axes.set_xlabel(label)
+            axes.set_title(plain(factor.name))
+            axes.set_xlabel(plain(label))
             axes.grid(axis="y", visible=False)
             axes.locator_params(axis="x", nbins=5)
 
@@ -82,9 +82,10 @@ def draw_two(folder: Path, name: str, block: Block, along: int, series: int, lab
             )  # fmt: skip
         crowded = len(labels) * max(map(len, labels)) > 13 * (len(labels) + 1)
         axes.set_xticks(x, labels, rotation=30 if crowded else 0, ha="right" if crowded else "center")
-        axes.set_xlabel(block.factors[along].name)
-        axes.set_ylabel(label)
-        axes.legend(title=block.factors[series].name, loc="center left", bbox_to_anchor=(1.01, 0.5), alignment="left")
+        axes.set_xlabel(plain(block.factors[along].name))
+        axes.set_ylabel(plain(label))
+        title = plain(block.factors[series].name)
+        axes.legend(title=title, loc="center left", bbox_to_anchor=(1.01, 0.5), alignment="left")
         axes.grid(axis="x", visible=False)
 
 
@@ -104,9 +105,9 @@ def draw_curves(folder: Path, name: str, metrics: dict[str, dict[str, dict[str, 
                 axes.plot(steps, middle, lw=1.5, color=color, label=_cut(label))
                 if len(curves) > 1:
                     axes.fill_between(steps, low, high, color=color, alpha=0.13, lw=0)
-            axes.set_title(axis)
+            axes.set_title(plain(axis))
             axes.set_xlabel("optimizer steps")
-            axes.set_ylabel(metric)
+            axes.set_ylabel(plain(metric))
             axes.margins(x=0.01)
             if len(levels) > 1:
                 axes.legend(loc="upper right", fontsize=8)
@@ -153,12 +154,11 @@ def draw_scatter(folder: Path, name: str, columns: dict[str, tuple[list[float], 
     with _figure(folder, name, len(columns), 3.9 * len(columns) + 0.6, 3.2) as (_, panels):
         for axes, (key, (x, y)) in zip(panels, columns.items(), strict=True):
             axes.plot(x, y, "o", ms=3.5, alpha=0.5, color=COLORS[0], mew=0)
-            axes.set_xlabel(key)
-            axes.set_ylabel(label)
+            axes.set_xlabel(plain(key))
+            axes.set_ylabel(plain(label))
             if min(x) > 0 and max(x) > 30 * min(x):
                 axes.set_xscale("log")
 
 
 def _cut(text: str, most: int = 32) -> str:
-    text = text.replace("$", r"\$")  # no mathematics
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return plain(text if len(text) <= most else text[: most - 1] + "…")

@@ -82,7 +82,7 @@ def _link(name: str, title: str) -> str:
 
 def _progress(counts: dict[str, int]) -> str:
     total = sum(counts.values())
-    parts = [(status, count) for status, count in counts.items() if count]
+    parts = [(escape(status), count) for status, count in counts.items() if count]
     bar = "".join(f'<i class="{status}" style="width:{100 * count / total:.3f}%"></i>' for status, count in parts)
     words = "".join(f'<li><i class="{status}"></i><b>{count:,}</b> {status}</li>' for status, count in parts)
     return f'<div class="bar">{bar}</div><ul class="counts">{words}<li><b>{total:,}</b> in all</li></ul>'
@@ -91,7 +91,7 @@ def _progress(counts: dict[str, int]) -> str:
 def _section(section: Section, figures: Path) -> str:
     text = "".join(map(_paragraph, section.paragraphs))
     parts = "".join(_figure(part, figures) if isinstance(part, Figure) else _table(part) for part in section.parts)
-    return f'<section id="{section.id}"><h2>{escape(section.title)}</h2>{text}{parts}</section>'
+    return f'<section id="{escape(section.id)}"><h2>{escape(section.title)}</h2>{text}{parts}</section>'
 
 
 def _paragraph(text: Text) -> str:

@@ -1,8 +1,6 @@
 """The runs to report on: those of a sweep's ledger, or the one of a folder. Reads only, also while they are written."""
 
 import dataclasses
-import json
-import math
 import sqlite3
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,12 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qlora_jax.errors import InputError
+from qlora_jax.files import loads
 from qlora_jax.models.config import read_json
 from qlora_jax.settings import config_hash, flatten
-from qlora_jax.sweep.ledger import FILE, STATUSES, reading
+from qlora_jax.sweep.ledger import FILE, STATUSES, parsed, reading
 
 CURVES = ("loss", "eval_loss")  # metrics over time that a report draws
 _RUN_FILES = ("config.json", "metrics.jsonl", "summary.json")
+_LARGEST = float(np.finfo(np.float32).max)
 _CURVE_POINTS = 64  # of a run; longer curves are means over equal stretches of steps
 
 
@@ -102,15 +102,19 @@ def _read_ledger(workdir: Path) -> Source:
         curves = _curves(db)
     runs = []
     for digest, status, config, result, error, groups in points:
-        measured = json.loads(result or "{}")
+        where = f"{path}: point {digest}"
+        if status not in STATUSES:
+            raise InputError(f"{where} is {status!r}; expected one of {', '.join(STATUSES)}")
+        measured, settings = parsed(result or "{}", dict, where), parsed(config, dict, where)
+        names = parsed(groups, list, where)
         runs.append(
             Run(
-                digest, status, flatten(json.loads(config)), tuple(json.loads(groups)), measured, error,
+                digest, status, flatten(settings), tuple(map(str, names)), measured, error,
                 seconds.get(digest), tries.get(digest, 0), _ended(curves.get(digest, {}), measured),
             )
         )  # fmt: skip
-    names = tuple(dict.fromkeys(name for run in runs for name in run.groups))
-    return Source(workdir, runs, written, True, names, attempts, meta, left_out)
+    in_all = tuple(dict.fromkeys(name for run in runs for name in run.groups))
+    return Source(workdir, runs, written, True, in_all, attempts, meta, left_out)
 
 
 def _attempts(db: sqlite3.Connection, now: float) -> tuple[tuple[Attempt, ...], dict[str, float], dict[str, int]]:
@@ -190,17 +194,18 @@ def _read_run(workdir: Path) -> Source:
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     """Whole lines of a metrics.jsonl; the last one may still be being written."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            row = json.loads(line)
+            row = loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if isinstance(row, dict) and type(row.get("step")) is int and _is_number(row["step"]):
             yield row
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A number that float32 holds, which is what curves are kept in."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def number(value: Any) -> float | None:

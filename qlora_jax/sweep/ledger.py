@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_jax.errors import InputError
-from qlora_jax.files import hold_folder
+from qlora_jax.files import hold_folder, loads
 from qlora_jax.sweep.grid import Point
 
 FILE = "ledger.sqlite"
@@ -323,6 +323,17 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
         db.close()
 
 
+def parsed(text: str, kind: type, where: str) -> Any:
+    """A ledger's JSON text, a dict or a list. Raises InputError, `where` in it, for what is neither."""
+    try:
+        value = loads(str(text).encode("utf-8", "replace"))
+    except ValueError as error:
+        raise InputError(f"{where} cannot be read as JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise InputError(f"{where} holds a JSON {type(value).__name__}; expected a {kind.__name__}")
+    return value
+
+
 def contents(db: sqlite3.Connection, measured: Callable[[str], bool] = MEASURED.__contains__) -> dict[str, Any]:
     """What a sweep computed, without times, attempts and what is measured of a machine: equal for equal sweeps.
 
@@ -334,9 +345,11 @@ def contents(db: sqlite3.Connection, measured: Callable[[str], bool] = MEASURED.
     for digest, status, config, result, axes, groups, error, in_grid in db.execute(
         f"SELECT {columns} FROM points ORDER BY hash"
     ):
-        computed = result and {key: value for key, value in json.loads(result).items() if not measured(key)}
+        where = f"ledger: point {digest}"
+        computed = result and {key: x for key, x in parsed(result, dict, where).items() if not measured(key)}
         points[digest] = (
-            status, json.loads(config), computed, json.loads(axes), json.loads(groups), error, bool(in_grid)
+            status, parsed(config, dict, where), computed, parsed(axes, dict, where), parsed(groups, list, where),
+            error, bool(in_grid),
         )  # fmt: skip
     rows = db.execute("SELECT hash, step, name, value FROM metrics ORDER BY hash, step, name")
     return {"points": points, "metrics": [row for row in rows if not measured(row[2])]}

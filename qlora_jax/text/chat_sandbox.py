@@ -24,6 +24,8 @@ from jinja2 import filters, nodes, parser, runtime, utils
 
 LONGEST = 2**24  # characters of a text, entries of a list
 ALTOGETHER = 2**30  # characters of the texts that a rendering makes on its way
+_SORTED = 2**17  # entries of a list that are sorted, which nothing interrupts
+_ENTRY = 64  # characters that an entry of a list counts as, by the memory that it takes
 SECONDS = 10.0  # of a rendering, on the processor: a machine that stands still refuses nothing
 _BITS = 2**14  # of a whole number
 _INDENT = 100  # characters before a line, lines of a portion
@@ -41,7 +43,8 @@ class TooMuch(Exception):
 class _Used(threading.local):
     """What the rendering of this thread has used."""
 
-    until = 0.0
+    until = 0.0  # on the clock on the wall, which runs no slower and costs a tenth
+    processor_until = 0.0
     characters = 0
 
 
@@ -74,14 +77,18 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             "sum": lambda values, attribute=None, start=0: self._check_small(start),
             "batch": lambda values, size, *_: self._check_small(size),
             "slice": lambda values, size, *_: self._check_small(size),
+            **dict.fromkeys(("dictsort", "groupby", "max", "min", "sort", "unique"), self._check_few),
             "wordwrap": lambda text, *options, **_: self._check_small(*(len(str(each)) for each in options)),
         }
         for name, check in checks.items():
             self.filters[name] = _after(check, self.filters[name])
+        for name in ("list", "sort", "dictsort", "groupby"):
+            self.filters[name] = self._weighing(self.filters[name])
 
     def start(self) -> None:
         """Before a rendering."""
-        self._used.until, self._used.characters = time.thread_time() + SECONDS, 0
+        self._used.until, self._used.characters = time.perf_counter() + SECONDS, 0
+        self._used.processor_until = time.thread_time() + SECONDS
 
     def spend(self, characters: int) -> None:
         """Raises TooMuch when a text of so many characters, or a list of so many entries, is one too many."""
@@ -92,10 +99,20 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if used.characters > ALTOGETHER:
             raise TooMuch(f"it makes more than {ALTOGETHER:,} characters on its way")
 
+    def _keep(self, made: Any) -> Any:
+        """What a call or a filter has made: lists take more memory than texts."""
+        if isinstance(made, list | tuple):
+            self.spend(len(made))
+            self._used.characters += (_ENTRY - 1) * len(made)
+        return made
+
+    def _weighing(self, filter: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.wraps(filter)(lambda *args, **kwargs: self._keep(filter(*args, **kwargs)))
+
     @property
     def tick(self) -> None:
         """Read in every round of a loop and at the beginning of every macro, where `_parse` puts it."""
-        if time.thread_time() > self._used.until:
+        if time.perf_counter() > self._used.until and time.thread_time() > self._used.processor_until:
             raise TooMuch(f"it takes more than {SECONDS:.0f} s")
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -144,7 +161,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 self.spend(sum(len(each) + len(text) for each in args[0]))
             elif name == "translate":
                 raise TooMuch("it calls translate, which is not for templates")
-        return super().call(context, obj, *args, **kwargs)
+        return self._keep(super().call(context, obj, *args, **kwargs))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """The sandbox's own str.format, within the bounds."""
@@ -164,6 +181,10 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         text = str(self._weighed(value))
         self.spend(len(text))
         return text
+
+    def _check_few(self, values: Any, *_: Any, **__: Any) -> None:
+        if hasattr(values, "__len__") and len(values) > _SORTED:
+            raise TooMuch(f"it sorts or compares {len(values):,} entries (the bound is {_SORTED:,})")
 
     def _check_small(self, *numbers: Any) -> None:
         if any(not isinstance(number, int | float) or number > _INDENT for number in numbers):

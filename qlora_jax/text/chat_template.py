@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import functools
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,14 +35,21 @@ class Rendered:
     marks: list[tuple[int, int]] | None
 
 
+_MOST_SOURCE = 2**17  # characters of a template, some five times what the longest has: each costs time to compile
+
+
 @functools.lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
-    return Environment().from_string(template)
+    with warnings.catch_warnings():  # of Python's compiler about an odd expression: they would go to stderr
+        warnings.simplefilter("ignore")
+        return Environment().from_string(template)
 
 
 @functools.lru_cache(maxsize=8)
 def searched(template: str) -> tuple[str, ...]:
     """Texts that a template looks for in others (`'x' in content`, `content.split('x')`); none of a broken one."""
+    if len(template) > _MOST_SOURCE:
+        return ()
     try:
         tree = Environment().parse(template)
     except (jinja2.TemplateError, RecursionError, MemoryError):
@@ -78,6 +86,10 @@ def render(
       InputError: the template is broken, refuses this conversation, tears its generation blocks apart, or goes over
         the bounds of `chat_sandbox`.
     """
+    if len(template) > _MOST_SOURCE:
+        raise InputError(
+            f"{where}: the chat template has {len(template):,} characters; expected {_MOST_SOURCE:,} at most"
+        )
     day = now or datetime.datetime.now()
     try:
         compiled = _compile(template)

@@ -7,12 +7,12 @@ merge of that string's rank. Sources: mistral_common's tekken.py (v3 to v15), ti
 
 import base64
 import binascii
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qlora_jax.errors import InputError
+from qlora_jax.files import loads, read_whole
 
 # Of mistral_common, for files that do not list theirs (version 7 and before); the rest are <SPECIAL_20>, ...
 _TEKKEN_SPECIALS = (
@@ -23,6 +23,7 @@ _TEKKEN_SPECIALS = (
 TEKKEN_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 # ByT5's control tokens, before its bytes; the sentinels of its pretraining stand after them.
 BYT5_NAMES = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+_MOST_TOKENS = 2**24  # a hundred times what tokenizers have
 # How texts are cut where a file of ranks says nothing about it: as Llama 3 does, and transformers takes it.
 _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -48,7 +49,7 @@ def read_ranks(file: Path, specials: Mapping[str, int]) -> dict[str, Any]:
             "(added_tokens_decoder) or added_tokens.json"
         )
     ranks = {}
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(read_whole(file).splitlines(), start=1):
         parts = line.split()
         token = _decoded(parts[0]) if len(parts) == 2 and parts[1].isdigit() else None
         if token is None:
@@ -63,16 +64,20 @@ def read_tekken(file: Path) -> dict[str, Any]:
     Raises InputError where the file is damaged or is not what mistral_common would read.
     """
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
+        said = loads(read_whole(file))
         config, vocabulary, specials = said["config"], said["vocab"], said.get("special_tokens")
         count, size, pattern = config["default_num_special_tokens"], config["default_vocab_size"], config["pattern"]
+        is_whole = type(count) is type(size) is int and 0 <= count <= size <= _MOST_TOKENS
+        if not is_whole or not isinstance(pattern, str):
+            raise ValueError(f"{count!r} control tokens of {size!r} tokens")
         names = _TEKKEN_SPECIALS if specials is None else [token["token_str"] for token in specials]
         numbers = range(len(names)) if specials is None else [token["rank"] for token in specials]
         strings = [base64.b64decode(token["token_bytes"], validate=True) for token in vocabulary[: size - count]]
         ranks = [token["rank"] for token in vocabulary[: size - count]]
     except (ValueError, KeyError, TypeError, binascii.Error) as error:
         raise InputError(f"{file}: not a readable tokenizer: {type(error).__name__}: {error}") from error
-    if ranks != list(range(size - count)) or [*numbers] != list(range(len(names))) or len(names) > count:
+    in_order = len(ranks) == size - count and ranks == list(range(size - count))
+    if not in_order or [*numbers] != list(range(len(names))) or len(names) > count:
         raise InputError(
             f"{file}: not a readable tokenizer: expected {count} control tokens at most and {size - count} strings at "
             f"least, each in the order of its rank; found {len(names)} and {len(vocabulary)}"

@@ -8,11 +8,13 @@ writes, has control tokens, and its tokens come with their places in the text.
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from qlora_jax.errors import InputError
+from qlora_jax.files import loads, read_whole
 from qlora_jax.text import ranked
 from qlora_jax.text.chat_guard import special_pattern, token_names, token_pattern
 
@@ -76,9 +78,10 @@ class JsonBackend:
         `spec`: what the file comes to, where it is no tokenizer.json."""
         import tokenizers
 
+        self._file = file
         self.is_ranked = spec is not None
         try:
-            spec = spec or json.loads(file.read_text(encoding="utf-8"))
+            spec = spec or loads(read_whole(file))
             for token in spec.get("added_tokens", []):
                 is_control = token["content"] in control_tokens or token["id"] in stops
                 token["special"] = token["special"] or is_control
@@ -116,15 +119,26 @@ class JsonBackend:
         ids: list[list[int]] = []
         for start in range(0, len(texts), _CHUNK):
             chunk = list(texts[start : start + _CHUNK])
-            ids.extend(e.ids for e in self._tokenizer.encode_batch_fast(chunk, add_special_tokens=False))
+            with self._failing():
+                ids.extend(e.ids for e in self._tokenizer.encode_batch_fast(chunk, add_special_tokens=False))
         return ids
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """The library finds some mistakes of a file only where a text needs what is missing there."""
+        try:
+            yield
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(f"{self._file}: a text cannot be cut into tokens: {error}") from error
 
     def encode_marked(self, texts: Sequence[str], numbered: bool = False) -> list[Encoding]:
         tokenizer, own = self._with_numbers() if numbered else (self._tokenizer, {})
         tokenizer.encode_special_tokens = numbered
         encodings = []
         for start in range(0, len(texts), _CHUNK):
-            for found in tokenizer.encode_batch(list(texts[start : start + _CHUNK]), add_special_tokens=False):
+            with self._failing():
+                chunk = tokenizer.encode_batch(list(texts[start : start + _CHUNK]), add_special_tokens=False)
+            for found in chunk:
                 begins, ends = zip(*found.offsets, strict=True) if found.ids else ((), ())
                 ids = [own.get(number, number) for number in found.ids] if own else found.ids
                 encodings.append(Encoding(ids, list(begins), list(ends)))
@@ -208,14 +222,14 @@ class SentencePieceBackend:
             ) from error
         try:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        except (RuntimeError, OSError) as error:
+            count = self._model.get_piece_size()
+            control = (i for i in range(count) if self._model.is_control(i))
+            self.specials = {self._model.id_to_piece(i): i for i in control} | added
+            known = {f"{name}_token": getattr(self._model, f"{name}_id")() for name in ("bos", "eos", "unk")}
+            self.defaults = {name: self._model.id_to_piece(number) for name, number in known.items() if number >= 0}
+        except (RuntimeError, OSError, ValueError, IndexError) as error:  # of pieces that are no UTF-8, too
             raise InputError(f"{file}: not a readable SentencePiece model: {error}") from error
-        count = self._model.get_piece_size()
-        control = (i for i in range(count) if self._model.is_control(i))
-        self.specials = {self._model.id_to_piece(i): i for i in control} | added
         self._skipped = set(self.specials.values())
-        known = {f"{name}_token": getattr(self._model, f"{name}_id")() for name in ("bos", "eos", "unk")}
-        self.defaults = {name: self._model.id_to_piece(number) for name, number in known.items() if number >= 0}
         self.eos_id = known["eos_token"] if known["eos_token"] >= 0 else None
         self._count = count
         self.vocab_size = max([count - 1, *self.specials.values()]) + 1

@@ -7,11 +7,12 @@ every training needs: the tokenizer's word on it goes first, and generation stop
 """
 
 import dataclasses
-import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
 from qlora_jax.errors import InputError
+from qlora_jax.files import loads, read_whole
 from qlora_jax.models.t5.config import DEFAULTS as T5
 from qlora_jax.text.tokenizer_backends import Backend
 
@@ -54,8 +55,14 @@ class Files:
         for source in (self.tokenizer_config,) if is_new else (self.special_tokens_map, self.tokenizer_config):
             if name in source:
                 value = source[name]
-                return True, value.get("content") if isinstance(value, dict) else value
+                text = value.get("content") if isinstance(value, dict) else value
+                if not isinstance(text, str | None):
+                    raise self._wrong(name, value, "text, or an object with it as content")
+                return True, text
         return False, None
+
+    def _wrong(self, key: str, value: Any, expected: str) -> InputError:
+        return InputError(f"{self.folder}: {key} is {reprlib.repr(value)}; expected {expected}")
 
     def control_tokens(self) -> set[str]:
         """Texts of the named control tokens."""
@@ -64,14 +71,24 @@ class Files:
     def stops(self) -> list[int]:
         """Ids at which generation stops by generation_config.json, or by config.json where that is silent."""
         for config in (self.generation_config, self.config):
-            if config.get("eos_token_id") is not None:
-                return _as_list(config["eos_token_id"])
+            if (said := config.get("eos_token_id")) is not None:
+                found = list(said) if isinstance(said, list) else [said]
+                if not all(_is_id(number) for number in found):
+                    raise self._wrong("eos_token_id", said, "the id of a token, or a list of ids")
+                return found
         return []
 
     def added_tokens(self) -> dict[str, int]:
         """Tokens beyond a SentencePiece model's own, text -> id."""
-        added = {text: number for text, number in self.added.items() if isinstance(number, int)}
-        for number, token in self.tokenizer_config.get("added_tokens_decoder", {}).items():
+        if wrong := [text for text, number in self.added.items() if not _is_id(number)]:
+            raise self._wrong(f"{wrong[0]!r} of added_tokens.json", self.added[wrong[0]], "the id of a token")
+        added, listed = dict(self.added), self.tokenizer_config.get("added_tokens_decoder") or {}
+        if not isinstance(listed, dict):
+            raise self._wrong("added_tokens_decoder", listed, "an object of ids and tokens")
+        for number, token in listed.items():
+            is_token = isinstance(token, dict) and isinstance(token.get("content"), str)
+            if not (is_token and number.isascii() and number.isdigit() and len(number) < 10):
+                raise self._wrong(f"{number!r} of added_tokens_decoder", token, "an id, and an object with content")
             if token.get("special"):
                 added[token["content"]] = int(number)
         return added
@@ -103,19 +120,22 @@ class Files:
                 "or eos_token_id in generation_config.json"
             )
         eos_ids += [number for number in self.stops() if number not in eos_ids]
-        is_pair = not T5.keys().isdisjoint(self.config.get("architectures") or ())
+        named_as = self.config.get("architectures")
+        is_pair = isinstance(named_as, list) and any(name in named_as for name in T5)
         return Settings(self.folder, bos_id, prefix, tuple(eos_ids), named, *self._templates(), is_pair)
 
     def _named(self, backend: Backend) -> dict[str, str]:
         """Texts of the tokens that transformers knows by a name."""
         declared = self.tokenizer_config.get("tokenizer_class") or self.config.get("tokenizer_class") or ""
+        if not isinstance(declared, str):
+            raise self._wrong("tokenizer_class", declared, "a name")
         defaults = backend.defaults | (_DEFAULTS.get(declared.removesuffix("Fast"), {}) if not backend.is_bytes else {})
         own = {name: text for name, text in self.tokenizer_config.items() if name.endswith("_token")}
         found = {}
         for name in (*_TOKEN_NAMES, *(name for name, text in own.items() if isinstance(text, str))):
             is_spoken_of, text = self.token_text(name)
             if not is_spoken_of and backend.id_of(defaults.get(name, "")) is not None:
-                text = defaults[name]
+                text = defaults.get(name)
             if text:
                 found[name] = text
         return found
@@ -140,9 +160,11 @@ class Files:
     def _templates(self) -> tuple[str | None, str | None]:
         """The chat template, and the one for chats with tools where it is another."""
         template = self.tokenizer_config.get("chat_template")
-        named: dict[str, str | None] = {"default": template}
-        if isinstance(template, list):  # several by name
-            named = {entry.get("name"): entry.get("template") for entry in template}
+        listed = template if isinstance(template, list) else [{"name": "default", "template": template}]
+        is_whole = [isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in listed]
+        if not all(is_whole) or not all(isinstance(entry.get("template"), str | None) for entry in listed):
+            raise self._wrong("chat_template", template, "text, or a list of objects with name and template")
+        named: dict[Any, str | None] = {entry["name"]: entry.get("template") for entry in listed}
         files = {"default": self.folder / "chat_template.jinja"}
         files["tool_use"] = self.folder / "additional_chat_templates" / "tool_use.jinja"
         found: dict[str, str | None] = {name: _text(file) for name, file in files.items() if file.is_file()}
@@ -168,7 +190,9 @@ def _object(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = loads(read_whole(file))
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"{file}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -178,10 +202,10 @@ def _object(file: Path) -> dict[str, Any]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return read_whole(file).decode()
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 (byte {error.start})") from error
 
 
-def _as_list(value: int | list[int]) -> list[int]:
-    return list(value) if isinstance(value, list) else [value]
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31

@@ -16,7 +16,6 @@ is set aside, STEP.set_aside, where neither orbax nor we count or delete it, and
 import contextlib
 import dataclasses
 import errno
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +28,7 @@ from orbax.checkpoint import type_handlers
 
 from qlora_jax import checksums
 from qlora_jax.errors import InputError
-from qlora_jax.files import write_json
+from qlora_jax.files import loads, read_whole, write_json
 from qlora_jax.mesh import processes
 
 _ITEM, _SUMS = "default", "checksums.json"  # orbax's folder of what it saved, in that of a step; our file in it
@@ -279,7 +278,7 @@ def _files(folder: Path) -> list[str]:
 
 def _changed(item: Path) -> str:
     """The first file that is not what was written; "" where all are. Raises OSError, or ValueError for the list."""
-    sums = json.loads((item / _SUMS).read_bytes())
+    sums = loads(read_whole(item / _SUMS))
     if not isinstance(sums, dict) or not sums:
         raise ValueError(f"{_SUMS} is no list of checksums")
     there = set(_files(item))

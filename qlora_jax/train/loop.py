@@ -23,7 +23,7 @@ import numpy as np
 from pallas_kernels.finite import all_finite
 from qlora_jax.checksums import Input
 from qlora_jax.data.examples import Example
-from qlora_jax.errors import InputError
+from qlora_jax.errors import InputError, one_line
 from qlora_jax.feed.batches import Batches
 from qlora_jax.feed.pipeline import prefetched, step_dataset
 from qlora_jax.generate.trained import template_of, write_template
@@ -75,8 +75,10 @@ def finetune(
       InputError: whatever the user can mend, before training starts; or a loss that is not finite, with step and batch.
       Stopped: after SIGTERM, once the state is saved.
     """
+    tell = processes.quiet(say)
     with processes.own_folder(path) as own:
-        return _finetune(config, plain, own, processes.quiet(say), base)
+        # a line may quote a stranger's file
+        return _finetune(config, plain, own, lambda line: tell(one_line(line)), base)
 
 
 def _finetune(

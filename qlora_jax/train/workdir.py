@@ -14,7 +14,7 @@ from typing import Any
 
 from qlora_jax.checksums import Input
 from qlora_jax.errors import InputError
-from qlora_jax.files import hold_folder, write_json
+from qlora_jax.files import hold_folder, loads, read_whole, write_json
 from qlora_jax.models.config import read_json
 from qlora_jax.settings import differing_keys, flatten
 from qlora_jax.train.cut import Choice, Cut, ToCut, cuts
@@ -61,7 +61,7 @@ def _recorded(path: Path) -> dict[str, Input] | None:
     try:
         return {
             key: Input(str(value["content"]), [(str(name), str(checksum)) for name, checksum in value["parts"]])
-            for key, value in json.loads((path / INPUTS).read_bytes()).items()
+            for key, value in loads(read_whole(path / INPUTS)).items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -154,7 +154,7 @@ class Workdir:
             say(f"run: {file} is missing: batches are cut anew, and sums may round otherwise than until the checkpoint")
             return None
         try:
-            found = json.loads(file.read_bytes())
+            found = loads(read_whole(file))
             cut = Cut(found["micro_batch_rows"], found["remat"])
             if type(cut.rows) is not int:
                 raise ValueError
@@ -186,12 +186,12 @@ class Workdir:
         if not self._metrics.exists():
             return []
         rows = []
-        for line in self._metrics.read_text(encoding="utf-8").splitlines():
+        for line in self._metrics.read_bytes().splitlines():
             try:
-                rows.append(json.loads(line))
+                rows.append(loads(line))
             except ValueError:
                 continue
-        return [row for row in rows if isinstance(row, dict) and "step" in row]
+        return [row for row in rows if isinstance(row, dict) and type(row.get("step")) is int]
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends one line to metrics.jsonl. Raises ValueError for NaN and infinity, which JSON has not."""

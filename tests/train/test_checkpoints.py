@@ -4,6 +4,7 @@ is never taken."""
 import errno
 import math
 import os
+import pickle
 import shutil
 import threading
 from pathlib import Path
@@ -284,3 +285,23 @@ def test_a_disk_that_is_full_at_the_end_of_a_save(copy, monkeypatch):
             checkpoints.save(3, *state(3), wait=True)
     checkpoints.settle()
     assert_goes_on(copy, 2, [])
+
+
+def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch):
+    """Nothing that is written is a pickle, and nothing is unpickled while it is read."""
+
+    def fail(*arguments, **named):
+        raise AssertionError("pickle was asked")
+
+    optimizer, params, states = start(0)
+    for name in ("load", "loads", "dump", "dumps", "Unpickler", "Pickler"):
+        monkeypatch.setattr(pickle, name, fail)
+    written = Checkpoints(tmp_path, keep=1)
+    written.save(1, params, states, wait=True)
+    written.close()
+    for file in filter(Path.is_file, tmp_path.rglob("*")):
+        data = file.read_bytes()
+        assert not data.startswith(b"\x80") and b"pickle" not in data, file
+    again = Checkpoints(tmp_path, keep=1)
+    assert again.restore(params, states)[0] == 1
+    again.close()

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from qlora_jax.errors import one_line
+
 
 def draw_intervals(
     folder: Path, name: str, systems: Sequence[str], values: Sequence[tuple[float, float, float]], label: str
@@ -18,7 +20,7 @@ def draw_intervals(
     # a mean may lie outside the percentiles where nearly all orderings agree
     ends = [np.maximum(middle - low, 0), np.maximum(high - middle, 0)]
     axes.errorbar(middle, places, xerr=ends, fmt="o", capsize=3, color="tab:blue")
-    axes.set_yticks(places, systems)
+    axes.set_yticks(places, [plain(system) for system in systems])
     axes.invert_yaxis()
     axes.set_xlabel(label)
     axes.grid(axis="x", alpha=0.3)
@@ -38,14 +40,19 @@ def draw_matrix(
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(3.5 + 0.6 * len(columns), 2.5 + 0.6 * len(rows)))
     image = axes.imshow(percents, vmin=limits[0], vmax=limits[1], cmap="RdBu", aspect="auto")
-    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
-    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xticks(range(len(columns)), [plain(name) for name in columns], rotation=45, ha="right")
+    axes.set_yticks(range(len(rows)), [plain(name) for name in rows])
     for (row, column), percent in np.ndenumerate(percents):
         if np.isfinite(percent):
             dark = abs(percent - np.mean(limits)) > 0.3 * (limits[1] - limits[0])
             axes.text(column, row, f"{percent:.0f}", ha="center", va="center", color="white" if dark else "black")
     figure.colorbar(image, label=label)
     save(figure, folder, name)
+
+
+def plain(text: str) -> str:
+    """A name as matplotlib shows it: on one line, and no mathematics between two dollars, which may be broken."""
+    return one_line(text).replace("$", r"\$")
 
 
 def pyplot() -> Any:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from qlora_jax.models.kind import ACTIVATIONS, Kind
-from qlora_jax.models.settings import Settings
+from qlora_jax.models.settings import MOST_LAYERS, Settings
 from qlora_jax.models.t5.pair import Pair
 
 # What transformers takes for absent keys.
@@ -27,8 +27,9 @@ def read_t5(raw: dict, where: str, name: str) -> dict[str, Any]:
     """
     c = Settings(raw, where, DEFAULTS[name])
     D, F, N, H, V = (c.count(key) for key in ("d_model", "d_ff", "num_heads", "d_kv", "vocab_size"))
-    encoder_layers = c.count("num_layers")
-    decoder_layers = encoder_layers if c.get("num_decoder_layers") is None else c.count("num_decoder_layers")
+    encoder_layers = decoder_layers = c.count("num_layers", most=MOST_LAYERS)
+    if c.get("num_decoder_layers") is not None:
+        decoder_layers = c.count("num_decoder_layers", most=MOST_LAYERS)
     activation, gated = _feed_forward(c)
     buckets, distance = (c.count(f"relative_attention_{key}") for key in ("num_buckets", "max_distance"))
     if buckets < 4 or buckets % 2 or distance <= buckets // 2:
