@@ -1,7 +1,7 @@
 """A packed weight as the op takes it: its arrays, what is fixed about it, and what they mean.
 
-What makes a weight of its arrays is jitted: of all products of a program, forward and backward, weights of one shape are
-traced and lowered once. Written out each time, that was half of what tracing a step took. The compiler inlines it.
+What makes a weight of its arrays is jitted: of all products of a program, forward and backward, weights of one shape
+are traced and lowered once. Written out each time, that was half of what tracing a step took. The compiler inlines it.
 """
 
 from functools import partial

@@ -30,8 +30,14 @@ def put(stack: Any, leaf: Any, place: tuple[int, ...], room: tuple[int, ...]) ->
     The stack is allocated once (None before) and updated in place.
     """
     if stack is None:
-        stack = jax.tree.map(lambda x: jnp.zeros((*room, *x.shape), x.dtype), leaf)
+        stack = _empty(leaf, room)
     return jax.block_until_ready(_write_weight(stack, leaf, tuple(map(jnp.int32, place))))
+
+
+@partial(jax.jit, static_argnames="room")
+def _empty(leaf: Any, room: tuple[int, ...]) -> Any:
+    """Zeros for a stack of leaves, its arrays in one program."""
+    return jax.tree.map(lambda x: jnp.zeros((*room, *x.shape), x.dtype), leaf)
 
 
 @partial(jax.jit, donate_argnums=0)
