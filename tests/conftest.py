@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from experiments.support import process
+from tests import quick_compile
+
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
 
@@ -20,7 +23,9 @@ REPOSITORY = TESTS.parent
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# before any test imports jax; compiled programs are shared by workers, commands and later runs
+# before any test imports jax; as for commands
+process.prepare()
+# compiled programs are shared by workers, commands and later runs
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -49,28 +54,17 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None if any("pytest.mark.gpu" in file.read_text() for file in files) else True
 
 
-NOT_OPTIMIZED = "JAX_DISABLE_MOST_OPTIMIZATIONS"
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests marked `quick_compile` leave LLVM's optimizations out: a gradient compiles in 60% of the time.
+    """Tests marked `quick_compile` compile without LLVM's optimizations: a gradient in a quarter of the time.
 
     Before their first fixture, for them and the commands they run. XLA's programs are the same, but machine code may
     round otherwise, so nothing compiled in one way is left for the other.
     """
     wanted = item.get_closest_marker("quick_compile") is not None
-    if wanted == (os.environ.get(NOT_OPTIMIZED) == "1"):
-        return
-    os.environ[NOT_OPTIMIZED] = "1" if wanted else "0"
-    import jax
+    if wanted != quick_compile.is_on():
+        quick_compile.switch(wanted)
 
-    jax.config.update(NOT_OPTIMIZED.lower(), wanted)
-    jax.clear_caches()
-
-
-# Tracing makes objects by the million, few of them in circles: looking for those less often takes a tenth less time
-gc.set_threshold(100_000, 50, 100)
 
 MOST_MAPS = 20_000  # of a process's memory; Linux gives 65,530, and LLVM aborts the process where there is none left
 

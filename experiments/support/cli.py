@@ -27,7 +27,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from experiments.support import help
+from experiments.support import help, process
 from experiments.support.command import this_command
 from qlora_jax.base import get_config
 from qlora_jax.config_file import REPOSITORY, call, known_files, load_config, override
@@ -91,6 +91,7 @@ def _parser() -> _ConfigParser:
 
 def run(main: Callable[[], int | None]) -> None:
     """Reads the flags, calls `main` and exits with its result (None is 0)."""
+    process.prepare()
     try:
         app.run(lambda _: main(), flags_parser=_read_flags)
     except InputError as error:

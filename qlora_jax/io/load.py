@@ -19,7 +19,7 @@ from qlora_jax import checksums
 from qlora_jax.errors import InputError
 from qlora_jax.io import fused
 from qlora_jax.io.folder import TensorFiles, are_equal, has_weights, signature
-from qlora_jax.io.place import anywhere, put, to_device
+from qlora_jax.io.place import anywhere, of_weight, put, to_device
 from qlora_jax.io.remote import name_of
 from qlora_jax.models.config import ModelConfig, parse_config, read_json
 from qlora_jax.models.decoder import Decoder
@@ -208,8 +208,7 @@ def check_tensors(
     """
     expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
     expected = {key: (shape, _FLOATS) for key, shape in expected_shapes(config).items()}
-    linears = {key for key in linear_keys(config) if key not in skipped}
-    packed: set[str] = set()
+    linears, packed = {key for key in linear_keys(config) if key not in skipped}, set[str]()
     if stored is None:
         for key, shapes in fused.in_mxfp4(config).items():
             del expected[key]
@@ -369,8 +368,7 @@ def load_model(
             count(len(slots))
         else:
             for key, slot in slots.items():
-                one = linear(name, key, slot, name in mixed)
-                stack = put(stack, one, slot, room, partial(_of_weight, place, name))
+                stack = put(stack, linear(name, key, slot, name in mixed), slot, room, of_weight(place, name))
         if isinstance(stack, QuantizedTensor):
             stack = dataclasses.replace(stack, backend=kernel, threshold=threshold)
         weights["layers"][name] = stack
@@ -396,21 +394,15 @@ def _kept_dtype(stored: str, compute_dtype: Any) -> Any:
     return jnp.dtype(stored) if stored != "float32" else jnp.dtype(compute_dtype)
 
 
-def _of_weight(place: Callable[[str, Any], Any], name: str, part: str, leaf: Any) -> Any:
-    """Where a part of a layer's weight stands: ".codes", or "" of an array."""
-    return place(f"blocks.{name}.weight{part}", leaf)
-
-
 def _read_stack(
     files: TensorFiles, config: ModelConfig, name: str, quant: QuantSpec, place: Callable[[str, Any], Any]
 ) -> QuantizedTensor:
     """A projection of all layers from a folder in our own form: nothing is computed, what is read is what is kept."""
-    q = abstract_weight(config, name, quant)
-    assert q is not None
+    assert (q := abstract_weight(config, name, quant)) is not None
     keys = {part: native.stack_key(name, part) for part in native.parts(q)}
     stacks = {part: jax.ShapeDtypeStruct(files.shapes[key], jnp.dtype(files.dtypes[key])) for part, key in keys.items()}
-    here = {part: _of_weight(place, name, f".{part}", stack) for part, stack in stacks.items()}
-    return native.filled(q, {part: to_device(files, key, sharding=here[part]) for part, key in keys.items()})
+    at = {part: of_weight(place, name)(f".{part}", stack) for part, stack in stacks.items()}
+    return native.filled(q, {part: to_device(files, key, sharding=at[part]) for part, key in keys.items()})
 
 
 def pack(files: TensorFiles, config: ModelConfig, name: str, key: str, quant: QuantSpec, where: str) -> QuantizedTensor:
@@ -430,8 +422,7 @@ def read_quantized(
     Raises InputError when it is stored otherwise than `quant` says, or has another shape.
     """
     if is_native(files):
-        q = abstract_weight(config, name, quant)
-        assert q is not None
+        assert (q := abstract_weight(config, name, quant)) is not None
         arrays = {part: jnp.asarray(files.read(native.stack_key(name, part), place)) for part in native.parts(q)}
         return native.filled(q, arrays)
     key = config.key(place[0], config.units(name)[place[-1] if len(place) > 1 else 0])

@@ -19,6 +19,11 @@ def anywhere(name: str, leaf: Any) -> None:
     """Where an array of a model stands: on the device."""
 
 
+def of_weight(place: Callable[[str, Any], Any], name: str) -> Callable[[str, Any], Any]:
+    """Where the parts of a linear layer's weights stand, by `put`: ".codes", or "" of an array."""
+    return anywhere if place is anywhere else lambda part, leaf: place(f"blocks.{name}.weight{part}", leaf)
+
+
 def to_device(files: TensorFiles, key: str, dtype: Any = None, sharding: Any = None) -> jax.Array:
     """A tensor in its own shape, in dtype (its own by default), rounded on the device where they differ.
 
@@ -51,15 +56,22 @@ def put(
     (".codes", or "" of an array) and its stack's shape, and says how devices hold it.
     """
     if stack is None:
-
-        def empty(path: Any, x: Any) -> jax.Array:
-            shape = jax.ShapeDtypeStruct((*room, *x.shape), x.dtype)
-            return jnp.zeros(shape.shape, shape.dtype, device=sharding(jax.tree_util.keystr(path), shape))
-
-        stack = jax.tree_util.tree_map_with_path(empty, leaf)
+        stack = _empty(own(leaf), room, sharding)
     divided = [stack.sharding if len(stack.sharding.device_set) > 1 else None for stack in jax.tree.leaves(stack)]
     where = tuple(np.int32(number) for number in place)
     return jax.block_until_ready(_write_weight(stack, own(leaf), where, tuple(divided)))
+
+
+@partial(jax.jit, static_argnames=("room", "sharding"))
+def _empty(leaf: Any, room: tuple[int, ...], sharding: Callable[[str, Any], Any]) -> Any:
+    """Zeros for a stack of leaves, its arrays in one program."""
+
+    def zeros(path: Any, x: Any) -> jax.Array:
+        stack = jnp.zeros((*room, *x.shape), x.dtype)
+        at = sharding(jax.tree_util.keystr(path), stack)
+        return stack if at is None else jax.lax.with_sharding_constraint(stack, at)
+
+    return jax.tree_util.tree_map_with_path(zeros, leaf)
 
 
 @partial(jax.jit, donate_argnums=0, static_argnums=3)
