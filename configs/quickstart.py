@@ -36,5 +36,5 @@ def get_config() -> ConfigDict:
     c.train.checkpoint_every = 50  # steps
 
     c.eval.every = 75  # steps
-    c.eval.batch_size = 200  # all in one batch: one program
+    c.eval.batch_size = 50
     return c.lock()
