@@ -4,7 +4,8 @@ JAX_DISABLE_MOST_OPTIMIZATIONS leaves the first out. What is left of compiling i
 which go through MLIR: the older ones, which write LLVM's code directly, need a third of it. A step of the quickstart
 compiles in 9.1 CPU s, in 5.3 without optimizations, in 1.9 with the older emitters too. An option chooses them that JAX
 has no setting for: it is added to what JAX hands to the compiler, so that files with and without the mark may stand in
-one process. Commands that a test starts read it from XLA_FLAGS.
+one process. Commands that a test starts read it from XLA_FLAGS. Two programs of the same sums may round otherwise then:
+files that hold a pack's bits against a run's do not have the mark.
 """
 
 import functools

@@ -22,7 +22,8 @@ class Axes(NamedTuple):
 
     @classmethod
     def of(cls, section: Any) -> "Axes":
-        """The config's `mesh` section; keys that are not there are 1, fsdp 0. Raises InputError for what no mesh is."""
+        """The config's `mesh` section; what is not there is 1, fsdp 0. Raises InputError for what no mesh is."""
+        section = {} if section is None else section
         found = {key: section.get(key, 1) for key in ("devices", "data", *_TO_COME)} | {"fsdp": section.get("fsdp", 0)}
         for key, value in found.items():
             if value < (key != "fsdp"):

@@ -70,7 +70,7 @@ def read_spec(config: Any, length: int | None = None) -> RunSpec:
     if batches is not None:
         rows, length = batches.batch_size, batches.max_length
     length = length or longest_row(config, sizes)
-    axes = Axes.of(config.mesh)
+    axes = Axes.of(config.get("mesh"))  # a forecast of a grid has none
     rows = axes.rows(rows)
     to_cut = ToCut.of(config, model, rows, length)
     has_evaluation = bool(config.data.eval_examples or config.data.eval_path) and not config.data.batches

@@ -11,8 +11,6 @@ from qlora_jax.settings import resolved
 from tests.roberta import write_glue, write_tiny_roberta
 from tests.train.test_encoders import config_of, losses, train
 
-pytestmark = pytest.mark.quick_compile
-
 
 def test_numbers_are_learned_and_members_are_as_runs_alone(tmp_path):
     """A regression, ten steps in 4 bits."""

@@ -17,8 +17,6 @@ from qlora_jax.train.checkpoints import Checkpoints
 from qlora_jax.train.loop import finetune
 from qlora_jax.train.workdir import Workdir
 
-pytestmark = pytest.mark.quick_compile
-
 STEPS = 4
 # float32 rounding: of losses, and of parameters, which Adam moves by up to learning_rate a step however small the
 # gradient. Found: 1e-6 and 9e-5

@@ -132,8 +132,8 @@ def give_device(monkeypatch, optimizer_bytes: int) -> None:
     """As if the device had memory for the run's programs and this much besides."""
     monkeypatch.setattr(loop, "memory_limit", lambda: 1)
 
-    def decided(paging, pages, limit, programs):
-        assert limit == 1 and programs > 0
+    def decided(paging, pages, limit, programs, share):
+        assert limit == 1 and programs > 0 and share == 1
         return decide(paging, pages, math.ceil((programs + optimizer_bytes) / (1 - RESERVED)) + 2, programs)
 
     monkeypatch.setattr(loop, "decide", decided)

@@ -13,7 +13,7 @@ REMATS = ("block", "none")
 
 def check_kind(config: Any, sizes: ModelConfig) -> None:
     """Raises InputError where a config asks for what a model of this kind does not have."""
-    axes = Axes.of(config.mesh)
+    axes = Axes.of(config.get("mesh"))
     if axes.fsdp > 1 and (sizes.kind.pair or sizes.kind.bidirectional):
         raise InputError(
             f"the mesh ({axes}) divides the model's arrays, which encoders and T5 do not have here: divide rows alone "
