@@ -17,7 +17,7 @@ from qlora_jax.models.settings import MOST_LAYERS, Settings
 from qlora_jax.models.t5.config import DEFAULTS as T5
 from qlora_jax.models.t5.config import read_t5
 
-_MOST_EXPERTS = 2**20  # of all layers together: each has names of its own
+_MOST_EXPERTS = 2**16  # of all layers together: each has names of its own. Models that are known have 24,000
 
 
 @dataclasses.dataclass(frozen=True)

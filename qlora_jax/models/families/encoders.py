@@ -53,7 +53,7 @@ def decoder_of(raw: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]
         raise InputError(f"{where}: {PART} is {part!r}; expected the settings of {name}'s decoder")
     known = DECODERS[name]
     kind = part.get("model_type", next(iter(known)))
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise InputError(f"{where}: {PART} has model_type {kind!r}; decoders of {name} are {', '.join(known)}")
     outer = {key: raw[key] for key in _OF_ALL if raw.get(key) is not None}
     if name.startswith("Qwen"):  # either place ties; the family's rope has thirds for images, which are one in text
