@@ -13,7 +13,7 @@ from qlora_jax.models.families import FAMILIES
 from qlora_jax.models.families.encoders import DECODERS, PART, beside_an_encoder, decoder_of
 from qlora_jax.models.kind import LINEAR_ROLES, LLAMA, Kind
 from qlora_jax.models.roberta.names import head_outer
-from qlora_jax.models.settings import MOST_LAYERS, Settings
+from qlora_jax.models.settings import MOST, MOST_LAYERS, Settings
 from qlora_jax.models.t5.config import DEFAULTS as T5
 from qlora_jax.models.t5.config import read_t5
 
@@ -244,8 +244,8 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
     if H is None and D % N and not family.has_head_dim:
         raise InputError(f"{where}: {D} wide cannot be cut into {N} heads evenly")
     H = H or D // N
-    if not isinstance(H, int) or H < 1:
-        raise c.wrong("head_dim", "a positive integer")
+    if not isinstance(H, int) or not 1 <= H <= MOST:
+        raise c.wrong("head_dim", f"a positive integer, {MOST:,} at most")
     context = c.get(keys["context"][0], 2048)
     if not isinstance(context, int) or context < 1:
         raise c.wrong(keys["context"][0], "a positive integer")
