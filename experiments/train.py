@@ -22,8 +22,6 @@ from experiments.support.run_flags import run_flags
 
 RUN = run_flags()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one folder, one config. Needed with --config.")
-
-
 COORDINATOR = flags.DEFINE_string("coordinator", None, "Of processes that train one model: HOST:PORT of the first.")
 PROCESSES = flags.DEFINE_integer("processes", None, "With --coordinator: how many they are.")
 PROCESS = flags.DEFINE_integer("process", None, "With --coordinator: which of them this is, from 0.")

@@ -142,8 +142,8 @@ def get_config() -> ConfigDict:
     c.mesh.devices = 1  # of this run; 1 leaves it to the axes, whose product it is
     c.mesh.data = 1  # devices, or groups of fsdp, that divide a batch's rows among them; each holds the whole model
     c.mesh.fsdp = 0  # devices that divide rows and the model's arrays; 0: those that mesh.data leaves of mesh.devices
-    c.mesh.tensor = 1  # kept for devices that divide each product: 1
-    c.mesh.expert = 1  # kept for devices that divide a mixture's experts: 1
+    c.mesh.tensor = 1  # only 1 yet: devices that would divide each product
+    c.mesh.expert = 1  # only 1 yet: devices that would divide a mixture's experts
 
     c.eval = ConfigDict()
     c.eval.every = 0  # steps between evaluations of the held-out split; 0 evaluates at the end only,

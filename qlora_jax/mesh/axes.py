@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from qlora_jax.errors import InputError
 
-NAMES = ("data", "fsdp")
+FSDP = "fsdp"
+ROWS = ("data", FSDP)  # all there are: rows of a batch are divided along both
 _TO_COME = ("tensor", "expert")
 
 

@@ -8,9 +8,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qlora_jax.errors import InputError
-from qlora_jax.mesh.axes import NAMES, Axes
+from qlora_jax.mesh.axes import FSDP, ROWS, Axes
+from qlora_jax.mesh.processes import are_several
 from qlora_jax.mesh.rules import name_of, split_axis
-from qlora_jax.mesh.shards import FSDP, ROWS, Shards
+from qlora_jax.mesh.shards import Shards
 
 
 class Devices(NamedTuple):
@@ -19,11 +20,11 @@ class Devices(NamedTuple):
     mesh: Mesh
     shards: Shards
 
-    def shardings(self, tree: Any, root: str = "") -> Any:
-        """Where each array of a state stands; `root`: the name of what the state is of, and a dot."""
+    def shardings(self, tree: Any) -> Any:
+        """Where each array of a state stands."""
         return jax.tree.map(
             lambda spec: NamedSharding(self.mesh, spec),
-            specs(self.shards, tree, root),
+            specs(self.shards, tree),
             is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
         )
 
@@ -33,7 +34,13 @@ class Devices(NamedTuple):
 
 
 def mesh_of(axes: Axes, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of `devices`, this machine's by default. Raises InputError where there are fewer."""
+    """A mesh of `devices`, by default those that JAX sees. Raises InputError where there are fewer, or, of several
+    processes, others: each of them must have some of the mesh."""
+    if devices is None and are_several() and jax.device_count() != axes.devices:
+        raise InputError(
+            f"the mesh ({axes}) takes {axes.devices} devices, and the {jax.process_count()} processes have "
+            f"{jax.device_count()} together: set mesh.devices={jax.device_count()}"
+        )
     devices = jax.devices() if devices is None else devices
     if len(devices) < axes.devices:
         raise InputError(
@@ -41,7 +48,7 @@ def mesh_of(axes: Axes, devices: Sequence[Any] | None = None) -> Mesh:
             f"{len(devices)}, or start the run where there are more"
         )
     kept = np.asarray(devices[: axes.devices], object).reshape(axes)
-    return Mesh(kept, NAMES)
+    return Mesh(kept, ROWS)
 
 
 def by_rules(mesh: Mesh, name: str, leaf: Any) -> NamedSharding:
@@ -49,11 +56,11 @@ def by_rules(mesh: Mesh, name: str, leaf: Any) -> NamedSharding:
     return NamedSharding(mesh, _spec(split_axis(name, leaf, mesh.shape[FSDP]), leaf))
 
 
-def specs(shards: Shards, tree: Any, root: str = "") -> Any:
+def specs(shards: Shards, tree: Any) -> Any:
     """PartitionSpec of each array of a state."""
 
     def spec(path: Any, leaf: Any) -> PartitionSpec:
-        return _spec(shards.axis_of.get(root + name_of(path)), leaf)
+        return _spec(shards.axis_of.get(name_of(path)), leaf)
 
     return jax.tree_util.tree_map_with_path(spec, tree)
 

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,6 +34,10 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
     Raises:
       InputError: no launcher that is known started this process, or the others did not come.
     """
+    if coordinator is not None and not re.fullmatch(r"[^\s/]+:\d{1,5}", coordinator):
+        raise InputError(f"--coordinator is {coordinator!r}; expected HOST:PORT of the first process")
+    if processes is not None and not 0 <= (process or 0) < processes:
+        raise InputError(f"--process is {process} of --processes = {processes}; they are counted from 0")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
@@ -122,8 +127,8 @@ def on_host(leaf: Any) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
-def stop_is_due(step: int, asked: bool) -> bool:
-    """Whether all shall stop after `step`, since one of them was asked to."""
+def stop_is_due(asked: bool) -> bool:
+    """Whether all shall stop after this step, since one of them was asked to."""
     if not are_several():
         return asked
     return bool(_gathered(np.asarray(asked, np.int32)).any())
@@ -143,14 +148,15 @@ def _everyone() -> set[int]:
 
 
 @contextlib.contextmanager
-def lost_said() -> Iterator[None]:
-    """Says in one line that another process is gone, where a step fails for that, and ends this one at once: its
+def lost_said(settle: Callable[[], None]) -> Iterator[None]:
+    """Says in one line that another process is gone, where a step fails for that, and ends this one after `settle`: an
     orderly end would wait for the other."""
     try:
         yield
     except Exception as error:
-        if not are_several() or isinstance(error, InputError) or not _is_of_others(error):
+        if not are_several() or not _is_of_others(error):
             raise
+        settle()
         print(
             f"error: another process of this run ended or cannot be reached ({_first_line(error)}): start all of them "
             "again, they go on from the newest whole checkpoint",
@@ -165,8 +171,10 @@ def quiet(say: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def _is_of_others(error: Exception) -> bool:
-    text = str(error).lower()
-    return any(word in text for word in ("gloo", "connection", "peer", "nccl", "coordination", "heartbeat", "barrier"))
+    words = ("gloo", "connection", "peer", "nccl", "coordination", "heartbeat", "barrier")
+    # gloo's failures come as ValueError; what cannot be reached beside the devices (a hub, a logger) as OSError
+    kinds, text = (jax.errors.JaxRuntimeError, ValueError), str(error).lower()
+    return isinstance(error, kinds) and any(word in text for word in words)
 
 
 def _broadcast(x: np.ndarray) -> np.ndarray:

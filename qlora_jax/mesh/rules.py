@@ -33,9 +33,9 @@ def split_axis(name: str, leaf: Any, ways: int) -> int | None:
     return axis - len(shape) if ways > 1 and axis < len(shape) and shape[axis] % ways == 0 else None
 
 
-def named(tree: Any, root: str = "") -> list[tuple[str, Any]]:
+def named(tree: Any) -> list[tuple[str, Any]]:
     """(name, array) of each array of a state, in the order of jax.tree.leaves."""
-    return [(root + name_of(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    return [(name_of(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
 def name_of(path: Any) -> str:

@@ -12,11 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.mesh.axes import Axes
+from qlora_jax.mesh.axes import FSDP, ROWS, Axes
 from qlora_jax.mesh.rules import BLOCKS, name_of, named, split_axis
-
-FSDP = "fsdp"
-ROWS = ("data", FSDP)  # a batch's rows are divided along both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,10 +121,7 @@ def share_of_one(shards: Shards | None, tree: Any) -> float:
     return bytes_of_one(shards, tree) / max(bytes_of_one(None, tree), 1)
 
 
-def bytes_of_one(shards: Shards | None, tree: Any, root: str = "") -> int:
+def bytes_of_one(shards: Shards | None, tree: Any) -> int:
     """Bytes of a state's arrays that one device holds."""
-    cut = {} if shards is None else shards.axis_of
-    ways = 1 if shards is None else shards.axes.fsdp
-    return sum(
-        math.prod(leaf.shape) * leaf.dtype.itemsize // (ways if name in cut else 1) for name, leaf in named(tree, root)
-    )
+    mine = tree if shards is None else shards.of_one(tree)
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(mine))

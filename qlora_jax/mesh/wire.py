@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 
+ENTRY = "ENTRY "
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(r"= (.*?) (all-gather|reduce-scatter|all-reduce)(-start)?\(")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
@@ -28,16 +29,7 @@ def wire_bytes(text: str) -> Counter[str]:
     Args:
       text: `as_text()` of a compiled program.
     """
-    lines: dict[str, list[str]] = {}
-    entry = ""
-    current: list[str] = []
-    for line in text.splitlines():
-        if match := _COMPUTATION.match(line):
-            current = lines[match[1]] = []
-            entry = match[1] if line.startswith("ENTRY") else entry
-        else:
-            current.append(line)
-    found: Counter[str] = Counter()
+    lines, found = computations(text), Counter[str]()
 
     def add(name: str, times: int) -> None:
         for line in lines.get(name, ()):
@@ -51,7 +43,19 @@ def wire_bytes(text: str) -> Counter[str]:
                 for called in match[1].split(","):
                     add(called.strip().lstrip("%"), times)
 
-    add(entry, 1)
+    add(next(name for name in lines if name.startswith(ENTRY)), 1)
+    return found
+
+
+def computations(text: str) -> dict[str, list[str]]:
+    """The lines of each of a program's computations by its name, before which ENTRY stands where it begins."""
+    found: dict[str, list[str]] = {}
+    current: list[str] = []
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            current = found[(ENTRY if line.startswith(ENTRY) else "") + match[1]] = []
+        else:
+            current.append(line)
     return found
 
 

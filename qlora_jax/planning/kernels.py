@@ -9,7 +9,8 @@ XLA tunes no products for a GPU that is not here: a real card may split other su
 import re
 from collections import Counter
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+from qlora_jax.mesh.wire import computations
+
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (?:\(.*?\)|\S+) ([\w\-]+)\(")
 _LOOP = re.compile(r' while\(.*body=%?([\w.\-]+).*"known_trip_count":\{"n":"(\d+)"\}')
 # what launches nothing: names for values, and the ends of what was started
@@ -27,13 +28,7 @@ def layer_kernels(text: str, L: int) -> list[Counter[str]]:
     Raises:
       ValueError: the program has no such loop.
     """
-    bodies: dict[str, list[str]] = {}
-    current: list[str] = []
-    for line in text.splitlines():
-        if match := _COMPUTATION.match(line):
-            current = bodies[match[1]] = []
-        else:
-            current.append(line)
+    bodies = computations(text)
     loops = [match[1] for line in text.splitlines() if (match := _LOOP.search(line)) and int(match[2]) == L]
     if not loops:
         raise ValueError(f"the program has no loop of {L} turns")

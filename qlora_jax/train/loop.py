@@ -104,7 +104,7 @@ def _finetune(
         workdir.begin(say)
         run = Run(config, plain, prepared, workdir, checkpoints, say)
         try:
-            with processes.lost_said():
+            with processes.lost_said(checkpoints.settle):
                 return run.finish()
         finally:
             run.close()
@@ -184,7 +184,7 @@ class Run:
             self._log_mmlu(done, progress.write)
         if done % config.train.checkpoint_every == 0 or done == steps:
             self._save(done)
-        if processes.stop_is_due(done, self.stop.is_set()) and done < steps:
+        if processes.stop_is_due(self.stop.is_set()) and done < steps:
             progress.close()
             self._save(done, wait=True)
             raise Stopped(

@@ -148,7 +148,7 @@ def prepare(
     """
     check_config(config)
     axes = Axes.of(config.mesh)
-    mesh = mesh_of(axes) if axes.devices > 1 else None
+    mesh = mesh_of(axes) if axes.devices > 1 or are_several() else None
     quant = quantization(config)
     folder = resolve(config.model.path, config.model.revision)
     model_config = load_config(folder)

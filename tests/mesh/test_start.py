@@ -1,0 +1,22 @@
+"""What is no run of several processes is refused before any of them waits for another."""
+
+import pytest
+
+from qlora_jax.errors import InputError
+from qlora_jax.mesh.processes import start
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (("foo", 2, 0), "--coordinator is 'foo'; expected HOST:PORT"),
+        (("http://host:1", 2, 0), "expected HOST:PORT"),
+        (("127.0.0.1:3999", 2, 2), "--process is 2 of --processes = 2; they are counted from 0"),
+        (("127.0.0.1:3999", 0, 0), "--process is 0 of --processes = 0"),
+        ((None, None, None), "start them by srun or mpirun, or give --coordinator"),
+    ],
+)
+def test_what_cannot_meet_is_refused(given, said):
+    with pytest.raises(InputError, match=said) as refused:
+        start(*given)
+    assert "\n" not in str(refused.value)
