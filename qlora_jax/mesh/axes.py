@@ -2,8 +2,10 @@
 
     data    rows of a batch; each holds the whole model
     fsdp    rows of a batch, and every array of the model: each holds a part, and gathers a layer when it computes it
+    expert  rows of a batch, and a mixture's experts: each keeps its own, and tokens travel
+    tensor  each product: its devices compute the same rows together
 
-A row of devices along fsdp holds one copy of the model together. Rows of a batch are divided along both.
+Rows of a batch are divided along all but tensor.
 """
 
 from typing import Any, NamedTuple
@@ -11,8 +13,10 @@ from typing import Any, NamedTuple
 from qlora_jax.errors import InputError
 
 FSDP = "fsdp"
-ROWS = ("data", FSDP)  # all there are: rows of a batch are divided along both
-_TO_COME = ("tensor", "expert")
+EXPERT = "expert"
+TENSOR = "tensor"
+ROWS = ("data", FSDP, EXPERT)  # along which rows of a batch are divided
+_TO_COME = (EXPERT, TENSOR)
 
 
 class Axes(NamedTuple):
@@ -20,6 +24,8 @@ class Axes(NamedTuple):
 
     data: int = 1
     fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
 
     @classmethod
     def of(cls, section: Any) -> "Axes":
@@ -62,20 +68,26 @@ class Axes(NamedTuple):
 
     @property
     def devices(self) -> int:
-        """In all. Each computes its own rows of a batch."""
-        return self.data * self.fsdp
+        """In all."""
+        return self.row_parts * self.tensor
+
+    @property
+    def row_parts(self) -> int:
+        """Parts that rows of a batch are divided into, one for each device or each group of them along tensor."""
+        return self.data * self.fsdp * self.expert
 
     def rows(self, batch: int) -> int:
         """Of a batch of so many sequences, those of each device. Raises InputError where they are not equally many."""
-        if batch % self.devices:
+        if batch % self.row_parts:
             raise InputError(
-                f"batches of {batch} sequences cannot be divided among {self.devices} devices ({self}): make "
+                f"batches of {batch} sequences cannot be divided among {self.row_parts} devices ({self}): make "
                 "train.batch_size a multiple"
             )
-        return batch // self.devices
+        return batch // self.row_parts
 
     def __str__(self) -> str:
-        return f"data {self.data} x fsdp {self.fsdp}"
+        more = "".join(f" x {name} {size}" for name, size in self._asdict().items() if name in _TO_COME and size > 1)
+        return f"data {self.data} x fsdp {self.fsdp}{more}"
 
 
 ONE = Axes()  # device

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qlora_jax.errors import InputError
 from qlora_jax.mesh.axes import FSDP, ROWS, Axes
 from qlora_jax.mesh.processes import are_several
-from qlora_jax.mesh.rules import name_of, split_axis
+from qlora_jax.mesh.rules import Cut, cut_of, name_of
 from qlora_jax.mesh.shards import Shards
 
 
@@ -48,19 +48,19 @@ def mesh_of(axes: Axes, devices: Sequence[Any] | None = None) -> Mesh:
             f"{len(devices)}, or start the run where there are more"
         )
     kept = np.asarray(devices[: axes.devices], object).reshape(axes)
-    return Mesh(kept, ROWS)
+    return Mesh(kept, Axes._fields)
 
 
 def by_rules(mesh: Mesh, name: str, leaf: Any) -> NamedSharding:
     """Where an array of the model stands, by its name in the model's tree and what has its shape and dtype."""
-    return NamedSharding(mesh, _spec(split_axis(name, leaf, mesh.shape[FSDP]), leaf))
+    return NamedSharding(mesh, _spec(cut_of(name, leaf, Axes(**mesh.shape)), leaf))
 
 
 def specs(shards: Shards, tree: Any) -> Any:
     """PartitionSpec of each array of a state."""
 
     def spec(path: Any, leaf: Any) -> PartitionSpec:
-        return _spec(shards.axis_of.get(name_of(path)), leaf)
+        return _spec(shards.cuts.get(name_of(path), Cut()), leaf)
 
     return jax.tree_util.tree_map_with_path(spec, tree)
 
@@ -69,9 +69,16 @@ def _rows(x: Any) -> PartitionSpec:
     return PartitionSpec(*(None,) * (len(x.shape) - 2), ROWS) if len(x.shape) > 1 else PartitionSpec()
 
 
-def _spec(axis: int | None, leaf: Any) -> PartitionSpec:
-    """Of an array that is cut along an axis counted from its end; None: it stands whole on each device."""
-    return PartitionSpec() if axis is None else PartitionSpec(*(None,) * (len(leaf.shape) + axis), FSDP)
+def _spec(cut: Cut, leaf: Any) -> PartitionSpec:
+    """Of an array that is cut so."""
+    along: list[tuple[str, ...]] = [()] * len(leaf.shape)
+    if cut.kept is not None:
+        along[cut.kept] += (cut.along,)
+    if cut.gathered is not None:
+        along[cut.gathered] += (FSDP,)
+    while along and not along[-1]:
+        along.pop()
+    return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in along))
 
 
 def on_mesh(function: Callable[..., Any], devices: Devices, results: Callable[[Any], Any]) -> Any:

@@ -9,20 +9,37 @@ The first axis, since gathering along any other turns the whole stack around in 
 devices do not divide stands whole, too. Names are paths in the model's own tree.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+
+from qlora_jax.mesh.axes import Axes
 
 BLOCKS = "blocks."
 _VOCABULARY = ("embedding", "head", "head_bias")
 _PARTS = ("codes", "absmax", "nested_absmax", "offset", "weight", "lora_a", "lora_b")
 
 
-def split_axis(name: str, leaf: Any, ways: int) -> int | None:
-    """The axis along which `ways` devices divide an array, counted from its end; None: each holds all of it.
+class Cut(NamedTuple):
+    """How devices divide an array: along axes of it counted from its end. One axis may be divided twice, the parts
+    that are kept into those that are gathered.
 
-    `leaf`: what has its shape.
+    gathered: the axis of which each device along fsdp holds a part; None: it holds all. kept: the one of which each
+    device has and uses its own part alone, along this axis of the mesh.
     """
+
+    gathered: int | None = None
+    kept: int | None = None
+    along: str = ""
+
+
+def cut_of(name: str, leaf: Any, axes: Axes) -> Cut:
+    """By the rules, of an array of that name; `leaf`: what has its shape."""
+    return Cut(_gathered_axis(name, leaf, axes.fsdp))
+
+
+def _gathered_axis(name: str, leaf: Any, ways: int) -> int | None:
+    """The axis along which fsdp's devices divide an array."""
     shape = leaf.shape
     if name in _VOCABULARY:
         axis = 0

@@ -13,37 +13,44 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.mesh.axes import FSDP, ROWS, Axes
-from qlora_jax.mesh.rules import BLOCKS, name_of, named, split_axis
+from qlora_jax.mesh.rules import BLOCKS, Cut, cut_of, name_of, named
 
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
     """How a model's arrays are divided: part of its graph, so that a program knows it.
 
-    cut: (name, axis counted from its end) of each array of model and adapter that is divided along fsdp.
+    cut: of each array of model and adapter that is divided, by name.
     """
 
     axes: Axes
-    cut: tuple[tuple[str, int], ...] = ()
+    cut: tuple[tuple[str, Cut], ...] = ()
 
     @classmethod
     def of(cls, axes: Axes, *trees: Any) -> "Shards":
         """By the rules, for the states of `lora.split`, arrays or shapes."""
-        found = ((name, split_axis(name, leaf, axes.fsdp)) for tree in trees for name, leaf in named(tree))
-        return cls(axes, tuple((name, axis) for name, axis in found if axis is not None))
+        found = ((name, cut_of(name, leaf, axes)) for tree in trees for name, leaf in named(tree))
+        return cls(axes, tuple((name, cut) for name, cut in found if cut != Cut()))
+
+    @cached_property
+    def cuts(self) -> dict[str, Cut]:
+        """By name, of what is divided."""
+        return dict(self.cut)
 
     @cached_property
     def axis_of(self) -> dict[str, int]:
-        """Name -> axis, of what is divided."""
-        return dict(self.cut)
+        """Name -> axis, of what is divided along fsdp."""
+        return {name: cut.gathered for name, cut in self.cut if cut.gathered is not None}
 
     def of_one(self, tree: Any) -> Any:
         """Shapes of a state -> those of the parts that one device holds."""
 
         def part(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-            shape, axis = list(leaf.shape), self.axis_of.get(name_of(path))
-            if axis is not None:
-                shape[axis] //= self.axes.fsdp
+            shape, cut = list(leaf.shape), self.cuts.get(name_of(path), Cut())
+            if cut.gathered is not None:
+                shape[cut.gathered] //= self.axes.fsdp
+            if cut.kept is not None:
+                shape[cut.kept] //= getattr(self.axes, cut.along)
             return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
 
         return jax.tree_util.tree_map_with_path(part, tree)
@@ -70,7 +77,7 @@ class Shards:
     @property
     def gathers(self) -> bool:
         """Whether a layer's arrays are other devices' too."""
-        return bool(self.cut)
+        return bool(self.axis_of)
 
     @property
     def splits_embedding(self) -> bool:
@@ -97,7 +104,7 @@ class Shards:
     @property
     def row_parts(self) -> int:
         """Devices that rows of a batch are divided among."""
-        return self.axes.devices
+        return self.axes.row_parts
 
     def total(self, values: Any) -> Any:
         """Sums over all devices."""
@@ -105,15 +112,22 @@ class Shards:
 
     def summed(self, gradient: Any) -> Any:
         """Over what of each array all devices added to its sums; what was gathered came back summed along fsdp."""
-        axes = lambda path: ROWS[0] if name_of(path) in self.axis_of else ROWS  # noqa: E731
-        return jax.tree_util.tree_map_with_path(lambda path, leaf: jax.lax.psum(leaf, axes(path)), gradient)
+
+        def added(path: Any, leaf: jax.Array) -> jax.Array:
+            cut = self.cuts.get(name_of(path), Cut())
+            come = {FSDP if cut.gathered is not None else "", cut.along}
+            return jax.lax.psum(leaf, tuple(axis for axis in ROWS if axis not in come))
+
+        return jax.tree_util.tree_map_with_path(added, gradient)
 
     def norm(self, gradient: Any) -> jax.Array:
         """Global norm of a summed gradient: float32 []."""
-        squares = [jnp.float32(0), jnp.float32(0)]  # of what stands whole on each device, of what is divided
+        squares: dict[tuple[str, ...], jax.Array] = {}  # by what divides it
         for name, leaf in named(gradient):
-            squares[name in self.axis_of] += jnp.sum(jnp.square(leaf.astype(jnp.float32)))
-        return jnp.sqrt(squares[0] + jax.lax.psum(squares[1], FSDP))
+            cut = self.cuts.get(name, Cut())
+            along = ((cut.along,) if cut.kept is not None else ()) + ((FSDP,) if cut.gathered is not None else ())
+            squares[along] = squares.get(along, 0) + jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+        return jnp.sqrt(sum(jax.lax.psum(square, along) if along else square for along, square in squares.items()))
 
 
 def share_of_one(shards: Shards | None, tree: Any) -> float:

@@ -28,7 +28,7 @@ def config(**values):
     ],
 )
 def test_what_is_left_open_is_fsdp(values, axes):
-    assert Axes.of(config(**values).mesh) == axes
+    assert Axes.of(config(**values).mesh) == Axes(*axes)
 
 
 @pytest.mark.parametrize(
