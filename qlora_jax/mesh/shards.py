@@ -6,13 +6,15 @@ of a gathered adapter comes back summed over the devices and cut as the adapter 
 
 import dataclasses
 import math
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from qlora_jax.mesh.axes import FSDP, ROWS, Axes
+from qlora_jax.mesh.gather import from_all, rounded_from_all
 from qlora_jax.mesh.rules import BLOCKS, Cut, cut_of, name_of, named
 
 
@@ -57,10 +59,16 @@ class Shards:
 
     def whole(self, layer: Any) -> Any:
         """A layer's slice of a state under `blocks`: its parts gathered from all devices."""
+        return self._gathered(layer, from_all)
 
+    def adapter(self, layer: Any, dtype: Any) -> Any:
+        """`whole` of a layer's adapter, which products round to `dtype`: it travels rounded, its gradient does not."""
+        return self._gathered(layer, partial(rounded_from_all, dtype=dtype))
+
+    def _gathered(self, layer: Any, gather: Callable[..., jax.Array]) -> Any:
         def gathered(path: Any, leaf: jax.Array) -> jax.Array:
             axis = self.axis_of.get(BLOCKS + name_of(path))
-            return leaf if axis is None else jax.lax.all_gather(leaf, FSDP, axis=leaf.ndim + axis, tiled=True)
+            return leaf if axis is None else gather(leaf, FSDP, axis=leaf.ndim + axis)
 
         return jax.tree_util.tree_map_with_path(gathered, layer)
 

@@ -109,7 +109,9 @@ class Decoder(nnx.Module):
             (x, cache), (state, layer) = carry, inputs
             stacks = None
             if self.shards is not None and self.shards.gathers:
-                state, stacks = map(self.shards.whole, state), self.gathered_stacks(layer)
+                adapter, frozen = state
+                state = self.shards.adapter(adapter, self.compute_dtype), self.shards.whole(frozen)
+                stacks = self.gathered_stacks(layer)
             return apply_layer(tuple(state), x, layer, cache, stacks=stacks), None
 
         if self.remat != "none" and cache is None:

@@ -167,7 +167,7 @@ class _Layers:
 
     def whole(self, adapter: Any) -> Any:
         """A layer's adapter from all devices."""
-        return adapter if self._shards is None else self._shards.whole(adapter)
+        return adapter if self._shards is None else self._shards.adapter(adapter, self._model.compute_dtype)
 
 
 def _added(number: jax.Array, sums: jax.Array, gradient: jax.Array) -> jax.Array:

@@ -72,6 +72,26 @@ def check(sizes, format, remat, packed, meshes):
         close(wanted, found)
         print(sizes["architectures"][0], format, remat, axes, float(found[1].loss))
 
+def check_that_adapters_travel_rounded_and_their_gradients_do_not():
+    from functools import partial
+    from jax.sharding import PartitionSpec as P
+    from qlora_jax.mesh.gather import from_all, rounded_from_all
+    def program(gather):
+        def run(a, x):
+            return jax.value_and_grad(lambda a: jnp.sum(jnp.sin(x @ gather(a, "fsdp", 0).astype(x.dtype).T)))(a)
+        return jax.shard_map(run, mesh=mesh_of(Axes(1, 4)), in_specs=(P("fsdp"), P()), out_specs=(P(), P("fsdp")),
+                             check_vma=False)
+    rng = np.random.default_rng(1)
+    a, x = rng.normal(size=(8, 16)).astype(np.float32), jnp.asarray(rng.normal(size=(5, 16)), jnp.bfloat16)
+    plain, rounded = program(from_all), program(partial(rounded_from_all, dtype=jnp.bfloat16))
+    for one, other in zip(jax.tree.leaves(jax.jit(plain)(a, x)), jax.tree.leaves(jax.jit(rounded)(a, x)), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    for function, travels in ((plain, "f32[8,16] = all_gather"), (rounded, "bf16[8,16] = all_gather")):
+        text = str(jax.make_jaxpr(function)(a, x))
+        assert travels in text and "f32[2,16] = reduce_scatter" in text and "bf16[2,16] = reduce" not in text, text
+    print("rounded")
+
+check_that_adapters_travel_rounded_and_their_gradients_do_not()
 check(LLAMA, "nf4", "block", True, [(2, 4)])
 check(MIXTURE, "nf4", "selective", False, [(1, 2)])
 """
@@ -84,4 +104,4 @@ def test_every_mesh_gives_one_devices_losses_and_gradients():
     }  # fmt: skip
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == 2
+    assert len(done.stdout.splitlines()) == 3
