@@ -226,9 +226,13 @@ class Decoder(nnx.Module):
         return graph, *states
 
     def gathered_stacks(self, layer: Any) -> Any:
-        """The stacks of one layer's experts from all devices of a mesh: [1, E, ...], where `layers` are [L, E, ...]."""
+        """The stacks of one layer's experts from all devices of a mesh: [1, E, ...], where `layers` are [L, E, ...].
+
+        None where each device computes with those that it has.
+        """
         assert self.shards is not None
-        return self.shards.layer(nnx.state(self.blocks, Stack), layer, keepdims=True)
+        stacks = nnx.state(self.blocks, Stack)
+        return self.shards.layer(stacks, layer, keepdims=True) if self.shards.gathers_some(stacks) else None
 
     def apply_layer(
         self,
