@@ -53,8 +53,8 @@ class Axes(NamedTuple):
             return axes._replace(fsdp=devices // axes.devices)
         if devices not in (1, axes.devices):
             raise InputError(
-                f"mesh.devices is {devices}, but {axes._keys('data', FSDP)} take {axes.devices}: change one of them, or "
-                "leave mesh.devices out"
+                f"mesh.devices is {devices}, but {axes._keys('data', FSDP)} take {axes.devices}: change one of them, "
+                "or leave mesh.devices out"
             )
         return axes
 

@@ -19,7 +19,7 @@ def from_all(x: jax.Array, along: Along, axis: int) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def rounded_from_all(x: jax.Array, along: Along, axis: int, dtype: Any) -> jax.Array:
-    """`from_all` of float32 x for a reader that rounds to `dtype`: float32 with values of that dtype, which alone travel.
+    """`from_all` of float32 x for a reader that rounds to `dtype`, in which it travels: float32 with such values.
 
     Differentiated as it stands it would sum gradients in `dtype`, too.
     """

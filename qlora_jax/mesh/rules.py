@@ -7,8 +7,8 @@
                                     values (no byte is cut), 16-bit weights and B [L, O, R] by out-features, A [L, R, I]
                                     by ranks: along fsdp and expert
 
-The first axis behind the layers', since gathering along any other turns the whole stack around in memory first. An array whose axis the
-devices do not divide stands whole, too. Names are paths in the model's own tree.
+The first axis behind the layers', since gathering along another turns the whole stack around in memory first. An array
+whose axis the devices do not divide stands whole, too. Names are paths in the model's own tree.
 """
 
 from typing import Any, NamedTuple
