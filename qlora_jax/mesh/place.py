@@ -71,7 +71,7 @@ def _rows(x: Any) -> PartitionSpec:
 
 def _spec(cut: Cut, leaf: Any) -> PartitionSpec:
     """Of an array that is cut so."""
-    along = cut.axes(len(leaf.shape))
+    along = cut.of_each(len(leaf.shape))
     while along and not along[-1]:
         along.pop()
     return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in along))

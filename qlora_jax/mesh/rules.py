@@ -36,7 +36,12 @@ class Cut(NamedTuple):
     along: str = ""
     among: tuple[str, ...] = (FSDP,)
 
-    def axes(self, ndim: int) -> list[tuple[str, ...]]:
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Of the mesh, along which it is divided."""
+        return ((self.along,) if self.kept is not None else ()) + (self.among if self.gathered is not None else ())
+
+    def of_each(self, ndim: int) -> list[tuple[str, ...]]:
         """Along which axes of the mesh each axis of an array is divided."""
         along: list[tuple[str, ...]] = [()] * ndim
         if self.kept is not None:

@@ -129,8 +129,7 @@ class Shards:
 
         def added(path: Any, leaf: jax.Array) -> jax.Array:
             cut = self.cuts.get(name_of(path), Cut())
-            come = {cut.along, *(cut.among if cut.gathered is not None else ())}
-            return jax.lax.psum(leaf, tuple(axis for axis in ROWS if axis not in come))
+            return jax.lax.psum(leaf, tuple(axis for axis in ROWS if axis not in cut.axes))
 
         return jax.tree_util.tree_map_with_path(added, gradient)
 
@@ -139,8 +138,7 @@ class Shards:
         squares: dict[tuple[str, ...], jax.Array] = {}  # by what divides it
         for name, leaf in named(gradient):
             cut = self.cuts.get(name, Cut())
-            along = ((cut.along,) if cut.kept is not None else ()) + (cut.among if cut.gathered is not None else ())
-            squares[along] = squares.get(along, 0) + jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+            squares[cut.axes] = squares.get(cut.axes, 0) + jnp.sum(jnp.square(leaf.astype(jnp.float32)))
         return jnp.sqrt(sum(jax.lax.psum(square, along) if along else square for along, square in squares.items()))
 
 

@@ -100,7 +100,7 @@ def mesh_table(plan: Plan) -> str:
     parts = [*jax.tree.leaves(mine.base), *jax.tree.leaves(mine.adapter)]
     for (name, leaf), part in zip([*named(model.base), *named(model.adapter)], parts, strict=True):
         cut = Cut() if model.shards is None else model.shards.cuts.get(name, Cut())
-        along = [[axis for axis in names if getattr(devices, axis) > 1] for names in cut.axes(len(leaf.shape))]
+        along = [[axis for axis in names if getattr(devices, axis) > 1] for names in cut.of_each(len(leaf.shape))]
         axes = ["+".join(names) or "-" for names in along]
         size = math.prod(part.shape) * part.dtype.itemsize
         shape = ", ".join(str(d) for d in leaf.shape)
