@@ -109,7 +109,9 @@ class Decoder(nnx.Module):
             (x, cache), (state, layer) = carry, inputs
             stacks = None
             if self.shards is not None and self.shards.gathers:
-                state, stacks = map(self.shards.whole, state), self.gathered_stacks(layer)
+                adapter, frozen = state
+                state = self.shards.adapter(adapter, self.compute_dtype), self.shards.whole(frozen)
+                stacks = self.gathered_stacks(layer)
             return apply_layer(tuple(state), x, layer, cache, stacks=stacks), None
 
         if self.remat != "none" and cache is None:
@@ -224,9 +226,13 @@ class Decoder(nnx.Module):
         return graph, *states
 
     def gathered_stacks(self, layer: Any) -> Any:
-        """The stacks of one layer's experts from all devices of a mesh: [1, E, ...], where `layers` are [L, E, ...]."""
+        """The stacks of one layer's experts from all devices of a mesh: [1, E, ...], where `layers` are [L, E, ...].
+
+        None where each device computes with those that it has.
+        """
         assert self.shards is not None
-        return self.shards.layer(nnx.state(self.blocks, Stack), layer, keepdims=True)
+        stacks = nnx.state(self.blocks, Stack)
+        return self.shards.layer(stacks, layer, keepdims=True) if self.shards.gathers_some(stacks) else None
 
     def apply_layer(
         self,

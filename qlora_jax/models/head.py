@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.nf4_matmul import dense_matmul
+from qlora_jax.mesh.gather import Along
 
 
 @jax.tree_util.register_dataclass
@@ -14,15 +15,15 @@ from pallas_kernels.nf4_matmul import dense_matmul
 class Head:
     """A head that is more than a matrix: cap * tanh((scale * h W^T + bias) / cap).
 
-    weight: [V, D]. bias: [V] or None. softcap: 0 is none. axis: of a mesh, along which V is divided: weight and bias
-    are this device's part then, inside `shard_map`.
+    weight: [V, D]. bias: [V] or None. softcap: 0 is none. axis: of a mesh, or several, along which V is divided: weight
+    and bias are this device's part then, inside `shard_map`.
     """
 
     weight: jax.Array
     bias: jax.Array | None = None
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
     softcap: float = dataclasses.field(default=0.0, metadata={"static": True})
-    axis: str | None = dataclasses.field(default=None, metadata={"static": True})
+    axis: Along | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __getitem__(self, rows: Any) -> "Head":
         """The head of these tokens alone."""
@@ -41,8 +42,8 @@ def head_logits(hidden: jax.Array, head: jax.Array | Head) -> jax.Array:
     return head.softcap * jnp.tanh(logits / head.softcap) if head.softcap else logits
 
 
-def axis_of(head: jax.Array | Head) -> str | None:
-    """The axis of a mesh along which the head is divided."""
+def axis_of(head: jax.Array | Head) -> Along | None:
+    """The axes of a mesh along which the head is divided."""
     return head.axis if isinstance(head, Head) else None
 
 
@@ -80,7 +81,7 @@ class _Divided(NamedTuple):
     logits: jax.Array  # float32 [devices * m, V / devices]
     labels: jax.Array  # int32 [devices * m], counted from the part's first token
     largest: jax.Array  # float32 [devices * m], of all parts
-    axis: str
+    axis: Along
     m: int
 
     @classmethod

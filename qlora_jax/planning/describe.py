@@ -2,7 +2,9 @@
 
 import math
 
-from qlora_jax.mesh.rules import named
+import jax
+
+from qlora_jax.mesh.rules import Cut, named
 from qlora_jax.planning.memory import usable_bytes
 from qlora_jax.planning.plan import EFFICIENCIES, Plan
 from qlora_jax.train.cut import in_words
@@ -92,14 +94,15 @@ def _wire(plan: Plan) -> list[str]:
 def mesh_table(plan: Plan) -> str:
     """Each array of model and adapter: its shape, along what it is divided, and what each device holds."""
     model = abstract_model(plan.spec.model, plan.spec.axes)
-    cut = {} if model.shards is None else model.shards.axis_of
-    rows = [f"mesh: {plan.spec.axes}; rows of a batch are divided along both", ""]
-    for name, leaf in [*named(model.base), *named(model.adapter)]:
-        axes = ["-"] * len(leaf.shape)
-        ways = plan.spec.axes.fsdp if name in cut else 1
-        if name in cut:
-            axes[cut[name]] = "fsdp"
-        size = math.prod(leaf.shape) * leaf.dtype.itemsize // ways
+    devices = plan.spec.axes
+    rows = [f"mesh: {devices}; rows of a batch are divided along all of these but tensor", ""]
+    mine = model.of_one()
+    parts = [*jax.tree.leaves(mine.base), *jax.tree.leaves(mine.adapter)]
+    for (name, leaf), part in zip([*named(model.base), *named(model.adapter)], parts, strict=True):
+        cut = Cut() if model.shards is None else model.shards.cuts.get(name, Cut())
+        along = [[axis for axis in names if getattr(devices, axis) > 1] for names in cut.of_each(len(leaf.shape))]
+        axes = ["+".join(names) or "-" for names in along]
+        size = math.prod(part.shape) * part.dtype.itemsize
         shape = ", ".join(str(d) for d in leaf.shape)
         line = f"  {name:<56}{f'{leaf.dtype}[{shape}]':<36}({', '.join(axes)})"
         rows.append(f"{line:<112}{size / 1e6:>10.2f} MB")

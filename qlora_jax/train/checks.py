@@ -92,14 +92,7 @@ def check_values(config: Any, backend: str | None = None) -> None:
 
 def _check_mesh(config: Any) -> None:
     axes = Axes.of(config.mesh)
-    if axes.devices == 1:
-        return
-    if config.model.router_aux_loss_coef:
-        raise InputError(
-            f"model.router_aux_loss_coef is {config.model.router_aux_loss_coef}, whose loss is of all of a batch's "
-            f"tokens together, and the mesh ({axes}) divides them: set it to 0, or mesh.devices=1"
-        )
-    if axes.fsdp == 1:
+    if axes.fsdp * axes.expert == 1:
         return
     matrices = set(config.lora.modules_to_save) - {AUTO}
     added = config.data.added_tokens or config.data.added_special_tokens
@@ -113,7 +106,7 @@ def _check_mesh(config: Any) -> None:
         if is_wrong:
             raise InputError(
                 f"{key} {does}, and the mesh ({axes}) divides the model's arrays: set {mend}, or divide rows alone by "
-                f"mesh.data={axes.devices} and mesh.fsdp=1"
+                f"mesh.data={axes.devices} and mesh.fsdp=1" + " and mesh.expert=1" * (axes.expert > 1)
             )
 
 

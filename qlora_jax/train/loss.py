@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from qlora_jax.mesh.gather import Along
 from qlora_jax.models.chunks import chunk_size
 from qlora_jax.models.head import Head, axis_of, token_losses, token_losses_and_hits
 
@@ -67,10 +68,10 @@ class _Targets(NamedTuple):
     labels: jax.Array  # int32 [B * T]
     total: jax.Array  # int32 []
     size: int  # tokens of a chunk
-    axis: str | None  # of a mesh, whose devices go through as many chunks as the one that has most targets
+    axis: Along | None  # of a mesh, whose devices go through as many chunks as the one that has most targets
 
     @classmethod
-    def of(cls, tokens: jax.Array, loss_mask: jax.Array, chunk: int, axis: str | None = None) -> "_Targets":
+    def of(cls, tokens: jax.Array, loss_mask: jax.Array, chunk: int, axis: Along | None = None) -> "_Targets":
         counted = jnp.roll(loss_mask.at[:, 0].set(False), -1, axis=1).reshape(-1)
         n = counted.size
         size = chunk_size(n, chunk)
