@@ -16,7 +16,7 @@ FSDP = "fsdp"
 EXPERT = "expert"
 TENSOR = "tensor"
 ROWS = ("data", FSDP, EXPERT)  # along which rows of a batch are divided
-_TO_COME = (EXPERT, TENSOR)
+_TO_COME = (EXPERT,)
 
 
 class Axes(NamedTuple):
@@ -31,7 +31,8 @@ class Axes(NamedTuple):
     def of(cls, section: Any) -> "Axes":
         """The config's `mesh` section; what is not there is 1, fsdp 0. Raises InputError for what no mesh is."""
         section = {} if section is None else section
-        found = {key: section.get(key, 1) for key in ("devices", "data", *_TO_COME)} | {"fsdp": section.get("fsdp", 0)}
+        found = {key: section.get(key, 1) for key in ("devices", "data", EXPERT, TENSOR)}
+        found["fsdp"] = section.get("fsdp", 0)
         for key, value in found.items():
             if value < (key != "fsdp"):
                 wanted = "at least 1" if key != "fsdp" else "devices, or 0 for those that mesh.data leaves"
@@ -42,17 +43,19 @@ class Axes(NamedTuple):
                     f"mesh.{key} is {found[key]}; models are divided along fsdp, which holds any of them in parts: "
                     f"set mesh.fsdp={found[key]} and mesh.{key}=1"
                 )
-        devices, data = found["devices"], found["data"]
+        devices, data, tensor = found["devices"], found["data"], found[TENSOR]
+        more = f" * mesh.tensor = {tensor}" if tensor > 1 else ""
         if found["fsdp"] == 0 and devices > 1:
-            if devices % data:
+            if devices % (data * tensor):
                 raise InputError(
-                    f"mesh.devices is {devices}, which mesh.data = {data} does not divide: change one of them"
+                    f"mesh.devices is {devices}, which mesh.data = {data}{more} does not divide: change one of them"
                 )
-            return cls(data, devices // data)
-        axes = cls(data, max(found["fsdp"], 1))
+            return cls(data, devices // (data * tensor), tensor=tensor)
+        axes = cls(data, max(found["fsdp"], 1), tensor=tensor)
         if devices not in (1, axes.devices):
+            more = more.replace(" *", " and")
             raise InputError(
-                f"mesh.devices is {devices}, but mesh.data = {axes.data} and mesh.fsdp = {axes.fsdp} take "
+                f"mesh.devices is {devices}, but mesh.data = {axes.data} and mesh.fsdp = {axes.fsdp}{more} take "
                 f"{axes.devices}: change one of them, or leave mesh.devices out"
             )
         return axes
@@ -86,7 +89,7 @@ class Axes(NamedTuple):
         return batch // self.row_parts
 
     def __str__(self) -> str:
-        more = "".join(f" x {name} {size}" for name, size in self._asdict().items() if name in _TO_COME and size > 1)
+        more = "".join(f" x {name} {getattr(self, name)}" for name in (EXPERT, TENSOR) if getattr(self, name) > 1)
         return f"data {self.data} x fsdp {self.fsdp}{more}"
 
 

@@ -5,18 +5,25 @@
                                     values (no byte is cut), 16-bit weights and B [L, O, R] by out-features, A [L, R, I]
                                     by ranks, a mixture's stacks [L, E, ...] by experts
 
+Those are gathered, along fsdp. Along tensor each keeps its part: of the vocabulary, of packed weights that were laid
+out part by part, of 16-bit weights and B by out-features, of 16-bit weights and A by in-features (mesh/tensor.py).
+
 The first axis, since gathering along any other turns the whole stack around in memory first. An array whose axis the
 devices do not divide stands whole, too. Names are paths in the model's own tree.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 
-from qlora_jax.mesh.axes import Axes
+from qlora_jax.mesh.axes import FSDP, TENSOR, Axes
+from qlora_jax.mesh.tensor import Split
 
 BLOCKS = "blocks."
 _VOCABULARY = ("embedding", "head", "head_bias")
+NO_SPLITS: Mapping[str, Split] = MappingProxyType({})
 _PARTS = ("codes", "absmax", "nested_absmax", "offset", "weight", "lora_a", "lora_b")
 
 
@@ -32,14 +39,35 @@ class Cut(NamedTuple):
     kept: int | None = None
     along: str = ""
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Of the mesh, along which it is divided."""
+        return ((self.along,) if self.kept is not None else ()) + ((FSDP,) if self.gathered is not None else ())
 
-def cut_of(name: str, leaf: Any, axes: Axes) -> Cut:
-    """By the rules, of an array of that name; `leaf`: what has its shape."""
-    return Cut(_gathered_axis(name, leaf, axes.fsdp))
+
+def cut_of(name: str, leaf: Any, axes: Axes, splits: Mapping[str, Split] = NO_SPLITS) -> Cut:
+    """By the rules, of an array of that name; `leaf`: what has its shape. `splits`: of linear layers, along tensor."""
+    kept = _kept_axis(name, leaf, axes, splits)
+    cut = Cut() if kept is None else Cut(None, kept, TENSOR)
+    return cut._replace(gathered=_gathered_axis(name, leaf, axes.fsdp, 1 if kept is None else axes.tensor, kept))
 
 
-def _gathered_axis(name: str, leaf: Any, ways: int) -> int | None:
-    """The axis along which fsdp's devices divide an array."""
+def _kept_axis(name: str, leaf: Any, axes: Axes, splits: Mapping[str, Split]) -> int | None:
+    """The axis of which the devices along tensor have a part each."""
+    if name in _VOCABULARY:
+        divides = axes.tensor > 1 and leaf.shape[0] % (axes.tensor * axes.fsdp) == 0
+        return -len(leaf.shape) if divides else None
+    linear, _, part = name.removeprefix(BLOCKS).rpartition(".")
+    if linear.endswith(".weight"):
+        return -1 if linear.removesuffix(".weight") in splits and part != "offset" else None
+    if (split := splits.get(linear)) is None:
+        return None
+    by_out = {"weight": -2} if len(split.sections) > 1 else {"weight": -2, "lora_b": -2}
+    return (by_out if split.by == "out" else {"weight": -1, "lora_a": -1}).get(part)
+
+
+def _gathered_axis(name: str, leaf: Any, ways: int, parts: int, kept: int | None) -> int | None:
+    """The axis along which fsdp's devices divide an array, of which the axis `kept` has `parts` already."""
     shape = leaf.shape
     if name in _VOCABULARY:
         axis = 0
@@ -47,7 +75,9 @@ def _gathered_axis(name: str, leaf: Any, ways: int) -> int | None:
         axis = 1  # of what has a weight's parts, or is a stack of matrices: no norm's vectors
     else:
         return None
-    return axis - len(shape) if ways > 1 and axis < len(shape) and shape[axis] % ways == 0 else None
+    axis -= len(shape)
+    equal = -axis <= len(shape) and axis < 0 and shape[axis] % (ways * (parts if axis == kept else 1)) == 0
+    return axis if ways > 1 and equal else None
 
 
 def named(tree: Any) -> list[tuple[str, Any]]:

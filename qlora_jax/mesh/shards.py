@@ -6,31 +6,34 @@ of a gathered adapter comes back summed over the devices and cut as the adapter 
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.mesh.axes import FSDP, ROWS, Axes
-from qlora_jax.mesh.rules import BLOCKS, Cut, cut_of, name_of, named
+from qlora_jax.mesh.axes import FSDP, ROWS, TENSOR, Axes
+from qlora_jax.mesh.rules import BLOCKS, NO_SPLITS, Cut, cut_of, name_of, named
+from qlora_jax.mesh.tensor import Split
 
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
     """How a model's arrays are divided: part of its graph, so that a program knows it.
 
-    cut: of each array of model and adapter that is divided, by name.
+    cut: of each array of model and adapter that is divided, by name. split: how linear layers are along tensor.
     """
 
     axes: Axes
     cut: tuple[tuple[str, Cut], ...] = ()
+    split: tuple[tuple[str, Split], ...] = ()
 
     @classmethod
-    def of(cls, axes: Axes, *trees: Any) -> "Shards":
-        """By the rules, for the states of `lora.split`, arrays or shapes."""
-        found = ((name, cut_of(name, leaf, axes)) for tree in trees for name, leaf in named(tree))
-        return cls(axes, tuple((name, cut) for name, cut in found if cut != Cut()))
+    def of(cls, axes: Axes, *trees: Any, splits: Mapping[str, Split] = NO_SPLITS) -> "Shards":
+        """By the rules, for the states of `lora.split`, arrays or shapes. `splits`: see cut_of."""
+        found = ((name, cut_of(name, leaf, axes, splits)) for tree in trees for name, leaf in named(tree))
+        return cls(axes, tuple((name, cut) for name, cut in found if cut != Cut()), tuple(splits.items()))
 
     @cached_property
     def cuts(self) -> dict[str, Cut]:
@@ -81,21 +84,23 @@ class Shards:
 
     @property
     def splits_embedding(self) -> bool:
-        return "embedding" in self.axis_of
+        return "embedding" in self.cuts
 
-    def head_axis(self, tied: bool) -> str | None:
-        """The axis of the mesh along which the head's vocabulary is divided."""
-        return FSDP if ("embedding" if tied else "head") in self.axis_of else None
+    def head_axes(self, tied: bool) -> tuple[str, ...]:
+        """The axes of the mesh along which the head's vocabulary is divided."""
+        return self.cuts.get("embedding" if tied else "head", Cut()).axes
 
     def lookup(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
         """Rows of an embedding [V, D] of which this device has a part: tokens int32 [B, T] -> [B, T, D].
 
         Each device looks up what it has for all of them; a row is one device's and zeros from the others.
         """
-        everyones = jax.lax.all_gather(tokens, FSDP, tiled=True)
-        here = everyones - jax.lax.axis_index(FSDP) * table.shape[0]
+        axes = self.cuts["embedding"].axes
+        everyones = jax.lax.all_gather(tokens, FSDP, tiled=True) if FSDP in axes else tokens
+        here = everyones - jax.lax.axis_index(axes) * table.shape[0]
         rows = jnp.where(((here >= 0) & (here < table.shape[0]))[..., None], table.at[here].get(mode="clip"), 0)
-        return jax.lax.psum_scatter(rows, FSDP, tiled=True)
+        rows = jax.lax.psum_scatter(rows, FSDP, tiled=True) if FSDP in axes else rows
+        return jax.lax.psum(rows, TENSOR) if TENSOR in axes else rows
 
     def first_row(self, rows: int) -> jax.Array:
         """Which row of a micro-batch this device's `rows` begin with, int32 []."""
@@ -116,7 +121,9 @@ class Shards:
         def added(path: Any, leaf: jax.Array) -> jax.Array:
             cut = self.cuts.get(name_of(path), Cut())
             come = {FSDP if cut.gathered is not None else "", cut.along}
-            return jax.lax.psum(leaf, tuple(axis for axis in ROWS if axis not in come))
+            # a layer's gradients are of products that devices along tensor divide; others are the same on each
+            axes = (*ROWS, TENSOR) if self.split and name_of(path).startswith(BLOCKS) else ROWS
+            return jax.lax.psum(leaf, tuple(axis for axis in axes if axis not in come))
 
         return jax.tree_util.tree_map_with_path(added, gradient)
 
@@ -125,7 +132,7 @@ class Shards:
         squares: dict[tuple[str, ...], jax.Array] = {}  # by what divides it
         for name, leaf in named(gradient):
             cut = self.cuts.get(name, Cut())
-            along = ((cut.along,) if cut.kept is not None else ()) + ((FSDP,) if cut.gathered is not None else ())
+            along = cut.axes
             squares[along] = squares.get(along, 0) + jnp.sum(jnp.square(leaf.astype(jnp.float32)))
         return jnp.sqrt(sum(jax.lax.psum(square, along) if along else square for along, square in squares.items()))
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.models.chunks import chunk_size
-from qlora_jax.models.head import Head, axis_of, token_losses, token_losses_and_hits
+from qlora_jax.models.head import Head, axes_of, rows_of, token_losses, token_losses_and_hits
 
 
 def summed_loss(
@@ -45,7 +45,7 @@ def summed_loss_and_hits(
 
     Logits are computed of target tokens alone. Not for differentiation: the loop is as long as there are targets.
     """
-    rows, targets = hidden.reshape(-1, hidden.shape[-1]), _Targets.of(tokens, loss_mask, chunk, axis_of(head))
+    rows, targets = hidden.reshape(-1, hidden.shape[-1]), _Targets.of(tokens, loss_mask, chunk, rows_of(axes_of(head)))
 
     def add_chunk(number, totals):
         chosen, labels, counted, _ = targets.chunk(number)
@@ -135,7 +135,7 @@ def loss_and_gradient(
     Returns:
       float32 [] nats, d x [B, T, D] in x's dtype, and head_sum with the head's gradient added.
     """
-    rows, targets = x.reshape(-1, x.shape[-1]), _Targets.of(tokens, loss_mask, chunk, axis_of(head))
+    rows, targets = x.reshape(-1, x.shape[-1]), _Targets.of(tokens, loss_mask, chunk, rows_of(axes_of(head)))
 
     def add_chunk(number, carry):
         total, dx, head_sum = carry

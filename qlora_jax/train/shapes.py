@@ -1,6 +1,7 @@
 """A run's model and batches as shapes: what a plan compiles, and what random weights fill."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,8 +12,10 @@ from qlora_jax import lora
 from qlora_jax.io.load import QuantSpec, abstract_weight
 from qlora_jax.mesh.axes import ONE, Axes
 from qlora_jax.mesh.shards import Shards
+from qlora_jax.mesh.tensor import arranged
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.divided.splits import splits_of
 from qlora_jax.models.families.module import assembled
 from qlora_jax.settings import AUTO
 
@@ -98,6 +101,7 @@ def abstract_model(spec: ModelSpec, axes: Axes = ONE) -> AbstractModel:
     """The model that `train/setup.prepare` would load on a mesh of these axes, as shapes and dtypes."""
     config = spec.sizes
     stored = jnp.dtype(spec.kept_dtype)
+    splits = splits_of(config, axes, spec.quant)
 
     def made() -> Decoder:
         weights: dict[str, Any] = {
@@ -111,6 +115,8 @@ def abstract_model(spec: ModelSpec, axes: Axes = ONE) -> AbstractModel:
         for name, shape in config.linears.items():
             one: Any = abstract_weight(config, name, spec.quant)
             one = jax.ShapeDtypeStruct(shape, stored) if one is None else dataclasses.replace(one, backend=spec.kernel)
+            if name in splits:
+                one = jax.eval_shape(partial(arranged, split=splits[name], ways=axes.tensor), one)
             room = (config.depth(name), *config.copies(name))
             weights["layers"][name] = jax.tree.map(lambda x: jnp.zeros((*room, *x.shape), x.dtype), one)  # noqa: B023
         model = assembled(config, weights, spec.compute_dtype, spec.remat, spec.attention, spec.sequence_chunk)
@@ -124,7 +130,7 @@ def abstract_model(spec: ModelSpec, axes: Axes = ONE) -> AbstractModel:
     graph, adapter, base = lora.split(model)
     if axes.devices == 1:
         return AbstractModel(graph, adapter, base)
-    model.shards = Shards.of(axes, adapter, base)
+    model.shards = Shards.of(axes, adapter, base, splits=splits)
     return AbstractModel(*lora.split(model), model.shards)
 
 
