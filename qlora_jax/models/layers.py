@@ -51,9 +51,8 @@ class Linear(nnx.Module):
 
     def own_lora_b(self) -> jax.Array:
         """B of this device's out-features; that of a fused layer stands whole on each."""
-        b = self.lora_b.get_value()
-        is_whole = self.split is not None and len(self.split.sections) > 1
-        return own(b, -2, self.split.sections) if is_whole else b
+        b, sections = self.lora_b.get_value(), () if self.split is None else self.split.sections
+        return own(b, -2, sections) if len(sections) > 1 else b
 
 
 def project(linears: Sequence[Linear], x: jax.Array, dropout: Dropout) -> list[jax.Array]:

@@ -35,7 +35,7 @@ from qlora_jax.mesh.tensor import arranged
 from qlora_jax.models import attention
 from qlora_jax.models.config import ModelConfig, read_json
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.divided.splits import splits_of
+from qlora_jax.models.divided.splits import local_sizes, splits_of
 from qlora_jax.models.kind import Kind
 from qlora_jax.models.layers import Frozen
 from qlora_jax.models.mixtures.router import check_router_loss
@@ -201,7 +201,7 @@ def prepare(
         say(f"data: one pass over data.batches: {steps} steps, fewer than train.steps = {config.train.steps}")
     tx = make_optimizer(config.optimizer, steps)
     if not is_encoder:
-        _say_attention(config.model, model_config, data.batches.max_length, say)
+        _say_attention(config.model, local_sizes(model_config, axes.tensor), data.batches.max_length, say)
     place = anywhere if mesh is None else partial(by_rules, mesh, splits=splits)
     arrange = (lambda name, weight: arranged(weight, splits[name], axes.tensor)) if splits else as_read
     model, base_input = (
@@ -296,8 +296,8 @@ def rows_to_cut(config: Any, sizes: ModelConfig, lora_config: LoRAConfig, data: 
     """The rows of a step of `data`; `sizes` with added tokens in V."""
     settings = model_settings(config.model) | row_limits(sizes, [config.data])
     spec = ModelSpec(sizes, quantization(config), lora_config, **settings)
-    rows = Axes.of(config.mesh).rows(data.batches.batch_size)
-    return ToCut.of(config, spec, rows, data.batches.max_length)
+    axes = Axes.of(config.mesh)
+    return ToCut.of(config, spec.of_one(axes), axes.rows(data.batches.batch_size), data.batches.max_length)
 
 
 def load_base(

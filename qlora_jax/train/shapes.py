@@ -15,7 +15,7 @@ from qlora_jax.mesh.shards import Shards
 from qlora_jax.mesh.tensor import arranged
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.divided.splits import splits_of
+from qlora_jax.models.divided.splits import local_sizes, splits_of
 from qlora_jax.models.families.module import assembled
 from qlora_jax.settings import AUTO
 
@@ -51,6 +51,12 @@ class ModelSpec:
         """Ranks of a layer's adapters together, but for those of experts."""
         names = lora.select_targets(self.lora.targets, self.sizes)
         return self.lora.rank * sum(not self.sizes.is_expert(name) for name in names)
+
+    def of_one(self, axes: Axes) -> "ModelSpec":
+        """Of what one device computes of a layer and of the head; its arrays are those of `AbstractModel.of_one`."""
+        sizes = local_sizes(self.sizes, axes.tensor)
+        V = sizes.V if sizes.V % axes.tensor else sizes.V // axes.tensor
+        return dataclasses.replace(self, sizes=dataclasses.replace(sizes, V=V))
 
     def kept_share(self, T: int) -> float:
         """Of the tokens that all layers would take of a row of T, those that they do: an encoder-decoder's layers see

@@ -72,7 +72,10 @@ def _check(config: ModelConfig, axes: Axes, quant: Any) -> None:
     ways, kind = axes.tensor, config.kind
     instead = f"set mesh.tensor=1 and mesh.fsdp={axes.fsdp * ways}, which divides any model's arrays"
     if kind.pair or kind.bidirectional:
-        raise InputError(f"mesh.tensor is {ways}, and the layers of encoders and T5 are not divided here: {instead}")
+        raise InputError(
+            f"mesh.tensor is {ways}, and the layers of encoders and T5 are not divided here: set mesh.tensor=1, "
+            f"mesh.fsdp=1 and mesh.data={axes.devices}, which divides rows alone"
+        )
     if kind.alibi:
         raise InputError(
             f"mesh.tensor is {ways}, and this model's heads have slopes of their own (ALiBi), which are part of the "
