@@ -19,7 +19,7 @@ from qlora_jax import checksums
 from qlora_jax.errors import InputError
 from qlora_jax.io import fused
 from qlora_jax.io.folder import TensorFiles, are_equal, has_weights, signature
-from qlora_jax.io.place import anywhere, of_weight, put, to_device
+from qlora_jax.io.place import anywhere, as_read, of_weight, put, to_device
 from qlora_jax.io.remote import name_of
 from qlora_jax.models.config import ModelConfig, parse_config, read_json
 from qlora_jax.models.decoder import Decoder
@@ -294,19 +294,20 @@ def load_model(
     sequence_chunk: int = 0,
     take_checksum: Callable[[str], None] = lambda checksum: None,
     place: Callable[[str, Any], Any] = anywhere,
+    arrange: Callable[[str, Any], Any] = as_read,
 ) -> Decoder:
     """Reads a checkpoint.
 
     Args:
       folder: config.json and safetensors; unquantized, bitsandbytes', or written by `experiments.quantize`.
       quant: how linear layers are kept; None keeps what the folder has. Nothing else is ever quantized.
-      compute_dtype: of activations.
-      remat, attention, sequence_chunk: see Decoder.
+      compute_dtype: of activations. remat, attention, sequence_chunk: see Decoder.
       kernel: of the 4-bit matmul, one of nf4_matmul.BACKENDS; int8 has "xla", which "auto" takes.
       progress: called with (tensors done, tensors in all).
       take_checksum: called with the checksum of all tensors as they stand in the folder, whatever files they are in.
       place: takes the name of an array in the model's tree (see mesh/rules) and what has its shape and dtype, and says
-        how devices hold it, as a jax sharding.
+        how devices hold it, as a jax sharding. arrange: takes a linear layer's name and one of its weights, and lays it
+        out as devices divide it.
     Raises:
       InputError: the folder does not fit its config.json, is quantized otherwise than asked, or a weight is not finite.
     """
@@ -349,8 +350,7 @@ def load_model(
             return _values(read_packed(files, key, quant, shape), jnp.dtype(compute_dtype))
         return array(key, dtype, place(name, jax.ShapeDtypeStruct(shape, jnp.float32)))
 
-    mixed = _mixed(config, skipped)
-    if mixed:
+    if mixed := _mixed(config, skipped):
         log.warning(
             "warning: %s: llm_int8_skip_modules keeps %s unquantized in some layers; layers are stacked, so here these "
             "are unquantized in all of them, with the values that they have there", files.folder, ", ".join(mixed),
@@ -363,12 +363,13 @@ def load_model(
     for name in config.linears:
         stack: Any = None
         slots, room = config.slots(name), (config.depth(name), *config.copies(name))
-        if stored is not None and is_native(files):
+        if stored is not None and is_native(files) and arrange is as_read:
             stack = _read_stack(files, config, name, quant, place)
             count(len(slots))
         else:
             for key, slot in slots.items():
-                stack = put(stack, linear(name, key, slot, name in mixed), slot, room, of_weight(place, name))
+                leaf = arrange(name, linear(name, key, slot, name in mixed))
+                stack = put(stack, leaf, slot, room, of_weight(place, name))
         if isinstance(stack, QuantizedTensor):
             stack = dataclasses.replace(stack, backend=kernel, threshold=threshold)
         weights["layers"][name] = stack

@@ -19,6 +19,11 @@ def anywhere(name: str, leaf: Any) -> None:
     """Where an array of a model stands: on the device."""
 
 
+def as_read(name: str, weight: Any) -> Any:
+    """A linear layer's weight, laid out as one device has it."""
+    return weight
+
+
 def of_weight(place: Callable[[str, Any], Any], name: str) -> Callable[[str, Any], Any]:
     """Where the parts of a linear layer's weights stand, by `put`: ".codes", or "" of an array."""
     return anywhere if place is anywhere else lambda part, leaf: place(f"blocks.{name}.weight{part}", leaf)

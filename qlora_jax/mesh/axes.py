@@ -17,7 +17,6 @@ FSDP = "fsdp"
 EXPERT = "expert"
 TENSOR = "tensor"
 ROWS = ("data", FSDP, EXPERT)  # along which rows of a batch are divided
-_TO_COME = (TENSOR,)
 _OTHERS = (EXPERT, TENSOR)  # that are named where they are more than one
 
 
@@ -38,12 +37,11 @@ class Axes(NamedTuple):
             if value < (key != "fsdp"):
                 wanted = "at least 1" if key != "fsdp" else "devices, or 0 for those that mesh.data leaves"
                 raise InputError(f"mesh.{key} is {value}; expected {wanted}")
-        for key in _TO_COME:
-            if found[key] > 1:
-                raise InputError(
-                    f"mesh.{key} is {found[key]}; models are divided along fsdp, which holds any of them in parts: "
-                    f"set mesh.fsdp={found[key]} and mesh.{key}=1"
-                )
+        if min(found[EXPERT], found[TENSOR]) > 1:
+            raise InputError(
+                f"mesh.expert is {found[EXPERT]} and mesh.tensor {found[TENSOR]}; a mixture's devices divide either "
+                "experts or products: set one of them to 1"
+            )
         devices, axes = found["devices"], cls(found["data"], found["fsdp"] or 1, found[EXPERT], found[TENSOR])
         if found["fsdp"] == 0 and devices > 1:
             if devices % axes.devices:
@@ -89,6 +87,11 @@ class Axes(NamedTuple):
                 "train.batch_size a multiple"
             )
         return batch // self.row_parts
+
+    def all_rows(self) -> str:
+        """The keys that divide rows alone among as many devices, for messages."""
+        ones = "".join(f", mesh.{name}=1" for name in _OTHERS if getattr(self, name) > 1)
+        return f"mesh.data={self.devices} and mesh.fsdp=1{ones}"
 
     def _keys(self, *always: str) -> str:
         """Of a config: "mesh.data = 2 x mesh.expert = 4", those named and those that are not 1."""

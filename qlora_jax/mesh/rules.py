@@ -8,18 +8,25 @@
                                     by ranks: along fsdp and expert
 
 The first axis behind the layers', since gathering along another turns the whole stack around in memory first. An array
-whose axis the devices do not divide stands whole, too. Names are paths in the model's own tree.
+whose axis the devices do not divide stands whole, too.
+
+Along tensor each keeps its part: of the vocabulary, of packed weights that were laid out part by part, of 16-bit
+weights and B by out-features, of 16-bit weights and A by in-features (mesh/tensor.py).
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 
-from qlora_jax.mesh.axes import EXPERT, FSDP, Axes
+from qlora_jax.mesh.axes import EXPERT, FSDP, TENSOR, Axes
+from qlora_jax.mesh.tensor import Split
 
 BLOCKS = "blocks."
 _EXPERTS = ".experts."  # ends the stem of their names in every family
 _VOCABULARY = ("embedding", "head", "head_bias")
+NO_SPLITS: Mapping[str, Split] = MappingProxyType({})
 _PARTS = ("codes", "absmax", "nested_absmax", "offset", "weight", "lora_a", "lora_b")
 
 
@@ -51,14 +58,18 @@ class Cut(NamedTuple):
         return along
 
 
-def cut_of(name: str, leaf: Any, axes: Axes) -> Cut:
-    """By the rules, of an array of that name; `leaf`: what has its shape."""
+def cut_of(name: str, leaf: Any, axes: Axes, splits: Mapping[str, Split] = NO_SPLITS) -> Cut:
+    """By the rules, of an array of that name; `leaf`: what has its shape. `splits`: of linear layers, along tensor."""
     among = (FSDP,) if axes.expert == 1 or is_of_experts(name) else (FSDP, EXPERT)
-    gathered = _gathered_axis(name, leaf, axes.along(among))
+    kept: int | None
     if axes.expert > 1 and is_of_experts(name):
-        E = 1 - len(leaf.shape)
-        return Cut(gathered if leaf.shape[E] % (axes.fsdp * axes.expert) == 0 else None, E, EXPERT)
-    return Cut() if gathered is None else Cut(gathered, among=among)
+        along, parts, kept = EXPERT, axes.expert, 1 - len(leaf.shape)
+    else:
+        along, parts, kept = TENSOR, axes.tensor, _kept_axis(name, leaf, axes, splits)
+    if kept is None:
+        along, parts = "", 1
+    gathered = _gathered_axis(name, leaf, axes.along(among), parts, kept)
+    return Cut(None, kept, along) if gathered is None else Cut(gathered, kept, along, among)
 
 
 def is_of_experts(name: str) -> bool:
@@ -66,8 +77,22 @@ def is_of_experts(name: str) -> bool:
     return name.startswith(BLOCKS) and _EXPERTS in name
 
 
-def _gathered_axis(name: str, leaf: Any, ways: int) -> int | None:
-    """The axis along which devices, so many, divide an array that they gather."""
+def _kept_axis(name: str, leaf: Any, axes: Axes, splits: Mapping[str, Split]) -> int | None:
+    """The axis of which the devices along tensor have a part each."""
+    if name in _VOCABULARY:
+        divides = axes.tensor > 1 and leaf.shape[0] % (axes.tensor * axes.along((FSDP, EXPERT))) == 0
+        return -len(leaf.shape) if divides else None
+    linear, _, part = name.removeprefix(BLOCKS).rpartition(".")
+    if linear.endswith(".weight"):
+        return -1 if linear.removesuffix(".weight") in splits and part != "offset" else None
+    if (split := splits.get(linear)) is None:
+        return None
+    by_out = {"weight": -2} if len(split.sections) > 1 else {"weight": -2, "lora_b": -2}
+    return (by_out if split.by == "out" else {"weight": -1, "lora_a": -1}).get(part)
+
+
+def _gathered_axis(name: str, leaf: Any, ways: int, parts: int, kept: int | None) -> int | None:
+    """The axis along which devices, so many, divide an array that they gather; the axis `kept` has `parts` already."""
     shape = leaf.shape
     if name in _VOCABULARY:
         axis = 0
@@ -77,7 +102,9 @@ def _gathered_axis(name: str, leaf: Any, ways: int) -> int | None:
         axis = 1  # of what has a weight's parts, or is a stack of matrices: no norm's vectors
     else:
         return None
-    return axis - len(shape) if ways > 1 and axis < len(shape) and shape[axis] % ways == 0 else None
+    axis -= len(shape)
+    equal = -axis <= len(shape) and axis < 0 and shape[axis] % (ways * (parts if axis == kept else 1)) == 0
+    return axis if ways > 1 and equal else None
 
 
 def named(tree: Any) -> list[tuple[str, Any]]:

@@ -6,33 +6,35 @@ of a gathered adapter comes back summed over the devices and cut as the adapter 
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.mesh.axes import ROWS, Axes
-from qlora_jax.mesh.gather import Along, from_all, rounded_from_all
-from qlora_jax.mesh.rules import BLOCKS, Cut, cut_of, name_of, named
+from qlora_jax.mesh.axes import ROWS, TENSOR, Axes
+from qlora_jax.mesh.gather import from_all, rounded_from_all
+from qlora_jax.mesh.rules import BLOCKS, NO_SPLITS, Cut, cut_of, name_of, named
+from qlora_jax.mesh.tensor import Split
 
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
     """How a model's arrays are divided: part of its graph, so that a program knows it.
 
-    cut: of each array of model and adapter that is divided, by name.
+    cut: of each array of model and adapter that is divided, by name. split: how linear layers are along tensor.
     """
 
     axes: Axes
     cut: tuple[tuple[str, Cut], ...] = ()
+    split: tuple[tuple[str, Split], ...] = ()
 
     @classmethod
-    def of(cls, axes: Axes, *trees: Any) -> "Shards":
-        """By the rules, for the states of `lora.split`, arrays or shapes."""
-        found = ((name, cut_of(name, leaf, axes)) for tree in trees for name, leaf in named(tree))
-        return cls(axes, tuple((name, cut) for name, cut in found if cut != Cut()))
+    def of(cls, axes: Axes, *trees: Any, splits: Mapping[str, Split] = NO_SPLITS) -> "Shards":
+        """By the rules, for the states of `lora.split`, arrays or shapes. `splits`: see cut_of."""
+        found = ((name, cut_of(name, leaf, axes, splits)) for tree in trees for name, leaf in named(tree))
+        return cls(axes, tuple((name, cut) for name, cut in found if cut != Cut()), tuple(splits.items()))
 
     @cached_property
     def cuts(self) -> dict[str, Cut]:
@@ -93,23 +95,24 @@ class Shards:
 
     @property
     def splits_embedding(self) -> bool:
-        return "embedding" in self.axis_of
+        return "embedding" in self.cuts
 
-    def head_axis(self, tied: bool) -> Along | None:
+    def head_axes(self, tied: bool) -> tuple[str, ...]:
         """The axes of the mesh along which the head's vocabulary is divided."""
-        name = "embedding" if tied else "head"
-        return self.cuts[name].among if name in self.axis_of else None
+        return self.cuts.get("embedding" if tied else "head", Cut()).axes
 
     def lookup(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
         """Rows of an embedding [V, D] of which this device has a part: tokens int32 [B, T] -> [B, T, D].
 
         Each device looks up what it has for all of them; a row is one device's and zeros from the others.
         """
-        along = self.cuts["embedding"].among
-        everyones = jax.lax.all_gather(tokens, along, tiled=True)
-        here = everyones - jax.lax.axis_index(along) * table.shape[0]
+        cut = self.cuts["embedding"]
+        of_rows = cut.among if cut.gathered is not None else ()
+        everyones = jax.lax.all_gather(tokens, of_rows, tiled=True) if of_rows else tokens
+        here = everyones - jax.lax.axis_index(cut.axes) * table.shape[0]
         rows = jnp.where(((here >= 0) & (here < table.shape[0]))[..., None], table.at[here].get(mode="clip"), 0)
-        return jax.lax.psum_scatter(rows, along, tiled=True)
+        rows = jax.lax.psum_scatter(rows, of_rows, tiled=True) if of_rows else rows
+        return jax.lax.psum(rows, TENSOR) if TENSOR in cut.axes else rows
 
     def first_row(self, rows: int) -> jax.Array:
         """Which row of a micro-batch this device's `rows` begin with, int32 []."""
@@ -129,7 +132,9 @@ class Shards:
 
         def added(path: Any, leaf: jax.Array) -> jax.Array:
             cut = self.cuts.get(name_of(path), Cut())
-            return jax.lax.psum(leaf, tuple(axis for axis in ROWS if axis not in cut.axes))
+            # a layer's gradients are of products that devices along tensor divide; others are the same on each
+            axes = (*ROWS, TENSOR) if self.split and name_of(path).startswith(BLOCKS) else ROWS
+            return jax.lax.psum(leaf, tuple(axis for axis in axes if axis not in cut.axes))
 
         return jax.tree_util.tree_map_with_path(added, gradient)
 

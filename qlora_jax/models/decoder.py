@@ -269,11 +269,11 @@ class Decoder(nnx.Module):
         """What head_logits takes: [V, D], the output head or the embedding it is tied to, or a Head that is more."""
         kind = self.config.kind
         weight = (self.embedding if self.head is None else self.head).get_value()
-        axis = None if self.shards is None else self.shards.head_axis(self.head is None)
-        if not kind.head_bias and kind.logit_scale == 1 and not kind.logit_softcap and axis is None:
+        axes = () if self.shards is None else self.shards.head_axes(self.head is None)
+        if not kind.head_bias and kind.logit_scale == 1 and not kind.logit_softcap and not axes:
             return weight
         bias = self.head_bias.get_value() if kind.head_bias else None
-        return Head(weight, bias, kind.logit_scale, kind.logit_softcap, axis)
+        return Head(weight, bias, kind.logit_scale, kind.logit_softcap, axes)
 
     def outer(self, slot: str) -> jax.Array:
         """One of config.outer, as the model holds it: outer("norm.bias")."""

@@ -35,7 +35,7 @@ def table(plan: Plan) -> str:
         return f"  {label:<36}{size / scale:>9.3f} {unit}{more}"
 
     pages = f" in {len(memory.resident)} pages, {sum(memory.resident)} of them on the device"
-    devices = plan.spec.axes.devices
+    devices, parts = plan.spec.axes.devices, plan.spec.axes.row_parts
     lines = [f"{plan.gpu.device_kind}: {both(plan.gpu.memory_bytes)}", ""]
     if devices > 1:
         lines[0] = f"{devices} x {lines[0]} each; mesh: {plan.spec.axes}; what follows is of each"
@@ -49,8 +49,8 @@ def table(plan: Plan) -> str:
         row("host memory at the peak of loading", memory.load_host_peak_bytes),
         row("optimizer state", memory.optimizer_bytes, pages),
         "",
-        f"  a step: {in_words(batch.G, batch.B)} of {batch.T}{' on each' if devices > 1 else ''} = "
-        f"{devices * batch.tokens:,} tokens, remat {plan.spec.model.remat}",
+        f"  a step: {in_words(batch.G, batch.B)} of {batch.T}{' on each' if parts > 1 else ''} = "
+        f"{parts * batch.tokens:,} tokens, remat {plan.spec.model.remat}",
         f"  ({plan.choice.reason}),",
         f"  {plan.time.flops / 1e12:,.2f} TFLOP,",
         f"  {plan.time.bytes / 1e9:,.2f} GB of device memory moved, {plan.time.bus_bytes / 1e9:,.3f} GB each way over "
@@ -58,7 +58,7 @@ def table(plan: Plan) -> str:
         *_wire(plan),
         f"  roofline {plan.time.seconds:.3g} s; tokens/s at "
         + ", ".join(
-            f"{share:.0%}: {share * devices * batch.tokens / plan.time.seconds:,.0f}" for share in EFFICIENCIES
+            f"{share:.0%}: {share * parts * batch.tokens / plan.time.seconds:,.0f}" for share in EFFICIENCIES
         ),
         "",
     ]
@@ -85,8 +85,9 @@ def _wire(plan: Plan) -> list[str]:
         return []
     codes = sum(size for what, size in plan.memory.wire.items() if what.endswith(" u8"))
     total, rate = plan.time.wire_bytes, plan.gpu.link_bytes_per_second
+    what = f"{codes / max(total, 1):.1%} of it packed weights" if codes else "activations and gradients"
     return [
-        f"  {total / 1e9:,.2f} GB received from the other devices, {codes / max(total, 1):.1%} of it packed weights: "
+        f"  {total / 1e9:,.2f} GB received from the other devices, {what}: "
         f"{total / rate:.3g} s at {rate / 1e9:,.0f} GB/s,"
     ]
 

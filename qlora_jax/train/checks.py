@@ -92,12 +92,13 @@ def check_values(config: Any, backend: str | None = None) -> None:
 
 def _check_mesh(config: Any) -> None:
     axes = Axes.of(config.mesh)
-    if axes.fsdp * axes.expert == 1:
+    if axes.fsdp * axes.expert * axes.tensor == 1:
         return
     matrices = set(config.lora.modules_to_save) - {AUTO}
     added = config.data.added_tokens or config.data.added_special_tokens
+    keeps_all = config.model.remat == "none" and axes.fsdp * axes.expert > 1
     refused = (
-        (config.model.remat == "none", "model.remat", "keeps every layer that was gathered", "model.remat=block"),
+        (keeps_all, "model.remat", "keeps every layer that was gathered", "model.remat=block"),
         (matrices, "lora.modules_to_save", "trains whole matrices", "lora.modules_to_save=()"),
         (added, "data.added_tokens", "adds rows to a divided embedding", "data.added_tokens=()"),
         (config.eval.mmlu_data, "eval.mmlu_data", "asks with a whole head", "eval.mmlu_data=''"),
@@ -106,7 +107,7 @@ def _check_mesh(config: Any) -> None:
         if is_wrong:
             raise InputError(
                 f"{key} {does}, and the mesh ({axes}) divides the model's arrays: set {mend}, or divide rows alone by "
-                f"mesh.data={axes.devices} and mesh.fsdp=1" + " and mesh.expert=1" * (axes.expert > 1)
+                f"{axes.all_rows()}"
             )
 
 

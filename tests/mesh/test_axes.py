@@ -28,6 +28,9 @@ def config(**values):
         ({"expert": 4}, (1, 1, 4)),
         ({"devices": 8, "expert": 4}, (1, 2, 4)),
         ({"devices": 8, "data": 2, "fsdp": 1, "expert": 4}, (2, 1, 4)),
+        ({"tensor": 2}, (1, 1, 1, 2)),
+        ({"devices": 8, "data": 2, "tensor": 2}, (2, 2, 1, 2)),
+        ({"devices": 4, "fsdp": 1, "tensor": 4}, (1, 1, 1, 4)),
     ],
 )
 def test_what_is_left_open_is_fsdp(values, axes):
@@ -42,9 +45,12 @@ def test_what_is_left_open_is_fsdp(values, axes):
         ({"devices": 6, "data": 4}, "mesh.data = 4 does not divide"),
         ({"devices": 6, "data": 2, "fsdp": 2}, "take 4: change one of them"),
         ({"expert": 0}, "mesh.expert is 0; expected at least 1"),
-        ({"tensor": 2}, "set mesh.fsdp=2 and mesh.tensor=1"),
         ({"devices": 8, "data": 2, "expert": 3}, "mesh.data = 2 x mesh.expert = 3 does not divide"),
         ({"devices": 4, "fsdp": 2, "expert": 4}, "mesh.data = 1 x mesh.fsdp = 2 x mesh.expert = 4 take 8"),
+        ({"tensor": 0}, "mesh.tensor is 0; expected at least 1"),
+        ({"devices": 6, "tensor": 4}, "mesh.data = 1 x mesh.tensor = 4 does not divide"),
+        ({"devices": 4, "fsdp": 4, "tensor": 2}, "x mesh.tensor = 2 take 8: change one of them"),
+        ({"expert": 2, "tensor": 2}, "mesh.expert is 2 and mesh.tensor 2"),
     ],
 )
 def test_what_is_no_mesh_is_refused(values, said):
@@ -73,6 +79,12 @@ def test_what_a_mesh_does_not_do_is_refused_and_how_to_mend_it_said(key, value, 
 def test_a_batch_must_give_each_device_as_many_rows():
     with pytest.raises(InputError, match="batches of 6 sequences cannot be divided among 4 devices"):
         Axes(1, 4).rows(6)
+
+
+def test_devices_along_tensor_share_their_rows():
+    axes = Axes(2, 2, tensor=2)
+    assert (axes.devices, axes.row_parts, axes.rows(8)) == (8, 4, 2)
+    assert str(axes) == "data 2 x fsdp 2 x tensor 2"
 
 
 def test_where_a_run_computes_is_not_what_it_is():

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.nf4_matmul import dense_matmul, low_rank_terms
+from qlora_jax.mesh.tensor import entered, first_of, left
 from qlora_jax.models.dropout import Dropout, DropoutRate, mix
 from qlora_jax.models.kind import Kind
 from qlora_jax.models.layers import ACTIVATIONS, Frozen, Linear, part_of
@@ -64,6 +65,7 @@ class How(NamedTuple):
     T: int  # tokens of a row: where a token stands in the batch, for dropout
     rows: int  # of a tile
     place: int  # of the first of them among the layer's linear layers, as dropout counts
+    divided: bool = False  # each device has its part of F, and of what comes out
     ways: int = 1  # devices that have some of the experts each
 
 
@@ -92,6 +94,9 @@ def mixture(
     linears: dict[str, Linear] = {role: part_of(block, kind.linear[role]) for role in roles}
     adapted = {role: linear for role, linear in linears.items() if linear.lora_a is not None}
     adapters = {role: (linear.lora_a.get_value(), linear.lora_b.get_value()) for role, linear in adapted.items()}
+    divided = linears["down"].split is not None
+    if divided:
+        x, weights = entered(x), entered(weights)
     B, T, D = x.shape
     stacks = {role: linear.weight.get_value() for role, linear in linears.items()}
     count = _count(stacks)
@@ -110,8 +115,9 @@ def mixture(
         drawn,
     )
     rows = tile_rows(ways * B * T, kind.experts.per_token, kind.experts.count)
-    how = How(kind.activation, kind.experts.swiglu, T, rows, place, ways)
-    return _through(how, frame, chosen, adapters, weights, x.reshape(B * T, D)).reshape(B, T, D)
+    how = How(kind.activation, kind.experts.swiglu, T, rows, place, divided, ways)
+    y = _through(how, frame, chosen, adapters, weights, x.reshape(B * T, D)).reshape(B, T, D)
+    return left(y) if divided else y
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -245,7 +251,7 @@ def _expert(how: How, frame: Frame, tile: _Tile, dtype: Any) -> Any:
             y = y + biases[role].astype(y.dtype)
         if role not in adapters:
             return y
-        dropped = x if frame.drawn is None else _dropped(how, frame.drawn, tile, list(dense).index(role), x)
+        dropped = x if frame.drawn is None else _dropped(how, frame.drawn, tile, role, list(dense).index(role), x)
         a, b = adapters[role]
         return y + low_rank_terms(dropped[None], (a,), (b,), (frame.scales[role],))
 
@@ -266,14 +272,17 @@ def _expert(how: How, frame: Frame, tile: _Tile, dtype: Any) -> Any:
     return expert
 
 
-def _dropped(how: How, drawn: Drawn, tile: _Tile, number: int, x: jax.Array) -> jax.Array:
+def _dropped(how: How, drawn: Drawn, tile: _Tile, role: str, number: int, x: jax.Array) -> jax.Array:
     """x [rows, I] as models/dropout drops it; the bits depend on the expert too, and on no other token."""
     row = tile.tokens // how.T + jnp.asarray(drawn.first_row)
     token = mix(drawn.words[0] ^ jnp.uint32(how.place + number + 1))
     for part in (tile.expert + jnp.asarray(drawn.first_expert), row, tile.tokens % how.T):
         token = mix(token + part.astype(jnp.uint32))
     other = mix(token ^ drawn.words[1])
-    bits = mix(mix(token[:, None] + jnp.arange(x.shape[1], dtype=jnp.uint32)) ^ other[:, None])
+    features = jnp.arange(x.shape[1], dtype=jnp.uint32)
+    if how.divided and role == "down":
+        features = features + first_of(x.shape[1]).astype(jnp.uint32)
+    bits = mix(mix(token[:, None] + features) ^ other[:, None])
     keep = (bits >> 16) >= jnp.asarray(drawn.rate.threshold, jnp.uint32)
     scale = jax.lax.optimization_barrier(jnp.asarray(drawn.rate.kept_scale, jnp.float32)).astype(x.dtype)
     return jnp.where(keep, x * scale, jnp.zeros((), x.dtype))
