@@ -190,10 +190,13 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """[B, T] at positions int32 [B, T] (0..T-1 by default) -> [B, T, D] in the compute dtype."""
+        return self.enter(self._looked_up(tokens), positions)
+
+    def _looked_up(self, tokens: jax.Array) -> jax.Array:
         table = self.embedding.get_value()
         if self.shards is not None and self.shards.splits_embedding:
-            return self.enter(self.shards.lookup(table, tokens), positions)
-        return self.enter(table[tokens], positions)
+            return self.shards.lookup(table, tokens)
+        return table[tokens]
 
     def enter(self, rows: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """Rows of the embedding [B, T, D] -> what the first layer takes: scaled, with learned positions, normed."""
@@ -214,8 +217,14 @@ class Decoder(nnx.Module):
         """Gradient [B, T, D] of the rows that tokens [B, T] take, from that of `embed`."""
         if self.config.kind.plain_embedding:
             return dx
-        _, pull = jax.vjp(lambda rows: self.enter(rows, positions), self.embedding.get_value()[tokens])
+        _, pull = jax.vjp(lambda rows: self.enter(rows, positions), self._looked_up(tokens))
         return pull(dx)[0]
+
+    def add_to_embedding(self, sums: jax.Array, tokens: jax.Array, dx: jax.Array) -> jax.Array:
+        """sums [V, D] with dx [B, T, D] added to the rows that tokens [B, T] take."""
+        if self.shards is not None and self.shards.splits_embedding:
+            return self.shards.add_rows(sums, tokens, dx)
+        return sums.at[tokens].add(dx.astype(sums.dtype))
 
     def layers(self, *filters: Any) -> tuple[Any, ...]:
         """(graph of one block, its stacked state, one for each filter of nnx.split): what a scan runs over.
