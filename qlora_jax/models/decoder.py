@@ -263,9 +263,8 @@ class Decoder(nnx.Module):
         has them; None: the model's own.
         """
         key = None if dropout_key is None else DropoutKey.of(dropout_key).of_layer(layer)
-        place = layer if stacks is None else jnp.zeros_like(layer)
         stacks = nnx.state(self.blocks, Stack) if stacks is None else stacks
-        context = context._replace(layer=place, balance=balance)
+        context = context._replace(layer=layer, balance=balance)
         if cache is None and self._is_chunked(x.shape[1]):
             adapter, frozen = state
             pieces = _ChunkedBlock(block, chunk_size(x.shape[1], self.sequence_chunk))
