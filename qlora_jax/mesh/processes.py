@@ -81,6 +81,17 @@ def told(value: Any = None) -> Any:
     return json.loads(_broadcast(np.frombuffer(text.ljust(size), np.uint8)[:size]).tobytes())
 
 
+def merged(mine: dict[str, Any]) -> dict[str, Any]:
+    """The entries that all processes have together; values have a JSON form, and are the same where keys are."""
+    if not are_several():
+        return mine
+    text = json.dumps(mine).encode()
+    wait("merge")
+    size = int(_gathered(np.asarray(len(text), np.int32)).max())
+    rows = _gathered(np.frombuffer(text.ljust(size), np.uint8))
+    return {key: value for row in rows for key, value in json.loads(row.tobytes()).items()}
+
+
 def told_arrays(arrays: list[np.ndarray] | None, like: list[Any]) -> list[np.ndarray]:
     """The first process's arrays, whose shapes and dtypes all know."""
     if not are_several():
