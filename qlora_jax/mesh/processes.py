@@ -7,11 +7,11 @@ among processes are put together where one has to be written.
 import contextlib
 import itertools
 import json
-import os
 import re
-import sys
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from qlora_jax.errors import InputError
+from qlora_jax.mesh import failures
 
 HEARTBEAT = 20  # seconds without a sign of a process after which the others end
 _PATIENCE = 24 * 3600  # seconds that a process may take for what the others have done
@@ -50,6 +51,7 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
             "--processes and --process to each"
         )  # fmt: skip
         raise InputError(f"{how} ({_first_line(error)})") from error
+    failures.watch()
 
 
 def are_several() -> bool:
@@ -69,7 +71,8 @@ def own_folder(path: Path) -> Iterator[Path]:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="qlora_jax_") as folder:
-        yield Path(folder) / "run"
+        with failures.before_end(partial(shutil.rmtree, folder, ignore_errors=True)):
+            yield Path(folder) / "run"
 
 
 def told(value: Any = None) -> Any:
@@ -162,30 +165,18 @@ def _everyone() -> set[int]:
 def lost_said(settle: Callable[[], None]) -> Iterator[None]:
     """Says in one line that another process is gone, where a step fails for that, and ends this one after `settle`: an
     orderly end would wait for the other."""
-    try:
-        yield
-    except Exception as error:
-        if not are_several() or not _is_of_others(error):
-            raise
-        settle()
-        print(
-            f"error: another process of this run ended or cannot be reached ({_first_line(error)}): start all of them "
-            "again, they go on from the newest whole checkpoint",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-        os._exit(1)
+    with failures.before_end(settle):
+        try:
+            yield
+        except Exception as error:
+            if not are_several() or not failures.is_of_others(error):
+                raise
+            failures.end_lost(error)
 
 
 def quiet(say: Callable[[str], None]) -> Callable[[str], None]:
     """`say` of the first process; the others say nothing."""
     return say if is_first() else lambda line: None
-
-
-def _is_of_others(error: Exception) -> bool:
-    words = ("gloo", "connection", "peer", "nccl", "coordination", "heartbeat", "barrier")
-    # gloo's failures come as ValueError; what cannot be reached beside the devices (a hub, a logger) as OSError
-    kinds, text = (jax.errors.JaxRuntimeError, ValueError), str(error).lower()
-    return isinstance(error, kinds) and any(word in text for word in words)
 
 
 def _broadcast(x: np.ndarray) -> np.ndarray:
