@@ -231,7 +231,8 @@ def check_tensors(
         elif files.shapes[key] != shape:
             problems.append(f"{key} is {list(files.shapes[key])}, expected {list(shape)}")
         elif files.dtypes[key] not in dtypes:
-            problems.append(f"{key} is {files.dtypes[key]}, expected {'one of ' * (len(dtypes) > 1)}{', '.join(dtypes)}")
+            wanted = f"{'one of ' * (len(dtypes) > 1)}{', '.join(dtypes)}"
+            problems.append(f"{key} is {files.dtypes[key]}, expected {wanted}")
     for key in sorted(files.shapes):
         known = key in expected or key in packed or owners[key] in packed or key.endswith(harmless)
         if key.startswith(config.kind.beside):

@@ -21,7 +21,7 @@ from qlora_jax.errors import InputError, one_line
 
 _FAILED, _HEARD = "qlora_jax/failed", "qlora_jax/heard/{}"
 _OFTEN = 0.5  # s
-_PATIENCE = 10  # s that the first process stays for those that have not heard; or that what ends with a process may take
+_PATIENCE = 10  # s that the first process stays for those that have not heard, and that settling may take
 _SOON = 2  # s in which the line of one that failed comes before what its end breaks
 _ending = threading.Lock()  # of the thread that ends this process
 _before_end: list[Callable[[], None]] = []
@@ -32,8 +32,12 @@ def watch() -> None:
     over = threading.Event()
     looking = threading.Thread(target=_watch, args=(over,), name="failures", daemon=True)
     looking.start()
-    # before the interpreter goes: a thread that is then inside of a call aborts the process
-    atexit.register(lambda: (over.set(), looking.join()))
+
+    def stop() -> None:
+        over.set()
+        looking.join()
+
+    atexit.register(stop)  # a thread that is inside of a call while the interpreter goes aborts the process
 
 
 def _watch(over: threading.Event) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -70,9 +71,30 @@ def own_folder(path: Path) -> Iterator[Path]:
     if is_first():
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="qlora_jax_") as folder:
-        with failures.before_end(partial(shutil.rmtree, folder, ignore_errors=True)):
-            yield Path(folder) / "run"
+    with tempfile.TemporaryDirectory(prefix="qlora_jax_") as folder, failures.before_end(_gone(folder)):
+        yield Path(folder) / "run"
+
+
+def _gone(folder: str) -> Callable[[], None]:
+    return partial(shutil.rmtree, folder, ignore_errors=True)
+
+
+def seen_by_all(folder: Path) -> Path | None:
+    """The first process's `folder`, where it is on a disk that all processes see; else None."""
+    if not are_several():
+        return folder
+    sign = ".seen_by_all"
+    if is_first():
+        (folder / sign).write_text(token := secrets.token_hex(16))
+    first, token = told([str(folder.absolute()), token] if is_first() else None)
+    try:
+        is_seen = (Path(first) / sign).read_text() == token
+    except OSError:
+        is_seen = False
+    are_seeing = bool(_gathered(np.asarray(is_seen, np.int32)).all())
+    if is_first():
+        (folder / sign).unlink()
+    return Path(first) if are_seeing else None
 
 
 def told(value: Any = None) -> Any:
@@ -139,6 +161,12 @@ def on_host(leaf: Any) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+
+def on_first(leaf: Any) -> np.ndarray | None:
+    """As on_host, for the first process alone."""
+    whole = on_host(leaf)
+    return whole if is_first() else None
 
 
 def stop_is_due(asked: bool) -> bool:
