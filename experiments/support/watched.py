@@ -24,8 +24,10 @@ def watched(main: Callable[[], int], lost: Callable[[str], str]) -> int:
     `lost`: the line of that, from what is known. Before JAX begins, since it forks.
     """
     reading, writing = os.openpty() if os.isatty(2) else os.pipe()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # one that comes before anybody can hand it on waits
     parent, child = os.getpid(), os.fork()
     if child == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         os.close(reading)
         os.dup2(writing, 2)
         os.close(writing)
@@ -36,6 +38,7 @@ def watched(main: Callable[[], int], lost: Callable[[str], str]) -> int:
         return main()
     os.close(writing)
     signal.signal(signal.SIGTERM, lambda number, _: os.kill(child, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal gives it to both
     page = Page()
     while data := _read(reading):

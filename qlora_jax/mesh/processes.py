@@ -7,6 +7,7 @@ among processes are put together where one has to be written.
 import contextlib
 import itertools
 import json
+import os
 import re
 import secrets
 import shutil
@@ -41,10 +42,11 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
     if processes is not None and not 0 <= (process or 0) < processes:
         raise InputError(f"--process is {process} of --processes = {processes}; they are counted from 0")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # a run stops by SIGTERM in its own way
     try:
         jax.distributed.initialize(
-            coordinator, processes, process, initialization_timeout=120, heartbeat_timeout_seconds=HEARTBEAT,
-            shutdown_timeout_seconds=HEARTBEAT,
+            coordinator, processes, process, local_device_ids=_devices(coordinator is None),
+            initialization_timeout=120, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         how = f"the processes of this run did not meet at {coordinator}" if coordinator else (
@@ -53,6 +55,14 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
         )  # fmt: skip
         raise InputError(f"{how} ({_first_line(error)})") from error
     failures.watch()
+
+
+def _devices(by_launcher: bool) -> list[int] | None:
+    """For JAX: [] is all devices of this machine, None what it makes of a launcher: the one of this process's number
+    there. Where a launcher starts one process a machine, that one has all of them."""
+    tasks, nodes = (os.environ.get(f"SLURM_{name}", "") for name in ("NTASKS", "STEP_NUM_NODES"))
+    is_alone = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or (tasks and tasks == nodes)
+    return [] if by_launcher and is_alone else None
 
 
 def are_several() -> bool:
