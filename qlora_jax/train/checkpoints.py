@@ -11,6 +11,9 @@ is written the replaced page stays: host memory holds up to twice the paged stat
 A checkpoint's last file has the checksum of each of its files, made in the background from what was just written. A
 checkpoint is whole where its files still have them: that is looked at before anything in it is parsed. One that is not
 is set aside, STEP.set_aside, where neither orbax nor we count or delete it, and the one before is taken.
+
+Of several processes that see the folder each writes its devices' parts. Orbax waits for all of them, then the first one
+makes the checksums and gives the folder its name.
 """
 
 import contextlib
