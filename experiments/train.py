@@ -19,6 +19,7 @@ from experiments.support import cli
 from experiments.support.command import this_command
 from experiments.support.finished import finished
 from experiments.support.run_flags import run_flags
+from experiments.support.watched import watched
 
 RUN = run_flags()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one folder, one config. Needed with --config.")
@@ -29,6 +30,21 @@ CLUSTER = flags.DEFINE_bool("cluster", False, "Join the processes that srun or m
 
 
 def main() -> int:
+    """Trains; as one of several processes, in a child that is watched."""
+    if not _is_one_of_several():
+        return train()
+    from qlora_jax.mesh.failures import lost, told
+
+    def joined() -> int:
+        _join()
+        with told():
+            return train()
+        raise AssertionError("a run that failed has ended")
+
+    return watched(joined, lost)
+
+
+def train() -> int:
     from qlora_jax.api.folders import choose_workdir
     from qlora_jax.errors import InputError
     from qlora_jax.mesh.processes import are_several, is_first
@@ -37,7 +53,6 @@ def main() -> int:
     from qlora_jax.train.memory import out_of_memory_said
 
     begun = time.perf_counter()
-    _join()
     config, given = RUN.read(needs_data=True)
     if WORKDIR.value is None and RUN.has_file():
         raise InputError("missing flag --workdir=... (--help says more)")
@@ -58,18 +73,23 @@ def main() -> int:
     return 0
 
 
-def _join() -> None:
-    """Meets the other processes of the run, if the flags say that there are some."""
+def _is_one_of_several() -> bool:
+    """Whether the flags say that other processes train with this one."""
     from qlora_jax.errors import InputError
-    from qlora_jax.mesh.processes import start
 
     given = [flag is not None for flag in (COORDINATOR.value, PROCESSES.value, PROCESS.value)]
     if any(given) and not all(given):
         raise InputError("--coordinator, --processes and --process go together: who trains, and which of them this is")
     if CLUSTER.value and any(given):
         raise InputError("--cluster asks the launcher for what --coordinator, --processes and --process say: give one")
-    if CLUSTER.value or all(given):
-        start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    return CLUSTER.value or all(given)
+
+
+def _join() -> None:
+    """Meets the others."""
+    from qlora_jax.mesh.processes import start
+
+    start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from qlora_jax import checksums
 from qlora_jax.errors import InputError
 from qlora_jax.io import fused
 from qlora_jax.io.folder import TensorFiles, are_equal, has_weights, signature
-from qlora_jax.io.place import anywhere, as_read, of_weight, put, to_device
+from qlora_jax.io.place import anywhere, as_read, of_weight, stacked, to_device
 from qlora_jax.io.remote import name_of
+from qlora_jax.mesh.processes import merged
 from qlora_jax.models.config import ModelConfig, parse_config, read_json
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.families.module import assembled
@@ -230,7 +231,8 @@ def check_tensors(
         elif files.shapes[key] != shape:
             problems.append(f"{key} is {list(files.shapes[key])}, expected {list(shape)}")
         elif files.dtypes[key] not in dtypes:
-            problems.append(f"{key} is {files.dtypes[key]}, expected {_one_of(dtypes)}")
+            wanted = f"{'one of ' * (len(dtypes) > 1)}{', '.join(dtypes)}"
+            problems.append(f"{key} is {files.dtypes[key]}, expected {wanted}")
     for key in sorted(files.shapes):
         known = key in expected or key in packed or owners[key] in packed or key.endswith(harmless)
         if key.startswith(config.kind.beside):
@@ -239,9 +241,8 @@ def check_tensors(
             problems.append(f"unexpected {key} {list(files.shapes[key])}")
     if problems:
         shown = "; ".join(problems[:40]) + (f"; and {len(problems) - 40} more" if len(problems) > 40 else "")
-        raise InputError(
-            f"{files.folder} does not hold the model of its config.json ({len(problems)} problems): {shown}"
-        )
+        what = f"{files.folder} does not hold the model of its config.json ({len(problems)} problems)"
+        raise InputError(f"{what}: {shown}")
 
 
 def _router_keys(config: ModelConfig) -> list[str]:
@@ -257,10 +258,6 @@ def _check_experts_are_packed(files: TensorFiles, config: ModelConfig, packed: C
             f"{files.folder} has its experts in 16 bits and the rest in 4, as transformers 5 leaves them: name the "
             "model that it was made from, whose experts are quantized here"
         )
-
-
-def _one_of(names: tuple[str, ...]) -> str:
-    return names[0] if len(names) == 1 else f"one of {', '.join(names)}"
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -333,7 +330,7 @@ def load_model(
         count()
         return to_device(files, key, dtype or _kept_dtype(files.dtypes[key], compute_dtype), sharding)
 
-    def linear(name: str, key: str, slot: tuple[int, ...], as_array: bool) -> QuantizedTensor | jax.Array:
+    def linear(name: str, as_array: bool, key: str, slot: tuple[int, ...]) -> QuantizedTensor | jax.Array:
         if quant_of(config, name, quant).format == "none" or key in skipped:
             w = array(key, compute_dtype if as_array else None)
             return w.T if config.transposes(name) else w
@@ -361,15 +358,17 @@ def load_model(
     }
     weights["layers"] = {}
     for name in config.linears:
-        stack: Any = None
         slots, room = config.slots(name), (config.depth(name), *config.copies(name))
         if stored is not None and is_native(files) and arrange is as_read:
-            stack = _read_stack(files, config, name, quant, place)
+            stack: Any = _read_stack(files, config, name, quant, place)
             count(len(slots))
         else:
-            for key, slot in slots.items():
-                leaf = arrange(name, linear(name, key, slot, name in mixed))
-                stack = put(stack, leaf, slot, room, of_weight(place, name))
+            first, as_array = next(iter(slots)), name in mixed
+            dtype = compute_dtype if as_array else _kept_dtype(files.dtypes.get(first, "float32"), compute_dtype)
+            like: Any = None if as_array or first in skipped else abstract_weight(config, name, quant)
+            like = like or jax.ShapeDtypeStruct(config.linears[name], jnp.dtype(dtype))
+            laid_out = partial(arrange, name)
+            stack = stacked(partial(linear, name, as_array), slots, room, like, of_weight(place, name), laid_out)
         if isinstance(stack, QuantizedTensor):
             stack = dataclasses.replace(stack, backend=kernel, threshold=threshold)
         weights["layers"][name] = stack
@@ -379,7 +378,8 @@ def load_model(
         rows = jnp.stack([other(key, piece, dtype) for key, piece in pieces])
         weights["layers"][name] = rows.reshape(config.depth(name), *shape)
     progress(total, total)
-    take_checksum(checksums.of(*(f"{key} {checksum}" for key, checksum in sorted(files.checksums.items()))))
+    sums = merged(files.checksums)  # of all processes, each of which read some
+    take_checksum(checksums.of(*(f"{key} {checksum}" for key, checksum in sorted(sums.items()))))
     return assembled(config, weights, compute_dtype, remat, attention, sequence_chunk)
 
 

@@ -3,7 +3,7 @@
 Of several devices each holds its part of a tensor, where the caller says how it is divided.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,8 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.io.folder import TensorFiles
-from qlora_jax.mesh.processes import everywhere, own
+from qlora_jax.io.folder import PIECE_BYTES, TensorFiles, cut
+from qlora_jax.io.header import numpy_dtype
+from qlora_jax.mesh import turns
+from qlora_jax.mesh.processes import are_several, everywhere, own
+
+_turns = turns.Turns()  # of all that this process and the others read together
 
 
 def anywhere(name: str, leaf: Any) -> None:
@@ -35,6 +39,10 @@ def to_device(files: TensorFiles, key: str, dtype: Any = None, sharding: Any = N
     `sharding`: how several devices hold it; None is one.
     """
     shape, dtype = files.shapes[key], jnp.dtype(dtype or files.dtypes[key])
+    if sharding is not None and are_several() and len(shape) > 1:  # vectors, which are few bytes, each reads itself
+        stored, like = numpy_dtype(files.dtypes[key]), jax.ShapeDtypeStruct(shape, dtype)
+        boxes = cut(shape, stored.itemsize, PIECE_BYTES)
+        return turns.in_pieces(partial(files.pieces, key), boxes, like, stored, sharding, _turns)
     pieces = files.pieces(key)
     buffer: Any = None
     for corner, piece in pieces:
@@ -46,6 +54,28 @@ def to_device(files: TensorFiles, key: str, dtype: Any = None, sharding: Any = N
         buffer = jax.block_until_ready(_write(buffer, own(jnp.asarray(piece)), corner, sharding))
         del piece
     return buffer
+
+
+def stacked(
+    make: Callable[[str, tuple[int, ...]], Any],
+    slots: Mapping[str, tuple[int, ...]],
+    room: tuple[int, ...],
+    like: Any,
+    sharding: Callable[[str, Any], Any] = anywhere,
+    laid_out: Callable[[Any], Any] = lambda weight: weight,
+) -> Any:
+    """All weights of a projection: make(key, place) of each of `slots`, by one process where there are several.
+
+    `like`: shapes and dtypes of one. `room`, `sharding`: as `put` has them. `laid_out`: a weight as devices divide it.
+    """
+    keys = list(slots)
+    made = lambda number: laid_out(make(keys[number], slots[keys[number]]))  # noqa: E731
+    if are_several():
+        return turns.stacked(made, list(slots.values()), room, jax.eval_shape(laid_out, like), sharding, _turns)
+    stack: Any = None
+    for number, key in enumerate(keys):
+        stack = put(stack, made(number), slots[key], room, sharding)
+    return stack
 
 
 def put(

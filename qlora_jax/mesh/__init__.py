@@ -6,5 +6,7 @@ gather    parts of an array from all devices
 shards    what a model does where it holds a part of each array: gather, look up, sum
 place     arrays onto the devices of a mesh
 processes several processes that train one model: who holds its folder, what they tell each other
+failures  what one process fails of ends all, in its words
+turns     who reads which array, and how its parts come to the devices that hold them
 wire      bytes between devices, counted in a compiled program
 """

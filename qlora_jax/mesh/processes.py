@@ -9,9 +9,11 @@ import itertools
 import json
 import os
 import re
-import sys
+import secrets
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import jax
 import numpy as np
 
 from qlora_jax.errors import InputError
+from qlora_jax.mesh import failures
 
 HEARTBEAT = 20  # seconds without a sign of a process after which the others end
 _PATIENCE = 24 * 3600  # seconds that a process may take for what the others have done
@@ -39,10 +42,11 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
     if processes is not None and not 0 <= (process or 0) < processes:
         raise InputError(f"--process is {process} of --processes = {processes}; they are counted from 0")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # a run stops by SIGTERM in its own way
     try:
         jax.distributed.initialize(
-            coordinator, processes, process, initialization_timeout=120, heartbeat_timeout_seconds=HEARTBEAT,
-            shutdown_timeout_seconds=HEARTBEAT,
+            coordinator, processes, process, local_device_ids=_devices(coordinator is None),
+            initialization_timeout=120, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         how = f"the processes of this run did not meet at {coordinator}" if coordinator else (
@@ -50,6 +54,15 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
             "--processes and --process to each"
         )  # fmt: skip
         raise InputError(f"{how} ({_first_line(error)})") from error
+    failures.watch()
+
+
+def _devices(by_launcher: bool) -> list[int] | None:
+    """For JAX: [] is all devices of this machine, None what it makes of a launcher: the one of this process's number
+    there. Where a launcher starts one process a machine, that one has all of them."""
+    tasks, nodes = (os.environ.get(f"SLURM_{name}", "") for name in ("NTASKS", "STEP_NUM_NODES"))
+    is_alone = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or (tasks and tasks == nodes)
+    return [] if by_launcher and is_alone else None
 
 
 def are_several() -> bool:
@@ -68,8 +81,30 @@ def own_folder(path: Path) -> Iterator[Path]:
     if is_first():
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="qlora_jax_") as folder:
+    with tempfile.TemporaryDirectory(prefix="qlora_jax_") as folder, failures.before_end(_gone(folder)):
         yield Path(folder) / "run"
+
+
+def _gone(folder: str) -> Callable[[], None]:
+    return partial(shutil.rmtree, folder, ignore_errors=True)
+
+
+def seen_by_all(folder: Path) -> Path | None:
+    """The first process's `folder`, where it is on a disk that all processes see; else None."""
+    if not are_several():
+        return folder
+    sign = ".seen_by_all"
+    if is_first():
+        (folder / sign).write_text(token := secrets.token_hex(16))
+    first, token = told([str(folder.absolute()), token] if is_first() else None)
+    try:
+        is_seen = (Path(first) / sign).read_text() == token
+    except OSError:
+        is_seen = False
+    are_seeing = bool(_gathered(np.asarray(is_seen, np.int32)).all())
+    if is_first():
+        (folder / sign).unlink()
+    return Path(first) if are_seeing else None
 
 
 def told(value: Any = None) -> Any:
@@ -79,6 +114,17 @@ def told(value: Any = None) -> Any:
     text = json.dumps(value).encode() if is_first() else b""
     size = int(_broadcast(np.asarray(len(text), np.int32)))
     return json.loads(_broadcast(np.frombuffer(text.ljust(size), np.uint8)[:size]).tobytes())
+
+
+def merged(mine: dict[str, Any]) -> dict[str, Any]:
+    """The entries that all processes have together; values have a JSON form, and are the same where keys are."""
+    if not are_several():
+        return mine
+    text = json.dumps(mine).encode()
+    wait("merge")
+    size = int(_gathered(np.asarray(len(text), np.int32)).max())
+    rows = _gathered(np.frombuffer(text.ljust(size), np.uint8))
+    return {key: value for row in rows for key, value in json.loads(row.tobytes()).items()}
 
 
 def told_arrays(arrays: list[np.ndarray] | None, like: list[Any]) -> list[np.ndarray]:
@@ -127,6 +173,12 @@ def on_host(leaf: Any) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
+def on_first(leaf: Any) -> np.ndarray | None:
+    """As on_host, for the first process alone."""
+    whole = on_host(leaf)
+    return whole if is_first() else None
+
+
 def stop_is_due(asked: bool) -> bool:
     """Whether all shall stop after this step, since one of them was asked to."""
     if not are_several():
@@ -151,30 +203,18 @@ def _everyone() -> set[int]:
 def lost_said(settle: Callable[[], None]) -> Iterator[None]:
     """Says in one line that another process is gone, where a step fails for that, and ends this one after `settle`: an
     orderly end would wait for the other."""
-    try:
-        yield
-    except Exception as error:
-        if not are_several() or not _is_of_others(error):
-            raise
-        settle()
-        print(
-            f"error: another process of this run ended or cannot be reached ({_first_line(error)}): start all of them "
-            "again, they go on from the newest whole checkpoint",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-        os._exit(1)
+    with failures.before_end(settle):
+        try:
+            yield
+        except Exception as error:
+            if not are_several() or not failures.is_of_others(error):
+                raise
+            failures.end_lost(error)
 
 
 def quiet(say: Callable[[str], None]) -> Callable[[str], None]:
     """`say` of the first process; the others say nothing."""
     return say if is_first() else lambda line: None
-
-
-def _is_of_others(error: Exception) -> bool:
-    words = ("gloo", "connection", "peer", "nccl", "coordination", "heartbeat", "barrier")
-    # gloo's failures come as ValueError; what cannot be reached beside the devices (a hub, a logger) as OSError
-    kinds, text = (jax.errors.JaxRuntimeError, ValueError), str(error).lower()
-    return isinstance(error, kinds) and any(word in text for word in words)
 
 
 def _broadcast(x: np.ndarray) -> np.ndarray:

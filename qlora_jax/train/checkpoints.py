@@ -11,6 +11,9 @@ is written the replaced page stays: host memory holds up to twice the paged stat
 A checkpoint's last file has the checksum of each of its files, made in the background from what was just written. A
 checkpoint is whole where its files still have them: that is looked at before anything in it is parsed. One that is not
 is set aside, STEP.set_aside, where neither orbax nor we count or delete it, and the one before is taken.
+
+Of several processes that see the folder each writes its devices' parts. Orbax waits for all of them, then the first one
+makes the checksums and gives the folder its name.
 """
 
 import contextlib
@@ -42,15 +45,20 @@ class Checkpoints:
 
     Args:
       say: takes lines for the user.
+      together: all processes of the run write, each what its devices hold. The first one looks after the folder.
     Raises:
       InputError: there are checkpoints and none is whole.
     """
 
-    def __init__(self, folder: Path, keep: int, say: Callable[[str], None] = print):
+    def __init__(self, folder: Path, keep: int, say: Callable[[str], None] = print, together: bool = False):
         self.folder, self._keep, self._say = folder, max(keep, 1), say
+        self._together = together
+        self._opened: ocp.CheckpointManager | None = None
+        self._found: int | None = None
+        if not processes.is_first():
+            return
         for left in folder.glob(f"*{_UNFINISHED}*"):
             shutil.rmtree(left, ignore_errors=True)
-        self._opened: ocp.CheckpointManager | None = None
         self._found = self._newest_whole({})
 
     @property
@@ -65,9 +73,10 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=self._keep, create=False, enable_async_checkpointing=True, lightweight_initialize=True,
-                multiprocessing_options=_alone(),
+                multiprocessing_options=_who(self._together),
             )  # fmt: skip
-            self._opened = ocp.CheckpointManager(self.folder.absolute(), options=options, item_handlers=_Handler())
+            handler = _Handler(self._together)
+            self._opened = ocp.CheckpointManager(self.folder.absolute(), options=options, item_handlers=handler)
         return self._opened
 
     def save(self, step: int, adapter: Any, states: list[Any], wait: bool = False) -> None:
@@ -77,8 +86,9 @@ class Checkpoints:
         """
         try:
             if step != self.latest:
-                tree, manager = _as_tree(adapter, states), self._manager
-                self._check_room(step, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
+                tree, manager = _as_tree(adapter, states, _kept if self._together else _host), self._manager
+                if processes.is_first():
+                    self._check_room(step, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
                 if not manager.save(step, args=_Save(tree)):
                     raise ValueError("orbax sees a later one there")
             if wait:
@@ -195,14 +205,25 @@ class Checkpoints:
 
 
 class SharedCheckpoints:
-    """As Checkpoints, of a run of several processes: the first one has the folder, and all hold the same state.
+    """As Checkpoints, of a run of several processes, which hold the same state together.
 
-    Arrays that the processes divide are put together for it, one after the other, and what it restores it tells the
-    others. So every method is called by all of them at once.
+    Where all see the run's folder each writes what its devices hold. Else the first one, which has it, writes all:
+    arrays are put together for it, one after the other. What it restores it tells the others. So every method is called
+    by all of them at once.
+
+    Args:
+      folder: of this process, which is the run's for the first one alone.
     """
 
     def __init__(self, folder: Path, keep: int, say: Callable[[str], None] = print):
-        self._own = Checkpoints(folder, keep, say) if processes.is_first() else None
+        shared = processes.seen_by_all(folder.parent)
+        self._together = shared is not None
+        self._own: Checkpoints | None = None
+        if shared is not None:
+            self._own = Checkpoints(shared / folder.name, keep, say, together=True)
+        elif processes.is_first():
+            say(f"checkpoints: {folder} is not on a disk that all processes see: the first one writes whole arrays")
+            self._own = Checkpoints(folder, keep, say)
         self._latest: int | None = processes.told(None if self._own is None else self._own.latest)
 
     @property
@@ -210,16 +231,16 @@ class SharedCheckpoints:
         return self._latest
 
     def save(self, step: int, adapter: Any, states: list[Any], wait: bool = False) -> None:
-        if step != self._latest:
-            adapter, states = (jax.tree.map(processes.on_host, tree) for tree in (adapter, states))
-        if self._own is not None:
+        if step != self._latest and not self._together:
+            adapter, states = (jax.tree.map(processes.on_first, tree) for tree in (adapter, states))
+        if self._own is not None and (step != self._latest or wait):
             self._own.save(step, adapter, states, wait)
         self._latest = step
         if wait:
             processes.wait(f"checkpoint {step}")
 
     def restore(self, adapter: Any, states: list[Any]) -> tuple[int, Any, list[Any]] | None:
-        found = None if self._own is None else self._own.restore(adapter, states)
+        found = self._own.restore(adapter, states) if self._own is not None and processes.is_first() else None
         self._latest = processes.told(None if found is None else found[0])
         if self._latest is None:
             return None
@@ -238,13 +259,17 @@ class SharedCheckpoints:
 
 
 class _Handler(ocp.PyTreeCheckpointHandler):
-    """Orbax's own, whose last file has the checksums of the others; then the folder takes its place."""
+    """Orbax's own, whose last file has the checksums of the others; then the folder takes its place.
 
-    def __init__(self) -> None:
+    together: all processes write, each its parts of divided arrays, and the first one the rest.
+    """
+
+    def __init__(self, together: bool = False) -> None:
         in_place = type_handlers.NumpyHandler(deepcopy_host_arrays=False)  # orbax would copy everything once more
+        divided = [(jax.Array, type_handlers.ArrayHandler())] if together else []
         super().__init__(
-            type_handler_registry=type_handlers.create_type_handler_registry((np.ndarray, in_place)),
-            multiprocessing_options=_alone(),
+            type_handler_registry=type_handlers.create_type_handler_registry((np.ndarray, in_place), *divided),
+            multiprocessing_options=_who(together),
         )
 
     def finalize(self, directory: Any) -> None:
@@ -265,11 +290,12 @@ class _Restore(ocp.args.PyTreeRestore):
     """Goes to _Handler."""
 
 
-def _alone() -> Any:
-    """Of a run's processes the first alone writes and reads; orbax would wait for all."""
+def _who(together: bool = False) -> Any:
+    """Of a run's processes all write, or the first alone, which always reads; orbax would wait for all."""
     if not processes.are_several():
         return ocp.options.MultiprocessingOptions()
-    return ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="run")
+    active = set(range(jax.process_count())) if together else {0}
+    return ocp.options.MultiprocessingOptions(primary_host=0, active_processes=active, barrier_sync_key_prefix="run")
 
 
 def _files(folder: Path) -> list[str]:
@@ -306,7 +332,7 @@ def _read_all(item: Path) -> None:
 
 def _read(item: Path, like: dict[str, list[np.ndarray]]) -> dict[str, list[np.ndarray]]:
     """Raises ValueError where the arrays are not of the shapes in `like`, and whatever orbax raises."""
-    with ocp.Checkpointer(_Handler(), multiprocessing_options=_alone()) as checkpointer:
+    with ocp.Checkpointer(_Handler(), multiprocessing_options=_who()) as checkpointer:
         tree = checkpointer.restore(item.absolute(), args=_restore(like))
     for found, expected in zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True):
         if found.shape != expected.shape:
@@ -318,11 +344,19 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
-def _as_tree(adapter: Any, states: list[Any]) -> dict[str, list[np.ndarray]]:
-    """Plain lists of host arrays, in tree order: what is on disk does not depend on Flax's or optax's classes."""
+def _as_tree(adapter: Any, states: list[Any], kept: Callable[[Any], Any]) -> dict[str, list[Any]]:
+    """Plain lists of `kept` arrays, in tree order: what is on disk does not depend on Flax's or optax's classes."""
     return {
-        name: list(map(_host, jax.tree.leaves(tree))) for name, tree in (("adapter", adapter), ("optimizer", states))
+        name: list(map(kept, jax.tree.leaves(tree))) for name, tree in (("adapter", adapter), ("optimizer", states))
     }
+
+
+def _kept(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """As _host, of what is divided among processes: a CPU's arrays are read where training will overwrite them."""
+    if isinstance(leaf, np.ndarray) or leaf.is_fully_addressable:
+        return _host(leaf)
+    is_shared = jax.default_backend() == "cpu" and leaf.sharding.memory_kind != "pinned_host"
+    return jax.numpy.copy(leaf) if is_shared else leaf
 
 
 def _host(leaf: jax.Array | np.ndarray) -> np.ndarray:

@@ -120,7 +120,8 @@ def test_the_papers_grid():
 
 
 def test_clusters_are_described_in_files_that_parse():
-    subprocess.run(["bash", "-n", str(REPOSITORY / "scripts" / "cluster" / "slurm.sh")], check=True)
+    for script in ("slurm.sh", "train_slurm.sh"):
+        subprocess.run(["bash", "-n", str(REPOSITORY / "scripts" / "cluster" / script)], check=True)
     job = yaml.safe_load((REPOSITORY / "scripts" / "cluster" / "kuberay.yaml").read_text())
     assert job["kind"] == "RayJob" and "experiments.sweep" in job["spec"]["entrypoint"]
     container = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]

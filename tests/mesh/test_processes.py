@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 6
 
 
-def start(golden: Path, folder: Path, *flags: str) -> list[subprocess.Popen]:
-    """Two processes of one device each on the run of `folder`, which they divide."""
+def start(golden: Path, folder: Path, by_slurm: bool = False, own: Sequence[str] = ()) -> list[subprocess.Popen]:
+    """Two processes of one device each on the run of `folder`, which they divide; `own`: a flag of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -33,16 +34,24 @@ def start(golden: Path, folder: Path, *flags: str) -> list[subprocess.Popen]:
         "train.steps": STEPS, "train.batch_size": 4, "train.grad_accum": 2, "train.checkpoint_every": 1,
         "mesh.devices": 2,
     }  # fmt: skip
-    command = [sys.executable, "-m", "experiments.train", f"--config={REPOSITORY}/configs/base.py"]
-    command += [f"--config.{key}={value}" for key, value in keys.items()]
-    command += [f"--workdir={folder / 'run'}", f"--coordinator=127.0.0.1:{port}", "--processes=2", *flags]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    return [
-        subprocess.Popen(
-            [*command, f"--process={index}"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    command = [sys.executable, "-m", "tests.mesh.counted", f"--config={REPOSITORY}/configs/base.py"]
+    command += [f"--config.{key}={value}" for key, value in keys.items()] + [f"--workdir={folder / 'run'}"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "COUNTED": str(folder / "counted")}
+    started = []
+    for index in range(2):
+        if by_slurm:  # as srun sets it, but for the port, which follows from the job's number
+            step = {"JOB_ID": 1, "STEP_NODELIST": "127.0.0.1", "NTASKS": 2, "PROCID": index, "LOCALID": index}
+            given = {f"SLURM_{name}": str(value) for name, value in step.items()} | {"JAX_COORDINATOR_PORT": str(port)}
+            flags = ["--cluster"]
+        else:
+            given, flags = {}, [f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process={index}"]
+        flags += [flag for flag in own[index : index + 1] if flag]
+        started.append(
+            subprocess.Popen(
+                [*command, *flags], env=environment | given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
         )
-        for index in range(2)
-    ]
+    return started
 
 
 def rows(folder: Path) -> list[dict]:
@@ -50,17 +59,29 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def test_a_killed_process_ends_the_other_with_an_error_and_both_go_on_to_the_run_of_one(golden, tmp_path):
+def test_one_model_by_two_processes(golden, tmp_path):
+    """The first is killed: the other says so and ends. Then one reads other data: both say so. Then the run of one."""
     two = start(golden, tmp_path)
     while len(rows(tmp_path)) < 2 and all(process.poll() is None for process in two):
         time.sleep(0.05)
-    two[1].send_signal(signal.SIGKILL)
-    _, said = two[0].communicate(timeout=60)
-    assert two[0].returncode not in (0, None) and two[1].wait() == -signal.SIGKILL
-    assert "error: another process of this run ended or cannot be reached" in said, said[-2000:]
+    two[0].send_signal(signal.SIGKILL)
+    _, said = two[1].communicate(timeout=60)
+    assert two[1].returncode == 1 and two[0].wait() == -signal.SIGKILL
+    lines = [line for line in said.splitlines() if line and not line.startswith(("training:", "loading:"))]
+    assert [line[:72] for line in lines] == [
+        "error: another process of this run ended or cannot be reached (JAX's coo"
+    ], said[-2000:]
     assert len(rows(tmp_path)) < STEPS
 
-    ended = [process.communicate(timeout=300) for process in start(golden, tmp_path)]
+    np.save(tmp_path / "others.npy", np.zeros((STEPS, 4, 12), np.int32))
+    other = start(golden, tmp_path, own=("", f"--config.data.batches={tmp_path / 'others.npy'}"))
+    ended = [(process.communicate(timeout=60)[1].splitlines()[-1], process.returncode) for process in other]
+    assert ended == 2 * [("error: process 1 reads another data.batches than process 0: give all the same files", 2)]
+
+    (tmp_path / "counted").unlink(missing_ok=True)
+    started = start(golden, tmp_path, by_slurm=True)
+    ended = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0, 0], ended
     assert "resumed" in ended[0][0] and not ended[1][0].replace("[Gloo]", "").count("run:"), ended
     c = tiny_config(golden, tmp_path)
     c.train.steps, c.lora.dropout = STEPS, 0.1
@@ -72,3 +93,13 @@ def test_a_killed_process_ends_the_other_with_an_error_and_both_go_on_to_the_run
         a, b = ([row[key] for row in run] for run in (alone, together))
         np.testing.assert_allclose(a, b, rtol=2e-5)
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    base = [json.loads((tmp_path / run / "inputs.json").read_text())["model.path"] for run in ("one", "run")]
+    assert base[0] == base[1]  # the same checksums, of whoever read what
+
+    size = (golden / "llama" / "llama1" / "model.safetensors").stat().st_size
+    read = [int(line) for line in (tmp_path / "counted").read_text().split() if line != "0"]  # 0: of who watches
+    assert len(read) == 2 and max(read) < 0.6 * size and size <= sum(read) < 1.1 * size, (read, size)
+    parts = tmp_path / "run" / "checkpoints" / str(STEPS) / "default"
+    written = [{path.name for path in (parts / f"ocdbt.process_{index}" / "d").iterdir()} for index in range(2)]
+    sums = json.loads((parts / "checksums.json").read_text())
+    assert all(written) and all(any(name.endswith(part) for name in sums) for part in written[0] | written[1])

@@ -1,6 +1,9 @@
 """Packs on Ray: several nodes on one machine, one of them killed while it trains. Starts Ray once."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +29,16 @@ def nodes():
     nodes.doomed = nodes.add_node(num_cpus=1, **STORE)
     yield nodes
     nodes.shutdown()
+
+
+def test_one_model_starts_as_a_process_on_each_node(nodes):
+    """Which both end for what the flags say: what they say is said, and their status is the command's."""
+    repository = Path(__file__).resolve().parents[2]
+    flags = ["--nodes=2", "--gpus=0", f"--address={nodes.address}", "--", "--config=absent.py", "--workdir=w"]
+    command = [sys.executable, "scripts/cluster/train_ray.py", *flags]
+    ended = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2, ended.stderr[-2000:]
+    assert sorted(line[:17] for line in ended.stdout.splitlines()) == ["0: error: config ", "1: error: config "]
 
 
 def test_a_search_goes_on_where_it_was(nodes, tmp_path):
