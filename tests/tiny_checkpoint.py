@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -13,7 +14,7 @@ from tests.bos_folder import bos_processor
 TOKENIZER = Path(__file__).resolve().parent / "golden" / "tokenizer"
 
 
-def write_tiny_checkpoint(folder: Path, context: int = 128, V: int = 400, **sizes: int) -> Path:
+def write_tiny_checkpoint(folder: Path, context: int = 128, V: int = 400, **sizes: Any) -> Path:
     """Weights large enough that its greedy text is not one token repeated; the golden tokenizer, which here puts <s>
     before a text, as Llama's does."""
     folder.mkdir(parents=True)
