@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qlora_jax.errors import InputError
-from qlora_jax.mesh.axes import FSDP, ROWS, Axes
+from qlora_jax.mesh.axes import ROWS, Axes
 from qlora_jax.mesh.processes import are_several
 from qlora_jax.mesh.rules import NO_SPLITS, Cut, cut_of, name_of
 from qlora_jax.mesh.shards import Shards
@@ -72,11 +72,7 @@ def _rows(x: Any) -> PartitionSpec:
 
 def _spec(cut: Cut, leaf: Any) -> PartitionSpec:
     """Of an array that is cut so."""
-    along: list[tuple[str, ...]] = [()] * len(leaf.shape)
-    if cut.kept is not None:
-        along[cut.kept] += (cut.along,)
-    if cut.gathered is not None:
-        along[cut.gathered] += (FSDP,)
+    along = cut.of_each(len(leaf.shape))
     while along and not along[-1]:
         along.pop()
     return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in along))

@@ -1,15 +1,17 @@
 """Which array is cut along which of its axes, by its name. Whatever the rules do not cut stands whole on each device.
 
     embedding, head, head_bias      the vocabulary: each device knows its own tokens' rows
+    blocks.STEM.experts.NAME        a mixture's stacks [L, E, ...], of weights, biases and adapters: by experts, which
+                                    devices along expert keep; those along fsdp gather a layer's of them
     blocks.NAME.weight, lora_a/b    the first axis behind the layers': packed bytes and scales [L, n] along the run of
                                     values (no byte is cut), 16-bit weights and B [L, O, R] by out-features, A [L, R, I]
-                                    by ranks, a mixture's stacks [L, E, ...] by experts
+                                    by ranks: along fsdp and expert
 
-Those are gathered, along fsdp. Along tensor each keeps its part: of the vocabulary, of packed weights that were laid
-out part by part, of 16-bit weights and B by out-features, of 16-bit weights and A by in-features (mesh/tensor.py).
+The first axis behind the layers', since gathering along another turns the whole stack around in memory first. An array
+whose axis the devices do not divide stands whole, too.
 
-The first axis, since gathering along any other turns the whole stack around in memory first. An array whose axis the
-devices do not divide stands whole, too. Names are paths in the model's own tree.
+Along tensor each keeps its part: of the vocabulary, of packed weights that were laid out part by part, of 16-bit
+weights and B by out-features, of 16-bit weights and A by in-features (mesh/tensor.py).
 """
 
 from collections.abc import Mapping
@@ -18,10 +20,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from qlora_jax.mesh.axes import FSDP, TENSOR, Axes
+from qlora_jax.mesh.axes import EXPERT, FSDP, TENSOR, Axes
 from qlora_jax.mesh.tensor import Split
 
 BLOCKS = "blocks."
+_EXPERTS = ".experts."  # ends the stem of their names in every family
 _VOCABULARY = ("embedding", "head", "head_bias")
 NO_SPLITS: Mapping[str, Split] = MappingProxyType({})
 _PARTS = ("codes", "absmax", "nested_absmax", "offset", "weight", "lora_a", "lora_b")
@@ -31,31 +34,53 @@ class Cut(NamedTuple):
     """How devices divide an array: along axes of it counted from its end. One axis may be divided twice, the parts
     that are kept into those that are gathered.
 
-    gathered: the axis of which each device along fsdp holds a part; None: it holds all. kept: the one of which each
+    gathered: the axis of which each device along `among` holds a part; None: it holds all. kept: the one of which each
     device has and uses its own part alone, along this axis of the mesh.
     """
 
     gathered: int | None = None
     kept: int | None = None
     along: str = ""
+    among: tuple[str, ...] = (FSDP,)
 
     @property
     def axes(self) -> tuple[str, ...]:
         """Of the mesh, along which it is divided."""
-        return ((self.along,) if self.kept is not None else ()) + ((FSDP,) if self.gathered is not None else ())
+        return ((self.along,) if self.kept is not None else ()) + (self.among if self.gathered is not None else ())
+
+    def of_each(self, ndim: int) -> list[tuple[str, ...]]:
+        """Along which axes of the mesh each axis of an array is divided."""
+        along: list[tuple[str, ...]] = [()] * ndim
+        if self.kept is not None:
+            along[self.kept] += (self.along,)
+        if self.gathered is not None:
+            along[self.gathered] += self.among
+        return along
 
 
 def cut_of(name: str, leaf: Any, axes: Axes, splits: Mapping[str, Split] = NO_SPLITS) -> Cut:
     """By the rules, of an array of that name; `leaf`: what has its shape. `splits`: of linear layers, along tensor."""
-    kept = _kept_axis(name, leaf, axes, splits)
-    cut = Cut() if kept is None else Cut(None, kept, TENSOR)
-    return cut._replace(gathered=_gathered_axis(name, leaf, axes.fsdp, 1 if kept is None else axes.tensor, kept))
+    among = (FSDP,) if axes.expert == 1 or is_of_experts(name) else (FSDP, EXPERT)
+    kept: int | None
+    if axes.expert > 1 and is_of_experts(name):
+        along, parts, kept = EXPERT, axes.expert, 1 - len(leaf.shape)
+    else:
+        along, parts, kept = TENSOR, axes.tensor, _kept_axis(name, leaf, axes, splits)
+    if kept is None:
+        along, parts = "", 1
+    gathered = _gathered_axis(name, leaf, axes.along(among), parts, kept)
+    return Cut(None, kept, along) if gathered is None else Cut(gathered, kept, along, among)
+
+
+def is_of_experts(name: str) -> bool:
+    """Whether an array of that name has a part for each of a mixture's experts, [L, E, ...]."""
+    return name.startswith(BLOCKS) and _EXPERTS in name
 
 
 def _kept_axis(name: str, leaf: Any, axes: Axes, splits: Mapping[str, Split]) -> int | None:
     """The axis of which the devices along tensor have a part each."""
     if name in _VOCABULARY:
-        divides = axes.tensor > 1 and leaf.shape[0] % (axes.tensor * axes.fsdp) == 0
+        divides = axes.tensor > 1 and leaf.shape[0] % (axes.tensor * axes.along((FSDP, EXPERT))) == 0
         return -len(leaf.shape) if divides else None
     linear, _, part = name.removeprefix(BLOCKS).rpartition(".")
     if linear.endswith(".weight"):
@@ -67,10 +92,12 @@ def _kept_axis(name: str, leaf: Any, axes: Axes, splits: Mapping[str, Split]) ->
 
 
 def _gathered_axis(name: str, leaf: Any, ways: int, parts: int, kept: int | None) -> int | None:
-    """The axis along which fsdp's devices divide an array, of which the axis `kept` has `parts` already."""
+    """The axis along which devices, so many, divide an array that they gather; the axis `kept` has `parts` already."""
     shape = leaf.shape
     if name in _VOCABULARY:
         axis = 0
+    elif is_of_experts(name):
+        axis = 1
     elif name.startswith(BLOCKS) and name.rpartition(".")[2] in _PARTS and (".weight." in name or len(shape) > 2):
         axis = 1  # of what has a weight's parts, or is a stack of matrices: no norm's vectors
     else:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.nf4_matmul import dense_matmul
-from qlora_jax.mesh.axes import FSDP, TENSOR
+from qlora_jax.mesh.axes import ROWS, TENSOR
 from qlora_jax.mesh.tensor import entered, left
 
 
@@ -27,7 +27,17 @@ class Head:
     axes: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     def __getitem__(self, rows: Any) -> "Head":
-        """The head of these tokens alone."""
+        """The head of these tokens alone; where it is divided, every device gets all of them."""
+        if self.axes:
+            here = rows - jax.lax.axis_index(self.axes) * self.weight.shape[0]
+            is_here = (here >= 0) & (here < self.weight.shape[0])
+
+            def taken(part: jax.Array) -> jax.Array:
+                mine = jnp.where(is_here.reshape(-1, *(1,) * (part.ndim - 1)), part.at[here].get(mode="clip"), 0)
+                return jax.lax.psum(mine, self.axes)
+
+            bias = None if self.bias is None else taken(self.bias)
+            return dataclasses.replace(self, weight=taken(self.weight), bias=bias, axes=())
         return dataclasses.replace(self, weight=self.weight[rows], bias=None if self.bias is None else self.bias[rows])
 
 
@@ -48,9 +58,9 @@ def axes_of(head: jax.Array | Head) -> tuple[str, ...]:
     return head.axes if isinstance(head, Head) else ()
 
 
-def rows_of(axes: tuple[str, ...]) -> str | None:
-    """Of them the one along which devices have rows of their own."""
-    return FSDP if FSDP in axes else None
+def rows_of(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Of them those along which devices have rows of their own."""
+    return tuple(axis for axis in axes if axis in ROWS)
 
 
 def token_losses(hidden: jax.Array, head: jax.Array | Head, labels: jax.Array) -> jax.Array:
@@ -123,4 +133,4 @@ class _Divided(NamedTuple):
 
     def _own(self, rows: jax.Array) -> jax.Array:
         axis = rows_of(self.axes)
-        return rows if axis is None else jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(axis) * self.m, self.m)
+        return rows if not axis else jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(axis) * self.m, self.m)

@@ -2,6 +2,8 @@
 
 import math
 
+import jax
+
 from qlora_jax.mesh.rules import Cut, named
 from qlora_jax.planning.memory import usable_bytes
 from qlora_jax.planning.plan import EFFICIENCIES, Plan
@@ -93,17 +95,15 @@ def _wire(plan: Plan) -> list[str]:
 def mesh_table(plan: Plan) -> str:
     """Each array of model and adapter: its shape, along what it is divided, and what each device holds."""
     model = abstract_model(plan.spec.model, plan.spec.axes)
-    cuts = {} if model.shards is None else model.shards.cuts
-    whole = ", not along tensor" if plan.spec.axes.tensor > 1 else " along both"
-    rows = [f"mesh: {plan.spec.axes}; rows of a batch are divided{whole}", ""]
-    for name, leaf in [*named(model.base), *named(model.adapter)]:
-        axes, cut = ["-"] * len(leaf.shape), cuts.get(name, Cut())
-        if cut.gathered is not None:
-            axes[cut.gathered] = "fsdp"
-        if cut.kept is not None:
-            axes[cut.kept] = cut.along if axes[cut.kept] == "-" else f"{cut.along} x {axes[cut.kept]}"
-        ways = math.prod(getattr(plan.spec.axes, axis) for axis in cut.axes)
-        size = math.prod(leaf.shape) * leaf.dtype.itemsize // ways
+    devices = plan.spec.axes
+    rows = [f"mesh: {devices}; rows of a batch are divided along all of these but tensor", ""]
+    mine = model.of_one()
+    parts = [*jax.tree.leaves(mine.base), *jax.tree.leaves(mine.adapter)]
+    for (name, leaf), part in zip([*named(model.base), *named(model.adapter)], parts, strict=True):
+        cut = Cut() if model.shards is None else model.shards.cuts.get(name, Cut())
+        along = [[axis for axis in names if getattr(devices, axis) > 1] for names in cut.of_each(len(leaf.shape))]
+        axes = ["+".join(names) or "-" for names in along]
+        size = math.prod(part.shape) * part.dtype.itemsize
         shape = ", ".join(str(d) for d in leaf.shape)
         line = f"  {name:<56}{f'{leaf.dtype}[{shape}]':<36}({', '.join(axes)})"
         rows.append(f"{line:<112}{size / 1e6:>10.2f} MB")

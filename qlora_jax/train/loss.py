@@ -67,10 +67,10 @@ class _Targets(NamedTuple):
     labels: jax.Array  # int32 [B * T]
     total: jax.Array  # int32 []
     size: int  # tokens of a chunk
-    axis: str | None  # of a mesh, whose devices go through as many chunks as the one that has most targets
+    axis: tuple[str, ...]  # of a mesh, whose devices go through as many chunks as the one that has most targets
 
     @classmethod
-    def of(cls, tokens: jax.Array, loss_mask: jax.Array, chunk: int, axis: str | None = None) -> "_Targets":
+    def of(cls, tokens: jax.Array, loss_mask: jax.Array, chunk: int, axis: tuple[str, ...] = ()) -> "_Targets":
         counted = jnp.roll(loss_mask.at[:, 0].set(False), -1, axis=1).reshape(-1)
         n = counted.size
         size = chunk_size(n, chunk)
@@ -83,11 +83,11 @@ class _Targets(NamedTuple):
     def chunks(self) -> jax.Array:
         """int32 []: so many have targets."""
         mine = (self.total + self.size - 1) // self.size
-        return mine if self.axis is None else jax.lax.pmax(mine, self.axis)
+        return mine if not self.axis else jax.lax.pmax(mine, self.axis)
 
     def take(self, rows: jax.Array, chosen: jax.Array) -> jax.Array:
         """Rows [B * T, D] of a chunk [size, D]: zeros where another device has targets, and this one has none."""
-        if self.axis is None:
+        if not self.axis:
             return jnp.take(rows, chosen, axis=0)
         return rows.at[chosen].get(mode="fill", fill_value=0)
 
