@@ -98,7 +98,8 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
 from qlora_jax.mesh.axes import Axes
 from qlora_jax.mesh.place import mesh_of
-from qlora_jax.mesh.shards import bytes_of_one
+from qlora_jax.mesh.rules import Cut
+from qlora_jax.mesh.shards import Shards, bytes_of_one
 from qlora_jax.mesh.tensor import own
 from qlora_jax.optim.paged import PagedOptimizer
 from qlora_jax.settings import resolved
@@ -111,6 +112,14 @@ bias, sections = np.arange(16), (8, 4, 4)
 parts = jax.shard_map(partial(own, axis=0, sections=sections), mesh=mesh_of(Axes(tensor=4)), in_specs=P(),
                       out_specs=P("tensor"), check_vma=False)(jnp.asarray(bias))
 assert parts.tolist() == [0, 1, 8, 12, 2, 3, 9, 13, 4, 5, 10, 14, 6, 7, 11, 15]
+
+# where an embedding trains: each device's rows have their gradient once
+shards, tokens = Shards(Axes(tensor=4), (("embedding", Cut(kept=-2, along="tensor")),)), jnp.asarray([[1, 5, 5, 7]])
+table = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)))
+of = lambda lookup: jax.grad(lambda table: jnp.sum(lookup(table) ** 2))
+found = jax.shard_map(of(lambda part: shards.lookup(part, tokens)), mesh=mesh_of(Axes(tensor=4)), in_specs=P("tensor"),
+                      out_specs=P("tensor"), check_vma=False)(table)
+np.testing.assert_allclose(found, of(lambda table: table[tokens])(table), rtol=1e-6)
 
 folder, golden = Path(sys.argv[1]), Path(sys.argv[2])
 sizes = dict(hidden_size=128, intermediate_size=128, tie_word_embeddings=True, architectures=["Qwen2ForCausalLM"])
