@@ -142,7 +142,7 @@ def get_config() -> ConfigDict:
     c.mesh.devices = 1  # of this run; 1 leaves it to the axes, whose product it is
     c.mesh.data = 1  # devices, or groups of fsdp, that divide a batch's rows among them; each holds the whole model
     c.mesh.fsdp = 0  # devices that divide rows and the model's arrays; 0: those that the others leave of mesh.devices
-    c.mesh.tensor = 1  # only 1 yet: devices that would divide each product
+    c.mesh.tensor = 1  # devices that divide each product: heads, and the feed-forward's width. They have the same rows
     c.mesh.expert = 1  # devices that divide rows and arrays too, but keep a mixture's experts; tokens travel to them
 
     c.eval = ConfigDict()

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -13,7 +14,7 @@ from tests.bos_folder import bos_processor
 TOKENIZER = Path(__file__).resolve().parent / "golden" / "tokenizer"
 
 
-def write_tiny_checkpoint(folder: Path, context: int = 128, V: int = 400, **sizes: int) -> Path:
+def write_tiny_checkpoint(folder: Path, context: int = 128, V: int = 400, **sizes: Any) -> Path:
     """Weights large enough that its greedy text is not one token repeated; the golden tokenizer, which here puts <s>
     before a text, as Llama's does."""
     folder.mkdir(parents=True)
@@ -28,7 +29,7 @@ def write_tiny_checkpoint(folder: Path, context: int = 128, V: int = 400, **size
     for key, shape in expected_shapes(load_config(folder)).items():
         width = shape[-1] if len(shape) == 2 and "embed" not in key else 1
         values = rng.normal(size=shape) * (3 if "lm_head" in key else 1) / np.sqrt(width)
-        tensors[key] = (np.ones(shape) if len(shape) == 1 else values).astype(np.float32)
+        tensors[key] = (np.ones(shape) if "norm" in key else values).astype(np.float32)
     save_file(tensors, folder / "model.safetensors")
     shutil.copyfile(TOKENIZER / "tokenizer_config.json", folder / "tokenizer_config.json")
     spec = json.loads((TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))

@@ -303,8 +303,7 @@ def load_model(
       progress: called with (tensors done, tensors in all).
       take_checksum: called with the checksum of all tensors as they stand in the folder, whatever files they are in.
       place: takes the name of an array in the model's tree (see mesh/rules) and what has its shape and dtype, and says
-        how devices hold it, as a jax sharding. arrange: takes a linear layer's name and one of its weights, and lays it
-        out as devices divide it.
+        how devices hold it, as a jax sharding. arrange: lays out a linear layer's weight, by its name, in their parts.
     Raises:
       InputError: the folder does not fit its config.json, is quantized otherwise than asked, or a weight is not finite.
     """

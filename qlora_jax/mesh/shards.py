@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from qlora_jax.mesh.axes import ROWS, TENSOR, Axes
 from qlora_jax.mesh.gather import from_all, rounded_from_all
 from qlora_jax.mesh.rules import BLOCKS, NO_SPLITS, Cut, cut_of, name_of, named
-from qlora_jax.mesh.tensor import Split
+from qlora_jax.mesh.tensor import Split, left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Shards:
         here = everyones - jax.lax.axis_index(cut.axes) * table.shape[0]
         rows = jnp.where(((here >= 0) & (here < table.shape[0]))[..., None], table.at[here].get(mode="clip"), 0)
         rows = jax.lax.psum_scatter(rows, of_rows, tiled=True) if of_rows else rows
-        return jax.lax.psum(rows, TENSOR) if TENSOR in cut.axes else rows
+        return left(rows) if TENSOR in cut.axes else rows
 
     def add_rows(self, sums: jax.Array, tokens: jax.Array, dx: jax.Array) -> jax.Array:
         """Adds dx [B, T, D] of `lookup` to the rows [V, D] of which this device has a part."""

@@ -1,4 +1,4 @@
-"""Products that devices compute together: parts of weights bit for bit, gradients and runs as of one device."""
+"""Products that devices compute together: parts of weights bit for bit, a run and its gradients as of one device."""
 
 import dataclasses
 import json
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from qlora_jax.io.load import QuantSpec, load_config
 from qlora_jax.mesh.axes import Axes
 from qlora_jax.mesh.tensor import Split, arranged
 from qlora_jax.models.divided.splits import splits_of
-from qlora_jax.quant.tensor import QuantizedTensor, dequantize, quantize
+from qlora_jax.quant import native
+from qlora_jax.quant.tensor import QuantizedTensor, dequantize
 
 pytestmark = pytest.mark.quick_compile
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -41,15 +43,14 @@ def part_of(q: QuantizedTensor, split: Split, ways: int, part: int) -> Quantized
 @pytest.mark.parametrize(
     "shape, split, ways, double_quant, nested",
     [
-        ((256, 512), Split("out"), 2, True, 8),  # a nested scale is of 256 scales in each part too
-        ((320, 896), Split("in"), 2, True, 4480),  # rows of 7 blocks each: every scale has its own
-        ((384, 96), Split("out", (256, 64, 64)), 4, True, 72),  # blocks cross rows
-        ((64, 256), Split("in"), 4, False, None),
+        ((128, 512), Split("out"), 2, True, 4),  # a nested scale is of 256 scales in each part too
+        ((96, 896), Split("in"), 2, True, 1344),  # rows of 7 blocks each: every scale has its own
+        ((384, 96), Split("out", (256, 64, 64)), 4, False, None),  # blocks cross rows
     ],
 )
 def test_a_part_dequantizes_to_what_the_whole_has_there(shape, split, ways, double_quant, nested):
-    w = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
-    q = quantize(w, "nf4", 64, double_quant)
+    rng, q = np.random.default_rng(0), native.abstract(shape, "nf4", 64, double_quant)
+    q = jax.tree.map(lambda x: jnp.asarray(rng.integers(1, 200, x.shape).astype(x.dtype)), q)
     whole, laid_out = np.asarray(dequantize(q, jnp.float32)), arranged(q, split, ways)
     assert laid_out.codes.shape == q.codes.shape and laid_out.absmax.shape == q.absmax.shape
     assert nested is None or laid_out.nested_absmax.shape == (nested,)
@@ -89,106 +90,88 @@ def test_what_is_not_divided_is_refused_in_one_line_that_says_what_to_set(golden
     assert said in text and ("mesh.fsdp=4" in text or "mesh.data=4" in text) and "\n" not in text
 
 
-# what a run's config does not have: packed rows beside dropout; biases, a tied head, as many devices as key heads
-GRADIENT = """
-import jax, jax.numpy as jnp, numpy as np
-from flax import nnx
-from qlora_jax import lora
-from qlora_jax.bench.synthetic import random_model
-from qlora_jax.io.load import QuantSpec
-from qlora_jax.lora import LoRAConfig
-from qlora_jax.mesh.axes import Axes
-from qlora_jax.mesh.place import Devices, mesh_of
-from qlora_jax.mesh.shards import Shards, bytes_of_one
-from qlora_jax.mesh.tensor import arranged
-from qlora_jax.models.config import parse_config
-from qlora_jax.models.divided.splits import splits_of
-from qlora_jax.train.shapes import ModelSpec
-from qlora_jax.train.step import make_gradient
-
-config = parse_config(dict(
-    architectures=["Qwen2ForCausalLM"], hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=96,
-    num_attention_heads=8, num_key_value_heads=4, head_dim=16, rms_norm_eps=1e-5, max_position_embeddings=64,
-    rope_theta=1e4, hidden_act="silu", tie_word_embeddings=True), "config.json")
-spec = ModelSpec(config, QuantSpec("nf4", 32), LoRAConfig(8, 16, 0.1, ("q_proj", "o_proj", "down_proj")),
-                 compute_dtype="float32", kept_dtype="float32", remat="selective", attention="xla", kernel="xla")
-model = random_model(spec)
-rng = np.random.default_rng(0)
-adapter = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.05, x.dtype), model.adapter)
-tokens, mask = rng.integers(0, 96, (2, 2, 12)).astype(np.int32), rng.random((2, 2, 12)) < 0.6
-segments = np.broadcast_to(np.repeat([0, 1], [5, 7]).astype(np.int32), tokens.shape)
-
-def run(axes):
-    whole, devices, a, b = nnx.merge(model.graph, adapter, model.base), None, adapter, model.base
-    if axes.devices > 1:
-        splits = splits_of(config, axes, spec.quant)
-        for name, split in splits.items():
-            layer = lora.linear(whole, name)
-            lay_out = jax.vmap(lambda w: arranged(w, split, axes.tensor))
-            layer.weight = type(layer.weight)(lay_out(layer.weight.get_value()))
-        _, a, b = lora.split(whole)
-        devices = Devices(mesh_of(axes), Shards.of(axes, a, b, splits=splits))
-        whole.shards = devices.shards
-        a, b = (jax.device_put(tree, devices.shardings(tree)) for tree in (a, b))
-        held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(b))
-        assert held == bytes_of_one(devices.shards, b) < 1.3 * bytes_of_one(None, b) / axes.tensor, held
-    return jax.jit(make_gradient(lora.split(whole)[0], 16, 0.3, devices=devices))(
-        a, b, tokens, mask, jax.random.key(3), segments)
-
-wanted, found = run(Axes()), run(Axes(tensor=4))
-for x, y in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
-    x, y = np.asarray(x), np.asarray(y)
-    assert np.abs(x).max() > 0 and np.abs(x - y).max() <= 1e-5 * np.abs(x).max(), (x.shape, np.abs(x - y).max())
-"""
-
 RUNS = """
-import sys
+import json, sys
+from functools import partial
 from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+from qlora_jax.mesh.axes import Axes
+from qlora_jax.mesh.place import mesh_of
+from qlora_jax.mesh.rules import Cut
+from qlora_jax.mesh.shards import Shards, bytes_of_one
+from qlora_jax.mesh.tensor import own
+from qlora_jax.optim.paged import PagedOptimizer
 from qlora_jax.settings import resolved
 from qlora_jax.train.loop import Run, finetune
 from tests.tiny_checkpoint import write_tiny_checkpoint
 from tests.tiny_run import tiny_config
 
+# of what stands whole on each device, as a fused layer's bias and B: its part of queries, keys and values
+bias, sections = np.arange(16), (8, 4, 4)
+parts = jax.shard_map(partial(own, axis=0, sections=sections), mesh=mesh_of(Axes(tensor=4)), in_specs=P(),
+                      out_specs=P("tensor"), check_vma=False)(jnp.asarray(bias))
+assert parts.tolist() == [0, 1, 8, 12, 2, 3, 9, 13, 4, 5, 10, 14, 6, 7, 11, 15]
+
+# where an embedding trains: each device's rows have their gradient once
+shards, tokens = Shards(Axes(tensor=4), (("embedding", Cut(kept=-2, along="tensor")),)), jnp.asarray([[1, 5, 5, 7]])
+table = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)))
+of = lambda lookup: jax.grad(lambda table: jnp.sum(lookup(table) ** 2))
+found = jax.shard_map(of(lambda part: shards.lookup(part, tokens)), mesh=mesh_of(Axes(tensor=4)), in_specs=P("tensor"),
+                      out_specs=P("tensor"), check_vma=False)(table)
+np.testing.assert_allclose(found, of(lambda table: table[tokens])(table), rtol=1e-6)
+
 folder, golden = Path(sys.argv[1]), Path(sys.argv[2])
+sizes = dict(hidden_size=128, intermediate_size=128, tie_word_embeddings=True, architectures=["Qwen2ForCausalLM"])
+rows = [{"instruction": f"say {i}", "input": "", "output": f"it is {i * 7}"} for i in range(24)]
+(folder / "rows.json").write_text(json.dumps(rows))
 c = tiny_config(golden, folder)
-c.model.path = str(write_tiny_checkpoint(folder / "model", V=96, hidden_size=64, intermediate_size=128, head_dim=32))
-c.lora.targets, c.lora.dropout, c.train.steps = ("q_proj", "o_proj"), 0.1, 4
+c.model.path, c.model.remat = str(write_tiny_checkpoint(folder / "model", **sizes)), "selective"
+c.data.batches, c.data.path, c.data.template, c.data.eval_examples = "", str(folder / "rows.json"), "paper", 0
+c.data.packing, c.data.max_source_len, c.data.max_target_len, c.data.pad_to_multiple_of = True, 24, 8, 32
+c.lora.targets, c.lora.dropout, c.train.steps = ("q_proj", "o_proj", "down_proj"), 0.1, 4
 
-def train(name):
-    print(finetune(c, resolved(c), folder / name, lambda line: None)["final_train_loss"])
+def train(name, **mesh):
+    c.mesh.update(mesh)
+    finetune(c, resolved(c), folder / name, lambda line: None)
 
-train("one")
-step = Run._step
+gradients, update, step = [], PagedOptimizer.update, Run._step
+
+def seen(self, params, sums, *more):
+    gradients.append(jax.tree.map(np.asarray, sums))
+    return update(self, params, sums, *more)
+
 def interrupted(self, index):
     if index == 3:
+        base = self.prepared.base
+        held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(base))
+        assert held == self.prepared.base_bytes < 1.2 * bytes_of_one(None, base) / 4, held
         raise InterruptedError
     return step(self, index)
+
+PagedOptimizer.update = seen
+train("one")
 Run._step = interrupted
-c.mesh.fsdp, c.mesh.tensor = 2, 2
 try:
-    train("many")
+    train("many", fsdp=2, tensor=2)
 except InterruptedError:
     pass
 Run._step = step
-c.mesh.fsdp, c.mesh.data = 1, 2
-train("many")
+train("many", fsdp=1, tensor=1)
+one, many = gradients[:4], gradients[4:]
+assert len(many) == 5  # the third step again, from the checkpoint after the second
+for x, y in zip(jax.tree.leaves(one[:3]), jax.tree.leaves(many[:3]), strict=True):  # before Adam's signs differ
+    assert np.abs(x - y).max() <= 1e-4 * np.abs(x).max(), (x.shape, np.abs(x - y).max(), np.abs(x).max())
+assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(one[1]))
 """
 
 
-def on_devices(script: str, *arguments: str) -> None:
+def test_a_run_has_the_gradients_of_one_device_and_goes_on_with_others(golden, tmp_path):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-c", script, *arguments]
+    command = [sys.executable, "-c", RUNS, str(tmp_path), str(golden)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_gradients_are_those_of_one_device():
-    on_devices(GRADIENT)
-
-
-def test_a_run_is_that_of_one_device_and_goes_on_with_others(golden, tmp_path):
-    on_devices(RUNS, str(tmp_path), str(golden))
     one, many = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "many")
