@@ -13,7 +13,7 @@ from tests.bos_folder import bos_processor
 TOKENIZER = Path(__file__).resolve().parent / "golden" / "tokenizer"
 
 
-def write_tiny_checkpoint(folder: Path, context: int = 128, V: int = 400) -> Path:
+def write_tiny_checkpoint(folder: Path, context: int = 128, V: int = 400, **sizes: int) -> Path:
     """Weights large enough that its greedy text is not one token repeated; the golden tokenizer, which here puts <s>
     before a text, as Llama's does."""
     folder.mkdir(parents=True)
@@ -22,7 +22,7 @@ def write_tiny_checkpoint(folder: Path, context: int = 128, V: int = 400) -> Pat
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": V, "max_position_embeddings": context,
         "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config | sizes))
     rng = np.random.default_rng(0)
     tensors = {}
     for key, shape in expected_shapes(load_config(folder)).items():

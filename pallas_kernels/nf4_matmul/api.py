@@ -26,7 +26,7 @@ import numpy as np
 from pallas_kernels.gpu import device_kind as _device_kind
 from pallas_kernels.nf4_matmul import config
 from pallas_kernels.nf4_matmul.dense import dense_matmul
-from pallas_kernels.nf4_matmul.operands import Codec, Packed, scaled, scales
+from pallas_kernels.nf4_matmul.operands import Codec, Packed, for_kernels, scaled, scales
 from pallas_kernels.nf4_matmul.shapes import Shape
 
 # backend -> its module, imported when it is chosen
@@ -172,7 +172,8 @@ def _by_path(op: config.Op, x: jax.Array, packed: tuple[Packed, ...], codecs: tu
 
 
 def _kernel_product(backend: str, op: config.Op) -> Callable[..., jax.Array]:
-    return lambda x, packed, codecs: getattr(_kernels(backend), op)(x, *packed, *codecs)
+    kernel = getattr(_kernels(backend), op)
+    return lambda x, packed, codecs: kernel(x, *map(for_kernels, packed, codecs), *codecs)
 
 
 def _parts(dy: jax.Array, codecs: tuple[Codec, ...]) -> list[jax.Array]:

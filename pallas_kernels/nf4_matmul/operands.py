@@ -29,7 +29,7 @@ class Packed(NamedTuple):
 
     codes: jax.Array  # uint8 [ceil(O * I / 2)]
     absmax: jax.Array  # float32 [C'], or uint8 [C'] with double quantization
-    nested_absmax: jax.Array | None  # float32 [ceil(C' / 256)]
+    nested_absmax: jax.Array | None  # float32 [ceil(C' / 256)]; of a part of a weight more (reference.nested_block)
     offset: jax.Array | None  # float32 []
 
 
@@ -38,6 +38,14 @@ def scales(packed: Packed, codec: Codec) -> jax.Array:
     """float32 [C'], of each block."""
     absmax_map = np.asarray(codec.absmax_map, np.float32)
     return reference.dequantize_absmax(packed.absmax, packed.nested_absmax, packed.offset, absmax_map)
+
+
+def for_kernels(packed: Packed, codec: Codec) -> Packed:
+    """With scales as kernels read them: nested ones are of 256 scales each, or there are none."""
+    nested, blocks = packed.nested_absmax, packed.absmax.shape[0]
+    if nested is None or reference.nested_block(blocks, nested.shape[0]) == reference.NESTED_BLOCK:
+        return packed
+    return Packed(packed.codes, scales(packed, codec), None, None)
 
 
 @partial(jax.jit, static_argnames=("codec", "dtype"))

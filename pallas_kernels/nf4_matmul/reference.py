@@ -6,7 +6,8 @@ these are rows o and o + O / 2 of one column: a tile of bytes gives two tiles of
 and nothing is interleaved.
 
 Scales: each run of `block_size` values shares one absmax; runs cross rows, and the last may be short. Double
-quantization stores the absmax in 8 bits: absmax = map[code] * nested_absmax[block // 256] + offset.
+quantization stores the absmax in 8 bits: absmax = map[code] * nested_absmax[block // 256] + offset. In a part of a
+weight, whose runs begin anywhere in the whole, a nested scale is of a divisor of 256 scales, which the shapes tell.
 """
 
 from collections.abc import Sequence
@@ -23,6 +24,11 @@ def unpack(codes: jax.Array, n: int) -> jax.Array:
     return jnp.concatenate([codes & 0xF, codes >> 4])[:n]
 
 
+def nested_block(blocks: int, nested: int) -> int:
+    """Scales that share one nested scale, of so many of both."""
+    return NESTED_BLOCK if nested == -(-blocks // NESTED_BLOCK) else blocks // nested
+
+
 def dequantize_absmax(
     absmax: jax.Array, nested_absmax: jax.Array | None, offset: jax.Array | None, absmax_map: np.ndarray
 ) -> jax.Array:
@@ -34,7 +40,8 @@ def dequantize_absmax(
     """
     if nested_absmax is None or offset is None:
         return absmax
-    nested = jnp.repeat(nested_absmax, NESTED_BLOCK)[: absmax.shape[0]]
+    blocks = absmax.shape[0]
+    nested = jnp.repeat(nested_absmax, nested_block(blocks, nested_absmax.shape[0]))[:blocks]
     mapped = jnp.asarray(absmax_map)[absmax.astype(jnp.int32)]
     largest = float(np.max(absmax_map))
     product = jax.lax.platform_dependent(

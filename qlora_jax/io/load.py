@@ -19,7 +19,7 @@ from qlora_jax import checksums
 from qlora_jax.errors import InputError
 from qlora_jax.io import fused
 from qlora_jax.io.folder import TensorFiles, are_equal, has_weights, signature
-from qlora_jax.io.place import anywhere, of_weight, stacked, to_device
+from qlora_jax.io.place import anywhere, as_read, of_weight, stacked, to_device
 from qlora_jax.io.remote import name_of
 from qlora_jax.mesh.processes import merged
 from qlora_jax.models.config import ModelConfig, parse_config, read_json
@@ -291,19 +291,20 @@ def load_model(
     sequence_chunk: int = 0,
     take_checksum: Callable[[str], None] = lambda checksum: None,
     place: Callable[[str, Any], Any] = anywhere,
+    arrange: Callable[[str, Any], Any] = as_read,
 ) -> Decoder:
     """Reads a checkpoint.
 
     Args:
       folder: config.json and safetensors; unquantized, bitsandbytes', or written by `experiments.quantize`.
       quant: how linear layers are kept; None keeps what the folder has. Nothing else is ever quantized.
-      compute_dtype: of activations.
-      remat, attention, sequence_chunk: see Decoder.
+      compute_dtype: of activations. remat, attention, sequence_chunk: see Decoder.
       kernel: of the 4-bit matmul, one of nf4_matmul.BACKENDS; int8 has "xla", which "auto" takes.
       progress: called with (tensors done, tensors in all).
       take_checksum: called with the checksum of all tensors as they stand in the folder, whatever files they are in.
       place: takes the name of an array in the model's tree (see mesh/rules) and what has its shape and dtype, and says
-        how devices hold it, as a jax sharding.
+        how devices hold it, as a jax sharding. arrange: takes a linear layer's name and one of its weights, and lays it
+        out as devices divide it.
     Raises:
       InputError: the folder does not fit its config.json, is quantized otherwise than asked, or a weight is not finite.
     """
@@ -358,15 +359,16 @@ def load_model(
     weights["layers"] = {}
     for name in config.linears:
         slots, room = config.slots(name), (config.depth(name), *config.copies(name))
-        if stored is not None and is_native(files):
+        if stored is not None and is_native(files) and arrange is as_read:
             stack: Any = _read_stack(files, config, name, quant, place)
             count(len(slots))
         else:
             first, as_array = next(iter(slots)), name in mixed
             dtype = compute_dtype if as_array else _kept_dtype(files.dtypes.get(first, "float32"), compute_dtype)
             like: Any = None if as_array or first in skipped else abstract_weight(config, name, quant)
-            like = like or jax.ShapeDtypeStruct(config.linears[name], jnp.dtype(dtype))
-            stack = stacked(partial(linear, name, as_array), slots, room, like, of_weight(place, name))
+            like = jax.eval_shape(partial(arrange, name), like or jax.ShapeDtypeStruct(config.linears[name], dtype))
+            made = lambda key, slot: arrange(name, linear(name, as_array, key, slot))  # noqa: B023, E731
+            stack = stacked(made, slots, room, like, of_weight(place, name), in_turns=not is_native(files))
         if isinstance(stack, QuantizedTensor):
             stack = dataclasses.replace(stack, backend=kernel, threshold=threshold)
         weights["layers"][name] = stack
@@ -376,8 +378,7 @@ def load_model(
         rows = jnp.stack([other(key, piece, dtype) for key, piece in pieces])
         weights["layers"][name] = rows.reshape(config.depth(name), *shape)
     progress(total, total)
-    sums = merged(files.checksums)  # of all processes, each of which read some
-    take_checksum(checksums.of(*(f"{key} {checksum}" for key, checksum in sorted(sums.items()))))
+    take_checksum(checksums.of(*(f"{key} {checksum}" for key, checksum in sorted(merged(files.checksums).items()))))
     return assembled(config, weights, compute_dtype, remat, attention, sequence_chunk)
 
 

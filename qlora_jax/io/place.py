@@ -23,6 +23,11 @@ def anywhere(name: str, leaf: Any) -> None:
     """Where an array of a model stands: on the device."""
 
 
+def as_read(name: str, weight: Any) -> Any:
+    """A linear layer's weight, laid out as one device has it."""
+    return weight
+
+
 def of_weight(place: Callable[[str, Any], Any], name: str) -> Callable[[str, Any], Any]:
     """Where the parts of a linear layer's weights stand, by `put`: ".codes", or "" of an array."""
     return anywhere if place is anywhere else lambda part, leaf: place(f"blocks.{name}.weight{part}", leaf)
@@ -57,13 +62,15 @@ def stacked(
     room: tuple[int, ...],
     like: Any,
     sharding: Callable[[str, Any], Any] = anywhere,
+    in_turns: bool = True,
 ) -> Any:
     """All weights of a projection: make(key, place) of each of `slots`, by one process where there are several.
 
-    `like`: shapes and dtypes of one. `room`, `sharding`: as `put` has them.
+    `like`: shapes and dtypes of one. `room`, `sharding`: as `put` has them. Where they are slices of one tensor, whose
+    checksum is of all in order, they are not read in turns, but by each process.
     """
     keys = list(slots)
-    if are_several():
+    if are_several() and in_turns:
         made = lambda number: make(keys[number], slots[keys[number]])  # noqa: E731
         return turns.stacked(made, list(slots.values()), room, like, sharding, _turns)
     stack: Any = None

@@ -2,12 +2,13 @@
 
     data    rows of a batch; each holds the whole model
     fsdp    rows of a batch, and every array of the model: each holds a part, and gathers a layer when it computes it
-    expert  rows of a batch, and a mixture's experts: each keeps its own, and tokens travel
+    expert  the same, but for a mixture's experts: each keeps its own, and tokens travel
     tensor  each product: its devices compute the same rows together
 
 Rows of a batch are divided along all but tensor.
 """
 
+import math
 from typing import Any, NamedTuple
 
 from qlora_jax.errors import InputError
@@ -16,7 +17,7 @@ FSDP = "fsdp"
 EXPERT = "expert"
 TENSOR = "tensor"
 ROWS = ("data", FSDP, EXPERT)  # along which rows of a batch are divided
-_TO_COME = (EXPERT, TENSOR)
+_OTHERS = (EXPERT, TENSOR)  # that are named where they are more than one
 
 
 class Axes(NamedTuple):
@@ -31,29 +32,27 @@ class Axes(NamedTuple):
     def of(cls, section: Any) -> "Axes":
         """The config's `mesh` section; what is not there is 1, fsdp 0. Raises InputError for what no mesh is."""
         section = {} if section is None else section
-        found = {key: section.get(key, 1) for key in ("devices", "data", *_TO_COME)} | {"fsdp": section.get("fsdp", 0)}
+        found = {key: section.get(key, 1) for key in ("devices", "data", *_OTHERS)} | {"fsdp": section.get("fsdp", 0)}
         for key, value in found.items():
             if value < (key != "fsdp"):
                 wanted = "at least 1" if key != "fsdp" else "devices, or 0 for those that mesh.data leaves"
                 raise InputError(f"mesh.{key} is {value}; expected {wanted}")
-        for key in _TO_COME:
-            if found[key] > 1:
-                raise InputError(
-                    f"mesh.{key} is {found[key]}; models are divided along fsdp, which holds any of them in parts: "
-                    f"set mesh.fsdp={found[key]} and mesh.{key}=1"
-                )
-        devices, data = found["devices"], found["data"]
+        if min(found[EXPERT], found[TENSOR]) > 1:
+            raise InputError(
+                f"mesh.expert is {found[EXPERT]} and mesh.tensor {found[TENSOR]}; a mixture's devices divide either "
+                "experts or products: set one of them to 1"
+            )
+        devices, axes = found["devices"], cls(found["data"], found["fsdp"] or 1, found[EXPERT], found[TENSOR])
         if found["fsdp"] == 0 and devices > 1:
-            if devices % data:
+            if devices % axes.devices:
                 raise InputError(
-                    f"mesh.devices is {devices}, which mesh.data = {data} does not divide: change one of them"
+                    f"mesh.devices is {devices}, which {axes._keys('data')} does not divide: change one of them"
                 )
-            return cls(data, devices // data)
-        axes = cls(data, max(found["fsdp"], 1))
+            return axes._replace(fsdp=devices // axes.devices)
         if devices not in (1, axes.devices):
             raise InputError(
-                f"mesh.devices is {devices}, but mesh.data = {axes.data} and mesh.fsdp = {axes.fsdp} take "
-                f"{axes.devices}: change one of them, or leave mesh.devices out"
+                f"mesh.devices is {devices}, but {axes._keys('data', FSDP)} take {axes.devices}: change one of them, "
+                "or leave mesh.devices out"
             )
         return axes
 
@@ -76,6 +75,10 @@ class Axes(NamedTuple):
         """Parts that rows of a batch are divided into, one for each device or each group of them along tensor."""
         return self.data * self.fsdp * self.expert
 
+    def along(self, names: tuple[str, ...]) -> int:
+        """Devices along some of the axes together."""
+        return math.prod(getattr(self, name) for name in names)
+
     def rows(self, batch: int) -> int:
         """Of a batch of so many sequences, those of each device. Raises InputError where they are not equally many."""
         if batch % self.row_parts:
@@ -85,8 +88,18 @@ class Axes(NamedTuple):
             )
         return batch // self.row_parts
 
+    def all_rows(self) -> str:
+        """The keys that divide rows alone among as many devices, for messages."""
+        ones = "".join(f", mesh.{name}=1" for name in _OTHERS if getattr(self, name) > 1)
+        return f"mesh.data={self.devices} and mesh.fsdp=1{ones}"
+
+    def _keys(self, *always: str) -> str:
+        """Of a config: "mesh.data = 2 x mesh.expert = 4", those named and those that are not 1."""
+        sizes = self._asdict().items()
+        return " x ".join(f"mesh.{name} = {size}" for name, size in sizes if name in always or size > 1)
+
     def __str__(self) -> str:
-        more = "".join(f" x {name} {size}" for name, size in self._asdict().items() if name in _TO_COME and size > 1)
+        more = "".join(f" x {name} {size}" for name, size in self._asdict().items() if name in _OTHERS and size > 1)
         return f"data {self.data} x fsdp {self.fsdp}{more}"
 
 

@@ -1,6 +1,6 @@
 """Arrays onto the devices of a mesh, each device the part that is its own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,10 +8,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qlora_jax.errors import InputError
-from qlora_jax.mesh.axes import FSDP, ROWS, Axes
+from qlora_jax.mesh.axes import ROWS, Axes
 from qlora_jax.mesh.processes import are_several
-from qlora_jax.mesh.rules import Cut, cut_of, name_of
+from qlora_jax.mesh.rules import NO_SPLITS, Cut, cut_of, name_of
 from qlora_jax.mesh.shards import Shards
+from qlora_jax.mesh.tensor import Split
 
 
 class Devices(NamedTuple):
@@ -51,9 +52,9 @@ def mesh_of(axes: Axes, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(kept, Axes._fields)
 
 
-def by_rules(mesh: Mesh, name: str, leaf: Any) -> NamedSharding:
+def by_rules(mesh: Mesh, name: str, leaf: Any, splits: Mapping[str, Split] = NO_SPLITS) -> NamedSharding:
     """Where an array of the model stands, by its name in the model's tree and what has its shape and dtype."""
-    return NamedSharding(mesh, _spec(cut_of(name, leaf, Axes(**mesh.shape)), leaf))
+    return NamedSharding(mesh, _spec(cut_of(name, leaf, Axes(**mesh.shape), splits), leaf))
 
 
 def specs(shards: Shards, tree: Any) -> Any:
@@ -71,11 +72,7 @@ def _rows(x: Any) -> PartitionSpec:
 
 def _spec(cut: Cut, leaf: Any) -> PartitionSpec:
     """Of an array that is cut so."""
-    along: list[tuple[str, ...]] = [()] * len(leaf.shape)
-    if cut.kept is not None:
-        along[cut.kept] += (cut.along,)
-    if cut.gathered is not None:
-        along[cut.gathered] += (FSDP,)
+    along = cut.of_each(len(leaf.shape))
     while along and not along[-1]:
         along.pop()
     return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in along))

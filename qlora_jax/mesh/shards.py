@@ -6,31 +6,35 @@ of a gathered adapter comes back summed over the devices and cut as the adapter 
 
 import dataclasses
 import math
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.mesh.axes import FSDP, ROWS, Axes
-from qlora_jax.mesh.rules import BLOCKS, Cut, cut_of, name_of, named
+from qlora_jax.mesh.axes import ROWS, TENSOR, Axes
+from qlora_jax.mesh.gather import from_all, rounded_from_all
+from qlora_jax.mesh.rules import BLOCKS, NO_SPLITS, Cut, cut_of, name_of, named
+from qlora_jax.mesh.tensor import Split
 
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
     """How a model's arrays are divided: part of its graph, so that a program knows it.
 
-    cut: of each array of model and adapter that is divided, by name.
+    cut: of each array of model and adapter that is divided, by name. split: how linear layers are along tensor.
     """
 
     axes: Axes
     cut: tuple[tuple[str, Cut], ...] = ()
+    split: tuple[tuple[str, Split], ...] = ()
 
     @classmethod
-    def of(cls, axes: Axes, *trees: Any) -> "Shards":
-        """By the rules, for the states of `lora.split`, arrays or shapes."""
-        found = ((name, cut_of(name, leaf, axes)) for tree in trees for name, leaf in named(tree))
-        return cls(axes, tuple((name, cut) for name, cut in found if cut != Cut()))
+    def of(cls, axes: Axes, *trees: Any, splits: Mapping[str, Split] = NO_SPLITS) -> "Shards":
+        """By the rules, for the states of `lora.split`, arrays or shapes. `splits`: see cut_of."""
+        found = ((name, cut_of(name, leaf, axes, splits)) for tree in trees for name, leaf in named(tree))
+        return cls(axes, tuple((name, cut) for name, cut in found if cut != Cut()), tuple(splits.items()))
 
     @cached_property
     def cuts(self) -> dict[str, Cut]:
@@ -39,7 +43,7 @@ class Shards:
 
     @cached_property
     def axis_of(self) -> dict[str, int]:
-        """Name -> axis, of what is divided along fsdp."""
+        """Name -> axis, of what is gathered."""
         return {name: cut.gathered for name, cut in self.cut if cut.gathered is not None}
 
     def of_one(self, tree: Any) -> Any:
@@ -48,7 +52,7 @@ class Shards:
         def part(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
             shape, cut = list(leaf.shape), self.cuts.get(name_of(path), Cut())
             if cut.gathered is not None:
-                shape[cut.gathered] //= self.axes.fsdp
+                shape[cut.gathered] //= self.axes.along(cut.among)
             if cut.kept is not None:
                 shape[cut.kept] //= getattr(self.axes, cut.along)
             return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
@@ -57,10 +61,16 @@ class Shards:
 
     def whole(self, layer: Any) -> Any:
         """A layer's slice of a state under `blocks`: its parts gathered from all devices."""
+        return self._gathered(layer, from_all)
 
+    def adapter(self, layer: Any, dtype: Any) -> Any:
+        """`whole` of a layer's adapter, which products round to `dtype`: it travels rounded, its gradient does not."""
+        return self._gathered(layer, partial(rounded_from_all, dtype=dtype))
+
+    def _gathered(self, layer: Any, gather: Callable[..., jax.Array]) -> Any:
         def gathered(path: Any, leaf: jax.Array) -> jax.Array:
-            axis = self.axis_of.get(BLOCKS + name_of(path))
-            return leaf if axis is None else jax.lax.all_gather(leaf, FSDP, axis=leaf.ndim + axis, tiled=True)
+            cut = self.cuts.get(BLOCKS + name_of(path), Cut())
+            return leaf if cut.gathered is None else gather(leaf, cut.among, axis=leaf.ndim + cut.gathered)
 
         return jax.tree_util.tree_map_with_path(gathered, layer)
 
@@ -79,23 +89,39 @@ class Shards:
         """Whether a layer's arrays are other devices' too."""
         return bool(self.axis_of)
 
+    def gathers_some(self, stacks: Any) -> bool:
+        """Whether arrays of a state under `blocks` are other devices' too."""
+        return any(BLOCKS + name in self.axis_of for name, _ in named(stacks))
+
     @property
     def splits_embedding(self) -> bool:
-        return "embedding" in self.axis_of
+        return "embedding" in self.cuts
 
-    def head_axis(self, tied: bool) -> str | None:
-        """The axis of the mesh along which the head's vocabulary is divided."""
-        return FSDP if ("embedding" if tied else "head") in self.axis_of else None
+    def head_axes(self, tied: bool) -> tuple[str, ...]:
+        """The axes of the mesh along which the head's vocabulary is divided."""
+        return self.cuts.get("embedding" if tied else "head", Cut()).axes
 
     def lookup(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
         """Rows of an embedding [V, D] of which this device has a part: tokens int32 [B, T] -> [B, T, D].
 
         Each device looks up what it has for all of them; a row is one device's and zeros from the others.
         """
-        everyones = jax.lax.all_gather(tokens, FSDP, tiled=True)
-        here = everyones - jax.lax.axis_index(FSDP) * table.shape[0]
+        cut = self.cuts["embedding"]
+        of_rows = cut.among if cut.gathered is not None else ()
+        everyones = jax.lax.all_gather(tokens, of_rows, tiled=True) if of_rows else tokens
+        here = everyones - jax.lax.axis_index(cut.axes) * table.shape[0]
         rows = jnp.where(((here >= 0) & (here < table.shape[0]))[..., None], table.at[here].get(mode="clip"), 0)
-        return jax.lax.psum_scatter(rows, FSDP, tiled=True)
+        rows = jax.lax.psum_scatter(rows, of_rows, tiled=True) if of_rows else rows
+        return jax.lax.psum(rows, TENSOR) if TENSOR in cut.axes else rows
+
+    def add_rows(self, sums: jax.Array, tokens: jax.Array, dx: jax.Array) -> jax.Array:
+        """Adds dx [B, T, D] of `lookup` to the rows [V, D] of which this device has a part."""
+        cut = self.cuts["embedding"]
+        if cut.gathered is not None:
+            tokens, dx = (jax.lax.all_gather(x, cut.among, tiled=True) for x in (tokens, dx))
+        here = tokens - jax.lax.axis_index(cut.axes) * sums.shape[0]
+        here = jnp.where(here >= 0, here, sums.shape[0])  # a negative place would count from the end
+        return sums.at[here].add(dx.astype(sums.dtype), mode="drop")
 
     def first_row(self, rows: int) -> jax.Array:
         """Which row of a micro-batch this device's `rows` begin with, int32 []."""
@@ -111,12 +137,13 @@ class Shards:
         return jax.lax.psum(values, ROWS)
 
     def summed(self, gradient: Any) -> Any:
-        """Over what of each array all devices added to its sums; what was gathered came back summed along fsdp."""
+        """Over what of each array all devices added to its sums; what was gathered came back summed along its axes."""
 
         def added(path: Any, leaf: jax.Array) -> jax.Array:
             cut = self.cuts.get(name_of(path), Cut())
-            come = {FSDP if cut.gathered is not None else "", cut.along}
-            return jax.lax.psum(leaf, tuple(axis for axis in ROWS if axis not in come))
+            # a layer's gradients are of products that devices along tensor divide; others are the same on each
+            axes = (*ROWS, TENSOR) if self.split and name_of(path).startswith(BLOCKS) else ROWS
+            return jax.lax.psum(leaf, tuple(axis for axis in axes if axis not in cut.axes))
 
         return jax.tree_util.tree_map_with_path(added, gradient)
 
@@ -125,8 +152,7 @@ class Shards:
         squares: dict[tuple[str, ...], jax.Array] = {}  # by what divides it
         for name, leaf in named(gradient):
             cut = self.cuts.get(name, Cut())
-            along = ((cut.along,) if cut.kept is not None else ()) + ((FSDP,) if cut.gathered is not None else ())
-            squares[along] = squares.get(along, 0) + jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+            squares[cut.axes] = squares.get(cut.axes, 0) + jnp.sum(jnp.square(leaf.astype(jnp.float32)))
         return jnp.sqrt(sum(jax.lax.psum(square, along) if along else square for along, square in squares.items()))
 
 

@@ -64,7 +64,7 @@ def _received(match: re.Match[str], line: str) -> Counter[str]:
     n = _group_size(line)
     result, kind, is_start = match[1], match[2], match[3]
     arrays = _ARRAY.findall(result)
-    if kind != "all-reduce" and is_start:
+    if is_start and (kind != "all-reduce" or result.startswith("((")):
         arrays = arrays[len(arrays) // 2 :]  # it lists what it takes, and then what it will give
     sizes: Counter[str] = Counter()
     for dtype, shape in arrays:

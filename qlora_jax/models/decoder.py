@@ -109,7 +109,9 @@ class Decoder(nnx.Module):
             (x, cache), (state, layer) = carry, inputs
             stacks = None
             if self.shards is not None and self.shards.gathers:
-                state, stacks = map(self.shards.whole, state), self.gathered_stacks(layer)
+                adapter, frozen = state
+                state = self.shards.adapter(adapter, self.compute_dtype), self.shards.whole(frozen)
+                stacks = self.gathered_stacks(layer)
             return apply_layer(tuple(state), x, layer, cache, stacks=stacks), None
 
         if self.remat != "none" and cache is None:
@@ -188,10 +190,13 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """[B, T] at positions int32 [B, T] (0..T-1 by default) -> [B, T, D] in the compute dtype."""
+        return self.enter(self._looked_up(tokens), positions)
+
+    def _looked_up(self, tokens: jax.Array) -> jax.Array:
         table = self.embedding.get_value()
         if self.shards is not None and self.shards.splits_embedding:
-            return self.enter(self.shards.lookup(table, tokens), positions)
-        return self.enter(table[tokens], positions)
+            return self.shards.lookup(table, tokens)
+        return table[tokens]
 
     def enter(self, rows: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """Rows of the embedding [B, T, D] -> what the first layer takes: scaled, with learned positions, normed."""
@@ -212,8 +217,14 @@ class Decoder(nnx.Module):
         """Gradient [B, T, D] of the rows that tokens [B, T] take, from that of `embed`."""
         if self.config.kind.plain_embedding:
             return dx
-        _, pull = jax.vjp(lambda rows: self.enter(rows, positions), self.embedding.get_value()[tokens])
+        _, pull = jax.vjp(lambda rows: self.enter(rows, positions), self._looked_up(tokens))
         return pull(dx)[0]
+
+    def add_to_embedding(self, sums: jax.Array, tokens: jax.Array, dx: jax.Array) -> jax.Array:
+        """sums [V, D] with dx [B, T, D] added to the rows that tokens [B, T] take."""
+        if self.shards is not None and self.shards.splits_embedding:
+            return self.shards.add_rows(sums, tokens, dx)
+        return sums.at[tokens].add(dx.astype(sums.dtype))
 
     def layers(self, *filters: Any) -> tuple[Any, ...]:
         """(graph of one block, its stacked state, one for each filter of nnx.split): what a scan runs over.
@@ -224,9 +235,13 @@ class Decoder(nnx.Module):
         return graph, *states
 
     def gathered_stacks(self, layer: Any) -> Any:
-        """The stacks of one layer's experts from all devices of a mesh: [1, E, ...], where `layers` are [L, E, ...]."""
+        """The stacks of one layer's experts from all devices of a mesh: [1, E, ...], where `layers` are [L, E, ...].
+
+        None where each device computes with those that it has.
+        """
         assert self.shards is not None
-        return self.shards.layer(nnx.state(self.blocks, Stack), layer, keepdims=True)
+        stacks = nnx.state(self.blocks, Stack)
+        return self.shards.layer(stacks, layer, keepdims=True) if self.shards.gathers_some(stacks) else None
 
     def apply_layer(
         self,
@@ -248,9 +263,8 @@ class Decoder(nnx.Module):
         has them; None: the model's own.
         """
         key = None if dropout_key is None else DropoutKey.of(dropout_key).of_layer(layer)
-        place = layer if stacks is None else jnp.zeros_like(layer)
         stacks = nnx.state(self.blocks, Stack) if stacks is None else stacks
-        context = context._replace(layer=place, balance=balance)
+        context = context._replace(layer=layer, balance=balance)
         if cache is None and self._is_chunked(x.shape[1]):
             adapter, frozen = state
             pieces = _ChunkedBlock(block, chunk_size(x.shape[1], self.sequence_chunk))
@@ -263,11 +277,11 @@ class Decoder(nnx.Module):
         """What head_logits takes: [V, D], the output head or the embedding it is tied to, or a Head that is more."""
         kind = self.config.kind
         weight = (self.embedding if self.head is None else self.head).get_value()
-        axis = None if self.shards is None else self.shards.head_axis(self.head is None)
-        if not kind.head_bias and kind.logit_scale == 1 and not kind.logit_softcap and axis is None:
+        axes = () if self.shards is None else self.shards.head_axes(self.head is None)
+        if not kind.head_bias and kind.logit_scale == 1 and not kind.logit_softcap and not axes:
             return weight
         bias = self.head_bias.get_value() if kind.head_bias else None
-        return Head(weight, bias, kind.logit_scale, kind.logit_softcap, axis)
+        return Head(weight, bias, kind.logit_scale, kind.logit_softcap, axes)
 
     def outer(self, slot: str) -> jax.Array:
         """One of config.outer, as the model holds it: outer("norm.bias")."""

@@ -85,14 +85,17 @@ class Dropout:
         """x [..., T, I] with a share `rate` of its values zeroed and the others scaled by 1 / (1 - rate)."""
         return x if self.words is None else self.each(x, 1)[0]
 
-    def each(self, x: jax.Array, count: int) -> jax.Array:
-        """x [..., T, I] as `count` linear layers take it: [count, ..., T, I]; [1, ..., T, I] where each takes x."""
+    def each(self, x: jax.Array, count: int, first: Any = 0) -> jax.Array:
+        """x [..., T, I] as `count` linear layers take it: [count, ..., T, I]; [1, ..., T, I] where each takes x.
+
+        `first`: which feature x begins with, where it is a part of what they take.
+        """
         if self.words is None:
             return x[None]
         places = [self.place + 1 + k for k in range(count)]
         self.place += count
         # the high bits are the best mixed
-        bits = jnp.stack([random_bits(self.words, place, x.shape, self.first_row) for place in places])
+        bits = jnp.stack([random_bits(self.words, place, x.shape, self.first_row, first) for place in places])
         keep = (bits >> 16) >= jnp.asarray(self.rate.threshold, jnp.uint32)
         # behind a barrier a constant is no other factor than an input of the program: XLA would merge it with its like
         scale = jax.lax.optimization_barrier(jnp.asarray(self.rate.kept_scale, jnp.float32).astype(x.dtype))
@@ -104,14 +107,16 @@ def _words(key: jax.Array) -> jax.Array:
     return jax.random.bits(key, (2,), jnp.uint32)
 
 
-def random_bits(words: jax.Array, place: int, shape: tuple[int, ...], first_row: Any = 0) -> jax.Array:
+def random_bits(
+    words: jax.Array, place: int, shape: tuple[int, ...], first_row: Any = 0, first_feature: Any = 0
+) -> jax.Array:
     """uint32 of `shape`, 32 random bits for each place in it.
 
     Args:
       words: uint32 [2], random.
       place: numbers whose bits shall differ.
       shape: the bits of [b, t, i] are the same in every shape that has this place.
-      first_row: int32 [] or a number, b of the first row.
+      first_row, first_feature: int32 [] or a number, b of the first row and i of the first feature.
     """
     token = mix(words[0] ^ jnp.uint32(place))
     for axis in range(len(shape) - 1):
@@ -120,7 +125,8 @@ def random_bits(words: jax.Array, place: int, shape: tuple[int, ...], first_row:
             numbers = numbers + jnp.asarray(first_row, jnp.uint32)
         token = mix(token[..., None] + numbers)
     other = mix(token ^ words[1])
-    return mix(mix(token[..., None] + jnp.arange(shape[-1], dtype=jnp.uint32)) ^ other[..., None])
+    features = jnp.arange(shape[-1], dtype=jnp.uint32) + jnp.asarray(first_feature, jnp.uint32)
+    return mix(mix(token[..., None] + features) ^ other[..., None])
 
 
 def mix(x: jax.Array) -> jax.Array:

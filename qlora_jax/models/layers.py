@@ -12,6 +12,8 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels.nf4_matmul import dense_matmul, is_for_cpu, low_rank_terms
+from qlora_jax.mesh.axes import TENSOR
+from qlora_jax.mesh.tensor import Split, entered, first_of, left, own
 from qlora_jax.models.dropout import Dropout
 from qlora_jax.quant.tensor import QuantizedTensor, matmul_adapted, matmul_joined
 
@@ -32,6 +34,7 @@ class Linear(nnx.Module):
     """y = x W^T (+ bias), plus scale * dropout(x) A^T B^T where an adapter is attached.
 
     weight: W [O, I], QuantizedTensor or array. bias: [O] or None. lora_a: A [R, I], lora_b: B [O, R], float32.
+    split: how devices divide it that compute its product together; the arrays are this one's then (models/divided).
     """
 
     def __init__(self, weight: QuantizedTensor | jax.Array, bias: jax.Array | None = None):
@@ -41,9 +44,15 @@ class Linear(nnx.Module):
         self.lora_a: Any = nnx.data(None)
         self.lora_b: Any = nnx.data(None)
         self.lora_scale: Any = 1.0  # a number, or an array [] of the program's input
+        self.split: Split | None = None
 
     def __call__(self, x: jax.Array, dropout: Dropout) -> jax.Array:
         return project([self], x, dropout)[0]
+
+    def own_lora_b(self) -> jax.Array:
+        """B of this device's out-features; that of a fused layer stands whole on each."""
+        b, sections = self.lora_b.get_value(), () if self.split is None else self.split.sections
+        return own(b, -2, sections) if len(sections) > 1 else b
 
 
 def project(linears: Sequence[Linear], x: jax.Array, dropout: Dropout) -> list[jax.Array]:
@@ -52,6 +61,16 @@ def project(linears: Sequence[Linear], x: jax.Array, dropout: Dropout) -> list[j
     On a GPU their products are one, as are those of their adapters, where all are quantized and all have an adapter or
     none has. On a CPU each is computed for itself: batches and joined weights are slower there.
     """
+    way = "" if linears[0].split is None else linears[0].split.by
+    outputs = _products(linears, entered(x) if way == "out" else x, dropout)
+    return [
+        out + linear.bias.get_value().astype(out.dtype) if hasattr(linear, "bias") else out
+        for linear, out in zip(linears, map(left, outputs) if way == "in" else outputs, strict=True)
+    ]
+
+
+def _products(linears: Sequence[Linear], x: jax.Array, dropout: Dropout) -> list[jax.Array]:
+    """`project` without biases."""
     weights = [linear.weight.get_value() for linear in linears]
     adapted = [linear.lora_a is not None for linear in linears]
     quantized = all(isinstance(w, QuantizedTensor) for w in weights)
@@ -60,12 +79,14 @@ def project(linears: Sequence[Linear], x: jax.Array, dropout: Dropout) -> list[j
         for linear in linears:
             if outputs:
                 x, outputs[-1] = in_order(x, outputs[-1])
-            outputs += project([linear], x, dropout)
+            outputs += _products([linear], x, dropout)
         return outputs
     if any(adapted):
         a = tuple(linear.lora_a.get_value() for linear in linears)
-        b = tuple(linear.lora_b.get_value() for linear in linears)
-        terms = (dropout.each(x, len(linears)), a, b, tuple(linear.lora_scale for linear in linears))
+        b = tuple(linear.own_lora_b() for linear in linears)
+        way = "" if linears[0].split is None else linears[0].split.by
+        dropped = dropout.each(x, len(linears), first_of(x.shape[-1]) if way == "in" else 0)
+        terms = (dropped, a, b, tuple(linear.lora_scale for linear in linears))
     else:
         dropout.skip(len(linears))
     if not quantized:
@@ -78,11 +99,7 @@ def project(linears: Sequence[Linear], x: jax.Array, dropout: Dropout) -> list[j
         y = matmul_adapted(x, dropped, weights, *adapters)
     else:
         y = matmul_joined(x, weights)
-    outputs = jnp.split(y, np.cumsum([w.shape[0] for w in weights])[:-1], axis=-1)
-    return [
-        out + linear.bias.get_value().astype(out.dtype) if hasattr(linear, "bias") else out
-        for linear, out in zip(linears, outputs, strict=True)
-    ]
+    return jnp.split(y, np.cumsum([w.shape[0] for w in weights])[:-1], axis=-1)
 
 
 class Norm(nnx.Module):
@@ -91,7 +108,7 @@ class Norm(nnx.Module):
         rms     x / rms(x) * w                        rms+1    x / rms(x) * (1 + w)
         layer   (x - mean(x)) / std(x) * w (+ bias)   layer+1  (x - mean(x)) / std(x) * (1 + w) (+ bias)
 
-    A weight of two axes [N, H] norms each head by itself.
+    A weight of two axes [N, H] norms each head by itself. divided: x is one device's part of what is normed.
     """
 
     def __init__(self, weight: jax.Array, eps: float, kind: str = "rms", bias: jax.Array | None = None):
@@ -99,17 +116,22 @@ class Norm(nnx.Module):
         if bias is not None:
             self.bias = Frozen(bias)
         self.eps, self.kind = eps, kind
+        self.divided = False
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         if self.kind.startswith("layer"):
-            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+            x32 = x32 - self._mean(x32)
+        x32 = x32 * jax.lax.rsqrt(self._mean(x32 * x32) + self.eps)
         weight = self.weight.get_value()
         x32 = x32 * (1 + weight if self.kind.endswith("+1") else weight)
         if hasattr(self, "bias"):
             x32 = x32 + self.bias.get_value()
         return x32.astype(x.dtype)
+
+    def _mean(self, x: jax.Array) -> jax.Array:
+        mean = jnp.mean(x, axis=-1, keepdims=True)
+        return jax.lax.pmean(mean, TENSOR) if self.divided else mean
 
 
 class NoNorm(nnx.Module):

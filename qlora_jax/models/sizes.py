@@ -18,7 +18,11 @@ def linear_weights(config: ModelConfig) -> int:
 def active_share(config: ModelConfig, size: Callable[[str], float]) -> float:
     """The share of what linear layers have that one token meets, by the size of each: some experts of all."""
     experts = config.kind.experts
-    share = experts.per_token / experts.count if experts else 1.0
+    return share_with(experts.per_token / experts.count if experts else 1.0, config, size)
+
+
+def share_with(share: float, config: ModelConfig, size: Callable[[str], float]) -> float:
+    """The share of what linear layers have, by the size of each, with such a share of the experts."""
     total = sum(map(size, config.linears))
     return sum(size(name) * (share if config.is_expert(name) else 1) for name in config.linears) / total
 

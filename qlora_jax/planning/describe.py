@@ -2,7 +2,9 @@
 
 import math
 
-from qlora_jax.mesh.rules import named
+import jax
+
+from qlora_jax.mesh.rules import Cut, named
 from qlora_jax.planning.memory import usable_bytes
 from qlora_jax.planning.plan import EFFICIENCIES, Plan
 from qlora_jax.train.cut import in_words
@@ -33,7 +35,7 @@ def table(plan: Plan) -> str:
         return f"  {label:<36}{size / scale:>9.3f} {unit}{more}"
 
     pages = f" in {len(memory.resident)} pages, {sum(memory.resident)} of them on the device"
-    devices = plan.spec.axes.devices
+    devices, parts = plan.spec.axes.devices, plan.spec.axes.row_parts
     lines = [f"{plan.gpu.device_kind}: {both(plan.gpu.memory_bytes)}", ""]
     if devices > 1:
         lines[0] = f"{devices} x {lines[0]} each; mesh: {plan.spec.axes}; what follows is of each"
@@ -47,8 +49,8 @@ def table(plan: Plan) -> str:
         row("host memory at the peak of loading", memory.load_host_peak_bytes),
         row("optimizer state", memory.optimizer_bytes, pages),
         "",
-        f"  a step: {in_words(batch.G, batch.B)} of {batch.T}{' on each' if devices > 1 else ''} = "
-        f"{devices * batch.tokens:,} tokens, remat {plan.spec.model.remat}",
+        f"  a step: {in_words(batch.G, batch.B)} of {batch.T}{' on each' if parts > 1 else ''} = "
+        f"{parts * batch.tokens:,} tokens, remat {plan.spec.model.remat}",
         f"  ({plan.choice.reason}),",
         f"  {plan.time.flops / 1e12:,.2f} TFLOP,",
         f"  {plan.time.bytes / 1e9:,.2f} GB of device memory moved, {plan.time.bus_bytes / 1e9:,.3f} GB each way over "
@@ -56,7 +58,7 @@ def table(plan: Plan) -> str:
         *_wire(plan),
         f"  roofline {plan.time.seconds:.3g} s; tokens/s at "
         + ", ".join(
-            f"{share:.0%}: {share * devices * batch.tokens / plan.time.seconds:,.0f}" for share in EFFICIENCIES
+            f"{share:.0%}: {share * parts * batch.tokens / plan.time.seconds:,.0f}" for share in EFFICIENCIES
         ),
         "",
     ]
@@ -83,8 +85,9 @@ def _wire(plan: Plan) -> list[str]:
         return []
     codes = sum(size for what, size in plan.memory.wire.items() if what.endswith(" u8"))
     total, rate = plan.time.wire_bytes, plan.gpu.link_bytes_per_second
+    what = f"{codes / max(total, 1):.1%} of it packed weights" if codes else "activations and gradients"
     return [
-        f"  {total / 1e9:,.2f} GB received from the other devices, {codes / max(total, 1):.1%} of it packed weights: "
+        f"  {total / 1e9:,.2f} GB received from the other devices, {what}: "
         f"{total / rate:.3g} s at {rate / 1e9:,.0f} GB/s,"
     ]
 
@@ -92,14 +95,15 @@ def _wire(plan: Plan) -> list[str]:
 def mesh_table(plan: Plan) -> str:
     """Each array of model and adapter: its shape, along what it is divided, and what each device holds."""
     model = abstract_model(plan.spec.model, plan.spec.axes)
-    cut = {} if model.shards is None else model.shards.axis_of
-    rows = [f"mesh: {plan.spec.axes}; rows of a batch are divided along both", ""]
-    for name, leaf in [*named(model.base), *named(model.adapter)]:
-        axes = ["-"] * len(leaf.shape)
-        ways = plan.spec.axes.fsdp if name in cut else 1
-        if name in cut:
-            axes[cut[name]] = "fsdp"
-        size = math.prod(leaf.shape) * leaf.dtype.itemsize // ways
+    devices = plan.spec.axes
+    rows = [f"mesh: {devices}; rows of a batch are divided along all of these but tensor", ""]
+    mine = model.of_one()
+    parts = [*jax.tree.leaves(mine.base), *jax.tree.leaves(mine.adapter)]
+    for (name, leaf), part in zip([*named(model.base), *named(model.adapter)], parts, strict=True):
+        cut = Cut() if model.shards is None else model.shards.cuts.get(name, Cut())
+        along = [[axis for axis in names if getattr(devices, axis) > 1] for names in cut.of_each(len(leaf.shape))]
+        axes = ["+".join(names) or "-" for names in along]
+        size = math.prod(part.shape) * part.dtype.itemsize
         shape = ", ".join(str(d) for d in leaf.shape)
         line = f"  {name:<56}{f'{leaf.dtype}[{shape}]':<36}({', '.join(axes)})"
         rows.append(f"{line:<112}{size / 1e6:>10.2f} MB")

@@ -140,10 +140,11 @@ def plan_memory(
     inputs = 0
     if spec.model.remat in ("block", "selective"):  # of the temporaries, what is known
         itemsize = 2 if spec.model.is_16bit else 4
+        one = spec.of_one().model
         with traced_for(gpu):
-            sums = log_sums(spec.model, spec.batch.T)
-        shape = (spec.batch.B, spec.batch.T, itemsize, spec.model.low_rank, sums)
-        inputs = int(kept_bytes(spec.model.sizes, spec.model.remat, *shape) * spec.model.kept_share(spec.batch.T))
+            sums = log_sums(one, spec.batch.T)
+        shape = (spec.batch.B, spec.batch.T, itemsize, one.low_rank, sums)
+        inputs = int(kept_bytes(one.sizes, one.remat, *shape) * spec.model.kept_share(spec.batch.T))
     in_gradient = held | {
         "gradients": adapter,
         "block_inputs": inputs,

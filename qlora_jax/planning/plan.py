@@ -43,7 +43,7 @@ class Plan:
     def to_json(self, name: str) -> dict[str, Any]:
         batch = self.spec.batch
         devices = self.spec.axes.devices
-        tokens = batch.tokens * devices
+        tokens = batch.tokens * self.spec.axes.row_parts
         return {
             "gpu": name,
             "devices": devices,
@@ -111,19 +111,20 @@ def make_plan(
             return fits(_memory(changed, read_spec(changed), gpu), gpu)
 
         change, tried = first_that_fits(spec, paging(config.optimizer), would_fit)
-    weights = linear_weights(spec.model.sizes)
+    mine = spec.of_one()
+    weights = linear_weights(mine.model.sizes)
     kinds = {kind: size for phase in memory.phases for kind, size in phase.bytes.items() if kind != "temporaries"}
     packed = kinds.get("codes", 0) + kinds.get("scales", 0) or kinds["linear_16bit"]
     paged = memory.optimizer_bytes - sum(
         size for size, stays in zip(memory.page_bytes, memory.resident, strict=True) if stays
     )
     adapter_params = kinds["adapters"] // 4
-    if spec.axes.devices > 1:  # of the whole model, which each device computes
+    if spec.axes.devices > 1:  # of the whole model, which each device computes, or those along tensor together
         model = abstract_model(spec.model, spec.axes)
         whole = base_bytes(model)
-        packed = whole["codes"] + whole["scales"] or whole["linear_16bit"]
-        adapter_params = sum(leaf.size for leaf in jax.tree.leaves(model.adapter))
-    time = roofline(spec, gpu, packed, weights, adapter_params, paged, sum(memory.wire.values()))
+        packed = (whole["codes"] + whole["scales"] or whole["linear_16bit"]) // spec.axes.tensor
+        adapter_params = sum(leaf.size for leaf in jax.tree.leaves(model.adapter)) // spec.axes.tensor
+    time = roofline(mine, gpu, packed, weights, adapter_params, paged, sum(memory.wire.values()))
     return Plan(gpu, spec, memory, time, change, tuple(tried), choice)
 
 

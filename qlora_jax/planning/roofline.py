@@ -13,16 +13,16 @@ a token meets), H = V * D of the head:
 Of an encoder-decoder a token of the prompt meets the encoder and the projections of what it gives, one of the answer
 the others and the head; both count as wide as they may be. Attention is counted as a decoder's of the whole row.
 
-Bytes of one micro-batch: packed codes and scales for each pass over the base; where XLA dequantizes, also a 16-bit
-weight written and read again in each pass; what is kept of the layers written and read; the head once a pass. Of a
-step: the paged state over the bus, both ways.
+Bytes of one micro-batch: packed codes and scales for each pass over the base (of a mesh that keeps experts where they
+are, a device's own); where XLA dequantizes, also a 16-bit weight written and read again in each pass; what is kept of
+the layers written and read; the head once a pass. Of a step: the paged state over the bus, both ways.
 """
 
 import dataclasses
 from collections.abc import Callable
 
 from qlora_jax.lora import rank_one_parameters
-from qlora_jax.models.sizes import active_share
+from qlora_jax.models.sizes import active_share, share_with
 from qlora_jax.planning.gpus import PlannedGpu
 from qlora_jax.train.backward import kept_bytes
 from qlora_jax.train.spec import RunSpec
@@ -103,10 +103,11 @@ def roofline(
     passes = PASSES if _recomputes(spec) else PASSES - 1
     head = 0 if sizes.kind.bidirectional else sizes.V * sizes.D
     micro_flops = step_flops(spec, linear_weights, adapter_params) / batch.G
-    moved = float(passes * packed_bytes + 2 * PASSES * head)
+    here = share_with(1 / spec.axes.expert, sizes, sizes.weights)  # experts of other devices are read by those
+    moved = here * passes * packed_bytes + 2 * PASSES * head
     moved += 2 * kept_bytes(sizes, spec.model.remat, batch.B, batch.T, 2) * spec.model.kept_share(batch.T)
     if spec.model.kernel in ("auto", "xla", "scratch") and spec.model.quant.format != "none":
-        moved += passes * 4 * linear_weights
+        moved += here * passes * 4 * linear_weights
     micro = max(micro_flops / gpu.flops_per_second, moved / gpu.bytes_per_second)
     matrices = min(len(spec.model.lora.modules_to_save), 1 if sizes.tied else 2)
     seconds = batch.G * micro + 24 * (adapter_params + matrices * head) / gpu.bytes_per_second

@@ -1,15 +1,21 @@
 """Compiling for a GPU that is not here: XLA takes a description of it and gives a device to compile for.
 
-XLA:GPU's compiler comes with jax-cuda13-plugin; neither a GPU nor CUDA's libraries are needed.
+XLA:GPU's compiler comes with jax-cuda13-plugin, the ptxas and libdevice that it calls with nvidia-cuda-nvcc and
+nvidia-nvvm; neither a GPU nor the rest of CUDA is needed.
 """
 
 import contextlib
 import functools
 import importlib.util
+import os
+import re
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
+from jax._src.lib import cuda_path
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
@@ -18,12 +24,29 @@ from qlora_jax.errors import InputError
 from qlora_jax.planning.gpus import PlannedGpu
 
 
+def missing() -> str | None:
+    """What there is not of all that compiling for a GPU takes which is not here; None: nothing.
+
+    XLA ends the process where it finds no ptxas, so that is looked for first, in the places where XLA looks.
+    """
+    if importlib.util.find_spec("jax_plugins") is None or not any(
+        importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (13, 12)
+    ):
+        return "XLA's compiler for GPUs"
+    roots = [Path(root) for root in (cuda_path, *_CUDA_ROOTS.findall(os.environ.get("XLA_FLAGS", "")), *_USUAL) if root]
+    if not any((root / "bin" / "ptxas").is_file() for root in roots) and shutil.which("ptxas") is None:
+        return "CUDA's ptxas"
+    return None if any((root / _LIBDEVICE).is_file() for root in roots) else "CUDA's libdevice"
+
+
+_CUDA_ROOTS = re.compile(r"--xla_gpu_cuda_data_dir=(\S+)")
+_USUAL = ("/usr/local/cuda", "/opt/cuda")
+_LIBDEVICE = Path("nvvm", "libdevice", "libdevice.10.bc")
+
+
 def is_installed() -> bool:
     """Whether programs can be compiled for a GPU that is not here."""
-    return importlib.util.find_spec("jax_plugins") is not None and (
-        importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
-        or importlib.util.find_spec("jax_plugins.xla_cuda12") is not None
-    )
+    return missing() is None
 
 
 def described_device(gpu: PlannedGpu) -> Any:
@@ -34,8 +57,8 @@ def described_device(gpu: PlannedGpu) -> Any:
 @functools.cache
 def described_devices(gpu: PlannedGpu, count: int) -> Any:
     """So many of one host."""
-    if not is_installed():
-        raise InputError("planning for a GPU needs XLA's compiler for it: pip install 'qlora_jax[plan]'")
+    if (what := missing()) is not None:
+        raise InputError(f"planning for a GPU needs {what}, which is not here: pip install 'qlora_jax[plan]'")
     try:
         topology = topologies.get_topology_desc(
             platform="cuda", topology_name="", topology=f"1x1x{count}", target_config=gpu.target_config

@@ -117,9 +117,11 @@ def add_gradient(
 
     if balance is not None:
         targets = jnp.sum(loss_mask[:, 1:]).astype(jnp.float32) * model.router_aux_loss_coef
-        uneven, pull = balancing_loss(of_routers, balance.counted)
-        loss = loss + targets * uneven
-        apply_layer = partial(apply_layer, balance=balance._replace(gradient=targets * pull))
+        sums = of_routers, jnp.sum(balance.counted), targets
+        of_routers, counted, all_targets = sums if model.shards is None else model.shards.total(sums)
+        uneven, pull = balancing_loss(of_routers, counted)
+        loss = loss + targets * uneven  # of all devices together: as often as there are targets
+        apply_layer = partial(apply_layer, balance=balance._replace(gradient=all_targets * pull))
 
     def backward(carry, layer):
         (dx, total, here), (kept, mine, others, number) = carry, layer
@@ -138,7 +140,9 @@ def add_gradient(
         total[head] = jax.tree.map(lambda _: head_sum, total[head])
     if "embedding" in total:
         dx = model.embedding_gradient(tokens, context.positions, dx)
-        total["embedding"] = jax.tree.map(lambda sums: sums.at[tokens].add(dx.astype(sums.dtype)), total["embedding"])
+        total["embedding"] = jax.tree.map(
+            lambda sums: model.add_to_embedding(sums, tokens, dx), total["embedding"]
+        )
     return loss, total
 
 
@@ -167,7 +171,7 @@ class _Layers:
 
     def whole(self, adapter: Any) -> Any:
         """A layer's adapter from all devices."""
-        return adapter if self._shards is None else self._shards.whole(adapter)
+        return adapter if self._shards is None else self._shards.adapter(adapter, self._model.compute_dtype)
 
 
 def _added(number: jax.Array, sums: jax.Array, gradient: jax.Array) -> jax.Array:

@@ -92,29 +92,13 @@ def check_values(config: Any, backend: str | None = None) -> None:
 
 def _check_mesh(config: Any) -> None:
     axes = Axes.of(config.mesh)
-    if axes.devices == 1:
+    if axes.fsdp * axes.expert == 1:
         return
-    if config.model.router_aux_loss_coef:
+    if config.model.remat == "none":
         raise InputError(
-            f"model.router_aux_loss_coef is {config.model.router_aux_loss_coef}, whose loss is of all of a batch's "
-            f"tokens together, and the mesh ({axes}) divides them: set it to 0, or mesh.devices=1"
+            f'model.remat "none" keeps every layer that was gathered, and the mesh ({axes}) divides the model\'s '
+            f"arrays: set model.remat=block, or divide rows alone by {axes.all_rows()}"
         )
-    if axes.fsdp == 1:
-        return
-    matrices = set(config.lora.modules_to_save) - {AUTO}
-    added = config.data.added_tokens or config.data.added_special_tokens
-    refused = (
-        (config.model.remat == "none", "model.remat", "keeps every layer that was gathered", "model.remat=block"),
-        (matrices, "lora.modules_to_save", "trains whole matrices", "lora.modules_to_save=()"),
-        (added, "data.added_tokens", "adds rows to a divided embedding", "data.added_tokens=()"),
-        (config.eval.mmlu_data, "eval.mmlu_data", "asks with a whole head", "eval.mmlu_data=''"),
-    )
-    for is_wrong, key, does, mend in refused:
-        if is_wrong:
-            raise InputError(
-                f"{key} {does}, and the mesh ({axes}) divides the model's arrays: set {mend}, or divide rows alone by "
-                f"mesh.data={axes.devices} and mesh.fsdp=1"
-            )
 
 
 def _check_flash(section: Any) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.models.chunks import chunk_size
-from qlora_jax.models.head import Head, axis_of, token_losses, token_losses_and_hits
+from qlora_jax.models.head import Head, axes_of, rows_of, token_losses, token_losses_and_hits
 
 
 def summed_loss(
@@ -45,7 +45,7 @@ def summed_loss_and_hits(
 
     Logits are computed of target tokens alone. Not for differentiation: the loop is as long as there are targets.
     """
-    rows, targets = hidden.reshape(-1, hidden.shape[-1]), _Targets.of(tokens, loss_mask, chunk, axis_of(head))
+    rows, targets = hidden.reshape(-1, hidden.shape[-1]), _Targets.of(tokens, loss_mask, chunk, rows_of(axes_of(head)))
 
     def add_chunk(number, totals):
         chosen, labels, counted, _ = targets.chunk(number)
@@ -67,10 +67,10 @@ class _Targets(NamedTuple):
     labels: jax.Array  # int32 [B * T]
     total: jax.Array  # int32 []
     size: int  # tokens of a chunk
-    axis: str | None  # of a mesh, whose devices go through as many chunks as the one that has most targets
+    axis: tuple[str, ...]  # of a mesh, whose devices go through as many chunks as the one that has most targets
 
     @classmethod
-    def of(cls, tokens: jax.Array, loss_mask: jax.Array, chunk: int, axis: str | None = None) -> "_Targets":
+    def of(cls, tokens: jax.Array, loss_mask: jax.Array, chunk: int, axis: tuple[str, ...] = ()) -> "_Targets":
         counted = jnp.roll(loss_mask.at[:, 0].set(False), -1, axis=1).reshape(-1)
         n = counted.size
         size = chunk_size(n, chunk)
@@ -83,11 +83,11 @@ class _Targets(NamedTuple):
     def chunks(self) -> jax.Array:
         """int32 []: so many have targets."""
         mine = (self.total + self.size - 1) // self.size
-        return mine if self.axis is None else jax.lax.pmax(mine, self.axis)
+        return mine if not self.axis else jax.lax.pmax(mine, self.axis)
 
     def take(self, rows: jax.Array, chosen: jax.Array) -> jax.Array:
         """Rows [B * T, D] of a chunk [size, D]: zeros where another device has targets, and this one has none."""
-        if self.axis is None:
+        if not self.axis:
             return jnp.take(rows, chosen, axis=0)
         return rows.at[chosen].get(mode="fill", fill_value=0)
 
@@ -135,7 +135,7 @@ def loss_and_gradient(
     Returns:
       float32 [] nats, d x [B, T, D] in x's dtype, and head_sum with the head's gradient added.
     """
-    rows, targets = x.reshape(-1, x.shape[-1]), _Targets.of(tokens, loss_mask, chunk, axis_of(head))
+    rows, targets = x.reshape(-1, x.shape[-1]), _Targets.of(tokens, loss_mask, chunk, rows_of(axes_of(head)))
 
     def add_chunk(number, carry):
         total, dx, head_sum = carry

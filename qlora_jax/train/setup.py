@@ -24,16 +24,18 @@ from qlora_jax.io.adapters.head import read_head
 from qlora_jax.io.folder import has_tokenizer, resolve
 from qlora_jax.io.load import QuantSpec, load_config, load_model
 from qlora_jax.io.peft_config import read_config
-from qlora_jax.io.place import anywhere
+from qlora_jax.io.place import anywhere, as_read
 from qlora_jax.io.remote import name_of
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.mesh.axes import Axes
 from qlora_jax.mesh.place import Devices, by_rules, mesh_of
 from qlora_jax.mesh.processes import are_several, everywhere
 from qlora_jax.mesh.shards import Shards, bytes_of_one
+from qlora_jax.mesh.tensor import arranged
 from qlora_jax.models import attention
 from qlora_jax.models.config import ModelConfig, read_json
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.divided.splits import local_sizes, splits_of
 from qlora_jax.models.kind import Kind
 from qlora_jax.models.layers import Frozen
 from qlora_jax.models.mixtures.router import check_router_loss
@@ -159,8 +161,20 @@ def prepare(
     lora.select_targets(lora_config.targets, model_config)
     check_router_loss(config.model, model_config)
     check_kind(config, model_config)
+    splits = splits_of(model_config, axes, quant)
+    if splits and base is not None:
+        raise InputError(
+            f"mesh.tensor is {axes.tensor}, and a model in memory is laid out for one device: train it by "
+            "experiments.train, or divide it along mesh.fsdp"
+        )
     if config.lora.init_from:
-        check_base(read_config(Path(config.lora.init_from)).residual, quant.format != "none")
+        residual = read_config(Path(config.lora.init_from)).residual
+        check_base(residual, quant.format != "none")
+        if residual and splits:
+            raise InputError(
+                f"lora.init_from starts from {residual}, which changes the base's weights, and mesh.tensor = "
+                f"{axes.tensor} divides each: set mesh.tensor=1 and mesh.fsdp={axes.fsdp * axes.tensor}"
+            )
     tokenizer, V = None, model_config.V
     if added is not None:
         tokenizer, V = extended_tokenizer(added), added.rows(V)
@@ -187,9 +201,12 @@ def prepare(
         say(f"data: one pass over data.batches: {steps} steps, fewer than train.steps = {config.train.steps}")
     tx = make_optimizer(config.optimizer, steps)
     if not is_encoder:
-        _say_attention(config.model, model_config, data.batches.max_length, say)
-    place = anywhere if mesh is None else partial(by_rules, mesh)
-    model, base_input = load_base(config, folder, progress, place) if base is None else base.fresh(config.model)
+        _say_attention(config.model, local_sizes(model_config, axes.tensor), data.batches.max_length, say)
+    place = anywhere if mesh is None else partial(by_rules, mesh, splits=splits)
+    arrange = (lambda name, weight: arranged(weight, splits[name], axes.tensor)) if splits else as_read
+    model, base_input = (
+        load_base(config, folder, progress, place, arrange) if base is None else base.fresh(config.model)
+    )
     check({"model.path": base_input})
     begun = ""
     if isinstance(model, Encoder) and not config.lora.init_from:
@@ -215,7 +232,7 @@ def prepare(
     graph, adapter, frozen = lora.split(model)
     devices = None
     if mesh is not None:
-        devices = Devices(mesh, Shards.of(axes, adapter, frozen))
+        devices = Devices(mesh, Shards.of(axes, adapter, frozen, splits=splits))
         model.shards = devices.shards
         graph, adapter, frozen = lora.split(model)
         adapter, frozen = (everywhere(tree, devices.shardings(tree)) for tree in (adapter, frozen))
@@ -279,23 +296,27 @@ def rows_to_cut(config: Any, sizes: ModelConfig, lora_config: LoRAConfig, data: 
     """The rows of a step of `data`; `sizes` with added tokens in V."""
     settings = model_settings(config.model) | row_limits(sizes, [config.data])
     spec = ModelSpec(sizes, quantization(config), lora_config, **settings)
-    rows = Axes.of(config.mesh).rows(data.batches.batch_size)
-    return ToCut.of(config, spec, rows, data.batches.max_length)
+    axes = Axes.of(config.mesh)
+    return ToCut.of(config, spec.of_one(axes), axes.rows(data.batches.batch_size), data.batches.max_length)
 
 
 def load_base(
-    config: Any, folder: Path, progress: Callable[[int, int], None], place: Callable[[str, Any], Any] = anywhere
+    config: Any,
+    folder: Path,
+    progress: Callable[[int, int], None],
+    place: Callable[[str, Any], Any] = anywhere,
+    arrange: Callable[[str, Any], Any] = as_read,
 ) -> Base:
     """The frozen model that the config's `model` and `quant` sections describe, from its folder.
 
-    `place`: see load_model.
+    `place`, `arrange`: see load_model.
     """
     m = config.model
     sums: list[str] = []
     check_router_loss(m, load_config(folder))
     model = load_model(
         folder, quantization(config), m.compute_dtype, m.remat, m.attention, m.kernel, progress, m.sequence_chunk,
-        sums.append, place,
+        sums.append, place, arrange,
     )  # fmt: skip
     model.router_aux_loss_coef = m.router_aux_loss_coef
     settings = {key: value for key, value in read_json(folder / "config.json").items() if key not in _NOT_SETTINGS}

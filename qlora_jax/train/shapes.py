@@ -1,6 +1,7 @@
 """A run's model and batches as shapes: what a plan compiles, and what random weights fill."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,8 +12,10 @@ from qlora_jax import lora
 from qlora_jax.io.load import QuantSpec, abstract_weight
 from qlora_jax.mesh.axes import ONE, Axes
 from qlora_jax.mesh.shards import Shards
+from qlora_jax.mesh.tensor import arranged
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.divided.splits import local_sizes, splits_of
 from qlora_jax.models.families.module import assembled
 from qlora_jax.settings import AUTO
 
@@ -48,6 +51,12 @@ class ModelSpec:
         """Ranks of a layer's adapters together, but for those of experts."""
         names = lora.select_targets(self.lora.targets, self.sizes)
         return self.lora.rank * sum(not self.sizes.is_expert(name) for name in names)
+
+    def of_one(self, axes: Axes) -> "ModelSpec":
+        """Of what one device computes of a layer and of the head; its arrays are those of `AbstractModel.of_one`."""
+        sizes = local_sizes(self.sizes, axes.tensor)
+        V = sizes.V if sizes.V % axes.tensor else sizes.V // axes.tensor
+        return dataclasses.replace(self, sizes=dataclasses.replace(sizes, V=V))
 
     def kept_share(self, T: int) -> float:
         """Of the tokens that all layers would take of a row of T, those that they do: an encoder-decoder's layers see
@@ -98,6 +107,7 @@ def abstract_model(spec: ModelSpec, axes: Axes = ONE) -> AbstractModel:
     """The model that `train/setup.prepare` would load on a mesh of these axes, as shapes and dtypes."""
     config = spec.sizes
     stored = jnp.dtype(spec.kept_dtype)
+    splits = splits_of(config, axes, spec.quant)
 
     def made() -> Decoder:
         weights: dict[str, Any] = {
@@ -111,6 +121,8 @@ def abstract_model(spec: ModelSpec, axes: Axes = ONE) -> AbstractModel:
         for name, shape in config.linears.items():
             one: Any = abstract_weight(config, name, spec.quant)
             one = jax.ShapeDtypeStruct(shape, stored) if one is None else dataclasses.replace(one, backend=spec.kernel)
+            if name in splits:
+                one = jax.eval_shape(partial(arranged, split=splits[name], ways=axes.tensor), one)
             room = (config.depth(name), *config.copies(name))
             weights["layers"][name] = jax.tree.map(lambda x: jnp.zeros((*room, *x.shape), x.dtype), one)  # noqa: B023
         model = assembled(config, weights, spec.compute_dtype, spec.remat, spec.attention, spec.sequence_chunk)
@@ -124,7 +136,7 @@ def abstract_model(spec: ModelSpec, axes: Axes = ONE) -> AbstractModel:
     graph, adapter, base = lora.split(model)
     if axes.devices == 1:
         return AbstractModel(graph, adapter, base)
-    model.shards = Shards.of(axes, adapter, base)
+    model.shards = Shards.of(axes, adapter, base, splits=splits)
     return AbstractModel(*lora.split(model), model.shards)
 
 

@@ -16,6 +16,7 @@ from qlora_jax.io.folder import fetch_config, has_tokenizer
 from qlora_jax.io.load import QuantSpec, load_config, skipped_linears
 from qlora_jax.mesh.axes import ONE, Axes
 from qlora_jax.models.config import ModelConfig, read_json
+from qlora_jax.models.divided.splits import splits_of
 from qlora_jax.models.known import KNOWN, known_config
 from qlora_jax.quant import native
 from qlora_jax.quant.tensor import check_kernel
@@ -43,6 +44,10 @@ class RunSpec:
         """The same run, cut otherwise."""
         batch = dataclasses.replace(self.batch, G=self.to_cut.rows // cut.rows, B=cut.rows)
         return dataclasses.replace(self, model=dataclasses.replace(self.model, remat=cut.remat), batch=batch)
+
+    def of_one(self) -> "RunSpec":
+        """With the sizes of what one device computes."""
+        return dataclasses.replace(self, model=self.model.of_one(self.axes))
 
 
 def read_spec(config: Any, length: int | None = None) -> RunSpec:
@@ -72,10 +77,11 @@ def read_spec(config: Any, length: int | None = None) -> RunSpec:
     length = length or longest_row(config, sizes)
     axes = Axes.of(config.get("mesh"))  # a forecast of a grid has none
     rows = axes.rows(rows)
-    to_cut = ToCut.of(config, model, rows, length)
+    splits_of(sizes, axes, quant)  # refuses what cannot be divided
+    to_cut = ToCut.of(config, model.of_one(axes), rows, length)
     has_evaluation = bool(config.data.eval_examples or config.data.eval_path) and not config.data.batches
     packed = config.data.packing
-    evaluation = BatchShape(1, -(-config.eval.batch_size // axes.devices), length, packed) if has_evaluation else None
+    evaluation = BatchShape(1, -(-config.eval.batch_size // axes.row_parts), length, packed) if has_evaluation else None
     spec = RunSpec(model, BatchShape(1, rows, length, packed), evaluation, form, to_cut, axes)
     return spec.with_cut(default_cut(to_cut))
 

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from qlora_jax.mesh.place import Devices, on_mesh
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.divided.part import own_part
 from qlora_jax.models.dropout import DropoutKey
 from qlora_jax.train.backward import add_gradient
 from qlora_jax.train.loss import summed_loss, summed_loss_and_hits
@@ -50,8 +51,11 @@ def make_gradient(
       the same within rounding: a row's dropout too depends on its place among the G * B alone.
     """
 
+    def merged(graph, adapter, base):
+        return own_part(merge(graph, adapter, base))
+
     def micro_loss(adapter, base, tokens, loss_mask, key, segments):
-        return loss_of(merge(graph, adapter, base), tokens, loss_mask, key, segments, loss_chunk)[0]
+        return loss_of(merged(graph, adapter, base), tokens, loss_mask, key, segments, loss_chunk)[0]
 
     def gradient(adapter, base, tokens, loss_mask, key, segments=None):
         shards = getattr(merge(graph, adapter, base), "shards", None)
@@ -61,7 +65,7 @@ def make_gradient(
             rows = micro_tokens.shape[0]
             first = index * rows if shards is None else index * rows * shards.row_parts + shards.first_row(rows)
             micro_key = None if key is None else DropoutKey(key, first)
-            model = merge(graph, adapter, base)
+            model = merged(graph, adapter, base)
             if model.remat == "none" or type(model) is not Decoder:  # add_gradient knows a decoder's layers alone
                 loss, grads = jax.value_and_grad(micro_loss)(
                     adapter, base, micro_tokens, micro_mask, micro_key, micro_segments
@@ -90,7 +94,7 @@ def make_evaluation(
     nats, target tokens), without dropout. `devices` divide B among them."""
 
     def evaluate(adapter, base, tokens, loss_mask, segments=None):
-        model = nnx.merge(graph, adapter, base)
+        model = own_part(nnx.merge(graph, adapter, base))
         nats, _, count = loss_and_hits(model, tokens, loss_mask, segments, loss_chunk)
         shards = getattr(model, "shards", None)
         return (nats, count) if shards is None else shards.total((nats, count))

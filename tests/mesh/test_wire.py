@@ -12,6 +12,8 @@ TEXT = """
 
 %sum (a: f32[4]) -> f32[4] {
   %r = f32[4]{0} all-reduce(%a), replica_groups=mesh['data'=2,'fsdp'=4] {'data','fsdp'}, to_apply=%add
+  %q = ((f32[4]{0}), f32[4]{0}) all-reduce-start(%r), replica_groups={{0,1}}, to_apply=%add
+  ROOT %z = f32[4]{0} all-reduce-done(%q)
 }
 
 ENTRY %main (x: f32[4]) -> f32[4] {
@@ -28,5 +30,5 @@ def test_what_a_device_receives_is_counted_with_the_turns_of_loops():
         "all-gather u8": 3 * 64 * 3 // 4,
         "all-gather f32": 3 * 32 * 3 // 4 + 32 * 3 // 4,
         "reduce-scatter f32": 3 * 64 * 3 // 4,
-        "all-reduce f32": 2 * 16 * 7 // 8,
+        "all-reduce f32": 2 * 16 * 7 // 8 + 2 * 16 // 2,
     }

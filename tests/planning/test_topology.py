@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from qlora_jax.errors import InputError
 from qlora_jax.planning import topology
 from qlora_jax.planning.gpus import GPUS
 
@@ -34,6 +35,21 @@ def asked(monkeypatch):
 def compiled():
     x = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
     return topology.compile_for(GPU, lambda x: x @ x, *topology.on_gpu(GPU, (x,)), compiler_options={"xla_dump_to": ""})
+
+
+@pytest.mark.parametrize("what", ["ptxas", "libdevice"])
+def test_without_a_part_of_cuda_it_says_which(monkeypatch, tmp_path, what):
+    """XLA would end the process by a signal."""
+    (tmp_path / "bin").mkdir()
+    if what != "ptxas":
+        (tmp_path / "bin" / "ptxas").touch()
+    monkeypatch.setattr(topology, "cuda_path", None)
+    monkeypatch.setattr(topology, "_USUAL", (str(tmp_path),))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    topology.described_devices.cache_clear()
+    with pytest.raises(InputError, match=f"needs CUDA's {what}, which is not here: pip install 'qlora_jax\\[plan\\]'"):
+        topology.described_device(GPU)
 
 
 def test_a_product_that_only_a_card_can_tune_is_not_fused(asked):

@@ -11,6 +11,9 @@ choices and the packed weights.
 
 The stacks [L, E, ...] stand outside of the scan over layers: a layer takes its experts' codes from them one by one,
 where a scan would copy those of all of a layer's experts, used or not.
+
+Where devices of a mesh have some of the experts each (across.py), E is a device's number of them. It takes the tokens
+of all these devices; pairs of others' experts are in no tile.
 """
 
 from functools import partial
@@ -20,9 +23,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.nf4_matmul import dense_matmul, low_rank_terms
+from qlora_jax.mesh.tensor import entered, first_of, left
 from qlora_jax.models.dropout import Dropout, DropoutRate, mix
 from qlora_jax.models.kind import Kind
 from qlora_jax.models.layers import ACTIVATIONS, Frozen, Linear, part_of
+from qlora_jax.models.mixtures import across
 from qlora_jax.quant.tensor import QuantizedTensor, dequantize
 
 ROLES = ("gate_up", "gate", "up", "down")  # of a family's linear layers, those that stand in experts
@@ -39,6 +44,7 @@ class Drawn(NamedTuple):
     words: jax.Array  # uint32 [2], of the layer's key
     rate: DropoutRate
     first_row: Any  # which row of the step's batch x begins with
+    first_expert: Any = 0  # which of all experts the first one here is
 
 
 class Frame(NamedTuple):
@@ -59,6 +65,8 @@ class How(NamedTuple):
     T: int  # tokens of a row: where a token stands in the batch, for dropout
     rows: int  # of a tile
     place: int  # of the first of them among the layer's linear layers, as dropout counts
+    divided: bool = False  # each device has its part of F, and of what comes out
+    ways: int = 1  # devices that have some of the experts each
 
 
 def stacked(weight: Any, bias: jax.Array | None) -> Linear:
@@ -86,35 +94,45 @@ def mixture(
     linears: dict[str, Linear] = {role: part_of(block, kind.linear[role]) for role in roles}
     adapted = {role: linear for role, linear in linears.items() if linear.lora_a is not None}
     adapters = {role: (linear.lora_a.get_value(), linear.lora_b.get_value()) for role, linear in adapted.items()}
+    divided = linears["down"].split is not None
+    if divided:
+        x, weights = entered(x), entered(weights)
     B, T, D = x.shape
+    stacks = {role: linear.weight.get_value() for role, linear in linears.items()}
+    count = _count(stacks)
+    ways = kind.experts.count // count
     place, drawn = dropout.place, None
     if adapters and dropout.words is not None:
-        drawn = Drawn(dropout.words, dropout.rate, dropout.first_row)
+        first = across.first_row(ways, dropout.first_row, B), across.first_here(ways, count)
+        drawn = Drawn(dropout.words, dropout.rate, *first)
     for _ in roles:
         dropout.skip()
     frame = Frame(
-        {role: linear.weight.get_value() for role, linear in linears.items()},
+        stacks,
         {role: linear.bias.get_value() for role, linear in linears.items() if hasattr(linear, "bias")},
         {role: linear.lora_scale for role, linear in adapted.items()},
         layer,
         drawn,
     )
-    rows = tile_rows(B * T, kind.experts.per_token, kind.experts.count)
-    how = How(kind.activation, kind.experts.swiglu, T, rows, place)
-    return _through(how, frame, chosen, adapters, weights, x.reshape(B * T, D)).reshape(B, T, D)
+    rows = tile_rows(ways * B * T, kind.experts.per_token, kind.experts.count)
+    how = How(kind.activation, kind.experts.swiglu, T, rows, place, divided, ways)
+    y = _through(how, frame, chosen, adapters, weights, x.reshape(B * T, D)).reshape(B, T, D)
+    return left(y) if divided else y
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _through(how: How, frame: Frame, chosen: jax.Array, adapters: Any, weights: jax.Array, x: jax.Array) -> jax.Array:
     """x [M, D] -> [M, D] in x's dtype, summed over a token's experts in float32."""
-    tiles = _Tiles.of(chosen, _count(frame), how.rows)
+    chosen, weights, x = across.from_all(how.ways, (chosen, weights, x))
+    tiles = _tiles(how, frame, chosen)
 
     def add(number: jax.Array, y: jax.Array) -> jax.Array:
         tile = tiles.tile(number)
         given = _expert(how, frame, tile, x.dtype)(_rows(x, tile), _weights(weights, tile), _of(adapters, tile.expert))
         return y.at[tile.tokens].add(given, mode="drop", unique_indices=True)
 
-    return jax.lax.fori_loop(0, tiles.number, add, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
+    y = jax.lax.fori_loop(0, tiles.number, add, jnp.zeros(x.shape, jnp.float32))
+    return across.back(how.ways, y).astype(x.dtype)
 
 
 def _forward(how, frame, chosen, adapters, weights, x):
@@ -123,7 +141,8 @@ def _forward(how, frame, chosen, adapters, weights, x):
 
 def _backward(how, saved, dy):
     frame, chosen, adapters, weights, x = saved
-    tiles = _Tiles.of(chosen, _count(frame), how.rows)
+    chosen, weights, x, dy = across.from_all(how.ways, (chosen, weights, x, dy))
+    tiles = _tiles(how, frame, chosen)
     dy = dy.astype(jnp.float32)
 
     def add(number: jax.Array, sums: Any) -> Any:
@@ -139,7 +158,8 @@ def _backward(how, saved, dy):
 
     zeros = jax.tree.map(jnp.zeros_like, (adapters, weights.reshape(-1))), jnp.zeros(x.shape, jnp.float32)
     d_adapters, d_weights, dx = jax.lax.fori_loop(0, tiles.number, add, (*zeros[0], zeros[1]))
-    return None, None, d_adapters, d_weights.reshape(weights.shape), dx.astype(x.dtype)
+    d_weights, own_dx = (across.back(how.ways, sums) for sums in (d_weights.reshape(weights.shape), dx))
+    return None, None, d_adapters, d_weights, own_dx.astype(x.dtype)
 
 
 _through.defvjp(_forward, _backward)
@@ -154,7 +174,7 @@ class _Tile(NamedTuple):
 
 
 class _Tiles(NamedTuple):
-    """Pairs sorted by expert, cut into tiles."""
+    """Pairs sorted by expert, cut into tiles. Those of no expert here (their number is E) come last and are in none."""
 
     order: jax.Array  # int32 [M k], pairs by expert
     starts: jax.Array  # int32 [E], the first of an expert's pairs in that order
@@ -166,7 +186,7 @@ class _Tiles(NamedTuple):
     @classmethod
     def of(cls, chosen: jax.Array, count: int, rows: int) -> "_Tiles":
         flat = chosen.reshape(-1)
-        counts = jnp.zeros(count, jnp.int32).at[flat].add(1)
+        counts = jnp.zeros(count, jnp.int32).at[flat].add(1, mode="drop")
         ends = jnp.cumsum(counts)
         tile_ends = jnp.cumsum(-(-counts // rows))
         return cls(jnp.argsort(flat, stable=True), ends - counts, ends, tile_ends, rows, chosen.shape[1])
@@ -186,9 +206,14 @@ class _Tiles(NamedTuple):
         return _Tile(expert, jnp.where(inside, pairs, beyond), jnp.where(inside, pairs // self.per_token, beyond))
 
 
-def _count(frame: Frame) -> int:
+def _count(stacks: dict[str, Any]) -> int:
     """E."""
-    return jax.tree.leaves(frame.weights["down"])[0].shape[1]
+    return jax.tree.leaves(stacks["down"])[0].shape[1]
+
+
+def _tiles(how: How, frame: Frame, chosen: jax.Array) -> _Tiles:
+    count = _count(frame.weights)
+    return _Tiles.of(across.here(how.ways, chosen, count), count, how.rows)
 
 
 def _rows(x: jax.Array, tile: _Tile) -> jax.Array:
@@ -204,7 +229,7 @@ def _of(arrays: Any, expert: jax.Array) -> Any:
 
 
 def _decoded(stack: Any, layer: jax.Array, expert: jax.Array, dtype: Any) -> jax.Array:
-    """W [O, I] of one expert."""
+    """W [O, I] of one expert. In a stack of one layer it is that layer's: a slice begins no later than it can."""
 
     def cut(leaf: jax.Array) -> jax.Array:
         start: Any = (layer, expert, *(0,) * (leaf.ndim - 2))
@@ -226,7 +251,7 @@ def _expert(how: How, frame: Frame, tile: _Tile, dtype: Any) -> Any:
             y = y + biases[role].astype(y.dtype)
         if role not in adapters:
             return y
-        dropped = x if frame.drawn is None else _dropped(how, frame.drawn, tile, list(dense).index(role), x)
+        dropped = x if frame.drawn is None else _dropped(how, frame.drawn, tile, role, list(dense).index(role), x)
         a, b = adapters[role]
         return y + low_rank_terms(dropped[None], (a,), (b,), (frame.scales[role],))
 
@@ -247,14 +272,17 @@ def _expert(how: How, frame: Frame, tile: _Tile, dtype: Any) -> Any:
     return expert
 
 
-def _dropped(how: How, drawn: Drawn, tile: _Tile, number: int, x: jax.Array) -> jax.Array:
+def _dropped(how: How, drawn: Drawn, tile: _Tile, role: str, number: int, x: jax.Array) -> jax.Array:
     """x [rows, I] as models/dropout drops it; the bits depend on the expert too, and on no other token."""
     row = tile.tokens // how.T + jnp.asarray(drawn.first_row)
     token = mix(drawn.words[0] ^ jnp.uint32(how.place + number + 1))
-    for part in (tile.expert, row, tile.tokens % how.T):
+    for part in (tile.expert + jnp.asarray(drawn.first_expert), row, tile.tokens % how.T):
         token = mix(token + part.astype(jnp.uint32))
     other = mix(token ^ drawn.words[1])
-    bits = mix(mix(token[:, None] + jnp.arange(x.shape[1], dtype=jnp.uint32)) ^ other[:, None])
+    features = jnp.arange(x.shape[1], dtype=jnp.uint32)
+    if how.divided and role == "down":
+        features = features + first_of(x.shape[1]).astype(jnp.uint32)
+    bits = mix(mix(token[:, None] + features) ^ other[:, None])
     keep = (bits >> 16) >= jnp.asarray(drawn.rate.threshold, jnp.uint32)
     scale = jax.lax.optimization_barrier(jnp.asarray(drawn.rate.kept_scale, jnp.float32)).astype(x.dtype)
     return jnp.where(keep, x * scale, jnp.zeros((), x.dtype))

@@ -80,16 +80,16 @@ _pulled.defvjp(
 )
 
 
-def balancing_loss(statistics: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Array]:
+def balancing_loss(statistics: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The auxiliary loss float32 [], and its gradient by each layer's sums of softmax(logits), float32 [E].
 
     Args:
       statistics: float32 [L, 2, E], of all layers: tokens that took an expert, and sums of softmax(logits).
-      counted: bool [B, T], as in Balance.
+      tokens: int32 [], that count.
     """
     L, _, E = statistics.shape
     taken, sums = jnp.sum(statistics, axis=0)
-    rows = jnp.maximum(L * jnp.sum(counted), 1).astype(jnp.float32)
+    rows = jnp.maximum(L * tokens, 1).astype(jnp.float32)
     return E * jnp.sum(taken / rows * (sums / rows)), E * taken / rows / rows
 
 

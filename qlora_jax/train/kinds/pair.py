@@ -7,6 +7,7 @@ from qlora_jax.errors import InputError
 from qlora_jax.feed.load import LoadedData
 from qlora_jax.mesh.axes import Axes
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.mixtures.across import check_experts
 
 REMATS = ("block", "none")
 
@@ -14,10 +15,11 @@ REMATS = ("block", "none")
 def check_kind(config: Any, sizes: ModelConfig) -> None:
     """Raises InputError where a config asks for what a model of this kind does not have."""
     axes = Axes.of(config.get("mesh"))
-    if axes.fsdp > 1 and (sizes.kind.pair or sizes.kind.bidirectional):
+    check_experts(axes, sizes)
+    if axes.fsdp * axes.tensor > 1 and (sizes.kind.pair or sizes.kind.bidirectional):
         raise InputError(
             f"the mesh ({axes}) divides the model's arrays, which encoders and T5 do not have here: divide rows alone "
-            f"by mesh.data={axes.devices} and mesh.fsdp=1"
+            f"by {axes.all_rows()}"
         )
     if sizes.kind.pair is None:
         return
