@@ -303,7 +303,8 @@ def load_model(
       progress: called with (tensors done, tensors in all).
       take_checksum: called with the checksum of all tensors as they stand in the folder, whatever files they are in.
       place: takes the name of an array in the model's tree (see mesh/rules) and what has its shape and dtype, and says
-        how devices hold it, as a jax sharding. arrange: lays out a linear layer's weight, by its name, in their parts.
+        how devices hold it, as a jax sharding. arrange: takes a linear layer's name and one of its weights, and lays it
+        out as devices divide it.
     Raises:
       InputError: the folder does not fit its config.json, is quantized otherwise than asked, or a weight is not finite.
     """
@@ -365,9 +366,9 @@ def load_model(
             first, as_array = next(iter(slots)), name in mixed
             dtype = compute_dtype if as_array else _kept_dtype(files.dtypes.get(first, "float32"), compute_dtype)
             like: Any = None if as_array or first in skipped else abstract_weight(config, name, quant)
-            like = like or jax.ShapeDtypeStruct(config.linears[name], jnp.dtype(dtype))
-            laid_out = partial(arrange, name)
-            stack = stacked(partial(linear, name, as_array), slots, room, like, of_weight(place, name), laid_out)
+            like = jax.eval_shape(partial(arrange, name), like or jax.ShapeDtypeStruct(config.linears[name], dtype))
+            made = lambda key, slot: arrange(name, linear(name, as_array, key, slot))  # noqa: B023, E731
+            stack = stacked(made, slots, room, like, of_weight(place, name), in_turns=not is_native(files))
         if isinstance(stack, QuantizedTensor):
             stack = dataclasses.replace(stack, backend=kernel, threshold=threshold)
         weights["layers"][name] = stack
@@ -377,8 +378,7 @@ def load_model(
         rows = jnp.stack([other(key, piece, dtype) for key, piece in pieces])
         weights["layers"][name] = rows.reshape(config.depth(name), *shape)
     progress(total, total)
-    sums = merged(files.checksums)  # of all processes, each of which read some
-    take_checksum(checksums.of(*(f"{key} {checksum}" for key, checksum in sorted(sums.items()))))
+    take_checksum(checksums.of(*(f"{key} {checksum}" for key, checksum in sorted(merged(files.checksums).items()))))
     return assembled(config, weights, compute_dtype, remat, attention, sequence_chunk)
 
 

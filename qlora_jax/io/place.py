@@ -62,19 +62,20 @@ def stacked(
     room: tuple[int, ...],
     like: Any,
     sharding: Callable[[str, Any], Any] = anywhere,
-    laid_out: Callable[[Any], Any] = lambda weight: weight,
+    in_turns: bool = True,
 ) -> Any:
     """All weights of a projection: make(key, place) of each of `slots`, by one process where there are several.
 
-    `like`: shapes and dtypes of one. `room`, `sharding`: as `put` has them. `laid_out`: a weight as devices divide it.
+    `like`: shapes and dtypes of one. `room`, `sharding`: as `put` has them. Where they are slices of one tensor, whose
+    checksum is of all in order, they are not read in turns, but by each process.
     """
     keys = list(slots)
-    made = lambda number: laid_out(make(keys[number], slots[keys[number]]))  # noqa: E731
-    if are_several():
-        return turns.stacked(made, list(slots.values()), room, jax.eval_shape(laid_out, like), sharding, _turns)
+    if are_several() and in_turns:
+        made = lambda number: make(keys[number], slots[keys[number]])  # noqa: E731
+        return turns.stacked(made, list(slots.values()), room, like, sharding, _turns)
     stack: Any = None
-    for number, key in enumerate(keys):
-        stack = put(stack, made(number), slots[key], room, sharding)
+    for key in keys:
+        stack = put(stack, make(key, slots[key]), slots[key], room, sharding)
     return stack
 
 
