@@ -141,6 +141,7 @@ def get_config() -> ConfigDict:
     c.mesh = ConfigDict()
     c.mesh.devices = 1  # of this run; 1 leaves it to the axes, whose product it is
     c.mesh.data = 1  # devices, or groups of fsdp, that divide a batch's rows among them; each holds the whole model
+    c.mesh.sequence = 1  # devices that divide the tokens of each row, and the model's arrays
     c.mesh.fsdp = 0  # devices that divide rows and the model's arrays; 0: those that mesh.data leaves of mesh.devices
     c.mesh.tensor = 1  # only 1 yet: devices that would divide each product
     c.mesh.expert = 1  # only 1 yet: devices that would divide a mixture's experts

@@ -79,7 +79,7 @@ class Axes(NamedTuple):
 
     @property
     def row_parts(self) -> int:
-        """Parts that rows of a batch are divided into, one for each device or each group of them along tensor and sequence."""
+        """Parts that rows of a batch are divided into, one for each device or each group along tensor and sequence."""
         return self.data * self.fsdp * self.expert
 
     def along(self, names: tuple[str, ...]) -> int:

@@ -86,3 +86,64 @@ def check(sizes, meshes, targets=TARGETS, attention="xla", packed=False, balance
 if "CASES" in globals():
     exec(CASES)
 """
+
+RUNS = """
+import json, sys
+from pathlib import Path
+from qlora_jax.settings import resolved
+from qlora_jax.train.loop import Run, finetune
+from tests.tiny_checkpoint import write_tiny_checkpoint
+from tests.tiny_run import tiny_config
+
+folder, golden = Path(sys.argv[1]), Path(sys.argv[2])
+c = tiny_config(golden, folder)
+c.model.path = str(write_tiny_checkpoint(folder / "model"))
+rows = [{"instruction": f"say {n}", "input": "", "output": "word " * (n % 5 + 1) + str(n)} for n in range(24)]
+(folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+c.data.batches, c.data.path, c.data.packing, c.data.eval_examples = "", str(folder / "rows.jsonl"), True, 4
+c.data.max_source_len, c.data.max_target_len, c.data.pack_length, c.data.pad_to_multiple_of = 40, 15, 55, 1
+c.lora.dropout, c.train.steps, c.train.grad_accum = 0.1, 4, 4  # micro-batches of one row, which two devices share
+c.lora.targets, c.eval.every = ("q_proj",), 2
+
+def train(name):
+    finetune(c, resolved(c), folder / name, print)
+
+train("one")
+step = Run._step
+def interrupted(self, index):
+    if index == 3:
+        raise InterruptedError
+    return step(self, index)
+Run._step = interrupted
+c.mesh.sequence = 2
+try:
+    train("many")
+except InterruptedError:
+    pass
+Run._step = step
+c.mesh.sequence = 1
+train("many")
+"""
+
+
+def on_devices(script: str, *arguments: str) -> str:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_run_is_that_of_one_device_and_goes_on_with_another_mesh(golden, tmp_path):
+    said = on_devices(RUNS, str(tmp_path), str(golden))
+    assert "attention = xla for the longest sequences, of 55 tokens" in said
+    one, many = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "many")
+    )
+    assert [row["step"] for row in many if "loss" in row] == [1, 2, 3, 4]
+    for key in ("loss", "grad_norm", "target_tokens", "eval_loss"):
+        found = [[row[key] for row in rows if key in row] for rows in (one, many)]
+        assert found[0]
+        np.testing.assert_allclose(*found, rtol=2e-5)
