@@ -141,10 +141,10 @@ def get_config() -> ConfigDict:
     c.mesh = ConfigDict()
     c.mesh.devices = 1  # of this run; 1 leaves it to the axes, whose product it is
     c.mesh.data = 1  # devices, or groups of fsdp, that divide a batch's rows among them; each holds the whole model
-    c.mesh.sequence = 1  # devices that divide the tokens of each row, and the model's arrays
-    c.mesh.fsdp = 0  # devices that divide rows and the model's arrays; 0: those that mesh.data leaves of mesh.devices
+    c.mesh.fsdp = 0  # devices that divide rows and the model's arrays; 0: those that the others leave of mesh.devices
     c.mesh.tensor = 1  # only 1 yet: devices that would divide each product
-    c.mesh.expert = 1  # only 1 yet: devices that would divide a mixture's experts
+    c.mesh.expert = 1  # devices that divide rows and arrays too, but keep a mixture's experts; tokens travel to them
+    c.mesh.sequence = 1  # devices that divide the tokens of each row, and arrays as fsdp does; keys and values travel
 
     c.eval = ConfigDict()
     c.eval.every = 0  # steps between evaluations of the held-out split; 0 evaluates at the end only,

@@ -1,6 +1,9 @@
 """The one exception for what a user can mend: bad files, bad config values, impossible requests."""
 
+import errno
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _MOST = 10_000  # letters of a message; what goes beyond is cut out of its middle
 _UNSHOWN = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of surrogate pairs, separators of lines
@@ -15,6 +18,21 @@ class InputError(ValueError):
 
     def __init__(self, message: object = ""):
         super().__init__(one_line(str(message)))
+
+
+@contextmanager
+def full_disk_said() -> Iterator[None]:
+    """Raises InputError where something inside cannot be written since the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        what = f" for {error.filename}" if error.filename else ""
+        raise InputError(
+            f"the disk has no room{what} ({error.strerror}); what was written before is whole: free space and run the "
+            "same command again"
+        ) from error
 
 
 def one_line(text: str) -> str:

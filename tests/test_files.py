@@ -1,11 +1,12 @@
 """What is read whole is a file of bounded size, and JSON of it is a value or a plain error."""
 
+import errno
 import os
 import threading
 
 import pytest
 
-from qlora_jax.errors import InputError
+from qlora_jax.errors import InputError, full_disk_said
 from qlora_jax.files import loads, read_whole
 from qlora_jax.models.config import read_json
 from qlora_jax.text.tokenizer_files import read
@@ -60,3 +61,11 @@ def test_what_is_no_json_is_a_value_error(data, words):
 
 def test_json_as_it_is():
     assert loads(b'\xef\xbb\xbf{"a": "\\ud83d\\ude00 \xc3\xa9"}') == {"a": "😀 é"}
+
+
+def test_a_full_disk_is_said_and_no_other_failure():
+    said = r"the disk has no room for /a/b \(No space left on device\); what was written before is whole: free"
+    with pytest.raises(InputError, match=said), full_disk_said():
+        raise OSError(errno.ENOSPC, "No space left on device", "/a/b")
+    with pytest.raises(PermissionError), full_disk_said():
+        raise PermissionError(errno.EACCES, "no", "/a/b")

@@ -31,7 +31,7 @@ from experiments.support import help, process
 from experiments.support.command import this_command
 from qlora_jax.base import get_config
 from qlora_jax.config_file import REPOSITORY, call, known_files, load_config, override
-from qlora_jax.errors import InputError
+from qlora_jax.errors import InputError, full_disk_said
 from qlora_jax.settings import SECTIONS
 
 __all__ = ["call", "config_flag", "config_path", "load_config", "override", "run"]
@@ -93,7 +93,7 @@ def run(main: Callable[[], int | None]) -> None:
     """Reads the flags, calls `main` and exits with its result (None is 0)."""
     process.prepare()
     try:
-        app.run(lambda _: main(), flags_parser=_read_flags)
+        app.run(full_disk_said()(lambda _: main()), flags_parser=_read_flags)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

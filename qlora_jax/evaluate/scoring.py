@@ -15,10 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from qlora_jax import lora
 from qlora_jax.errors import InputError
+from qlora_jax.mesh.axes import ROWS
+from qlora_jax.mesh.place import Devices, on_mesh
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.divided.part import own_part
 from qlora_jax.models.head import head_logits
 
 BATCH_TOKENS = 8192  # of a batch, padding included, where no batch size is given
@@ -170,16 +174,20 @@ def _token_scores(
     return logprobs.reshape(-1)[:count].reshape(labels.shape), greedy.reshape(-1)[:count].reshape(labels.shape)
 
 
-def make_option_logits(graph: Any) -> Callable[..., jax.Array]:
+def make_option_logits(graph: Any, devices: Devices | None = None) -> Callable[..., jax.Array]:
     """The function to jit: option_logits(adapter, base, tokens int32 [B, T], last int32 [B], options int32 [n]) ->
-    float32 [B, n], the logits of the options as the token after position `last`, without dropout."""
+    float32 [B, n], the logits of the options as the token after position `last`, without dropout. `devices` divide B
+    among them, or the tokens of each row."""
 
     def option_logits(adapter, base, tokens, last, options):
-        model = nnx.merge(graph, adapter, base)
+        model = own_part(nnx.merge(graph, adapter, base))
+        B = tokens.shape[0]
+        if devices is not None:
+            last = jax.lax.dynamic_slice_in_dim(last, devices.shards.first_row(B), B)
         hidden, _ = model(tokens, lengths=last + 1)
-        return head_logits(hidden[jnp.arange(tokens.shape[0]), last], model.head_weight()[options])
+        return head_logits(model.at_places(hidden, last), model.head_weight()[options])
 
-    return option_logits
+    return option_logits if devices is None else on_mesh(option_logits, devices, lambda adapter: PartitionSpec(ROWS))
 
 
 def option_logits_of(model: Decoder) -> Callable[..., jax.Array]:

@@ -37,3 +37,11 @@ def of_all(keys_values: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Arr
     """Keys and values [B, T / S, K, H] each of this device's tokens -> [B, T, K, H] of all."""
     k, v = keys_values
     return from_all(k, SEQUENCE, 1), from_all(v, SEQUENCE, 1)
+
+
+def at_places(x: jax.Array, places: jax.Array) -> jax.Array:
+    """x [B, T / S, D] of this device's tokens, of which those at places int32 [B] of whole rows -> [B, D]."""
+    mine = places - jax.lax.axis_index(SEQUENCE) * x.shape[1]
+    is_here = (mine >= 0) & (mine < x.shape[1])
+    found = x[jnp.arange(x.shape[0]), jnp.clip(mine, 0, x.shape[1] - 1)]
+    return jax.lax.psum(jnp.where(is_here[:, None], found, 0), SEQUENCE)

@@ -114,6 +114,15 @@ class Shards:
         rows = jax.lax.psum_scatter(rows, of_rows, tiled=True) if of_rows else rows
         return jax.lax.psum(rows, TENSOR) if TENSOR in cut.axes else rows
 
+    def add_rows(self, sums: jax.Array, tokens: jax.Array, dx: jax.Array) -> jax.Array:
+        """Adds dx [B, T, D] of `lookup` to the rows [V, D] of which this device has a part."""
+        cut = self.cuts["embedding"]
+        if cut.gathered is not None:
+            tokens, dx = (jax.lax.all_gather(x, cut.among, tiled=True) for x in (tokens, dx))
+        here = tokens - jax.lax.axis_index(cut.axes) * sums.shape[0]
+        here = jnp.where(here >= 0, here, sums.shape[0])  # a negative place would count from the end
+        return sums.at[here].add(dx.astype(sums.dtype), mode="drop")
+
     def first_row(self, rows: int) -> jax.Array:
         """Which row of a micro-batch this device's `rows` begin with, int32 []."""
         return jax.lax.axis_index(ROWS) * rows

@@ -145,6 +145,12 @@ class Decoder(nnx.Module):
         """As `own` of [B, T] before `pad` or after it, with the token that follows a part, as train/loss takes it."""
         return sequence.own_and_next(self.pad(x)) if self.divides_tokens else x
 
+    def at_places(self, hidden: jax.Array, places: jax.Array) -> jax.Array:
+        """Of hidden states, as a call gives them, those of one place of each row, int32 [B]: [B, D]."""
+        if self.divides_tokens:
+            return sequence.at_places(hidden, places)
+        return hidden[jnp.arange(hidden.shape[0]), places]
+
     def _is_chunked(self, T: int) -> bool:
         return 0 < self.sequence_chunk < T
 
@@ -214,10 +220,13 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """[B, T] at positions int32 [B, T] (0..T-1 by default) -> [B, T, D] in the compute dtype."""
+        return self.enter(self._looked_up(tokens), positions)
+
+    def _looked_up(self, tokens: jax.Array) -> jax.Array:
         table = self.embedding.get_value()
         if self.shards is not None and self.shards.splits_embedding:
-            return self.enter(self.shards.lookup(table, tokens), positions)
-        return self.enter(table[tokens], positions)
+            return self.shards.lookup(table, tokens)
+        return table[tokens]
 
     def enter(self, rows: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """Rows of the embedding [B, T, D] -> what the first layer takes: scaled, with learned positions, normed."""
@@ -238,8 +247,14 @@ class Decoder(nnx.Module):
         """Gradient [B, T, D] of the rows that tokens [B, T] take, from that of `embed`."""
         if self.config.kind.plain_embedding:
             return dx
-        _, pull = jax.vjp(lambda rows: self.enter(rows, positions), self.embedding.get_value()[tokens])
+        _, pull = jax.vjp(lambda rows: self.enter(rows, positions), self._looked_up(tokens))
         return pull(dx)[0]
+
+    def add_to_embedding(self, sums: jax.Array, tokens: jax.Array, dx: jax.Array) -> jax.Array:
+        """sums [V, D] with dx [B, T, D] added to the rows that tokens [B, T] take."""
+        if self.shards is not None and self.shards.splits_embedding:
+            return self.shards.add_rows(sums, tokens, dx)
+        return sums.at[tokens].add(dx.astype(sums.dtype))
 
     def layers(self, *filters: Any) -> tuple[Any, ...]:
         """(graph of one block, its stacked state, one for each filter of nnx.split): what a scan runs over.
@@ -278,9 +293,8 @@ class Decoder(nnx.Module):
         has them; None: the model's own.
         """
         key = None if dropout_key is None else DropoutKey.of(dropout_key).of_layer(layer)
-        place = layer if stacks is None else jnp.zeros_like(layer)
         stacks = nnx.state(self.blocks, Stack) if stacks is None else stacks
-        context = context._replace(layer=place, balance=balance)
+        context = context._replace(layer=layer, balance=balance)
         if cache is None and self._is_chunked(x.shape[1]):
             adapter, frozen = state
             pieces = _ChunkedBlock(block, chunk_size(x.shape[1], self.sequence_chunk))

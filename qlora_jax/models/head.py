@@ -27,7 +27,17 @@ class Head:
     axes: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     def __getitem__(self, rows: Any) -> "Head":
-        """The head of these tokens alone."""
+        """The head of these tokens alone; where it is divided, every device gets all of them."""
+        if self.axes:
+            here = rows - jax.lax.axis_index(self.axes) * self.weight.shape[0]
+            is_here = (here >= 0) & (here < self.weight.shape[0])
+
+            def taken(part: jax.Array) -> jax.Array:
+                mine = jnp.where(is_here.reshape(-1, *(1,) * (part.ndim - 1)), part.at[here].get(mode="clip"), 0)
+                return jax.lax.psum(mine, self.axes)
+
+            bias = None if self.bias is None else taken(self.bias)
+            return dataclasses.replace(self, weight=taken(self.weight), bias=bias, axes=())
         return dataclasses.replace(self, weight=self.weight[rows], bias=None if self.bias is None else self.bias[rows])
 
 

@@ -142,7 +142,9 @@ def add_gradient(
         total[head] = jax.tree.map(lambda _: head_sum, total[head])
     if "embedding" in total:
         dx = model.embedding_gradient(tokens, context.positions, dx)
-        total["embedding"] = jax.tree.map(lambda sums: sums.at[tokens].add(dx.astype(sums.dtype)), total["embedding"])
+        total["embedding"] = jax.tree.map(
+            lambda sums: model.add_to_embedding(sums, tokens, dx), total["embedding"]
+        )
     return loss, total
 
 

@@ -93,28 +93,18 @@ def check_values(config: Any, backend: str | None = None) -> None:
 
 def _check_mesh(config: Any) -> None:
     axes = Axes.of(config.mesh)
-    if axes.devices == axes.data:
-        return
     if axes.sequence > 1 and config.model.attention not in tokens.IMPLEMENTATIONS:
         raise InputError(
             f"model.attention is {config.model.attention!r}, which takes whole rows alone, and mesh.sequence = "
             f"{axes.sequence} divides their tokens: set model.attention=auto"
         )
-    matrices = set(config.lora.modules_to_save) - {AUTO}
-    added = config.data.added_tokens or config.data.added_special_tokens
-    keeps_all = config.model.remat == "none" and axes.fsdp * axes.expert * axes.sequence > 1
-    refused = (
-        (keeps_all, "model.remat", "keeps every layer that was gathered", "model.remat=block"),
-        (matrices, "lora.modules_to_save", "trains whole matrices", "lora.modules_to_save=()"),
-        (added, "data.added_tokens", "adds rows to a divided embedding", "data.added_tokens=()"),
-        (config.eval.mmlu_data, "eval.mmlu_data", "asks with a whole head", "eval.mmlu_data=''"),
-    )
-    for is_wrong, key, does, mend in refused:
-        if is_wrong:
-            raise InputError(
-                f"{key} {does}, and the mesh ({axes}) divides the model's arrays: set {mend}, or divide rows alone by "
-                f"{axes.all_rows()}"
-            )
+    if axes.fsdp * axes.expert * axes.sequence == 1:
+        return
+    if config.model.remat == "none":
+        raise InputError(
+            f'model.remat "none" keeps every layer that was gathered, and the mesh ({axes}) divides the model\'s '
+            f"arrays: set model.remat=block, or divide rows alone by {axes.all_rows()}"
+        )
 
 
 def _check_flash(section: Any) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from pallas_kernels.finite import all_finite
 from qlora_jax.checksums import Input
 from qlora_jax.data.examples import Example
-from qlora_jax.errors import InputError, one_line
+from qlora_jax.errors import InputError, full_disk_said, one_line
 from qlora_jax.feed.batches import Batches
 from qlora_jax.feed.pipeline import prefetched, step_dataset
 from qlora_jax.generate.trained import template_of, write_template
@@ -76,7 +76,7 @@ def finetune(
       Stopped: after SIGTERM, once the state is saved.
     """
     tell = processes.quiet(say)
-    with processes.own_folder(path) as own:
+    with full_disk_said(), processes.own_folder(path) as own:
         # a line may quote a stranger's file
         return _finetune(config, plain, own, lambda line: tell(one_line(line)), base)
 
@@ -131,7 +131,9 @@ class Run:
         self.pages = Pages(prepared.tx, self.adapter, config.optimizer.page_bytes)
         self.cut, self.gradient = self._choose_cut()
         self.evaluation = Program(evaluation_of(prepared.graph, config.train.loss_chunk, prepared.devices))
-        self.mmlu = None if prepared.mmlu is None else MMLU(prepared.graph, prepared.mmlu)
+        self.mmlu = None
+        if prepared.mmlu is not None:
+            self.mmlu = MMLU(prepared.graph, prepared.mmlu, prepared.devices, prepared.given)
         self.optimizer = self._make_optimizer()
         self.states = self.optimizer.init(self.adapter)
         self.speeds: deque[float] = deque(maxlen=_RECENT)  # tokens/s of steps that compiled nothing

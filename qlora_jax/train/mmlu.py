@@ -20,6 +20,8 @@ from qlora_jax.evaluate.mmlu import accuracy as mmlu
 from qlora_jax.evaluate.mmlu.data import SPLITS, Question, load_questions
 from qlora_jax.evaluate.mmlu.prompts import Prompts, fitting, make_prompts
 from qlora_jax.evaluate.scoring import length_batches, make_option_logits
+from qlora_jax.mesh.place import Devices
+from qlora_jax.mesh.processes import on_host
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.memory import Program
 
@@ -68,12 +70,18 @@ def read(config: Any, tokenizer: Tokenizer | Path, context: int, V: int, say: Ca
     return Asked(questions.asked, prompts, section.mmlu_batch_size)
 
 
+def same(x: Any) -> Any:
+    return x
+
+
 class MMLU:
     """Asks the questions; `program` is compiled once a length."""
 
-    def __init__(self, graph: Any, asked: Asked):
-        self._asked = asked
-        self.program = Program(make_option_logits(graph))
+    def __init__(self, graph: Any, asked: Asked, devices: Devices | None = None, given: Callable[[Any], Any] = same):
+        """`devices`: those of a mesh. `given`: puts an input where they take it."""
+        self._asked, self._given = asked, given
+        self._parts = 1 if devices is None else devices.shards.row_parts
+        self.program = Program(make_option_logits(graph, devices))
 
     def __call__(self, adapter: Any, base: Any) -> dict[str, float]:
         """Accuracies, as a line of metrics.jsonl has them."""
@@ -83,8 +91,10 @@ class MMLU:
             def progress(done: int, total: int) -> None:
                 bar.update(done - bar.n)
 
-            def option_logits(*arrays: Any) -> jax.Array:
-                return self.program(adapter, base, *arrays)
+            def option_logits(tokens: np.ndarray, last: np.ndarray, options: np.ndarray) -> np.ndarray:
+                more = -len(tokens) % self._parts  # rows of padding, so that the devices have equally many
+                arrays = np.pad(tokens, ((0, more), (0, 0))), np.pad(last, (0, more)), options
+                return on_host(self.program(adapter, base, *map(self._given, arrays)))[: len(tokens)]
 
             logits = mmlu.answer(option_logits, asked.prompts, asked.batch_size, progress=progress)
         found = mmlu.results(asked.questions, logits)
@@ -93,7 +103,8 @@ class MMLU:
     def compile_largest(self, adapter: Any, base: Any) -> None:
         """The program of the longest prompts, so that its memory is known."""
         largest = length_batches([len(ids) for ids in self._asked.prompts.ids], self._asked.batch_size)[0]
-        shapes = ((largest.B, largest.T), (largest.B,), (len(self._asked.prompts.options),))
+        B = largest.B + -largest.B % self._parts
+        shapes = ((B, largest.T), (B,), (len(self._asked.prompts.options),))
         self.program.compile(adapter, base, *(jax.ShapeDtypeStruct(shape, np.int32) for shape in shapes))
 
     def describe(self, found: dict[str, float]) -> str:

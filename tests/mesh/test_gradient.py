@@ -16,6 +16,7 @@ from flax import nnx
 from qlora_jax import lora
 from qlora_jax.bench.synthetic import random_model
 from qlora_jax.io.load import QuantSpec
+from qlora_jax.evaluate.scoring import make_option_logits
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.mesh.axes import Axes
 from qlora_jax.mesh.place import Devices, mesh_of
@@ -41,10 +42,11 @@ def close(a, b):
         x, y = np.asarray(x), np.asarray(y)
         assert np.abs(x - y).max() <= 1e-5 * np.abs(x).max(), (np.abs(x - y).max(), np.abs(x).max())
 
-def check(sizes, format, remat, packed, meshes, targets=TARGETS, evaluates=True, balance=0.0):
+def check(sizes, format, remat, packed, meshes, targets=TARGETS, evaluates=True, balance=0.0, matrices=()):
     config = parse_config(sizes, "config.json")
-    spec = ModelSpec(config, QuantSpec(format), LoRAConfig(8, 16, 0.1, targets), compute_dtype="float32",
-                     kept_dtype="float32", remat=remat, attention="xla", kernel="xla", router_aux_loss_coef=balance)
+    spec = ModelSpec(config, QuantSpec(format), LoRAConfig(8, 16, 0.1, targets, modules_to_save=matrices),
+                     compute_dtype="float32", kept_dtype="float32", remat=remat, attention="xla", kernel="xla",
+                     router_aux_loss_coef=balance)
     model = random_model(spec)
     rng = np.random.default_rng(0)
     adapter = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.05, x.dtype), model.adapter)
@@ -70,7 +72,9 @@ def check(sizes, format, remat, packed, meshes, targets=TARGETS, evaluates=True,
         if not evaluates:
             return grads, metrics
         evaluation = jax.jit(make_evaluation(graph, 16, devices))
-        return grads, metrics, evaluation(a, b, tokens[0], mask[0], *extra)
+        options = jax.jit(make_option_logits(graph, devices))  # as MMLU asks
+        chosen = options(a, b, tokens[0], np.arange(B, dtype=np.int32), np.asarray([95, 0, 24, 50], np.int32))
+        return grads, metrics, evaluation(a, b, tokens[0], mask[0], *extra), chosen
 
     wanted = run(Axes())
     for axes in meshes:
@@ -98,8 +102,8 @@ def check_that_adapters_travel_rounded_and_their_gradients_do_not():
     print("rounded")
 
 check_that_adapters_travel_rounded_and_their_gradients_do_not()
-check(LLAMA, "nf4", "block", True, [(2, 2, 1, 1, 2)])
-check(MIXTURE, "nf4", "selective", False, [(1, 2, 2, 1, 2)], balance=0.2)
+check(LLAMA, "nf4", "block", True, [(2, 2, 1, 1, 2)], matrices=("embed_tokens", "lm_head"))
+check(MIXTURE, "nf4", "selective", False, [(1, 2, 2, 1, 2)], balance=0.2, matrices=("embed_tokens",))
 check(GPT_OSS, "nf4", "block", True, [(2, 1, 2, 1, 2)], ("q_proj", "gate_up_proj"), evaluates=False)
 """
 

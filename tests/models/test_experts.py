@@ -14,7 +14,7 @@ from qlora_jax.io.load import QuantSpec, load_config, load_model
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.dropout import Dropout
 from qlora_jax.models.layers import part_of
-from qlora_jax.models.mixtures.experts import Stack, mixture, tile_rows
+from qlora_jax.models.mixtures.experts import Stack, _Tiles, mixture, tile_rows
 from qlora_jax.quant.tensor import QuantizedTensor, dequantize
 from qlora_jax.train.shapes import ModelSpec, abstract_model
 from qlora_jax.train.step import make_gradient
@@ -136,6 +136,24 @@ def test_neither_experts_nor_depth_add_a_program():
 def test_tiles():
     assert tile_rows(2048, 8, 128) == 128 and tile_rows(1, 8, 128) == 1 and tile_rows(16, 8, 128) == 8
     assert tile_rows(2048, 2, 8) == 512 and tile_rows(24, 3, 6) == 16
+
+
+def test_pairs_of_other_devices_experts_are_in_no_tile():
+    """Three experts are here, whose numbers are 0 to 2; 3 stands for all others."""
+    chosen = np.random.default_rng(0).integers(0, 12, (40, 2)).clip(max=3)
+
+    def cut(chosen):
+        tiles = _Tiles.of(chosen, 3, 8)
+        return tiles.number, jax.vmap(tiles.tile)(jnp.arange(6))
+
+    cut = jax.jit(cut, compiler_options=FAST)
+    number, found = jax.tree.map(np.asarray, cut(chosen.astype(np.int32)))
+    assert number == sum(-(-np.sum(chosen == expert) // 8) for expert in range(3)) < 6
+    rows = zip(found.expert[:number], found.pairs[:number], strict=True)
+    pairs = {(expert, pair) for expert, row in rows for pair in row}
+    wanted = {(expert, pair) for pair, expert in enumerate(chosen.reshape(-1)) if expert < 3}
+    assert {(expert, pair) for expert, pair in pairs if pair < chosen.size} == wanted
+    assert cut(np.full((40, 2), 3, np.int32))[0] == 0
 
 
 def test_dropout_of_a_token_depends_on_no_other():

@@ -1,6 +1,10 @@
 """Training of mixtures: torch's gradients with and without the auxiliary loss, and ten steps of a run."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -88,18 +92,32 @@ def config(tmp_path_factory):
     c = base.get_config()
     c.model.update(path=str(FOLDERS / "qwen3_moe_a"), compute_dtype="float32", router_aux_loss_coef=0.02)
     c.quant.block_size = 32
-    c.lora.update(rank=4, dropout=0.1)
+    c.lora.update(rank=4, dropout=0.1, targets=("q_proj", "up_proj", "down_proj"))
     c.data.batches = str(path)
     c.optimizer.learning_rate = 1e-2
     c.train.update(steps=10, batch_size=4, grad_accum=2)
     return c
 
 
-def test_ten_steps_alone_and_in_a_pack(config, tmp_path):
+def quiet(line: str) -> None:
+    """Says nothing."""
+
+
+def rows(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one(config, tmp_path_factory):
+    """(folder, summary) of the run on one device."""
+    folder = tmp_path_factory.mktemp("one") / "alone"
+    return folder, finetune(config, resolved(config), folder, say=quiet)
+
+
+def test_ten_steps_alone_and_in_a_pack(config, one):
     """The loss falls; a member of a pack ends as it does alone, with its own adapter for each expert."""
-    quiet = lambda line: None  # noqa: E731
-    alone = finetune(config, resolved(config), tmp_path / "alone", say=quiet)
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "alone" / "metrics.jsonl").read_text().splitlines()]
+    folder, alone = one
+    losses = [row["loss"] for row in rows(folder)]
     assert len(losses) == 10 and losses[-1] < 0.8 * losses[0]
     other = config.copy_and_resolve_references()
     other.lora.update(rank=2, targets=("q_proj", "up_proj"))
@@ -109,7 +127,48 @@ def test_ten_steps_alone_and_in_a_pack(config, tmp_path):
     assert found["mlp.experts.up_proj"][0].shape == (2, 6, 4, 16)
     assert results[1].adapter["mlp.experts.up_proj"][1].shape == (2, 6, 12, 2)
     model = load_model(FOLDERS / "qwen3_moe_a", compute_dtype=jnp.float32)
-    _, arrays = read_adapter(model, tmp_path / "alone" / "adapter", to_train=True)
+    _, arrays = read_adapter(model, folder / "adapter", to_train=True)
     for name, pair in arrays.items():
         for mine, theirs in zip(found[name], pair, strict=True):
             np.testing.assert_allclose(mine, theirs, atol=3e-3)
+
+
+MESHES = """
+import json, os, signal, sys
+from pathlib import Path
+from configs import base
+from qlora_jax.settings import resolved
+from qlora_jax.train.loop import Run, Stopped, finetune
+
+config, folder = base.get_config(), Path(sys.argv[1])
+with config.unlocked():
+    for section, values in json.loads(sys.argv[2]).items():
+        config[section].update(values)
+step = Run._step
+def told_to_stop(self, index):
+    if index == 4:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, index)
+for mesh in ({"expert": 2, "fsdp": 1}, {"expert": 1, "fsdp": 2}):
+    config.mesh.update(mesh)
+    Run._step = told_to_stop if mesh["expert"] == 2 else step
+    try:
+        finetune(config, resolved(config), folder, say=print)
+    except Stopped as stopped:
+        print(stopped)
+"""
+
+
+def test_experts_on_two_devices_that_a_divided_model_goes_on_from(config, one, tmp_path):
+    """Losses, the auxiliary one among them, and gradients' norms of ten steps are those of one device."""
+    wanted = {name: dict(config[name]) for name in ("model", "quant", "lora", "data", "optimizer", "train")}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(TESTS.parent)}
+    command = [sys.executable, "-c", MESHES, str(tmp_path / "run"), json.dumps(wanted)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "stopped by SIGTERM after step 5 of 10" in done.stdout and "resumed" in done.stdout, done.stdout
+    found, alone = rows(tmp_path / "run"), rows(one[0])
+    assert [row["step"] for row in found] == list(range(1, 11))
+    for key in ("loss", "grad_norm"):
+        np.testing.assert_allclose([row[key] for row in found], [row[key] for row in alone], rtol=2e-4, err_msg=key)

@@ -230,7 +230,7 @@ def _of(arrays: Any, expert: jax.Array) -> Any:
 
 
 def _decoded(stack: Any, layer: jax.Array, expert: jax.Array, dtype: Any) -> jax.Array:
-    """W [O, I] of one expert."""
+    """W [O, I] of one expert. In a stack of one layer it is that layer's: a slice begins no later than it can."""
 
     def cut(leaf: jax.Array) -> jax.Array:
         start: Any = (layer, expert, *(0,) * (leaf.ndim - 2))
