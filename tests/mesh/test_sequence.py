@@ -12,79 +12,83 @@ import pytest
 pytestmark = pytest.mark.quick_compile
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# T = 21 is no multiple of the devices; examples, and targets, go on from one device to the next
-GRADIENTS = """
-import dataclasses
+# of small functions, since a step's program takes seconds to compile; whole steps: tests/mesh/test_gradient.py
+PARTS = """
+from functools import partial
 import jax, jax.numpy as jnp, numpy as np
-from flax import nnx
-from qlora_jax import lora
-from qlora_jax.bench.synthetic import random_model
-from qlora_jax.io.load import QuantSpec
-from qlora_jax.lora import LoRAConfig
+from jax.sharding import PartitionSpec as P
+from pallas_kernels.attention import Scoring
+from qlora_jax.mesh import sequence
 from qlora_jax.mesh.axes import Axes
-from qlora_jax.mesh.place import Devices, mesh_of
-from qlora_jax.mesh.shards import Shards, bytes_of_one
-from qlora_jax.models.config import parse_config
-from qlora_jax.train.shapes import ModelSpec
-from qlora_jax.train.step import make_evaluation, make_gradient
+from qlora_jax.mesh.place import mesh_of
+from qlora_jax.models.attention import causal_attention, segment_starts, window_starts
+from qlora_jax.models.chunks import layer_in_chunks, not_shared
+from qlora_jax.models.divided.tokens import attention_to_all
 
-COMMON = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=96,
-              rms_norm_eps=1e-5, max_position_embeddings=64, rope_theta=1e4, head_dim=16, intermediate_size=128)
-LLAMA = dict(architectures=["LlamaForCausalLM"], hidden_act="silu", tie_word_embeddings=False, **COMMON)
-GROWING = LLAMA | dict(rope_scaling=dict(rope_type="dynamic", factor=4.0), max_position_embeddings=16)
-GPT_OSS = dict(architectures=["GptOssForCausalLM"], num_local_experts=4, num_experts_per_tok=2, hidden_act="silu",
-               attention_bias=True, sliding_window=5, layer_types=["sliding_attention", "full_attention"],
-               swiglu_alpha=1.7, swiglu_limit=7.0, tie_word_embeddings=False, **COMMON)
-GEMMA = dict(architectures=["Gemma3ForCausalLM"], hidden_activation="gelu_pytorch_tanh", sliding_window=5,
-             layer_types=["sliding_attention", "full_attention"], rope_local_base_freq=1e3, query_pre_attn_scalar=16,
-             tie_word_embeddings=True, **COMMON)
-BLOOM = dict(architectures=["BloomForCausalLM"], hidden_size=64, n_layer=2, n_head=4, vocab_size=96,
-             layer_norm_epsilon=1e-5, tie_word_embeddings=True)
-TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
-G, B, T = 2, 2, 21
+B, T, N, K, H, S = 2, 20, 4, 2, 8, 4
+MESH, ALONG = mesh_of(Axes(sequence=S)), P(None, "sequence")
+rng = np.random.default_rng(0)
+normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+mapped = partial(jax.shard_map, mesh=MESH, check_vma=False)
 
 def close(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        x, y = np.asarray(x), np.asarray(y)
-        assert np.abs(x).max() > 0 and np.abs(x - y).max() <= 1e-5 * np.abs(x).max(), (x.shape, np.abs(x - y).max())
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
-def check(sizes, meshes, targets=TARGETS, attention="xla", packed=False, balance=0.0, evaluates=False, chunk=0):
-    config = parse_config(sizes, "config.json")
-    spec = ModelSpec(config, QuantSpec("nf4"), LoRAConfig(8, 16, 0.1, targets), compute_dtype="float32",
-                     kept_dtype="float32", remat="selective", attention=attention, kernel="xla", sequence_chunk=chunk,
-                     router_aux_loss_coef=balance)
-    model = random_model(spec)
-    rng = np.random.default_rng(0)
-    adapter = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.05, x.dtype), model.adapter)
-    tokens = rng.integers(0, 96, (G, B, T)).astype(np.int32)
-    mask = rng.random((G, B, T)) < 0.6
-    mask[:, :, 15:] = False  # devices without a target go through the head with the others
-    segments = np.broadcast_to(np.repeat([0, 1, 2], [4, 9, 8]).astype(np.int32), tokens.shape) if packed else None
+def check_attention():
+    q, k, v, d_out = normal(B, T, N, H), normal(B, T, K, H), normal(B, T, K, H), normal(B, T, N, H)
+    sinks, starts = normal(N), segment_starts(jnp.asarray(np.repeat([0, 1, 2], [3, 11, 6])[None].repeat(B, 0)))
+    windowed = window_starts(starts, jnp.arange(T)[None], 4)
+    for how, starts, scoring, sinks in (
+        ("xla", None, Scoring(None, 0.0, ()), None), ("xla", windowed, Scoring(None, 2.0, ()), sinks),
+        ("chunked", starts, Scoring(0.3, 0.0, (0.5, 0.25, 0.1, 0.01)), None),
+        ("chunked", None, Scoring(None, 2.0, ()), sinks),
+    ):
+        def whole(q, k, v):
+            out, pull = jax.vjp(lambda *qkv: causal_attention(*qkv, "xla", starts, scoring, sinks), q, k, v)
+            return out, pull(d_out)
+        def part(q, k, v, d_out):
+            first, mine = sequence.first_of(T), None if starts is None else sequence.own(starts)
+            out, pull = jax.vjp(lambda *qkv: attention_to_all(*qkv, first, how, mine, scoring, sinks), q, k, v)
+            return out, pull(d_out)
+        divided = mapped(part, in_specs=(ALONG,) * 4, out_specs=(ALONG, (ALONG,) * 3))
+        close(jax.jit(whole)(q, k, v), jax.jit(divided)(q, k, v, d_out))
+        print("attention", how)
 
-    def run(axes):
-        whole, devices, a, b = nnx.merge(model.graph, adapter, model.base), None, adapter, model.base
-        if axes.devices > 1:
-            devices = Devices(mesh_of(axes), Shards.of(axes, a, b))
-            whole.shards = devices.shards
-            a, b = (jax.device_put(tree, devices.shardings(tree)) for tree in (a, b))
-            held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(b))
-            parts = axes.fsdp * axes.sequence  # which divide the model's arrays as well
-            assert held == bytes_of_one(devices.shards, b) < 1.2 * bytes_of_one(None, b) / parts + 8000, held
-        graph = lora.split(whole)[0]
-        gradient = jax.jit(make_gradient(graph, 16, 0.3, devices=devices))
-        found = gradient(a, b, tokens, mask, jax.random.key(3), segments)
-        if not evaluates:
-            return found
-        extra = [] if segments is None else [segments[0]]
-        return found, jax.jit(make_evaluation(graph, 16, devices))(a, b, tokens[0], mask[0], *extra)
+def keys_values(frozen, adapter, x, first):
+    return jnp.sin(x @ adapter).reshape(*x.shape[:2], 1, -1), x.reshape(*x.shape[:2], 1, -1)
 
-    wanted = run(Axes())
-    for axes in meshes:
-        close(wanted, run(axes))
-        print(sizes["architectures"][0], attention, axes, flush=True)
+def rest(frozen, adapter, kv, x, first):
+    places = frozen + first + jnp.arange(x.shape[1])
+    seen = jnp.arange(kv[0].shape[1]) <= places[:, None]
+    weights = jnp.where(seen, jnp.einsum("btd,bsd->bts", x, kv[0][:, :, 0]), 0.0)
+    return x + weights @ kv[1][:, :, 0] * 0.1
 
-if "CASES" in globals():
-    exec(CASES)
+def check_layers_in_chunks():
+    a, x, dy = normal(H, H), normal(B, 24, H), normal(B, 24, H)
+    def layer(share, first, a, x, dy):
+        y, pull = jax.vjp(partial(layer_in_chunks, keys_values, share, rest, 3, first), a, x)
+        return y, pull(dy)
+    def part(a, x, dy):
+        y, (da, dx) = layer(sequence.of_all, sequence.first_of(24), a, x, dy)
+        return y, (jax.lax.psum(da, "sequence"), dx)
+    divided = mapped(part, in_specs=(P(), ALONG, ALONG), out_specs=(ALONG, (P(), ALONG)))
+    close(jax.jit(partial(layer, not_shared, jnp.int32(0)))(a, x, dy), jax.jit(divided)(a, x, dy))
+    print("chunks")
+
+def check_tokens_that_follow_and_places():
+    x = jnp.arange(1, B * T + 1).reshape(B, T)
+    found = jax.jit(mapped(lambda x: sequence.own_and_next(x)[None], in_specs=P(), out_specs=P("sequence")))(x)
+    for part, mine in enumerate(found):
+        np.testing.assert_array_equal(mine, np.pad(np.asarray(x), ((0, 0), (0, 1)))[:, part * 5 : part * 5 + 6])
+    hidden, places = normal(B, T, H), jnp.asarray([14, 15])
+    at = mapped(lambda x: sequence.at_places(x, places), in_specs=ALONG, out_specs=P())
+    np.testing.assert_array_equal(jax.jit(at)(hidden), hidden[jnp.arange(B), places])
+    print("tokens")
+
+check_attention()
+check_layers_in_chunks()
+check_tokens_that_follow_and_places()
 """
 
 RUNS = """
@@ -97,13 +101,16 @@ from tests.tiny_run import tiny_config
 
 folder, golden = Path(sys.argv[1]), Path(sys.argv[2])
 c = tiny_config(golden, folder)
-c.model.path = str(write_tiny_checkpoint(folder / "model"))
+gemma = dict(architectures=["Gemma3ForCausalLM"], head_dim=8, hidden_activation="gelu_pytorch_tanh", sliding_window=7,
+             layer_types=["sliding_attention", "full_attention"], rope_local_base_freq=1e3, query_pre_attn_scalar=8,
+             rope_scaling=dict(rope_type="dynamic", factor=4.0))
+c.model.path = str(write_tiny_checkpoint(folder / "model", context=32, **gemma))
 rows = [{"instruction": f"say {n}", "input": "", "output": "word " * (n % 5 + 1) + str(n)} for n in range(24)]
 (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
-c.data.batches, c.data.path, c.data.packing, c.data.eval_examples = "", str(folder / "rows.jsonl"), True, 4
+c.data.batches, c.data.path, c.data.packing, c.data.eval_examples = "", str(folder / "rows.jsonl"), True, 0
 c.data.max_source_len, c.data.max_target_len, c.data.pack_length, c.data.pad_to_multiple_of = 40, 15, 55, 1
 c.lora.dropout, c.train.steps, c.train.grad_accum = 0.1, 4, 4  # micro-batches of one row, which two devices share
-c.lora.targets, c.eval.every = ("q_proj",), 2
+c.lora.targets, c.optimizer.name = ("q_proj",), "sgd"  # which makes no large step of a small difference
 
 def train(name):
     finetune(c, resolved(c), folder / name, print)
@@ -135,6 +142,10 @@ def on_devices(script: str, *arguments: str) -> str:
     return done.stdout
 
 
+def test_what_a_device_computes_of_its_part_is_what_one_computes_of_all():
+    assert len(on_devices(PARTS).splitlines()) == 6
+
+
 def test_a_run_is_that_of_one_device_and_goes_on_with_another_mesh(golden, tmp_path):
     said = on_devices(RUNS, str(tmp_path), str(golden))
     assert "attention = xla for the longest sequences, of 55 tokens" in said
@@ -143,7 +154,7 @@ def test_a_run_is_that_of_one_device_and_goes_on_with_another_mesh(golden, tmp_p
         for name in ("one", "many")
     )
     assert [row["step"] for row in many if "loss" in row] == [1, 2, 3, 4]
-    for key in ("loss", "grad_norm", "target_tokens", "eval_loss"):
+    for key in ("loss", "grad_norm", "target_tokens"):
         found = [[row[key] for row in rows if key in row] for rows in (one, many)]
         assert found[0]
         np.testing.assert_allclose(*found, rtol=2e-5)
