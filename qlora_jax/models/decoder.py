@@ -342,7 +342,8 @@ class Decoder(nnx.Module):
 class _ChunkedBlock(NamedTuple):
     """A block as the two functions of `layer_in_chunks`.
 
-    A chunk's dropout depends on the layer's key, the chunk, the function and the projection alone.
+    Dropout depends on the layer's key, the function, the projection and a value's place in the batch alone, not on how
+    rows are cut into chunks or among devices.
     """
 
     graph: Any
@@ -360,8 +361,8 @@ class _ChunkedBlock(NamedTuple):
         frozen, stacks, positions, starts, turn, layer, dropout, of_device = arrays
         key, rate = (None, 0.0) if dropout is None else dropout
         if key is not None:
-            number = first if of_device is None else of_device + first
-            key = key.fold_in(number // self.size).fold_in(place)
+            before = first if of_device is None else of_device + first
+            key = key.fold_in(place)._replace(first_token=before)
         positions = jax.lax.dynamic_slice_in_dim(positions, first, self.size, axis=1)
         if starts is not None:
             starts = jax.lax.dynamic_slice_in_dim(starts, first, self.size, axis=1)
