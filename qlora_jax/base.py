@@ -144,6 +144,7 @@ def get_config() -> ConfigDict:
     c.mesh.fsdp = 0  # devices that divide rows and the model's arrays; 0: those that the others leave of mesh.devices
     c.mesh.tensor = 1  # devices that divide each product: heads, and the feed-forward's width. They have the same rows
     c.mesh.expert = 1  # devices that divide rows and arrays too, but keep a mixture's experts; tokens travel to them
+    c.mesh.sequence = 1  # devices that divide the tokens of each row, and arrays as fsdp does; keys and values travel
 
     c.eval = ConfigDict()
     c.eval.every = 0  # steps between evaluations of the held-out split; 0 evaluates at the end only,

@@ -177,7 +177,7 @@ def _token_scores(
 def make_option_logits(graph: Any, devices: Devices | None = None) -> Callable[..., jax.Array]:
     """The function to jit: option_logits(adapter, base, tokens int32 [B, T], last int32 [B], options int32 [n]) ->
     float32 [B, n], the logits of the options as the token after position `last`, without dropout. `devices` divide B
-    among them."""
+    among them, or the tokens of each row."""
 
     def option_logits(adapter, base, tokens, last, options):
         model = own_part(nnx.merge(graph, adapter, base))
@@ -185,7 +185,7 @@ def make_option_logits(graph: Any, devices: Devices | None = None) -> Callable[.
         if devices is not None:
             last = jax.lax.dynamic_slice_in_dim(last, devices.shards.first_row(B), B)
         hidden, _ = model(tokens, lengths=last + 1)
-        return head_logits(hidden[jnp.arange(B), last], model.head_weight()[options])
+        return head_logits(model.at_places(hidden, last), model.head_weight()[options])
 
     return option_logits if devices is None else on_mesh(option_logits, devices, lambda adapter: PartitionSpec(ROWS))
 

@@ -1,11 +1,12 @@
 """The axes of a mesh: what several devices divide among them.
 
-    data    rows of a batch; each holds the whole model
-    fsdp    rows of a batch, and every array of the model: each holds a part, and gathers a layer when it computes it
-    expert  the same, but for a mixture's experts: each keeps its own, and tokens travel
-    tensor  each product: its devices compute the same rows together
+    data      rows of a batch; each holds the whole model
+    fsdp      rows of a batch, and every array of the model: each holds a part, and gathers a layer when it computes it
+    expert    the same, but for a mixture's experts: each keeps its own, and tokens travel
+    tensor    each product: its devices compute the same rows together
+    sequence  the tokens of each row; every array of the model as fsdp does
 
-Rows of a batch are divided along all but tensor.
+Rows of a batch are divided along the first three.
 """
 
 import math
@@ -16,8 +17,11 @@ from qlora_jax.errors import InputError
 FSDP = "fsdp"
 EXPERT = "expert"
 TENSOR = "tensor"
+SEQUENCE = "sequence"
 ROWS = ("data", FSDP, EXPERT)  # along which rows of a batch are divided
-_OTHERS = (EXPERT, TENSOR)  # that are named where they are more than one
+TOKENS = (*ROWS, SEQUENCE)  # along which each device has tokens of its own
+ORDER = (*TOKENS, TENSOR)  # of a mesh's devices: those along tensor, which tell each other most, are neighbours
+_OTHERS = (EXPERT, TENSOR, SEQUENCE)  # that are named where they are more than one
 
 
 class Axes(NamedTuple):
@@ -27,6 +31,7 @@ class Axes(NamedTuple):
     fsdp: int = 1
     expert: int = 1
     tensor: int = 1
+    sequence: int = 1
 
     @classmethod
     def of(cls, section: Any) -> "Axes":
@@ -42,7 +47,9 @@ class Axes(NamedTuple):
                 f"mesh.expert is {found[EXPERT]} and mesh.tensor {found[TENSOR]}; a mixture's devices divide either "
                 "experts or products: set one of them to 1"
             )
-        devices, axes = found["devices"], cls(found["data"], found["fsdp"] or 1, found[EXPERT], found[TENSOR])
+        devices, axes = found["devices"], cls(
+            found["data"], found["fsdp"] or 1, found[EXPERT], found[TENSOR], found[SEQUENCE]
+        )
         if found["fsdp"] == 0 and devices > 1:
             if devices % axes.devices:
                 raise InputError(
@@ -68,11 +75,11 @@ class Axes(NamedTuple):
     @property
     def devices(self) -> int:
         """In all."""
-        return self.row_parts * self.tensor
+        return self.row_parts * self.tensor * self.sequence
 
     @property
     def row_parts(self) -> int:
-        """Parts that rows of a batch are divided into, one for each device or each group of them along tensor."""
+        """Parts that rows of a batch are divided into, one for each device or each group along tensor and sequence."""
         return self.data * self.fsdp * self.expert
 
     def along(self, names: tuple[str, ...]) -> int:
@@ -84,7 +91,7 @@ class Axes(NamedTuple):
         if batch % self.row_parts:
             raise InputError(
                 f"batches of {batch} sequences cannot be divided among {self.row_parts} devices ({self}): make "
-                "train.batch_size a multiple"
+                "train.batch_size a multiple, or divide the tokens of each row (mesh.sequence)"
             )
         return batch // self.row_parts
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qlora_jax.errors import InputError
-from qlora_jax.mesh.axes import ROWS, Axes
+from qlora_jax.mesh.axes import ORDER, ROWS, Axes
 from qlora_jax.mesh.processes import are_several
 from qlora_jax.mesh.rules import NO_SPLITS, Cut, cut_of, name_of
 from qlora_jax.mesh.shards import Shards
@@ -48,8 +48,8 @@ def mesh_of(axes: Axes, devices: Sequence[Any] | None = None) -> Mesh:
             f"the mesh ({axes}) takes {axes.devices} devices, and JAX sees {len(devices)} here: set mesh.devices="
             f"{len(devices)}, or start the run where there are more"
         )
-    kept = np.asarray(devices[: axes.devices], object).reshape(axes)
-    return Mesh(kept, Axes._fields)
+    kept = np.asarray(devices[: axes.devices], object).reshape([getattr(axes, name) for name in ORDER])
+    return Mesh(kept, ORDER)
 
 
 def by_rules(mesh: Mesh, name: str, leaf: Any, splits: Mapping[str, Split] = NO_SPLITS) -> NamedSharding:

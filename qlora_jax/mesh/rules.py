@@ -2,10 +2,10 @@
 
     embedding, head, head_bias      the vocabulary: each device knows its own tokens' rows
     blocks.STEM.experts.NAME        a mixture's stacks [L, E, ...], of weights, biases and adapters: by experts, which
-                                    devices along expert keep; those along fsdp gather a layer's of them
+                                    devices along expert keep; those along fsdp and sequence gather a layer's of them
     blocks.NAME.weight, lora_a/b    the first axis behind the layers': packed bytes and scales [L, n] along the run of
                                     values (no byte is cut), 16-bit weights and B [L, O, R] by out-features, A [L, R, I]
-                                    by ranks: along fsdp and expert
+                                    by ranks: along fsdp, expert and sequence
 
 The first axis behind the layers', since gathering along another turns the whole stack around in memory first. An array
 whose axis the devices do not divide stands whole, too.
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from qlora_jax.mesh.axes import EXPERT, FSDP, TENSOR, Axes
+from qlora_jax.mesh.axes import EXPERT, FSDP, SEQUENCE, TENSOR, Axes
 from qlora_jax.mesh.tensor import Split
 
 BLOCKS = "blocks."
@@ -61,6 +61,7 @@ class Cut(NamedTuple):
 def cut_of(name: str, leaf: Any, axes: Axes, splits: Mapping[str, Split] = NO_SPLITS) -> Cut:
     """By the rules, of an array of that name; `leaf`: what has its shape. `splits`: of linear layers, along tensor."""
     among = (FSDP,) if axes.expert == 1 or is_of_experts(name) else (FSDP, EXPERT)
+    among = among if axes.sequence == 1 else (*among, SEQUENCE)
     kept: int | None
     if axes.expert > 1 and is_of_experts(name):
         along, parts, kept = EXPERT, axes.expert, 1 - len(leaf.shape)
@@ -80,7 +81,7 @@ def is_of_experts(name: str) -> bool:
 def _kept_axis(name: str, leaf: Any, axes: Axes, splits: Mapping[str, Split]) -> int | None:
     """The axis of which the devices along tensor have a part each."""
     if name in _VOCABULARY:
-        divides = axes.tensor > 1 and leaf.shape[0] % (axes.tensor * axes.along((FSDP, EXPERT))) == 0
+        divides = axes.tensor > 1 and leaf.shape[0] % (axes.tensor * axes.along((FSDP, EXPERT, SEQUENCE))) == 0
         return -len(leaf.shape) if divides else None
     linear, _, part = name.removeprefix(BLOCKS).rpartition(".")
     if linear.endswith(".weight"):

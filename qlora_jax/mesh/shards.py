@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.mesh.axes import ROWS, TENSOR, Axes
+from qlora_jax.mesh.axes import ROWS, TENSOR, TOKENS, Axes
 from qlora_jax.mesh.gather import from_all, rounded_from_all
 from qlora_jax.mesh.rules import BLOCKS, NO_SPLITS, Cut, cut_of, name_of, named
 from qlora_jax.mesh.tensor import Split, left
@@ -132,8 +132,17 @@ class Shards:
         """Devices that rows of a batch are divided among."""
         return self.axes.row_parts
 
+    @property
+    def divides_tokens(self) -> bool:
+        """Whether a row's tokens are several devices' (mesh/sequence.py)."""
+        return self.axes.sequence > 1
+
     def total(self, values: Any) -> Any:
-        """Sums over all devices."""
+        """Sums over all devices, of what each has of its own tokens."""
+        return jax.lax.psum(values, TOKENS)
+
+    def total_of_rows(self, values: Any) -> Any:
+        """Sums over all devices, of what each has of whole rows."""
         return jax.lax.psum(values, ROWS)
 
     def summed(self, gradient: Any) -> Any:
@@ -142,7 +151,7 @@ class Shards:
         def added(path: Any, leaf: jax.Array) -> jax.Array:
             cut = self.cuts.get(name_of(path), Cut())
             # a layer's gradients are of products that devices along tensor divide; others are the same on each
-            axes = (*ROWS, TENSOR) if self.split and name_of(path).startswith(BLOCKS) else ROWS
+            axes = (*TOKENS, TENSOR) if self.split and name_of(path).startswith(BLOCKS) else TOKENS
             return jax.lax.psum(leaf, tuple(axis for axis in axes if axis not in cut.axes))
 
         return jax.tree_util.tree_map_with_path(added, gradient)

@@ -167,15 +167,19 @@ def chunked_attention(
     starts: jax.Array | None = None,
     scoring: Scoring = PLAIN,
     sinks: jax.Array | None = None,
+    first: jax.Array | None = None,
 ) -> jax.Array:
-    """As causal_attention, for query_chunk queries and key_chunk keys at a time (see attend_chunk): memory O(T)."""
+    """As causal_attention, for query_chunk queries and key_chunk keys at a time (see attend_chunk): memory O(T).
+
+    With `first`, int32 [], q [B, C, N, H] and starts [B, C] are of the tokens from that place on, k and v of all.
+    """
     T = q.shape[1]
     size = chunk_size(T, query_chunk)
     padded = jnp.pad(q, ((0, 0), (0, -T % size), (0, 0), (0, 0)))  # queries that nobody reads
     if starts is not None:
         starts = jnp.pad(starts, ((0, 0), (0, -T % size)), mode="edge")
     attend = _Attend(key_chunk, size, scoring)
-    return in_chunks(attend, size, (starts, sinks), (k, v), padded)[:, :T]
+    return in_chunks(attend, size, (starts, sinks, first), (k, v), padded)[:, :T]
 
 
 class _Attend:
@@ -185,11 +189,12 @@ class _Attend:
         self.key_chunk, self.size, self.scoring = key_chunk, size, scoring
 
     def __call__(
-        self, frozen: tuple[Any, Any], keys: tuple[jax.Array, jax.Array], q: jax.Array, first: jax.Array
+        self, frozen: tuple[Any, Any, Any], keys: tuple[jax.Array, jax.Array], q: jax.Array, first: jax.Array
     ) -> jax.Array:
-        starts, sinks = frozen
+        starts, sinks, before = frozen
         if starts is not None:
             starts = jax.lax.dynamic_slice_in_dim(starts, first, self.size, axis=1)
+        first = first if before is None else before + first
         return attend_chunk(q, *keys, first, starts, self.key_chunk, self.scoring, sinks)
 
     def __eq__(self, other: object) -> bool:

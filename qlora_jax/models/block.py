@@ -16,6 +16,7 @@ from qlora_jax.models.attention import (
     window_starts,
 )
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.divided.tokens import attention_to_all
 from qlora_jax.models.dropout import Dropout
 from qlora_jax.models.layers import ACTIVATIONS, Frozen, Linear, Norm, Setting, gradient_after, part_of, place, project
 from qlora_jax.models.mixtures.experts import mixture, stacked
@@ -43,6 +44,7 @@ class Context(NamedTuple):
     layer: jax.Array | None = None  # int32 [], the number of the layer that is computed
     balance: Balance | None = None  # of a mixture's routers; None: no auxiliary loss
     seen: jax.Array | None = None  # bool [B, 1 or T, T], which places each token sees; None: those up to its own
+    first: jax.Array | None = None  # int32 [], the place of x's first token, of a device that has a part of each row
 
 
 class Block(nnx.Module):
@@ -84,6 +86,9 @@ class Block(nnx.Module):
             q, k, v = self.as_queries(q, context), *self.as_keys_values(k, v, context)
         if context.seen is not None:
             out = masked_attention(q, k, v, context.seen, context.positions, self.scoring)
+        elif context.first is not None:
+            how = (context.implementation, self.starts(context), self.scoring, self.sinks)
+            out = attention_to_all(q, k, v, context.first, *how)
         elif cache is None:
             out = causal_attention(q, k, v, context.implementation, self.starts(context), self.scoring, self.sinks)
         else:
@@ -192,9 +197,11 @@ class Block(nnx.Module):
     def starts(self, context: Context) -> jax.Array | None:
         """The first place that each token sees, int32 [B, T]; None: all see the row's first."""
         B, T = context.positions.shape
-        if min((window for window in self.kind.windows if window), default=T) >= T:
+        shortest = min((window for window in self.kind.windows if window), default=0)
+        if not shortest or (shortest >= T and context.first is None):
             return context.starts
         places = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+        places = places if context.first is None else places + context.first
         return window_starts(context.starts, places, self.window_size)
 
     def given(self, x: jax.Array, context: Context, dropout: Dropout) -> tuple[jax.Array, jax.Array]:

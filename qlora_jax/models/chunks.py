@@ -47,38 +47,45 @@ def _in_chunks_backward(function, size, saved, dy):
 in_chunks.defvjp(_in_chunks_forward, _in_chunks_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def layer_in_chunks(
-    keys_values: Callable, rest: Callable, size: int, frozen: Any, adapter: Any, x: jax.Array
+    keys_values: Callable, share: Callable, rest: Callable, size: int, frozen: Any, adapter: Any, x: jax.Array
 ) -> jax.Array:
     """A decoder layer: x [B, T, D] -> [B, T, D].
 
     Args:
       keys_values: (frozen, adapter, x_c, first) -> (k_c, v_c), [B, size, K, H] each; pure and hashable, as is `rest`.
+      share: (k, v) -> what `rest` takes, of all devices that have a part of each row.
       rest: (frozen, adapter, (k, v), x_c, first) -> y_c [B, size, D].
       size: tokens of a chunk; T is a multiple.
       frozen: arrays without a gradient. adapter: float32 arrays.
     """
-    return _layer_forward(keys_values, rest, size, frozen, adapter, x)[0]
+    return _layer_forward(keys_values, share, rest, size, frozen, adapter, x)[0]
 
 
-def _layer_forward(keys_values, rest, size, frozen, adapter, x):
+def not_shared(keys_values: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """For layer_in_chunks, where a device has whole rows."""
+    return keys_values
+
+
+def _layer_forward(keys_values, share, rest, size, frozen, adapter, x):
     project = lambda first: keys_values(frozen, adapter, _cut(x, first, size), first)  # noqa: E731
     B, T = x.shape[:2]
     room = [jnp.zeros((B, T, *like.shape[2:]), like.dtype) for like in jax.eval_shape(project, jnp.int32(0))]
-    kv = _over_chunks(lambda _, first: project(first), size, tuple(room))
+    kv = share(_over_chunks(lambda _, first: project(first), size, tuple(room)))
     y = _over_chunks(lambda y, first: rest(frozen, adapter, kv, _cut(y, first, size), first), size, x)
     return y, (frozen, adapter, x, kv)
 
 
-def _layer_backward(keys_values, rest, size, saved, dy):
+def _layer_backward(keys_values, share, rest, size, saved, dy):
     frozen, adapter, x, kv = saved
 
     def of_rest(shared, x, first):
         return rest(frozen, shared[0], shared[1], x, first)
 
     (d_adapter, d_kv), dx = _pull_back(of_rest, size, (adapter, kv), x, dy)
-    d_kv = _like(d_kv, kv)
+    own = tuple(jax.ShapeDtypeStruct((*x.shape[:2], *leaf.shape[2:]), leaf.dtype) for leaf in kv)
+    [d_kv] = jax.linear_transpose(share, own)(_like(d_kv, kv))
 
     def add_keys_values(carry, number):
         (d_adapter, dx), first = carry, number * size

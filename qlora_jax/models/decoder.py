@@ -10,10 +10,11 @@ from flax import nnx
 from pallas_kernels.attention import refusal
 from pallas_kernels.nf4_matmul import dense_matmul
 from qlora_jax.errors import InputError
+from qlora_jax.mesh import sequence
 from qlora_jax.mesh.shards import Shards
 from qlora_jax.models.attention import segment_starts
 from qlora_jax.models.block import Block, Cache, Context
-from qlora_jax.models.chunks import chunk_size, layer_in_chunks
+from qlora_jax.models.chunks import chunk_size, layer_in_chunks, not_shared
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.dropout import Dropout, DropoutKey, DropoutRate
 from qlora_jax.models.head import Head, head_logits
@@ -92,7 +93,8 @@ class Decoder(nnx.Module):
           lengths: int32 [B], tokens of each row without its padding, where a rope's turn depends on them; None: T,
             or the longest segment's. With a cache its room decides.
         Returns:
-          hidden [B, T, config.head_width] after the final norm, and the cache with these tokens added, if there is one.
+          hidden [B, T, config.head_width] after the final norm, and the cache with these tokens added, if there is one;
+          of a device that has a part of each row that part alone, as `own` has it.
         """
         T = tokens.shape[1]
         if cache is None:
@@ -116,16 +118,38 @@ class Decoder(nnx.Module):
 
         if self.remat != "none" and cache is None:
             step = jax.checkpoint(step, prevent_cse=False)  # a scan's body is not merged with its forward
-        x = self.embed(tokens, context.positions)
+        x = self.embed(self.own(tokens), context.positions)
         (x, cache), _ = jax.lax.scan(step, (x, cache), (state, jnp.arange(self.config.L)))
-        return self.norm(x[:, :T]), cache
+        return self.norm(x if self.divides_tokens else x[:, :T]), cache
 
     def pad(self, tokens: jax.Array) -> jax.Array:
-        """[B, T] with zeros (False) at the right, as the chunks of a long sequence need them; causality hides them."""
+        """[B, T] with zeros (False) at the right, as the chunks of a long sequence and the devices that divide one need
+        them; causality hides them."""
         T = tokens.shape[1]
-        if not self._is_chunked(T):
-            return tokens
-        return jnp.pad(tokens, ((0, 0), (0, -T % chunk_size(T, self.sequence_chunk))))
+        parts = self.shards.axes.sequence if self.shards is not None else 1
+        mine = -(-T // parts)
+        if self._is_chunked(mine):
+            mine += -mine % chunk_size(mine, self.sequence_chunk)
+        return tokens if parts * mine == T else jnp.pad(tokens, ((0, 0), (0, parts * mine - T)))
+
+    @property
+    def divides_tokens(self) -> bool:
+        """Whether this device has a part of each row's tokens, of several (mesh/sequence.py)."""
+        return self.shards is not None and self.shards.divides_tokens
+
+    def own(self, x: jax.Array) -> jax.Array:
+        """Of [B, T], as `pad` makes it: this device's tokens, all or a part."""
+        return sequence.own(x) if self.divides_tokens else x
+
+    def followed(self, x: jax.Array) -> jax.Array:
+        """As `own` of [B, T] before `pad` or after it, with the token that follows a part, as train/loss takes it."""
+        return sequence.own_and_next(self.pad(x)) if self.divides_tokens else x
+
+    def at_places(self, hidden: jax.Array, places: jax.Array) -> jax.Array:
+        """Of hidden states, as a call gives them, those of one place of each row, int32 [B]: [B, D]."""
+        if self.divides_tokens:
+            return sequence.at_places(hidden, places)
+        return hidden[jnp.arange(hidden.shape[0]), places]
 
     def _is_chunked(self, T: int) -> bool:
         return 0 < self.sequence_chunk < T
@@ -158,14 +182,20 @@ class Decoder(nnx.Module):
         segments: jax.Array | None = None,
         lengths: jax.Array | None = None,
     ) -> Context:
-        """What every layer shares, for tokens [B, T] at positions int32 [B, T] (0..T-1 of each segment by default)."""
+        """What every layer shares, for tokens [B, T] at positions int32 [B, T] (0..T-1 of each segment by default).
+
+        Of a device that has a part of each row: for that part of the [B, T] that all are given.
+        """
         self.check_attention(tokens.shape[1])
         starts = None if segments is None else segment_starts(segments)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
             positions = positions if starts is None else positions - starts
+        first = sequence.first_of(tokens.shape[1]) if self.divides_tokens else None
+        positions, starts = self.own(positions), None if starts is None else self.own(starts)
         rotation = self.rotation(lengths)
-        return Context(positions, None if rotation is None else rotation.at(positions), self.attention, starts)
+        turn = None if rotation is None else rotation.at(positions)
+        return Context(positions, turn, self.attention, starts, first=first)
 
     def rotation(self, lengths: jax.Array | None) -> Rotation | None:
         config, kind = self.config, self.config.kind
@@ -269,8 +299,11 @@ class Decoder(nnx.Module):
             adapter, frozen = state
             pieces = _ChunkedBlock(block, chunk_size(x.shape[1], self.sequence_chunk))
             drawn = None if key is None else (key, DropoutRate.of(self.dropout_rate))
-            arrays = (frozen, stacks, context.positions, context.starts, context.turn, layer, drawn)
-            return layer_in_chunks(pieces.keys_values, pieces.rest, pieces.size, arrays, adapter, x), None
+            arrays = (frozen, stacks, context.positions, context.starts, context.turn, layer, drawn, context.first)
+            share = sequence.of_all if self.divides_tokens else not_shared
+            return layer_in_chunks(pieces.keys_values, share, pieces.rest, pieces.size, arrays, adapter, x), None
+        if key is not None and context.first is not None:
+            key = key._replace(first_token=context.first)
         return nnx.merge(block, *state, stacks)(x, context, cache, layer, Dropout(self.dropout_rate, key))
 
     def head_weight(self) -> jax.Array | Head:
@@ -309,7 +342,8 @@ class Decoder(nnx.Module):
 class _ChunkedBlock(NamedTuple):
     """A block as the two functions of `layer_in_chunks`.
 
-    A chunk's dropout depends on the layer's key, the chunk, the function and the projection alone.
+    Dropout depends on the layer's key, the function, the projection and a value's place in the batch alone, not on how
+    rows are cut into chunks or among devices.
     """
 
     graph: Any
@@ -321,18 +355,19 @@ class _ChunkedBlock(NamedTuple):
 
     def rest(self, arrays: Any, adapter: Any, kv: Any, x: jax.Array, first: jax.Array) -> jax.Array:
         block, context, dropout = self._open(arrays, adapter, first, 1)
-        return block.rest(x, kv, first, context, dropout)
+        return block.rest(x, kv, first if context.first is None else context.first + first, context, dropout)
 
     def _open(self, arrays: Any, adapter: Any, first: jax.Array, place: int) -> tuple[Block, Context, Dropout]:
-        frozen, stacks, positions, starts, turn, layer, dropout = arrays
+        frozen, stacks, positions, starts, turn, layer, dropout, of_device = arrays
         key, rate = (None, 0.0) if dropout is None else dropout
         if key is not None:
-            key = key.fold_in(first // self.size).fold_in(place)
+            before = first if of_device is None else of_device + first
+            key = key.fold_in(place)._replace(first_token=before)
         positions = jax.lax.dynamic_slice_in_dim(positions, first, self.size, axis=1)
         if starts is not None:
             starts = jax.lax.dynamic_slice_in_dim(starts, first, self.size, axis=1)
         turn = None if turn is None else turn.cut(first, self.size)
-        context = Context(positions, turn, "chunked", starts, layer)
+        context = Context(positions, turn, "chunked", starts, layer, first=of_device)
         return nnx.merge(self.graph, adapter, frozen, stacks), context, Dropout(rate, key)
 
 

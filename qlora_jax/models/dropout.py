@@ -38,6 +38,7 @@ class DropoutKey(NamedTuple):
     key: Any  # key [], the same for all rows of a step
     first_row: Any = 0  # int32 [] or a number: which row of the step's batch x [B, T, I] begins with
     words: Any = None  # uint32 [2], what a layer draws from its key; or of all layers [L, 2]; None: not drawn yet
+    first_token: Any = 0  # int32 [] or a number: which token of its rows x [B, T, I] begins with
 
     @classmethod
     def of(cls, key: "jax.Array | DropoutKey") -> "DropoutKey":
@@ -45,7 +46,7 @@ class DropoutKey(NamedTuple):
 
     def fold_in(self, number: Any) -> "DropoutKey":
         """Another key, for the same rows."""
-        return DropoutKey(jax.random.fold_in(self.key, number), self.first_row)
+        return self._replace(key=jax.random.fold_in(self.key, number), words=None)
 
     def for_layers(self, L: int) -> "DropoutKey":
         """The same, with the words of L layers drawn at once."""
@@ -70,11 +71,12 @@ class Dropout:
         self.rate = DropoutRate.of(rate)
         self.place = 0
         self.first_row: Any = 0
+        self.first_token: Any = 0
         self.is_off = key is None or (isinstance(self.rate.threshold, int) and self.rate.threshold == 0)
         self.words = None
         if key is not None and not self.is_off:
             drawn = DropoutKey.of(key)
-            self.first_row = drawn.first_row
+            self.first_row, self.first_token = drawn.first_row, drawn.first_token
             self.words = _words(drawn.key) if drawn.words is None else drawn.words
 
     def skip(self, count: int = 1) -> None:
@@ -95,7 +97,8 @@ class Dropout:
         places = [self.place + 1 + k for k in range(count)]
         self.place += count
         # the high bits are the best mixed
-        bits = jnp.stack([random_bits(self.words, place, x.shape, self.first_row, first) for place in places])
+        begins = (self.first_row, first, self.first_token)
+        bits = jnp.stack([random_bits(self.words, place, x.shape, *begins) for place in places])
         keep = (bits >> 16) >= jnp.asarray(self.rate.threshold, jnp.uint32)
         # behind a barrier a constant is no other factor than an input of the program: XLA would merge it with its like
         scale = jax.lax.optimization_barrier(jnp.asarray(self.rate.kept_scale, jnp.float32).astype(x.dtype))
@@ -108,7 +111,12 @@ def _words(key: jax.Array) -> jax.Array:
 
 
 def random_bits(
-    words: jax.Array, place: int, shape: tuple[int, ...], first_row: Any = 0, first_feature: Any = 0
+    words: jax.Array,
+    place: int,
+    shape: tuple[int, ...],
+    first_row: Any = 0,
+    first_feature: Any = 0,
+    first_token: Any = 0,
 ) -> jax.Array:
     """uint32 of `shape`, 32 random bits for each place in it.
 
@@ -116,13 +124,16 @@ def random_bits(
       words: uint32 [2], random.
       place: numbers whose bits shall differ.
       shape: the bits of [b, t, i] are the same in every shape that has this place.
-      first_row, first_feature: int32 [] or a number, b of the first row and i of the first feature.
+      first_row, first_feature, first_token: int32 [] or a number, b of the first row, i of the first feature, t of the
+        first token.
     """
     token = mix(words[0] ^ jnp.uint32(place))
     for axis in range(len(shape) - 1):
         numbers = jnp.arange(shape[axis], dtype=jnp.uint32)
         if axis == 0:
             numbers = numbers + jnp.asarray(first_row, jnp.uint32)
+        elif axis == len(shape) - 2:
+            numbers = numbers + jnp.asarray(first_token, jnp.uint32)
         token = mix(token[..., None] + numbers)
     other = mix(token ^ words[1])
     features = jnp.arange(shape[-1], dtype=jnp.uint32) + jnp.asarray(first_feature, jnp.uint32)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.nf4_matmul import dense_matmul
-from qlora_jax.mesh.axes import ROWS, TENSOR
+from qlora_jax.mesh.axes import TENSOR, TOKENS
 from qlora_jax.mesh.tensor import entered, left
 
 
@@ -59,8 +59,8 @@ def axes_of(head: jax.Array | Head) -> tuple[str, ...]:
 
 
 def rows_of(axes: tuple[str, ...]) -> tuple[str, ...]:
-    """Of them those along which devices have rows of their own."""
-    return tuple(axis for axis in axes if axis in ROWS)
+    """Of them those along which devices have tokens of their own."""
+    return tuple(axis for axis in axes if axis in TOKENS)
 
 
 def token_losses(hidden: jax.Array, head: jax.Array | Head, labels: jax.Array) -> jax.Array:

@@ -49,7 +49,7 @@ def table(plan: Plan) -> str:
         row("host memory at the peak of loading", memory.load_host_peak_bytes),
         row("optimizer state", memory.optimizer_bytes, pages),
         "",
-        f"  a step: {in_words(batch.G, batch.B)} of {batch.T}{' on each' if parts > 1 else ''} = "
+        f"  a step: {in_words(batch.G, batch.B)} of {batch.T}{_shared(plan)} = "
         f"{parts * batch.tokens:,} tokens, remat {plan.spec.model.remat}",
         f"  ({plan.choice.reason}),",
         f"  {plan.time.flops / 1e12:,.2f} TFLOP,",
@@ -79,6 +79,13 @@ def table(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _shared(plan: Plan) -> str:
+    """How devices divide a step's rows, behind how many each has and their length."""
+    axes = plan.spec.axes
+    tokens = f", {plan.spec.of_one().model.part(plan.spec.batch.T)} of each row" if axes.sequence > 1 else ""
+    return f"{tokens} on each" if axes.row_parts * axes.sequence > 1 else ""
+
+
 def _wire(plan: Plan) -> list[str]:
     """What each of several devices receives in a step."""
     if not plan.memory.wire:
@@ -96,7 +103,8 @@ def mesh_table(plan: Plan) -> str:
     """Each array of model and adapter: its shape, along what it is divided, and what each device holds."""
     model = abstract_model(plan.spec.model, plan.spec.axes)
     devices = plan.spec.axes
-    rows = [f"mesh: {devices}; rows of a batch are divided along all of these but tensor", ""]
+    of_tokens = ", and their tokens along sequence" * (devices.sequence > 1)
+    rows = [f"mesh: {devices}; rows of a batch are divided along data, fsdp and expert{of_tokens}", ""]
     mine = model.of_one()
     parts = [*jax.tree.leaves(mine.base), *jax.tree.leaves(mine.adapter)]
     for (name, leaf), part in zip([*named(model.base), *named(model.adapter)], parts, strict=True):

@@ -143,7 +143,7 @@ def plan_memory(
         one = spec.of_one().model
         with traced_for(gpu):
             sums = log_sums(one, spec.batch.T)
-        shape = (spec.batch.B, spec.batch.T, itemsize, one.low_rank, sums)
+        shape = (spec.batch.B, one.part(spec.batch.T), itemsize, one.low_rank, sums)
         inputs = int(kept_bytes(one.sizes, one.remat, *shape) * spec.model.kept_share(spec.batch.T))
     in_gradient = held | {
         "gradients": adapter,

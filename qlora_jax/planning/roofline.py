@@ -8,7 +8,8 @@ a token meets), H = V * D of the head:
     adapters  2 r  forward, 2 r recomputed, 4 r for dx, dA and dB
     head      2 H  forward, 2 H for dx; 2 H recomputed where remat is "none" (elsewhere both are done at once)
     head      2 H  more where it trains
-    attention 4 N H_head T / 2 a layer forward and recomputed, twice that for its gradient (causal: half the square)
+    attention 4 N H_head T / 2 a layer forward and recomputed, twice that for its gradient (causal: half the square);
+              where devices divide a row's tokens (mesh.sequence), that of the last one, whose tokens see most
 
 Of an encoder-decoder a token of the prompt meets the encoder and the projections of what it gives, one of the answer
 the others and the head; both count as wide as they may be. Attention is counted as a decoder's of the whole row.
@@ -56,13 +57,14 @@ def step_flops(spec: RunSpec, linear_weights: float, adapter_params: float, reco
     head_passes += "lm_head" in spec.model.lora.modules_to_save
     # of an encoder it is of rows, not of tokens
     head = 0.0 if sizes.kind.bidirectional else 2.0 * head_passes * sizes.V * sizes.D
-    attention = 2 * sizes.N * sizes.H * batch.T * sizes.L
+    ways = spec.model.sequence
+    attention = 2 * sizes.N * sizes.H * batch.T * sizes.L * (2 - 1 / ways)
     linear_weights *= active_share(sizes, sizes.weights) * _share_of_row(spec, sizes.weights)
     ranks = lambda name: rank_one_parameters(sizes, name)  # noqa: E731
     adapter_params *= active_share(sizes, ranks) * _share_of_row(spec, ranks)
     head *= _widths(spec)[1]
     token = 2 * passes * linear_weights + 2 * (passes + 1) * adapter_params + head + (passes + 1) * attention
-    return token * batch.tokens
+    return token * batch.tokens / ways
 
 
 def _widths(spec: RunSpec) -> tuple[float, float]:
@@ -105,7 +107,8 @@ def roofline(
     micro_flops = step_flops(spec, linear_weights, adapter_params) / batch.G
     here = share_with(1 / spec.axes.expert, sizes, sizes.weights)  # experts of other devices are read by those
     moved = here * passes * packed_bytes + 2 * PASSES * head
-    moved += 2 * kept_bytes(sizes, spec.model.remat, batch.B, batch.T, 2) * spec.model.kept_share(batch.T)
+    kept = kept_bytes(sizes, spec.model.remat, batch.B, spec.model.part(batch.T), 2)
+    moved += 2 * kept * spec.model.kept_share(batch.T)
     if spec.model.kernel in ("auto", "xla", "scratch") and spec.model.quant.format != "none":
         moved += here * passes * 4 * linear_weights
     micro = max(micro_flops / gpu.flops_per_second, moved / gpu.bytes_per_second)

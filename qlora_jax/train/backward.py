@@ -95,7 +95,9 @@ def add_gradient(
     offload = model.remat == "block+offload"
     names = NAMES if model.remat == "selective" else ()
     balance = start_of_balance(model.router_aux_loss_coef, model.config.kind.experts, loss_mask)
+    tokens, targets = model.own(tokens), (model.followed(tokens), model.followed(loss_mask))
     if balance is not None:
+        balance = balance._replace(counted=model.own(balance.counted))
         names, apply_layer = (*names, STATISTICS), partial(apply_layer, balance=balance)
 
     def forward(carry, layer):
@@ -113,14 +115,14 @@ def add_gradient(
 
     head = "embedding" if model.head is None else "head"
     head_sum = jax.tree.leaves(total[head])[0] if head in total else None
-    loss, dx, head_sum = loss_and_gradient(model.norm, x, model.head_weight(), tokens, loss_mask, loss_chunk, head_sum)
+    loss, dx, head_sum = loss_and_gradient(model.norm, x, model.head_weight(), *targets, loss_chunk, head_sum)
 
     if balance is not None:
-        targets = jnp.sum(loss_mask[:, 1:]).astype(jnp.float32) * model.router_aux_loss_coef
-        sums = of_routers, jnp.sum(balance.counted), targets
+        weight = jnp.sum(targets[1][:, 1:]).astype(jnp.float32) * model.router_aux_loss_coef
+        sums = of_routers, jnp.sum(balance.counted), weight
         of_routers, counted, all_targets = sums if model.shards is None else model.shards.total(sums)
         uneven, pull = balancing_loss(of_routers, counted)
-        loss = loss + targets * uneven  # of all devices together: as often as there are targets
+        loss = loss + weight * uneven  # of all devices together: as often as there are targets
         apply_layer = partial(apply_layer, balance=balance._replace(gradient=all_targets * pull))
 
     def backward(carry, layer):

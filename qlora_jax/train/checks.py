@@ -15,6 +15,7 @@ from qlora_jax.feed.sources import sources_of
 from qlora_jax.mesh.axes import Axes
 from qlora_jax.models import attention
 from qlora_jax.models.decoder import REMAT
+from qlora_jax.models.divided import tokens
 from qlora_jax.optim.paged import PAGING
 from qlora_jax.optim.schedules import paging
 from qlora_jax.quant.tensor import check_kernel
@@ -92,7 +93,12 @@ def check_values(config: Any, backend: str | None = None) -> None:
 
 def _check_mesh(config: Any) -> None:
     axes = Axes.of(config.mesh)
-    if axes.fsdp * axes.expert == 1:
+    if axes.sequence > 1 and config.model.attention not in tokens.IMPLEMENTATIONS:
+        raise InputError(
+            f"model.attention is {config.model.attention!r}, which takes whole rows alone, and mesh.sequence = "
+            f"{axes.sequence} divides their tokens: set model.attention=auto"
+        )
+    if axes.fsdp * axes.expert * axes.sequence == 1:
         return
     if config.model.remat == "none":
         raise InputError(

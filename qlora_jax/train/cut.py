@@ -171,9 +171,9 @@ def step_seconds(wanted: ToCut, cut: Cut) -> float:
     micro = model.sizes.L * LAUNCHES + quantized * passes * weights * DEQUANTIZE
     met = weights * active_share(model.sizes, model.sizes.weights)
     token = passes * met * MULTIPLY + model.sizes.L * model.sizes.D * ELEMENTWISE
-    moved = 2 * kept_bytes(model.sizes, "block", wanted.rows, wanted.T, model.itemsize)
+    moved = 2 * kept_bytes(model.sizes, "block", wanted.rows, model.part(wanted.T), model.itemsize)
     bus = moved / BUS_BYTES_PER_SECOND if cut.remat == "block+offload" else 0.0
-    return wanted.rows / cut.rows * micro + wanted.rows * wanted.T * token + bus
+    return wanted.rows / cut.rows * micro + wanted.rows * model.part(wanted.T) * token + bus
 
 
 def attention_of(model: ModelSpec, T: int) -> str:
@@ -182,6 +182,8 @@ def attention_of(model: ModelSpec, T: int) -> str:
         return "xla"
     if model.is_chunked(T):
         return "chunked"
+    if model.sequence > 1:  # no kernel takes queries from another place on than the first
+        return chosen(model.attention, T)
     return chosen(model.attention, T, model.sizes.N, model.sizes.H, model.compute_dtype)
 
 
@@ -202,8 +204,9 @@ def temporary_bytes(wanted: ToCut, cut: Cut, members: int = 1) -> int:
     """
     model, config = wanted.model, wanted.model.sizes
     itemsize = model.itemsize
-    T = chunk_size(wanted.T, model.sequence_chunk) if model.is_chunked(wanted.T) else wanted.T
-    kept = kept_bytes(config, cut.remat, cut.rows, wanted.T, itemsize, model.low_rank, log_sums(model, wanted.T))
+    mine = model.part(wanted.T)
+    T = chunk_size(mine, model.sequence_chunk) if model.is_chunked(wanted.T) else mine
+    kept = kept_bytes(config, cut.remat, cut.rows, mine, itemsize, model.low_rank, log_sums(model, wanted.T))
     kept = int(kept * model.kept_share(wanted.T))
     if cut.remat == "block+offload":
         kept = 3 * kept // config.L  # on their way
@@ -213,9 +216,11 @@ def temporary_bytes(wanted: ToCut, cut: Cut, members: int = 1) -> int:
     if model.quant.format == int8.FORMAT:  # the sums of gate and up in int32 and float32, before they are 16-bit
         layer += 2 * config.F * rows * INT8_SUM
     if attention_of(model, wanted.T) == "xla":
-        layer += SCORE * config.N * wanted.T**2 * cut.rows
+        layer += SCORE * config.N * mine * wanted.T * cut.rows
+    if model.sequence > 1:  # keys and values of all tokens, and their gradients' sums in float32
+        layer += 2 * config.K * config.H * (wanted.T - mine) * cut.rows * (2 * itemsize + 4)
     if cut.remat == "none":
         layer *= config.L
-    logits = LOGIT * min(wanted.loss_chunk, cut.rows * wanted.T) * config.V
+    logits = LOGIT * min(wanted.loss_chunk, cut.rows * mine) * config.V
     largest = max(map(math.prod, config.linears.values()))
     return members * (kept + max(layer, logits)) + largest * itemsize

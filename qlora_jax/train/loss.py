@@ -5,7 +5,7 @@ loss = sum over target tokens t of -log softmax(head h_{t-1})[token_t]  /  numbe
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ def summed_loss(
     Args:
       hidden: [B, T, D], final hidden states.
       head: [V, D].
-      tokens: int32 [B, T].
-      loss_mask: bool [B, T]; True where token t is a target, predicted from t - 1. Position 0 never counts.
+      tokens: int32 [B, T], or [B, T + 1] with the token that follows, where hidden is of a part of each row.
+      loss_mask: bool of that shape; True where token t is a target, predicted from t - 1. Position 0 never counts.
       chunk: tokens whose logits exist at a time; recomputed in the backward pass.
     Returns:
       float32 [] nats, float32 [] count.
@@ -45,7 +45,7 @@ def summed_loss_and_hits(
 
     Logits are computed of target tokens alone. Not for differentiation: the loop is as long as there are targets.
     """
-    rows, targets = hidden.reshape(-1, hidden.shape[-1]), _Targets.of(tokens, loss_mask, chunk, rows_of(axes_of(head)))
+    rows, targets = hidden.reshape(-1, hidden.shape[-1]), _targets(hidden, head, tokens, loss_mask, chunk)
 
     def add_chunk(number, totals):
         chosen, labels, counted, _ = targets.chunk(number)
@@ -70,14 +70,16 @@ class _Targets(NamedTuple):
     axis: tuple[str, ...]  # of a mesh, whose devices go through as many chunks as the one that has most targets
 
     @classmethod
-    def of(cls, tokens: jax.Array, loss_mask: jax.Array, chunk: int, axis: tuple[str, ...] = ()) -> "_Targets":
-        counted = jnp.roll(loss_mask.at[:, 0].set(False), -1, axis=1).reshape(-1)
+    def of(
+        cls, T: int, tokens: jax.Array, loss_mask: jax.Array, chunk: int, axis: tuple[str, ...] = ()
+    ) -> "_Targets":
+        counted = jnp.roll(loss_mask.at[:, 0].set(False), -1, axis=1)[:, :T].reshape(-1)
         n = counted.size
         size = chunk_size(n, chunk)
         number = jnp.arange(-(-n // size) * size, dtype=jnp.int32)
         # no two are alike, those beyond neither: a scatter may rely on that
         places = jnp.sort(jnp.where(jnp.pad(counted, (0, number.size - n)), number, number + number.size))
-        return cls(places, jnp.roll(tokens, -1, axis=1).reshape(-1), jnp.sum(counted), size, axis)
+        return cls(places, jnp.roll(tokens, -1, axis=1)[:, :T].reshape(-1), jnp.sum(counted), size, axis)
 
     @property
     def chunks(self) -> jax.Array:
@@ -103,11 +105,15 @@ class _Targets(NamedTuple):
         return rows, jnp.take(self.labels, rows, mode="clip"), counted, places
 
 
+def _targets(x: jax.Array, head: Any, tokens: jax.Array, loss_mask: jax.Array, chunk: int) -> _Targets:
+    return _Targets.of(x.shape[1], tokens, loss_mask, chunk, rows_of(axes_of(head)))
+
+
 def _chunks(hidden: jax.Array, tokens: jax.Array, loss_mask: jax.Array, chunk: int) -> tuple[jax.Array, ...]:
     """Hidden states [n, chunk, D], the labels of the tokens after them and whether they count [n, chunk]."""
     labels = tokens[:, 1:].reshape(-1)
     counted = loss_mask[:, 1:].reshape(-1)
-    rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    rows = hidden[:, : tokens.shape[1] - 1].reshape(-1, hidden.shape[-1])
     chunk = min(chunk, rows.shape[0])
     padding = -rows.shape[0] % chunk
     rows = jnp.pad(rows, ((0, padding), (0, 0))).reshape(-1, chunk, rows.shape[-1])
@@ -135,7 +141,7 @@ def loss_and_gradient(
     Returns:
       float32 [] nats, d x [B, T, D] in x's dtype, and head_sum with the head's gradient added.
     """
-    rows, targets = x.reshape(-1, x.shape[-1]), _Targets.of(tokens, loss_mask, chunk, rows_of(axes_of(head)))
+    rows, targets = x.reshape(-1, x.shape[-1]), _targets(x, head, tokens, loss_mask, chunk)
 
     def add_chunk(number, carry):
         total, dx, head_sum = carry

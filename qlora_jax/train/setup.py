@@ -201,7 +201,8 @@ def prepare(
         say(f"data: one pass over data.batches: {steps} steps, fewer than train.steps = {config.train.steps}")
     tx = make_optimizer(config.optimizer, steps)
     if not is_encoder:
-        _say_attention(config.model, local_sizes(model_config, axes.tensor), data.batches.max_length, say)
+        of_one = local_sizes(model_config, axes.tensor)
+        _say_attention(config.model, of_one, data.batches.max_length, say, axes.sequence)
     place = anywhere if mesh is None else partial(by_rules, mesh, splits=splits)
     arrange = (lambda name, weight: arranged(weight, splits[name], axes.tensor)) if splits else as_read
     model, base_input = (
@@ -336,14 +337,15 @@ def quantization(config: Any) -> QuantSpec:
     return QuantSpec(config.quant.format, config.quant.block_size, config.quant.double_quant)
 
 
-def _say_attention(model: Any, sizes: ModelConfig, longest: int, say: Callable[[str], None]) -> None:
+def _say_attention(model: Any, sizes: ModelConfig, longest: int, say: Callable[[str], None], ways: int = 1) -> None:
     """What attention does is said where the config leaves it open, or where a chunk decides it."""
     if sizes.kind.pair is not None:
         return
-    if 0 < model.sequence_chunk < longest:
+    if 0 < model.sequence_chunk < -(-longest // ways):
         say(f"model: sequences over {model.sequence_chunk} tokens in chunks of at most that, attention = chunked")
     elif model.attention == "auto":
-        chosen = attention.chosen("auto", longest, sizes.N, sizes.H, model.compute_dtype)
+        of_heads = (sizes.N, sizes.H, model.compute_dtype) if ways == 1 else ()
+        chosen = attention.chosen("auto", longest, *of_heads)
         say(
             f"model: attention = {chosen} for the longest sequences, of {longest} tokens (auto: flash where it was "
             f"measured to be faster, else xla up to {attention.LONGEST_WHOLE}, chunked above)"

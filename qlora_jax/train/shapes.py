@@ -36,6 +36,7 @@ class ModelSpec:
     router_aux_loss_coef: float = 0.0
     source_len: int = 0  # of an encoder-decoder: tokens of a row's prompt and answer at most; 0: of the row
     target_len: int = 0
+    sequence: int = 1  # devices that divide the tokens of each row
 
     @property
     def is_16bit(self) -> bool:
@@ -56,7 +57,11 @@ class ModelSpec:
         """Of what one device computes of a layer and of the head; its arrays are those of `AbstractModel.of_one`."""
         sizes = local_sizes(self.sizes, axes.tensor)
         V = sizes.V if sizes.V % axes.tensor else sizes.V // axes.tensor
-        return dataclasses.replace(self, sizes=dataclasses.replace(sizes, V=V))
+        return dataclasses.replace(self, sizes=dataclasses.replace(sizes, V=V), sequence=axes.sequence)
+
+    def part(self, T: int) -> int:
+        """Of a row's T tokens those of one device."""
+        return -(-T // self.sequence)
 
     def kept_share(self, T: int) -> float:
         """Of the tokens that all layers would take of a row of T, those that they do: an encoder-decoder's layers see
@@ -68,7 +73,7 @@ class ModelSpec:
 
     def is_chunked(self, T: int) -> bool:
         """Whether rows of T tokens go through a layer in chunks."""
-        return 0 < self.sequence_chunk < T
+        return 0 < self.sequence_chunk < self.part(T)
 
 
 def model_settings(section: Any) -> dict[str, Any]:

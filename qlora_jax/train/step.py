@@ -43,7 +43,7 @@ def make_gradient(
       loss_chunk: see summed_loss.
       max_grad_norm: global norm above which gradients are scaled down to it; 0 does not clip.
       merge: makes the model of (graph, adapter, base).
-      devices: of a model that has `shards`: they divide B among them.
+      devices: of a model that has `shards`: they divide B among them, or the tokens of each row.
     Returns:
       gradient(adapter, base, tokens int32 [G, B, T], loss_mask bool [G, B, T], key or None, segments int32 [G, B, T] or
       None) -> (sums, StepMetrics), G being micro-batches, segments as Decoder takes them. The gradient is
@@ -78,7 +78,7 @@ def make_gradient(
         (loss, grads), _ = jax.lax.scan(add, zero, (tokens, loss_mask, jnp.arange(tokens.shape[0]), segments))
         count = jnp.sum(loss_mask[:, :, 1:]).astype(jnp.float32)
         if shards is not None:
-            loss, count, grads = shards.total(loss), shards.total(count), shards.summed(grads)
+            loss, count, grads = shards.total(loss), shards.total_of_rows(count), shards.summed(grads)
         scale = 1 / jnp.maximum(count, 1)
         norm = (optax.tree.norm(grads) if shards is None else shards.norm(grads)) * scale
         clip = jnp.where((max_grad_norm > 0) & (norm > max_grad_norm), max_grad_norm / norm, 1.0)
@@ -133,7 +133,8 @@ def _predicted(
     """(hidden states, tokens, mask) as summed_loss takes them: an encoder-decoder makes rows of its own."""
     if hasattr(model, "predicted"):
         return model.predicted(tokens, loss_mask, key)
-    return model(tokens, dropout_key=key, segments=segments)[0], tokens, loss_mask
+    hidden = model(tokens, dropout_key=key, segments=segments)[0]
+    return hidden, model.followed(tokens), model.followed(loss_mask)
 
 
 def mean_loss(

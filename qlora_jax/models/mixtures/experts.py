@@ -45,6 +45,7 @@ class Drawn(NamedTuple):
     rate: DropoutRate
     first_row: Any  # which row of the step's batch x begins with
     first_expert: Any = 0  # which of all experts the first one here is
+    first_token: Any = 0  # which token of its rows x begins with
 
 
 class Frame(NamedTuple):
@@ -104,7 +105,7 @@ def mixture(
     place, drawn = dropout.place, None
     if adapters and dropout.words is not None:
         first = across.first_row(ways, dropout.first_row, B), across.first_here(ways, count)
-        drawn = Drawn(dropout.words, dropout.rate, *first)
+        drawn = Drawn(dropout.words, dropout.rate, *first, dropout.first_token)
     for _ in roles:
         dropout.skip()
     frame = Frame(
@@ -276,7 +277,8 @@ def _dropped(how: How, drawn: Drawn, tile: _Tile, role: str, number: int, x: jax
     """x [rows, I] as models/dropout drops it; the bits depend on the expert too, and on no other token."""
     row = tile.tokens // how.T + jnp.asarray(drawn.first_row)
     token = mix(drawn.words[0] ^ jnp.uint32(how.place + number + 1))
-    for part in (tile.expert + jnp.asarray(drawn.first_expert), row, tile.tokens % how.T):
+    place = tile.tokens % how.T + jnp.asarray(drawn.first_token)
+    for part in (tile.expert + jnp.asarray(drawn.first_expert), row, place):
         token = mix(token + part.astype(jnp.uint32))
     other = mix(token ^ drawn.words[1])
     features = jnp.arange(x.shape[1], dtype=jnp.uint32)

@@ -16,10 +16,10 @@ def check_kind(config: Any, sizes: ModelConfig) -> None:
     """Raises InputError where a config asks for what a model of this kind does not have."""
     axes = Axes.of(config.get("mesh"))
     check_experts(axes, sizes)
-    if axes.fsdp * axes.tensor > 1 and (sizes.kind.pair or sizes.kind.bidirectional):
+    if axes.fsdp * axes.tensor * axes.sequence > 1 and (sizes.kind.pair or sizes.kind.bidirectional):
         raise InputError(
-            f"the mesh ({axes}) divides the model's arrays, which encoders and T5 do not have here: divide rows alone "
-            f"by {axes.all_rows()}"
+            f"the mesh ({axes}) divides the model's arrays or a row's tokens, which encoders and T5 do not have here: "
+            f"divide rows alone by {axes.all_rows()}"
         )
     if sizes.kind.pair is None:
         return
