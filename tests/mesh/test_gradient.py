@@ -102,7 +102,9 @@ def check_that_adapters_travel_rounded_and_their_gradients_do_not():
     print("rounded")
 
 check_that_adapters_travel_rounded_and_their_gradients_do_not()
-check(LLAMA, "nf4", "block", True, [(2, 2, 1, 1, 2)], matrices=("embed_tokens", "lm_head"))
+# a rope that turns by a row's longest example, which devices that divide the row see a part of
+GROWING = dict(rope_scaling=dict(rope_type="dynamic", factor=4.0), max_position_embeddings=4)
+check(LLAMA | GROWING, "nf4", "block", True, [(2, 2, 1, 1, 2)], matrices=("embed_tokens", "lm_head"))
 check(MIXTURE, "nf4", "selective", False, [(1, 2, 2, 1, 2)], balance=0.2, matrices=("embed_tokens",))
 check(GPT_OSS, "nf4", "block", True, [(2, 1, 2, 1, 2)], ("q_proj", "gate_up_proj"), evaluates=False)
 """

@@ -10,11 +10,23 @@ from safetensors.numpy import load_file
 from qlora_jax.errors import InputError
 from qlora_jax.io.load import QuantSpec
 from qlora_jax.lora import LoRAConfig
+from qlora_jax.mesh.axes import Axes
 from qlora_jax.models.known import known_config
 from qlora_jax.optim.residency import reserved
 from qlora_jax.settings import resolved
 from qlora_jax.train import loop
-from qlora_jax.train.cut import TOKENS, Cut, ToCut, choose, cuts, default_cut, step_seconds, temporary_bytes
+from qlora_jax.train.backward import kept_bytes
+from qlora_jax.train.cut import (
+    TOKENS,
+    Cut,
+    ToCut,
+    attention_of,
+    choose,
+    cuts,
+    default_cut,
+    step_seconds,
+    temporary_bytes,
+)
 from qlora_jax.train.loop import Run, finetune
 from qlora_jax.train.shapes import ModelSpec
 
@@ -46,6 +58,18 @@ def test_large_micro_batches_come_first_then_what_is_not_computed_again():
     assert choose(to_cut(), int(5.1e9), int(24e9)).cut == Cut(8, "selective")
     assert choose(to_cut(), int(5.1e9), int(11.9e9)).cut == Cut(16, "block")
     assert choose(to_cut(), int(5.1e9), int(5.8e9)).cut.remat == "block+offload"  # only where nothing else fits
+
+
+def test_devices_that_divide_rows_hold_their_tokens_and_all_keys_and_values():
+    one = to_cut(rows=1, T=65537)
+    many = one._replace(model=one.model.of_one(Axes(sequence=4)))
+    assert many.model.part(65537) == 16385 and not many.model.is_chunked(65537)
+    kept = kept_bytes(one.model.sizes, "block", 1, 16385, 2)
+    keys_values = 2 * one.model.sizes.K * one.model.sizes.H * 65537 * 2
+    for remat in ("block", "selective"):
+        whole, part = (temporary_bytes(rows, Cut(1, remat)) for rows in (one, many))
+        assert kept + keys_values < part < whole / 2
+    assert attention_of(many.model, 2048) == "xla" and attention_of(many.model, 2049) == "chunked"
 
 
 def test_what_the_config_says_stays():
