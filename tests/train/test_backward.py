@@ -135,13 +135,14 @@ def test_layer_by_layer_is_the_derivative_of_the_whole(golden):
 
 
 def test_each_chunk_draws_its_own_dropout(golden, monkeypatch):
-    """Seed, layer, chunk, function of a chunk: no two draw from one key, and a seed draws the same again."""
+    """Seed, layer, function of a chunk, its first token: no two draw the same bits, and a seed draws them again."""
     keys = []
 
     class Watched(Dropout):
         def __init__(self, rate, key):
             super().__init__(rate, key)
-            jax.debug.callback(lambda data: keys.append(tuple(data.tolist())), jax.random.key_data(key.key))
+            drawn = jax.random.key_data(key.key), key.first_token
+            jax.debug.callback(lambda data, first: keys.append((*data.tolist(), int(first))), *drawn)
 
     monkeypatch.setattr(decoder, "Dropout", Watched)
     model = load_model(golden / "llama" / "llama2", compute_dtype=jnp.float32, sequence_chunk=16)
