@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from qlora_jax import checksums
@@ -130,7 +131,13 @@ def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
     sums = checksums.as_metadata({name: checksums.of_array(value) for name, value in tensors.items()})
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt", **sums})
+    try:
+        save_file(tensors, path, metadata={"format": "pt", **sums})
+    except SafetensorError as error:
+        if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from error
     _sort_metadata(path)
     path.chmod(mode)
 

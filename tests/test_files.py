@@ -4,8 +4,11 @@ import errno
 import os
 import threading
 
+import numpy as np
 import pytest
+from safetensors import SafetensorError
 
+from qlora_jax import files
 from qlora_jax.errors import InputError, full_disk_said
 from qlora_jax.files import loads, read_whole
 from qlora_jax.models.config import read_json
@@ -61,6 +64,16 @@ def test_what_is_no_json_is_a_value_error(data, words):
 
 def test_json_as_it_is():
     assert loads(b'\xef\xbb\xbf{"a": "\\ud83d\\ude00 \xc3\xa9"}') == {"a": "😀 é"}
+
+
+def test_a_full_disk_is_an_os_error_of_safetensors_too(tmp_path, monkeypatch):
+    def full(*given, **named):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(OSError, match=r"\[Errno 28\] No space left on device: .*a.safetensors") as failed:
+        files.save_tensors({"a": np.zeros(8, np.float32)}, tmp_path / "a.safetensors")
+    assert failed.value.errno == errno.ENOSPC
 
 
 def test_a_full_disk_is_said_and_no_other_failure():

@@ -12,7 +12,10 @@ NEEDED = (
 )  # fmt: skip
 # extra of setup.cfg -> (what it is for, what it installs; a test compares them with setup.cfg)
 EXTRAS = {
-    "plan": ("plans for GPUs that are not here", ("jax-cuda13-plugin>=0.11.2,<0.12",)),
+    "plan": (
+        "plans for GPUs that are not here",
+        ("jax-cuda13-plugin>=0.11.2,<0.12", "nvidia-cuda-nvcc>=13.0.48", "nvidia-nvvm>=13.0.48"),
+    ),
     "triton": ("the kernels scratch and triton", ("jax-triton>=0.4.1,<0.5", "triton>=3.6,<3.10")),
     "eval": ("EleutherAI's harness", ("lm_eval>=0.4.10,<0.5",)),
     "sweep": ("sweeps over GPUs and machines", ("optuna", "ray[tune]")),
