@@ -41,6 +41,7 @@ from tests.soak.attempts import (  # noqa: E402
 
 DISK = 2**24  # bytes of the small disk that runs are on, where one can be mounted
 
+_NOT_READ = "commit_success.txt"  # orbax looks whether it is there, and nobody at what it says
 
 def main() -> int:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -180,7 +181,8 @@ class Soak:
         if not newest:
             return
         folder = self.workdir / "checkpoints" / str(newest) / "default"
-        file = self.rng.choice([path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size])
+        meant = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != _NOT_READ]
+        file = self.rng.choice([path for path in meant if path.stat().st_size])
         good = file.read_bytes()
         bad = bytearray(good)
         bad[self.rng.randrange(len(bad))] ^= 1 << self.rng.randrange(8)
