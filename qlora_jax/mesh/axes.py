@@ -100,6 +100,13 @@ class Axes(NamedTuple):
         ones = "".join(f", mesh.{name}=1" for name in _OTHERS if getattr(self, name) > 1)
         return f"mesh.data={self.devices} and mesh.fsdp=1{ones}"
 
+    def fitting(self, devices: int) -> str:
+        """What to set for so many, for messages."""
+        if self.devices == self.fsdp:
+            return f"mesh.devices={devices}"
+        keys = [f"mesh.{name}" for name, size in self._asdict().items() if size > 1]
+        return f"{', '.join(keys)} so that the devices are {devices}"
+
     def _keys(self, *always: str) -> str:
         """Of a config: "mesh.data = 2 x mesh.expert = 4", those named and those that are not 1."""
         sizes = self._asdict().items()

@@ -40,13 +40,13 @@ def mesh_of(axes: Axes, devices: Sequence[Any] | None = None) -> Mesh:
     if devices is None and are_several() and jax.device_count() != axes.devices:
         raise InputError(
             f"the mesh ({axes}) takes {axes.devices} devices, and the {jax.process_count()} processes have "
-            f"{jax.device_count()} together: set mesh.devices={jax.device_count()}"
+            f"{jax.device_count()} together: set {axes.fitting(jax.device_count())}"
         )
     devices = jax.devices() if devices is None else devices
     if len(devices) < axes.devices:
         raise InputError(
-            f"the mesh ({axes}) takes {axes.devices} devices, and JAX sees {len(devices)} here: set mesh.devices="
-            f"{len(devices)}, or start the run where there are more"
+            f"the mesh ({axes}) takes {axes.devices} devices, and JAX sees {len(devices)} here: set "
+            f"{axes.fitting(len(devices))}, or start the run where there are more"
         )
     kept = np.asarray(devices[: axes.devices], object).reshape([getattr(axes, name) for name in ORDER])
     return Mesh(kept, ORDER)
