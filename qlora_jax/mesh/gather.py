@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Along = str | tuple[str, ...]  # axes of a mesh
 
@@ -30,3 +31,10 @@ rounded_from_all.defvjp(
     lambda x, along, axis, dtype: (rounded_from_all(x, along, axis, dtype), None),
     lambda along, axis, dtype, _, dy: (jax.lax.psum_scatter(dy, along, scatter_dimension=axis, tiled=True),),
 )
+
+
+def rows_here(table: jax.Array, rows: jax.Array, along: Along) -> jax.Array:
+    """Those of int32 rows [...] that this device has of a table [V, ...] divided along its first axis, else zeros."""
+    here = rows - jax.lax.axis_index(along) * table.shape[0]
+    is_here = (here >= 0) & (here < table.shape[0])
+    return jnp.where(is_here.reshape(*here.shape, *(1,) * (table.ndim - 1)), table.at[here].get(mode="clip"), 0)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.mesh.axes import ROWS, TENSOR, TOKENS, Axes
-from qlora_jax.mesh.gather import from_all, rounded_from_all
+from qlora_jax.mesh.gather import from_all, rounded_from_all, rows_here
 from qlora_jax.mesh.rules import BLOCKS, NO_SPLITS, Cut, cut_of, name_of, named
 from qlora_jax.mesh.tensor import Split, left
 
@@ -109,8 +109,7 @@ class Shards:
         cut = self.cuts["embedding"]
         of_rows = cut.among if cut.gathered is not None else ()
         everyones = jax.lax.all_gather(tokens, of_rows, tiled=True) if of_rows else tokens
-        here = everyones - jax.lax.axis_index(cut.axes) * table.shape[0]
-        rows = jnp.where(((here >= 0) & (here < table.shape[0]))[..., None], table.at[here].get(mode="clip"), 0)
+        rows = rows_here(table, everyones, cut.axes)
         rows = jax.lax.psum_scatter(rows, of_rows, tiled=True) if of_rows else rows
         return left(rows) if TENSOR in cut.axes else rows
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.nf4_matmul import dense_matmul
 from qlora_jax.mesh.axes import TENSOR, TOKENS
+from qlora_jax.mesh.gather import rows_here
 from qlora_jax.mesh.tensor import entered, left
 
 
@@ -29,13 +30,7 @@ class Head:
     def __getitem__(self, rows: Any) -> "Head":
         """The head of these tokens alone; where it is divided, every device gets all of them."""
         if self.axes:
-            here = rows - jax.lax.axis_index(self.axes) * self.weight.shape[0]
-            is_here = (here >= 0) & (here < self.weight.shape[0])
-
-            def taken(part: jax.Array) -> jax.Array:
-                mine = jnp.where(is_here.reshape(-1, *(1,) * (part.ndim - 1)), part.at[here].get(mode="clip"), 0)
-                return jax.lax.psum(mine, self.axes)
-
+            taken = lambda part: jax.lax.psum(rows_here(part, rows, self.axes), self.axes)  # noqa: E731
             bias = None if self.bias is None else taken(self.bias)
             return dataclasses.replace(self, weight=taken(self.weight), bias=bias, axes=())
         return dataclasses.replace(self, weight=self.weight[rows], bias=None if self.bias is None else self.bias[rows])
