@@ -1,4 +1,7 @@
-"""Random arrays from NumPy: XLA would compile a program for each shape, seconds long where axes are short."""
+"""Random arrays from NumPy: XLA would compile a program for each shape, seconds long where axes are short.
+
+Put on the device as they are: jnp.asarray compiles a program for each shape, too.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,4 +10,4 @@ import numpy as np
 
 def random_normal(seed: int, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
     """Standard normal."""
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype))
+    return jax.device_put(np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype))

@@ -51,6 +51,11 @@ def read_values(text: str) -> list[Value]:
     return values
 
 
+def largest_scores(values: list[Value], T: int) -> int:
+    """Bytes of the largest array that has a row's T queries and its T keys; 0 where there is none."""
+    return max((value.bytes for value in values if not value.is_parameter and value.shape.count(T) > 1), default=0)
+
+
 def most_bytes_at_once(values: list[Value], dtype: str, elements: Collection[int]) -> int:
     """What arrays of this dtype, of one of these sizes, may take at once besides the program's parameters.
 

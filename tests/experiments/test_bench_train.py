@@ -25,12 +25,16 @@ SMALL = [
     "--config.train.grad_accum=2",
     "--config.lora.dropout=0.1",
     "--config.lora.targets=q_proj,down_proj",
-    "--config.optimizer.page_bytes=150000",
+    "--config.optimizer.page_bytes=30000",
     "--config.eval.batch_size=4",
     "--config.optimizer.warmup_steps=0",
     "--steps=2",
     "--warmup=1",
 ]
+MODEL = {  # weights are drawn: a folder has this alone
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "vocab_size": 1024, "max_position_embeddings": 512, "tie_word_embeddings": True,
+}  # fmt: skip
 RIVAL = {
     "versions": {"torch": "0", "bitsandbytes": "1"},
     "device": "a card",
@@ -48,28 +52,31 @@ def results(run_commands, tmp_path_factory):
     stand_in = folder / "python"
     stand_in.write_text(f"#!/bin/sh\ncat > {folder}/asked.json\necho a line of a library\necho '{json.dumps(RIVAL)}'\n")
     stand_in.chmod(0o755)
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(json.dumps(MODEL))
+    small = [*SMALL, f"--config.model.path={folder / 'model'}"]
     always, never = ["--config.optimizer.paging=always"], ["--config.optimizer.paging=never"]
     commands = {
-        "always": [*SMALL, *always, f"--out={folder}/new/always.json", "--gpu-bytes=48GiB", "--trace"],
+        "always": [*small, *always, f"--out={folder}/new/always.json", "--gpu-bytes=48GiB", "--trace"],
         "never": [
-            *SMALL,
+            *small,
             *never,
             f"--out={folder}/never.json",
             "--torch",
             f"--torch_python={stand_in}",
             "--members=3",
         ],
-        "no torch": [*SMALL, *never, f"--out={folder}/no_torch.json", "--torch"],
-        "typo": [*SMALL, "--config.train.batchsize=4"],
-        "size": [*SMALL, "--gpu_bytes=48G"],
-        "nonsense": [*SMALL, "--gpu_bytes=much"],
-        "steps": [*SMALL, "--steps=0"],
-        "members": [*SMALL, "--members=0"],
-        "a pack that pages": [*SMALL, *always, "--members=2"],
-        "a pack of matrices": [*SMALL, *never, "--members=2", "--config.lora.modules_to_save=lm_head"],
-        "kernel": [*SMALL, "--config.model.kernel=triton"],
-        "micro-batches": [*SMALL, "--config.train.grad_accum=3"],
-        "rival": [*SMALL, "--torch", "--config.quant.format=int4"],
+        "no torch": [*small, *never, f"--out={folder}/no_torch.json", "--torch"],
+        "typo": [*small, "--config.train.batchsize=4"],
+        "size": [*small, "--gpu_bytes=48G"],
+        "nonsense": [*small, "--gpu_bytes=much"],
+        "steps": [*small, "--steps=0"],
+        "members": [*small, "--members=0"],
+        "a pack that pages": [*small, *always, "--members=2"],
+        "a pack of matrices": [*small, *never, "--members=2", "--config.lora.modules_to_save=lm_head"],
+        "kernel": [*small, "--config.model.kernel=triton"],
+        "micro-batches": [*small, "--config.train.grad_accum=3"],
+        "rival": [*small, "--torch", "--config.quant.format=int4"],
         "model": ["--config=configs/guanaco_65b.py", "--config.model.path=nobody/nothing"],
     }
     found = run_commands([["experiments.bench_train", *flags] for flags in commands.values()])
@@ -87,7 +94,7 @@ def test_what_is_written(results):
     assert found["gpu_bytes"] is None and found["torch"] is None and found["order"] == ["jax"]
     assert found["kernel_seconds"] == {}  # profiled, but no GPU ran anything
     assert found["batch"] == {"micro_batches": 2, "sequences": 2, "length": 32}
-    assert found["tokens_per_step"] == 128 and found["trainable_params"] == 104448
+    assert found["tokens_per_step"] == 128 and found["trainable_params"] == 2 * 16 * (64 + 64 + 176 + 64)
     assert len(found["losses"]) == 3 and len(found["every_gradient_seconds"]) == 2
     assert np.isfinite(found["losses"]).all() and np.isfinite(found["grad_norms"]).all()
     assert found["losses"][0] == pytest.approx(np.log(1024) + 0.5, rel=0.05)  # logits of unit variance
@@ -146,7 +153,7 @@ def test_a_cap_is_not_for_cpus(results):
 
 def test_torch_is_asked_for_the_same_and_compared(results):
     asked, found = report(results, "asked.json"), report(results, "never.json")
-    assert asked["sizes"]["F"] == 512 and asked["sizes"]["tied"] and asked["batch"] == {"G": 2, "B": 2, "T": 32}
+    assert asked["sizes"]["F"] == 176 and asked["sizes"]["tied"] and asked["batch"] == {"G": 2, "B": 2, "T": 32}
     assert asked["lora"]["targets"][0] == "q_proj" and asked["lora"]["dropout"] == 0.1 and asked["steps"] == 2
     assert found["order"] == ["torch", "jax"] and found["torch"] == RIVAL
     assert found["speed_to_torch"] == found["tokens_per_second"] / 0.5

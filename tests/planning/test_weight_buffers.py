@@ -9,7 +9,7 @@ from qlora_jax.io.load import QuantSpec
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.planning import topology
-from qlora_jax.planning.buffers import Value, compile_with_values, most_bytes_at_once
+from qlora_jax.planning.buffers import Value, compile_with_values, largest_scores, most_bytes_at_once
 from qlora_jax.planning.gpus import GPUS
 from qlora_jax.planning.program import compile_gradient
 from qlora_jax.train.shapes import BatchShape, ModelSpec, abstract_model
@@ -21,7 +21,7 @@ LLAMA_7B = ModelConfig(
     D=4096, F=11008, L=32, N=32, K=32, H=128, V=32000, context=2048, norm_eps=1e-6, rope_theta=10000.0,
     rope_scaling=(), tied=False, eos_ids=(2,), bos_id=1,
 )  # fmt: skip
-D, F, R = 4096, 11008, 64
+D, F, R, T = 4096, 11008, 64, 512
 WEIGHTS = (D * D, D * F)  # elements of each linear layer's W
 # of what XLA multiplies by at once: q, k, v together, o, gate and up together, down; and with B beside W
 JOINED = (*WEIGHTS, 3 * D * D, 2 * D * F, 3 * D * (D + 3 * R), D * (D + R), 2 * F * (D + 2 * R), D * (F + R))
@@ -34,10 +34,10 @@ JOINED = (*WEIGHTS, 3 * D * D, 2 * D * F, 3 * D * (D + 3 * R), D * (D + R), 2 * 
 def test_no_more_of_a_layers_weights_are_in_16_bits_than_the_way_declares(kernel, most):
     if kernel == "scratch":
         pytest.importorskip("jax_triton")
-    model = abstract_model(ModelSpec(LLAMA_7B, QuantSpec(), LoRAConfig(dropout=0.1), kernel=kernel))
+    model = abstract_model(ModelSpec(LLAMA_7B, QuantSpec(), LoRAConfig(dropout=0.1), kernel=kernel, attention="xla"))
 
     def compile(options):
-        return compile_gradient(GPUS["h200"], model, BatchShape(16, 1, 512), dropout=True, extra_options=options)
+        return compile_gradient(GPUS["h200"], model, BatchShape(16, 1, T), dropout=True, extra_options=options)
 
     _, values = compile_with_values(compile)
     assert len(values) > 100
@@ -47,6 +47,8 @@ def test_no_more_of_a_layers_weights_are_in_16_bits_than_the_way_declares(kernel
     assert most_bytes_at_once(values, "bf16", [LLAMA_7B.L * elements for elements in WEIGHTS]) == 0, (
         "all layers' weights"
     )
+    # attention in plain XLA has them: what test_attention_buffers.py looks for is found
+    assert largest_scores(values, T) >= 4 * LLAMA_7B.N * T * T
     codes = {math.prod(value.shape) for value in values if value.is_parameter and value.dtype == "u8"}
     assert {LLAMA_7B.L * elements // 2 for elements in WEIGHTS} <= codes, "the codes are not what the program takes"
 

@@ -27,7 +27,7 @@ def assert_refused(w: np.ndarray, value: np.generic, place: int, *form) -> None:
     kept = w.reshape(-1)[place].copy()
     w.reshape(-1)[place] = value
     with pytest.raises(qj.InputError, match=rf"^{NAME} holds {word(value)} \(value {place + 1:,} of {w.size:,}\)"):
-        qj.quantize(jnp.asarray(w), *form, name=NAME)
+        qj.quantize(jax.device_put(w), *form, name=NAME)
     w.reshape(-1)[place] = kept
 
 
@@ -36,7 +36,7 @@ def assert_refused(w: np.ndarray, value: np.generic, place: int, *form) -> None:
 def test_every_place(name, shape):
     """Each pattern in turn, at places all over the weight: ends of blocks, of halves, of chunks, and between them."""
     w = normal(shape, name)
-    assert np.isfinite(np.float32(qj.dequantize(qj.quantize(jnp.asarray(w)), jnp.float32))).all()
+    assert np.isfinite(np.float32(qj.dequantize(qj.quantize(jax.device_put(w)), jnp.float32))).all()
     last, many = w.size - 1, 8 if shape == CHUNKED else 30
     places = {0, last, last // 2, last // 2 + 1, CHUNK // 2 - 1, CHUNK // 2, CHUNK - 1, CHUNK, 63, 64, last // 64 * 64}
     places |= set(np.random.default_rng(1).integers(0, w.size, many).tolist())
@@ -60,7 +60,7 @@ def test_a_block_is_spoiled_by_its_own_values_alone(name, blocks):
     patterns = np.resize(every_pattern(name)[:: 1 if blocks > 2**16 else 2**7], blocks)
     w = normal((blocks, 64), name)
     w[np.arange(blocks), np.arange(blocks) % 64] = patterns
-    packed, check = quantize_packed(jnp.asarray(w), codebook("nf4"), 64, double_quant=False)
+    packed, check = quantize_packed(jax.device_put(w), codebook("nf4"), 64, double_quant=False)
     is_finite = finite_by_definition(w).all(axis=1)
     np.testing.assert_array_equal(np.isfinite(packed.absmax), is_finite)
     np.testing.assert_array_equal(packed.absmax[is_finite], np.abs(w[is_finite].astype(np.float32)).max(axis=1))
