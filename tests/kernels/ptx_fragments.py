@@ -1,7 +1,8 @@
 """Runs a text of mosaic/fragments_ptx.py on numpy arrays, for all computing threads of a program side by side.
 
 A register is uint32 [threads]. Shared memory is bytes, of which nothing is written. Asserted: a register is written
-before it is read, inputs are not read once an output is written, loads are aligned and within shared memory.
+before it is read, inputs are not read once an output is written, loads are aligned and within shared memory, and no
+bank has to be asked twice.
 """
 
 import re
@@ -49,6 +50,8 @@ def _load(shared: np.ndarray, address: np.ndarray, kinds: list[str], count: int)
     assert kinds[0] == "shared" and count == (2 if "v2" in kinds else 1)
     width = int(kinds[-1][1:]) // 8
     assert not np.any(address % (width * count)) and address.min() >= 0, "not aligned"
+    phases = address.reshape(-1, 32 // count)  # lanes that are served at once
+    _check_banks(phases[:, :, None] + np.arange(0, width * count, 4))
     cells = shared.view(f"<u{width}")
     return [cells[address // width + k].astype(np.uint32) for k in range(count)]
 
@@ -56,10 +59,18 @@ def _load(shared: np.ndarray, address: np.ndarray, kinds: list[str], count: int)
 def _matrices(shared: np.ndarray, address: np.ndarray) -> list[np.ndarray]:
     """ldmatrix.x4.trans: lane 8 k + r of a warp has the address of row r of the k-th matrix of 8 x 8 16-bit values."""
     assert not np.any(address % 16)
+    _check_banks(address.reshape(-1, 8, 1) + np.arange(0, 16, 4))
     rows = shared.view("<u2")[address[:, None] // 2 + np.arange(8)].reshape(-1, 4, 8, 8)  # [warp, matrix, row, column]
     g, t = np.divmod(np.arange(32), 4)
     first, second = (rows[:, :, 2 * t + k, g].astype(np.uint32) for k in range(2))
     return list(np.moveaxis(first | second << 16, 1, 0).reshape(4, -1))
+
+
+def _check_banks(addresses: np.ndarray) -> None:
+    """addresses [phases, lanes, words]: of each of the 32 banks of 4 bytes, at most one word is asked for at once."""
+    for phase in addresses.reshape(len(addresses), -1) // 4:
+        words = np.unique(phase)
+        assert len(np.unique(words % 32)) == len(words), "lanes wait for a bank"
 
 
 def _arithmetic(op: str, dtype: type, values: list[np.ndarray]) -> np.ndarray:

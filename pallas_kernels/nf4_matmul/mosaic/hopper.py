@@ -45,7 +45,7 @@ SIDE = 128  # columns of the result in a program
 CLUSTER = 2  # programs that share their rows of x or dy: each copies a half to both
 STEP = 64  # rows of wgmma's left operand, and what one step sums over
 BYTE_ROWS = 64  # of a program forward
-STAGES = 4  # steps in flight, 146 KiB; every weight has a multiple of them
+STAGES = 4  # steps in flight, of which every weight has a multiple; with the results 210 KiB of shared memory
 HOPPER = ("H100", "H200", "H800", "GH200")
 COPYING_REGISTERS, COMPUTING_REGISTERS = 40, 232  # of a thread: 65,536 in all
 
@@ -104,7 +104,7 @@ def _launch(kernel, columns: int, x: jax.Array, packed: Packed, codec: Codec, in
             "tiles": _forward_tiles(block, dtype) if is_forward else _backward_tiles(block, dtype, codec.block_size),
             "ready": plgpu.Barrier(num_arrivals=3 if is_forward else 4, num_barriers=STAGES),
             "free": plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=2, num_barriers=STAGES),
-            "staging": _shared((2, 2, STEP, 32) if is_forward else (2, STEP, STEP), dtype),
+            "staging": _shared((2, 2, block, 32) if is_forward else (2, block, STEP), dtype),
             # of the interpreter, which takes operands from shared memory alone
             "operands": interpret and _shared((2, 1, STEP, STEP) if is_forward else (2, 2, STEP, 32), dtype),
         },
@@ -180,7 +180,7 @@ def _forward_kernel(x, codes, scales, table, out, tiles, ready, free, staging, o
         plgpu.commit_smem()  # what was read here may be copied over
         plgpu.wgmma(sums, w, x_tile.T)
 
-    def store(sums, first):
+    def store(sums):
         if operands is None:
             fragments.store_y(sums.astype(x.dtype), staging.at[warpgroup])
         else:
@@ -189,8 +189,7 @@ def _forward_kernel(x, codes, scales, table, out, tiles, ready, free, staging, o
         plgpu.commit_smem()
         for half in range(2):
             columns = half * (codec.shape[0] // 2) + n * BYTE_ROWS + warpgroup * 32
-            target = out.at[pl.ds(m * block + first, STEP), pl.ds(columns, 32)]
-            plgpu.copy_smem_to_gmem(staging.at[warpgroup, half], target)
+            plgpu.copy_smem_to_gmem(staging.at[warpgroup, half], out.at[rows, pl.ds(columns, 32)])
 
     _run(warpgroup, codec.shape[1] // STEP, sources, multiply, store, table, tiles, ready, free, products=1)
 
@@ -234,13 +233,13 @@ def _backward_kernel(dy, codes, scales, table, out, tiles, ready, free, staging,
         plgpu.wgmma(sums, both[0], low_dy.T)
         plgpu.wgmma(sums, both[1], high_dy.T)
 
-    def store(sums, first):
+    def store(sums):
         if operands is None:
             fragments.store_dx(sums, staging.at[warpgroup])
         else:
             staging[warpgroup] = sums.astype(dy.dtype).T
         plgpu.commit_smem()
-        target = out.at[pl.ds(m * block + first, STEP), pl.ds(n * SIDE + warpgroup * STEP, STEP)]
+        target = out.at[rows, pl.ds(n * SIDE + warpgroup * STEP, STEP)]
         plgpu.copy_smem_to_gmem(staging.at[warpgroup], target)
 
     _run(warpgroup, half // 32, sources, multiply, store, table, tiles, ready, free, products=2)
@@ -290,11 +289,7 @@ def _run(warpgroup, steps: int, sources, multiply, store, table, tiles, ready, f
 
             return sums[...]
 
-        block = tiles[0].shape[1]
-        sums = pl.run_scoped(run, plgpu.ACC((STEP, block), jnp.float32))
-        for first in range(0, block, STEP):
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            store(sums[:, first : first + STEP], first)
+        store(pl.run_scoped(run, plgpu.ACC((STEP, tiles[0].shape[1]), jnp.float32)))
         plgpu.wait_smem_to_gmem(0)
 
     jax.lax.cond(warpgroup == 2, copy, compute)
