@@ -1,5 +1,7 @@
 """Runs a text of mosaic/fragments_ptx.py on numpy arrays, for all computing threads of a program side by side.
 
+Beside it what PTX documents of tiles and registers: the swizzle of bulk copies, the fragments of wgmma.
+
 A register is uint32 [threads]. Shared memory is bytes, of which nothing is written. Asserted: a register is written
 before it is read, inputs are not read once an output is written, loads are aligned and within shared memory, and no
 bank has to be asked twice.
@@ -14,6 +16,8 @@ import numpy as np
 from tests.kernels import ptx
 
 THREADS = 256
+THREAD = np.arange(THREADS)
+WARPGROUP, WARP, G, T = THREAD // 128, THREAD // 32 % 4, THREAD % 32 // 4, THREAD % 4
 VALUES = {"bf16x2": ml_dtypes.bfloat16, "f16x2": np.float16}
 
 
@@ -82,3 +86,31 @@ def _arithmetic(op: str, dtype: type, values: list[np.ndarray]) -> np.ndarray:
         bits = bits + (np.uint64(2**44 - 1) + (bits >> np.uint64(45) & np.uint64(1)))
         exact = (bits >> np.uint64(45) << np.uint64(45)).view(np.float64)
     return exact.astype(dtype).view(np.uint32)
+
+
+def in_shared_memory(tile: np.ndarray) -> np.ndarray:
+    """A tile of bytes, 64 or 128 a row, as a bulk copy leaves it: pieces of 16 are moved by the number of their 128."""
+    rows, width = tile.shape
+    at = np.arange(rows * width).reshape(rows, width)
+    moved = np.zeros(tile.size, np.uint8)
+    moved[at ^ (at // 128 % (width // 16) * 16)] = tile
+    return moved
+
+
+def operand(registers: np.ndarray, dtype) -> np.ndarray:
+    """[2 warpgroups, 64, .] of registers uint32 [., threads]: wgmma's left operand, four registers for 16 columns."""
+    values = np.ascontiguousarray(registers.T).view(dtype).reshape(THREADS, -1, 2)
+    found = np.zeros((2, 64, 4 * values.shape[1]), dtype)
+    for register in range(values.shape[1]):
+        row, column = 16 * WARP + G + 8 * (register % 2), 16 * (register // 4) + 8 * (register // 2 % 2) + 2 * T
+        for k in range(2):
+            found[WARPGROUP, row, column + k] = values[:, register, k]
+    return found
+
+
+def sums_in_registers(sums: np.ndarray) -> np.ndarray:
+    """[threads, accumulators] of wgmma's sums [2 warpgroups, 64, rows]."""
+    found = np.zeros((THREADS, sums.shape[2] // 8, 2, 2), sums.dtype)
+    for n, h, k in np.ndindex(found.shape[1:]):
+        found[:, n, h, k] = sums[WARPGROUP, 16 * WARP + G + 8 * h, 8 * n + 2 * T + k]
+    return found.reshape(THREADS, -1)

@@ -1,136 +1,58 @@
-"""Which value is where: what the Hopper kernels for training keep in registers, thread by thread.
+"""Which weight is where: what the Hopper kernels for training decode into registers, thread by thread.
 
-The texts are run on a tile as a bulk copy leaves it in shared memory; their registers are taken as PTX documents the
-fragments of wgmma; the sums go through the layouts by which Mosaic stores them. So codes, scales and x meet as on a
-GPU, but for wgmma, the copies and Mosaic's stores themselves.
+The texts are run on a tile as a bulk copy leaves it in shared memory, and their registers are taken as PTX documents
+the left operand of wgmma. Where its sums go is test_mosaic_hopper_compile.py's.
 """
 
-import jax.experimental.mosaic.gpu as mgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.nf4_matmul import Codec, config
-from pallas_kernels.nf4_matmul.mosaic import fragments, hopper
+from pallas_kernels.nf4_matmul.mosaic import hopper
 from pallas_kernels.nf4_matmul.mosaic.decode import table_words
 from pallas_kernels.nf4_matmul.mosaic.fragments_ptx import OUTPUTS, backward_text, forward_text
 from tests.kernels import ptx_fragments
 from tests.kernels.weights import dequantized, random_weight, whole_numbers
 
-SHAPE, ROWS = (256, 512), 16
-BYTE_ROW, COLUMN = 64, 128  # where the tile begins whose products are computed
-THREAD = np.arange(256)
-WARPGROUP, WARP, G, T = THREAD // 128, THREAD // 32 % 4, THREAD % 32 // 4, THREAD % 4
+SHAPE = (256, 512)
+BYTE_ROW, COLUMN = 64, 128  # where the tile begins
+TILE = {"forward": (64, 64), "backward": (32, 128)}  # byte rows and columns of a step
 
 
-def in_shared_memory(tile: np.ndarray) -> np.ndarray:
-    """A bulk copy's swizzle: a piece of 16 bytes is moved by the number of its 128 bytes, as CUDA's guide draws it."""
-    rows, width = tile.shape
-    at = np.arange(rows * width).reshape(rows, width)
-    moved = np.zeros(tile.size, np.uint8)
-    moved[at ^ (at // 128 % (width // 16) * 16)] = tile
-    return moved
-
-
-def operand(registers: np.ndarray, dtype) -> np.ndarray:
-    """[2 warpgroups, 64, .] of registers uint32 [., threads]: wgmma's left operand, four registers for 16 columns."""
-    values = np.ascontiguousarray(registers.T).view(dtype).reshape(256, -1, 2)
-    found = np.zeros((2, 64, 4 * values.shape[1]), dtype)
-    for register in range(values.shape[1]):
-        row, column = 16 * WARP + G + 8 * (register % 2), 16 * (register // 4) + 8 * (register // 2 % 2) + 2 * T
-        for k in range(2):
-            found[WARPGROUP, row, column + k] = values[:, register, k]
-    return found
-
-
-def decode(op: str, packed, codec: Codec, dtype) -> list[np.ndarray]:
-    """The operands of one step by the text, of both warpgroups."""
+def decoded(op: str, packed, codec: Codec, dtype) -> np.ndarray:
+    """[2 nibbles, byte rows, columns] of W: both warpgroups' operands of one step, rows named as the texts say."""
+    rows, columns = TILE[op]
     codes = np.asarray(packed.codes).reshape(SHAPE[0] // 2, SHAPE[1])
     planes = np.asarray(hopper.scale_planes(packed.absmax, SHAPE, codec.block_size, dtype))
-    planes = planes[COLUMN // codec.block_size * 2 :]
-    if op == "forward":
-        rows, columns, scales, text = 64, 64, 2, forward_text(dtype)
-    elif codec.block_size == 64:  # each warpgroup has its own block
-        rows, columns, scales, text = 32, 128, 4, backward_text(dtype, 256)
-    else:
-        rows, columns, scales, text = 32, 128, 2, backward_text(dtype, 0)
-    tile = in_shared_memory(codes[BYTE_ROW : BYTE_ROW + rows, COLUMN : COLUMN + columns])
-    scales = np.ascontiguousarray(planes[:scales, BYTE_ROW : BYTE_ROW + rows]).view(np.uint8).ravel()
-    inputs = [0, tile.size, *table_words(codec.table, dtype)]
-    registers = ptx_fragments.run(text, inputs, OUTPUTS, np.concatenate([tile, scales]))
-    return [operand(part, dtype) for part in np.split(registers, 1 if op == "forward" else 2)]
+    scales = 2 * max(1, columns // codec.block_size)  # a row for either nibble of a block
+    planes = planes[COLUMN // codec.block_size * 2 :][:scales, BYTE_ROW : BYTE_ROW + rows]
+    text = forward_text(dtype) if op == "forward" else backward_text(dtype, 256 if scales == 4 else 0)
+    tile = ptx_fragments.in_shared_memory(codes[BYTE_ROW : BYTE_ROW + rows, COLUMN : COLUMN + columns])
+    shared = np.concatenate([tile, np.ascontiguousarray(planes).view(np.uint8).ravel()])
+    registers = ptx_fragments.run(text, [0, tile.size, *table_words(codec.table, dtype)], OUTPUTS, shared)
+    if op == "forward":  # row 16 w + 8 h + g of a warpgroup: nibble h of byte row 8 w + g
+        named = ptx_fragments.operand(registers, dtype).reshape(2, 4, 2, 8, columns)
+        return named.transpose(2, 0, 1, 3, 4).reshape(2, rows, columns)
+    nibbles = [ptx_fragments.operand(part, dtype) for part in np.split(registers, 2)]
+    # row 16 w + 8 h + g of a warpgroup: column 16 w + 2 g + h
+    return np.stack([one.reshape(2, 4, 2, 8, rows).transpose(4, 0, 1, 3, 2).reshape(rows, columns) for one in nibbles])
 
 
-def sums_in_registers(sums: np.ndarray) -> np.ndarray:
-    """[threads, registers as the layout WGMMA has them, 2] of sums [2 warpgroups, 64, rows], by PTX's documentation."""
-    found = np.zeros((256, sums.shape[2] // 8, 2, 2))
-    for n, h, k in np.ndindex(found.shape[1:]):
-        found[:, n, h, k] = sums[WARPGROUP, 16 * WARP + G + 8 * h, 8 * n + 2 * T + k]
-    return found.reshape(256, *mgpu.WGMMA_LAYOUT.registers_shape(sums.shape[1:]), 2)
-
-
-def as_layout_says(registers: np.ndarray, layout: mgpu.TiledLayout, shape: tuple[int, int]) -> np.ndarray:
-    """[2 warpgroups, *shape] of registers [threads, ..., vector]: what a store by the layout makes of them."""
-    found = np.full((2, *shape), np.nan)
-    tiled = layout.tiling.tile_shape(shape)
-    for index in np.ndindex(registers.shape[1:]):
-        for thread in range(256):
-            place = list(index[:-1])
-            for dims, number in ((layout.warp_dims, thread // 32 % 4), (layout.lane_dims, thread % 32)):
-                for dim, part in zip(dims, np.unravel_index(number, [tiled[d] for d in dims]), strict=True):
-                    place[dim] = int(part)
-            place[layout.vector_dim] = index[-1]
-            found[thread // 128, *layout.tiling.untile_indices(tuple(place))] = registers[thread, *index]
-    assert not np.isnan(found).any()
-    return found
-
-
-def product(op: str, operands: list[np.ndarray], x: list[np.ndarray]) -> np.ndarray:
-    """What a program stores: y [rows, 2 halves, 64] or dx [rows, 128]."""
-    sums = sum(w.astype(np.float64) @ part.T for w, part in zip(operands, x, strict=True))
-    threads = [pairs(registers) for registers in sums_in_registers(sums)]
-    if op == "forward":
-        halves = []
-        for half in range(2):
-            mine = np.stack([unpaired(fragments.y_registers(one, half)) for one in threads])
-            halves.append(as_layout_says(mine, fragments.Y_LAYOUT, (32, ROWS)))
-        return np.stack(halves).transpose(3, 0, 1, 2).reshape(ROWS, 2, 64)
-    part, pair = (lambda both, k: both[k]), (lambda *both: both)
-    mine = np.stack([unpaired(fragments.dx_registers(one, part, pair)) for one in threads])
-    return as_layout_says(mine, fragments.DX_LAYOUT, (ROWS, 64)).transpose(1, 0, 2).reshape(ROWS, 128)
-
-
-def pairs(registers: np.ndarray) -> np.ndarray:
-    """A thread's registers as objects, which the kernels' code moves about as it does those of MLIR."""
-    found = np.empty(registers.shape[:-1], dtype=object)
-    for index in np.ndindex(found.shape):
-        found[index] = registers[index]
-    return found
-
-
-def unpaired(registers: np.ndarray) -> np.ndarray:
-    return np.array([list(one) for one in registers.flat]).reshape(*registers.shape, 2)
-
-
-def tiles(op: str, w: np.ndarray) -> np.ndarray:
-    """Of W [O, I]: what a program decodes in one step of the rows of either half."""
-    width = {"forward": 64, "backward": 128}[op]
-    rows = BYTE_ROW + np.arange({"forward": 64, "backward": 32}[op])
-    return np.stack([w[side * SHAPE[0] // 2 + rows, COLUMN : COLUMN + width] for side in range(2)])
+def expected(op: str, packed, codec: Codec) -> np.ndarray:
+    """The same of the dequantized weight, in float32."""
+    rows, columns = TILE[op]
+    halves = dequantized(packed, codec).reshape(2, SHAPE[0] // 2, SHAPE[1])
+    return halves[:, BYTE_ROW : BYTE_ROW + rows, COLUMN : COLUMN + columns]
 
 
 @pytest.mark.parametrize("op", config.OPS)
 @pytest.mark.parametrize(("block_size", "dtype"), [(64, jnp.bfloat16), (64, jnp.float16), (256, jnp.bfloat16)])
-def test_codes_scales_and_rows_meet_in_the_registers(op, block_size, dtype):
-    """Whole numbers: no rounding, so one wrong place of a nibble, a scale, a column or a sum and this fails."""
+def test_codes_and_scales_meet_in_the_registers(op, block_size, dtype):
+    """Whole numbers: no rounding, so one wrong place of a nibble, a scale, a row or a column and this fails."""
     packed, codec = whole_numbers(SHAPE, block_size, False, seed=block_size)
-    low, high = tiles(op, dequantized(packed, codec).astype(np.float64))
-    x = np.random.default_rng(1).integers(-4, 5, (2, ROWS, 64 if op == "forward" else 32)).astype(np.float64)
-    if op == "forward":
-        x, expected = x[:1], np.stack([x[0] @ low.T, x[0] @ high.T], axis=1)
-    else:
-        expected = x[0] @ low + x[1] @ high
-    np.testing.assert_array_equal(product(op, decode(op, packed, codec, dtype), list(x)), expected)
+    found = decoded(op, packed, codec, dtype).astype(np.float32)
+    np.testing.assert_array_equal(found, expected(op, packed, codec))
 
 
 @pytest.mark.parametrize("op", config.OPS)
@@ -140,17 +62,12 @@ def test_a_weight_is_rounded_all_but_once(op, dtype):
     packed, codec = random_weight(SHAPE, double_quant=False)
     packed = packed._replace(absmax=packed.absmax / 32)
     table = tuple(float(value) for value in np.asarray(codec.table, np.float32).astype(dtype))
-    exact = tiles(op, dequantized(packed, codec._replace(table=table)).astype(np.float64))
-    if op == "forward":
-        (found,) = decode(op, packed, codec, dtype)
-        found = found.reshape(2, 4, 2, 8, 64).transpose(2, 0, 1, 3, 4).reshape(exact.shape)
-    else:
-        both = [one.reshape(2, 4, 2, 8, 32).transpose(4, 0, 1, 3, 2) for one in decode(op, packed, codec, dtype)]
-        found = np.stack([one.reshape(exact.shape[1:]) for one in both])
+    exact = expected(op, packed, codec._replace(table=table))
+    found = decoded(op, packed, codec, dtype)
     bits, smallest = (8, 0) if dtype == jnp.bfloat16 else (11, 2.0**-24)
     unit = np.exp2(np.frexp(exact)[1] - bits)
     assert np.all(np.abs(found.astype(np.float64) - exact) <= (0.5 + 2.0**-7) * unit + smallest)
-    assert np.mean(found != exact.astype(np.float32).astype(dtype)) < 0.02
+    assert np.mean(found != exact.astype(dtype)) < 0.02
 
 
 def test_scales_of_a_tile_lie_side_by_side_each_a_sum_of_two():
@@ -162,9 +79,3 @@ def test_scales_of_a_tile_lie_side_by_side_each_a_sum_of_two():
         parts = planes.view(dtype).reshape(2 * blocks, 2, 2, 2).astype(np.float64)  # [., two rows, hi or lo, row]
         found = parts.sum(2).reshape(blocks, 2, 4).transpose(1, 2, 0).reshape(-1)
         np.testing.assert_allclose(found, np.asarray(absmax, np.float64), rtol=tail, atol=smallest)
-
-
-def test_the_layout_of_sums_is_the_documented_one():
-    """Mosaic's layout WGMMA says of registers what PTX's documentation does, which the tests above go by."""
-    sums = np.arange(2 * 64 * ROWS).reshape(2, 64, ROWS)
-    np.testing.assert_array_equal(as_layout_says(sums_in_registers(sums), mgpu.WGMMA_LAYOUT, (64, ROWS)), sums)

@@ -10,11 +10,14 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 from pallas_kernels.nf4_matmul.mosaic.hopper import COMPUTING_REGISTERS, STAGES
 from qlora_jax.planning import topology
 from tests.kernels.mosaic_compile import Compiled, Product, compile_all
+from tests.kernels.ptx_fragments import in_shared_memory, sums_in_registers
+from tests.kernels.ptx_stores import shared_after_stores
 
 if not topology.is_installed():
     pytest.skip("needs XLA:GPU's compiler: pip install jax-cuda13-plugin", allow_module_level=True)
@@ -60,8 +63,7 @@ def test_every_product_takes_weights_from_registers_and_nothing_spills(product, 
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in said, said
     assert "serialized" not in said, said  # else ptxas waits for each wgmma by itself
     kind = {"bfloat16": "bf16", "float16": "f16"}[product.dtype]
-    rows = 192 if product.rows == 576 else 256  # three tiles, none of them padded
-    shape = rf"m64n{rows}k16\.f32\.{kind}\.{kind}"
+    shape = rf"m64n{rows_of_a_program(product)}k16\.f32\.{kind}\.{kind}"
     products = re.findall(rf"wgmma\.mma_async\.sync\.aligned\.{shape} \{{[^}}]*\}}, (.)", ptx)
     assert products == ["{"] * 4 * STAGES and ptx.count("wgmma.mma_async") == len(products)
 
@@ -89,6 +91,25 @@ def test_no_register_is_written_while_wgmma_may_read_it(product, loops):
     renamed = [re.sub(r"\bR\d+\b", lambda found: moved.get(found[0], found[0]), each.operands) for each in loop]
     one_set = [each._replace(operands=operands) for each, operands in zip(loop, renamed, strict=True)]
     assert list(written_in_flight(one_set))
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=name)
+def test_sums_are_stored_where_they_belong(product, compiled):
+    """The machine's own instructions, on sums that are all different."""
+    rows = rows_of_a_program(product)
+    sums = np.arange(2 * 64 * rows).reshape(2, 64, rows)  # of either warpgroup, as wgmma numbers them
+    found = shared_after_stores(compiled[product].ptx.read_text(), sums_in_registers(sums), 2 * sums.size)
+    named = sums.reshape(2, 4, 2, 8, rows)  # [warpgroup, warp, first or second row, g, row of x]
+    if product.op == "forward":  # y [rows, 32] of either half of W
+        tiles = named.transpose(0, 2, 4, 1, 3).reshape(4, rows, 32)
+    else:  # dx [rows, 64]
+        tiles = named.transpose(0, 4, 1, 3, 2).reshape(2, rows, 64)
+    expected = [in_shared_memory(tile.astype(np.uint16).view(np.uint8)) for tile in tiles]
+    np.testing.assert_array_equal(found, np.concatenate(expected).view(np.uint16))
+
+
+def rows_of_a_program(product: Product) -> int:
+    return {256: 256, 576: 192}[product.rows]  # three tiles, none of them padded
 
 
 def written_in_flight(loop: list[Instruction]):

@@ -3,7 +3,8 @@
 The interpreter runs copies, barriers and the three warpgroups of a program, and finds races among them. It computes
 wgmma at once: what a wait for wgmma orders is not seen here. It has no registers and no inline PTX: a warpgroup's
 operand is computed by plain JAX and put into shared memory, and sums are stored as what they are. What a GPU does in
-their place is test_mosaic_fragments.py's. Copies to both programs of a cluster are two copies here.
+their place is test_mosaic_fragments.py's and test_mosaic_hopper_compile.py's. A copy to both programs of a cluster is
+two copies here.
 """
 
 import functools

@@ -6,8 +6,7 @@ Mosaic sees the order of WGMMA from the operand to the sums, and the true one wh
 Its interpreter has no inline PTX and no registers: there the operand is computed by `weights`, all in true order.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.experimental.mosaic.gpu as mgpu
@@ -83,19 +82,14 @@ def store_y(sums: jax.Array, staging) -> None:
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType(swizzle(staging.dtype, 32))), return_type=())
     def store(_, sums, staging):
+        shape = Y_LAYOUT.registers_shape((32, sums.shape[1]))
         for half in range(2):
-            registers = y_registers(sums.registers, half)
+            registers = sums.registers[:, :, :, :, half].reshape(shape)
             values = mgpu.FragmentedArray(_registers=registers, _layout=Y_LAYOUT, _is_signed=None)
             values.store_tiled(mgpu.memref_transpose(mgpu.memref_slice(staging, half), (1, 0, 3, 2)), swizzle=64)
         return ()
 
     store(sums, staging)
-
-
-def y_registers(sums: np.ndarray, half: int) -> np.ndarray:
-    """Registers of sums, in the layout WGMMA -> those of one half of W, in Y_LAYOUT."""
-    rows = 8 * sums.shape[1]
-    return sums[:, :, :, :, half].reshape(Y_LAYOUT.registers_shape((32, rows)))
 
 
 def store_dx(sums: jax.Array, staging) -> None:
@@ -104,26 +98,15 @@ def store_dx(sums: jax.Array, staging) -> None:
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType(swizzle(dtype, 64))), return_type=())
     def store(_, sums, staging):
-        registers = dx_registers(
-            sums.registers,
-            lambda pair, k: mgpu.utils.vector_slice(pair, slice(k, k + 1)),
-            lambda first, second: mgpu.utils.vector_concat([first, second]),
-        )
+        groups = sums.shape[1] // 8
+        both = sums.registers.reshape(groups, 2)  # a lane's two rows of sums are neighbours in a row of dx
+        registers = np.empty((groups, 2), dtype=object)
+        for group, row in np.ndindex(groups, 2):
+            pair = [mgpu.utils.vector_slice(register, slice(row, row + 1)) for register in both[group]]
+            registers[group, row] = mgpu.utils.vector_concat(pair)
+        registers = registers.reshape(DX_LAYOUT.registers_shape((8 * groups, 64)))
         values = mgpu.FragmentedArray(_registers=registers, _layout=DX_LAYOUT, _is_signed=None)
         values.astype(mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype))).store_tiled(staging, swizzle=128)
         return ()
 
     store(sums, staging)
-
-
-def dx_registers(sums: np.ndarray, part: Callable[[Any, int], Any], pair: Callable[[Any, Any], Any]) -> np.ndarray:
-    """Registers of sums, in the layout WGMMA -> in DX_LAYOUT: a lane's two rows of sums are neighbours of a row of dx.
-
-    part: of a register of two values, one. pair: two such as a register.
-    """
-    groups = sums.shape[1]  # of 8 rows of dx
-    both = sums.reshape(groups, 2)
-    registers = np.empty((groups, 2), dtype=object)
-    for group, row in np.ndindex(groups, 2):
-        registers[group, row] = pair(part(both[group, 0], row), part(both[group, 1], row))
-    return registers.reshape(DX_LAYOUT.registers_shape((8 * groups, 64)))
