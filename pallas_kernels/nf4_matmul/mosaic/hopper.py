@@ -15,7 +15,7 @@ which are 32 rows of either half, each with its own columns of dy.
 
 A step decodes its operand while wgmma still multiplies by the one before, and then waits for that one: its registers
 are written by the step after, its tiles may be copied over. Two programs side by side share their tiles of x or dy:
-without that they would ask more of the second-level cache than it has.
+then they ask 20 bytes a clock each of the second-level cache and not 36, which is more than it has by estimate.
 
 Up to 16 rows forward are another kernel's (few_rows.py).
 
