@@ -1,8 +1,10 @@
 """The Mosaic kernels in Mosaic's interpreter on the CPU, against the dequantized weight.
 
 The interpreter runs copies, barriers and the three warpgroups of a program, and finds races among them. It computes
-wgmma at once: what a wait for wgmma orders is not seen here. It has no inline PTX: values are looked up by selects, and
-test_mosaic_decode.py compares the two.
+wgmma at once: what a wait for wgmma orders is not seen here. It has no registers and no inline PTX: a warpgroup's
+operand is computed by plain JAX and put into shared memory, and sums are stored as what they are. What a GPU does in
+their place is test_mosaic_fragments.py's and test_mosaic_hopper_compile.py's. A copy to both programs of a cluster is
+two copies here.
 """
 
 import functools
@@ -15,15 +17,15 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 from pallas_kernels import nf4_matmul
-from pallas_kernels.nf4_matmul import config
+from pallas_kernels.nf4_matmul import Codec, Packed, config
 from pallas_kernels.nf4_matmul.mosaic import hopper as mosaic_hopper
 from tests.kernels.weights import dequantized, random_weight, whole_numbers
 
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 # shape, block size, whether scales are nested, rows, dtype
 CASES = {
-    "rows that fill no tile": ((256, 512), 64, True, 130, jnp.float16),
-    "few rows, more out": ((512, 256), 128, True, 3, jnp.bfloat16),
+    "two tiles that the rows do not fill": ((256, 512), 64, True, 300, jnp.float16),
+    "17 rows, more out": ((512, 256), 128, True, 17, jnp.bfloat16),
     "a whole tile, blocks as wide as a program of the backward pass": ((256, 512), 256, False, 128, jnp.bfloat16),
     "blocks of several programs": ((256, 1024), 512, True, 20, jnp.bfloat16),
 }
@@ -82,13 +84,23 @@ def test_behind_the_dispatch_only_weights_and_the_result_are_rounded(monkeypatch
         return y, pullback(dy)[0]
 
     y, dx = both(x, dy, packed)
-    rounded = tuple(float(value) for value in np.asarray(codec.table, np.float32).astype(jnp.bfloat16))
-    w = dequantized(packed, codec._replace(table=rounded), jnp.bfloat16).astype(np.float64)
+    w = in_two_parts(packed, codec)
     for found, left, right in ((y, x, w.T), (dx, dy, w)):
         left = np.asarray(left, np.float64)
         exact, sum_error = left @ right, 256 * 2.0**-24 * (np.abs(left) @ np.abs(right))
         error = np.abs(np.asarray(found, np.float64) - exact)
         assert np.all(error <= 2.0**-8 * (np.abs(exact) + sum_error) + sum_error)
+
+
+def in_two_parts(packed: Packed, codec: Codec) -> np.ndarray:
+    """W of the rounded table and of scales that are sums of two bfloat16, rounded once, in float64."""
+    rounded = tuple(float(value) for value in np.asarray(codec.table, np.float32).astype(jnp.bfloat16))
+    nested = np.repeat(np.asarray(packed.nested_absmax), 256)[: packed.absmax.size]
+    scales = np.asarray(codec.absmax_map, np.float32)[np.asarray(packed.absmax)] * nested + np.asarray(packed.offset)
+    hi = scales.astype(jnp.bfloat16).astype(np.float32)
+    scales = hi + (scales - hi).astype(jnp.bfloat16).astype(np.float32)
+    plain = Packed(packed.codes, jnp.asarray(scales), None, None)
+    return dequantized(plain, codec._replace(table=rounded), jnp.bfloat16).astype(np.float64)
 
 
 def test_without_a_hopper_it_says_so():

@@ -1,22 +1,26 @@
-"""Mosaic GPU kernels for Hopper: y = x W^T and dx = dy W at training row counts, W decoded once per tile.
+"""Mosaic GPU kernels for Hopper: y = x W^T and dx = dy W at training row counts, W decoded in wgmma's own registers.
 
-A program has two computing warpgroups and one that only copies. The copies bring tiles of x or dy, of packed bytes and
-of scales into shared memory, some steps ahead. A computing warpgroup decodes its tile of W into shared memory, in the
-swizzled order that wgmma reads, and multiplies while it decodes the next one into a second buffer:
+A product is computed on its side, y^T = W x^T and dx^T = W^T dy^T: W is the left operand, which wgmma takes from
+registers, and x the right one, in shared memory as it came. No weight is written to memory. A weight costs 5
+instructions (fragments_ptx.py), two thirds of them on the pipe for whole numbers: at 256 rows that pipe is busy for 40%
+of the time that the tensor cores are.
 
-forward: both warpgroups see the same bytes [BLOCK, 64]; the first takes the low nibbles (rows o of W), the second the
-high ones (rows o + O / 2), and both multiply the same tile of x [BLOCK, 64].
+A program has two computing warpgroups and one that only copies tiles of x or dy, of packed bytes and of scales, some
+steps ahead. A computing warpgroup keeps 64 columns of the result for up to 256 rows in registers:
 
-backward: the sum runs over the rows of W, first those of the low nibbles and then those of the high ones; the two
-warpgroups see the same tile of dy [BLOCK, 64] and take BLOCK columns of W each.
+forward: a program takes 64 byte rows of W, 32 each warpgroup, which are 32 rows of either half. A step is 64 columns.
+
+backward: a program takes 128 columns of W, 64 each warpgroup. The sum runs over the rows of W: a step is 32 byte rows,
+which are 32 rows of either half, each with its own columns of dy.
+
+A step decodes its operand while wgmma still multiplies by the one before, and then waits for that one: its registers
+are written by the step after, its tiles may be copied over. Two programs side by side share their tiles of x or dy:
+then they ask 20 bytes a clock each of the second-level cache and not 36, which is more than it has by estimate.
 
 Up to 16 rows forward are another kernel's (few_rows.py).
 
-A step waits for the product before its own: then no product reads the buffer that the next step decodes into, nor the
-tile of x or dy that the pipeline hands back (delay_release).
-
-Tests run them in Mosaic's interpreter, emulate the assembly of the look-up, and compile both for an H200. There their
-values were right, and at 1,024 rows they lost to dequantizing first (results/).
+Tests run all but the registers in Mosaic's interpreter, the registers thread by thread in an emulator, and compile both
+kernels for an H200. They have not run on one.
 """
 
 import functools
@@ -31,14 +35,19 @@ import numpy as np
 from pallas_kernels.nf4_matmul import reference
 from pallas_kernels.nf4_matmul.config import FEW_ROWS
 from pallas_kernels.nf4_matmul.mosaic import few_rows as mosaic_few_rows
-from pallas_kernels.nf4_matmul.mosaic.decode import LAYOUT, decode, scale_planes
+from pallas_kernels.nf4_matmul.mosaic import fragments
+from pallas_kernels.nf4_matmul.mosaic.decode import table_words
+from pallas_kernels.nf4_matmul.mosaic.fragments_ptx import backward_text, forward_text
 from pallas_kernels.nf4_matmul.operands import Codec, Packed
 
-BLOCK = 128  # rows of x or dy, and columns of the result for each warpgroup: 128 float32 registers a thread
-STEP = 64  # summed over in one step: 128 bytes of 16-bit values, the widest swizzle
-STAGES = 3  # steps in flight: 171 KiB of shared memory forward, 198 backward, of 227
+ROWS = 256  # of x or dy in a program, at most: 128 float32 registers a thread
+SIDE = 128  # columns of the result in a program
+CLUSTER = 2  # programs that share their rows of x or dy: each copies a half to both
+STEP = 64  # rows of wgmma's left operand, and what one step sums over
+BYTE_ROWS = 64  # of a program forward
+STAGES = 4  # steps in flight, of which every weight has a multiple; with the results 210 KiB of shared memory
 HOPPER = ("H100", "H200", "H800", "GH200")
-MEMORY_REGISTERS = 40  # of the warpgroup that copies; the others share what it leaves
+COPYING_REGISTERS, COMPUTING_REGISTERS = 40, 232  # of a thread: 65,536 in all
 
 
 def unsupported(shape: tuple[int, int], block_size: int, dtype: jnp.dtype) -> str | None:
@@ -50,8 +59,8 @@ def unsupported(shape: tuple[int, int], block_size: int, dtype: jnp.dtype) -> st
         return f"the block size is {block_size}: expected a power of two from {STEP}"
     if in_features % block_size:
         return f"I is {in_features}, no multiple of the block size {block_size}: blocks cross rows"
-    if out_features % (2 * BLOCK) or in_features % (2 * BLOCK):
-        return f"the weight is {out_features} x {in_features}: expected multiples of {2 * BLOCK}"
+    if out_features % 256 or in_features % 256:
+        return f"the weight is {out_features} x {in_features}: expected multiples of 256"
     return None
 
 
@@ -79,24 +88,32 @@ def _launch(kernel, columns: int, x: jax.Array, packed: Packed, codec: Codec, in
         _check_gpu()
     absmax_map = np.asarray(codec.absmax_map, np.float32)
     absmax = reference.dequantize_absmax(packed.absmax, packed.nested_absmax, packed.offset, absmax_map)
-    tiles = -(-rows // BLOCK)
+    tiles = -(-rows // ROWS)
+    block = -(-rows // (tiles * STEP)) * STEP  # rows of a program
+    is_forward = kernel is _forward_kernel
     call = plgpu.kernel(
-        functools.partial(kernel, codec=codec, permutes=interpret is None),
-        out_type=jax.ShapeDtypeStruct((tiles * BLOCK, columns), dtype),
-        grid=(tiles, columns // (2 * BLOCK)),
+        functools.partial(kernel, codec=codec),
+        out_type=jax.ShapeDtypeStruct((tiles * block, columns), dtype),
+        grid=(tiles, columns // SIDE // CLUSTER),
         grid_names=("m", "n"),
+        cluster=(CLUSTER,),
+        cluster_names=("cluster",),
         num_threads=3,
         thread_name="warpgroup",
         scratch_types={
-            # [warpgroup, buffer, rows, columns] of W: rows are out-features
-            "weights": _shared((2, 2, *((BLOCK, STEP) if kernel is _forward_kernel else (STEP, BLOCK))), dtype),
-            "results": _shared((2, BLOCK, STEP), dtype),
+            "tiles": _forward_tiles(block, dtype) if is_forward else _backward_tiles(block, dtype, codec.block_size),
+            "ready": plgpu.Barrier(num_arrivals=3 if is_forward else 4, num_barriers=STAGES),
+            "free": plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=2, num_barriers=STAGES),
+            "staging": _shared((2, 2, block, 32) if is_forward else (2, block, STEP), dtype),
+            # of the interpreter, which takes operands from shared memory alone
+            "operands": interpret and _shared((2, 1, STEP, STEP) if is_forward else (2, 2, STEP, 32), dtype),
         },
         interpret=interpret,
     )
     codes = packed.codes.reshape(codec.shape[0] // 2, codec.shape[1])
-    padded = jnp.pad(x, ((0, tiles * BLOCK - rows), (0, 0)))
-    return call(padded, codes, scale_planes(absmax, codec.shape, codec.block_size))[:rows]
+    padded = jnp.pad(x, ((0, tiles * block - rows), (0, 0)))
+    scales = scale_planes(absmax, codec.shape, codec.block_size, dtype)
+    return call(padded, codes, scales, np.array(table_words(codec.table, dtype), np.uint32).view(np.int32))[:rows]
 
 
 def _check_gpu() -> None:
@@ -111,118 +128,172 @@ def _check_gpu() -> None:
         raise RuntimeError(f'backend "mosaic" needs a Hopper GPU ({", ".join(HOPPER)}), this program is for {kind}')
 
 
-def _forward_kernel(x, codes, scales, out, weights, results, *, codec: Codec, permutes: bool):
-    m, n, warpgroup = jax.lax.axis_index("m"), jax.lax.axis_index("n"), jax.lax.axis_index("warpgroup")
-    steps_a_scale = codec.block_size // STEP
+def scale_planes(absmax: jax.Array, shape: tuple[int, int], block_size: int, dtype) -> jax.Array:
+    """absmax float32 [O * C] -> uint32 [2 * C, O / 2]: row 2 c + h holds block c of the rows of half h.
 
-    def step(index, x_tile, codes_tile, scales_tile, sums):
-        buffer = weights.at[warpgroup, index[0] % 2]
-        for row in range(0, BLOCK, STEP):
-            part = pl.ds(row, STEP)
-            codes_part, scales_part = codes_tile.at[part, :], scales_tile.at[warpgroup, part]
-            buffer[part, :] = _decode(codes_part, 4 * warpgroup, scales_part, codec, x, permutes)
-        plgpu.commit_smem()
-        plgpu.wgmma(sums, x_tile, buffer.T)
-        plgpu.wgmma_wait(1)  # the step before is done: its buffers may be written again
-        return sums
+    Words 2 p and 2 p + 1 are of rows 2 p and 2 p + 1 both: a scale is the sum of two numbers of dtype.
+    """
+    out_features, in_features = shape
+    blocks = in_features // block_size
+    planes = absmax.reshape(2, out_features // 2, blocks).transpose(2, 0, 1)
+    planes = planes.reshape(2 * blocks, out_features // 4, 1, 2)
+    info = jnp.finfo(dtype)
+    hi = jax.lax.reduce_precision(planes, info.nexp, info.nmant)  # a conversion and back XLA would leave out
+    parts = jnp.concatenate([hi, planes - hi], axis=2).astype(dtype)
+    return jax.lax.bitcast_convert_type(parts, jnp.uint32).reshape(2 * blocks, out_features // 2)
+
+
+def _place() -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tile of rows, tile of columns, warpgroup."""
+    n = jax.lax.axis_index("n") * CLUSTER + jax.lax.axis_index("cluster")
+    return jax.lax.axis_index("m"), n, jax.lax.axis_index("warpgroup")
+
+
+def _forward_tiles(block: int, dtype) -> list:
+    return [
+        _shared((STAGES, block, STEP), dtype),
+        _shared((STAGES, BYTE_ROWS, STEP), jnp.uint8),
+        plgpu.SMEM((STAGES, 2, BYTE_ROWS), jnp.uint32),
+    ]
+
+
+def _forward_kernel(x, codes, scales, table, out, tiles, ready, free, staging, operands, *, codec: Codec):
+    m, n, warpgroup = _place()
+    block = tiles[0].shape[1]
+    rows, byte_rows = pl.ds(m * block, block), pl.ds(n * BYTE_ROWS, BYTE_ROWS)
+    text = forward_text(x.dtype)
+
+    def sources(step):
+        columns = pl.ds(step * STEP, STEP)
+        scale_rows = pl.ds(step * STEP // codec.block_size * 2, 2)
+        return x.at[rows, columns], codes.at[byte_rows, columns], scales.at[scale_rows, byte_rows]
+
+    def multiply(sums, words, x_tile, codes_tile, scales_tile):
+        if operands is None:
+            (w,) = fragments.operands(text, (STEP, STEP), codes_tile, scales_tile, words, x.dtype)
+        else:
+            mine = pl.ds(warpgroup * 32, 32)
+            w = operands.at[warpgroup, 0]
+            for half in range(2):
+                parts = codes_tile[mine, :], half, scales_tile[half, mine]
+                w[pl.ds(32 * half, 32), :] = fragments.weights(*parts, codec.table, x.dtype)
+        plgpu.commit_smem()  # what was read here may be copied over
+        plgpu.wgmma(sums, w, x_tile.T)
 
     def store(sums):
-        _store(sums, out, results.at[warpgroup], m, warpgroup * (codec.shape[0] // 2) + n * BLOCK)
-
-    _run_pipeline(
-        step,
-        store,
-        codec.shape[1] // STEP,
-        [
-            _tiles((BLOCK, STEP), lambda k: (m, k), x.dtype),
-            _tiles((BLOCK, STEP), lambda k: (n, k), codes.dtype),
-            plgpu.BlockSpec((2, BLOCK), lambda k: (k // steps_a_scale, n), delay_release=1),
-        ],
-        (x, codes, scales),
-    )
-
-
-def _backward_kernel(dy, codes, scales, out, weights, results, *, codec: Codec, permutes: bool):
-    m, n, warpgroup = jax.lax.axis_index("m"), jax.lax.axis_index("n"), jax.lax.axis_index("warpgroup")
-    steps_a_half = codec.shape[0] // 2 // STEP
-
-    def step(index, dy_tile, codes_tile, scales_tile, sums):
-        half = index[0] // steps_a_half
-        buffer = weights.at[warpgroup, index[0] % 2]
-        for first in range(0, BLOCK, STEP):  # columns that share one scale in each row
-            column = warpgroup * BLOCK + first
-            scale_row = 2 * (column // codec.block_size) + half
-            codes_part, scales_part = codes_tile.at[:, pl.ds(column, STEP)], scales_tile.at[scale_row]
-            buffer[:, pl.ds(first, STEP)] = _decode(codes_part, 4 * half, scales_part, codec, dy, permutes)
+        if operands is None:
+            fragments.store_y(sums.astype(x.dtype), staging.at[warpgroup])
+        else:
+            for half in range(2):
+                staging[warpgroup, half] = sums[32 * half : 32 * half + 32].T.astype(x.dtype)
         plgpu.commit_smem()
-        plgpu.wgmma(sums, dy_tile, buffer)
-        plgpu.wgmma_wait(1)  # the step before is done: its buffers may be written again
-        return sums
+        for half in range(2):
+            columns = half * (codec.shape[0] // 2) + n * BYTE_ROWS + warpgroup * 32
+            plgpu.copy_smem_to_gmem(staging.at[warpgroup, half], out.at[rows, pl.ds(columns, 32)])
+
+    _run(warpgroup, codec.shape[1] // STEP, sources, multiply, store, table, tiles, ready, free, products=1)
+
+
+def _backward_tiles(block: int, dtype, block_size: int) -> list:
+    return [
+        _shared((STAGES, block, 32), dtype),
+        _shared((STAGES, block, 32), dtype),
+        _shared((STAGES, 32, SIDE), jnp.uint8),
+        plgpu.SMEM((STAGES, 2 * max(1, SIDE // block_size), 32), jnp.uint32),
+    ]
+
+
+def _backward_kernel(dy, codes, scales, table, out, tiles, ready, free, staging, operands, *, codec: Codec):
+    m, n, warpgroup = _place()
+    block, scale_rows = tiles[0].shape[1], tiles[-1].shape[1]
+    rows, columns = pl.ds(m * block, block), pl.ds(n * SIDE, SIDE)
+    half = codec.shape[0] // 2
+    text = backward_text(dy.dtype, 256 if scale_rows == 4 else 0)
+
+    def sources(step):
+        byte_rows = pl.ds(step * 32, 32)
+        first_scale = n * SIDE // codec.block_size * 2
+        return (
+            dy.at[rows, byte_rows],
+            dy.at[rows, pl.ds(half + step * 32, 32)],
+            codes.at[byte_rows, columns],
+            scales.at[pl.ds(first_scale, scale_rows), byte_rows],
+        )
+
+    def multiply(sums, words, low_dy, high_dy, codes_tile, scales_tile):
+        if operands is None:
+            both = fragments.operands(text, (STEP, 32), codes_tile, scales_tile, words, dy.dtype)
+        else:
+            both = [operands.at[warpgroup, nibble] for nibble in range(2)]
+            for nibble in range(2):
+                scale_row = nibble + (2 * warpgroup if scale_rows == 4 else 0)
+                parts = codes_tile[:, pl.ds(warpgroup * STEP, STEP)], nibble, scales_tile[scale_row]
+                both[nibble][...] = fragments.weights(*parts, codec.table, dy.dtype).T
+        plgpu.commit_smem()
+        plgpu.wgmma(sums, both[0], low_dy.T)
+        plgpu.wgmma(sums, both[1], high_dy.T)
 
     def store(sums):
-        _store(sums, out, results.at[warpgroup], m, (2 * n + warpgroup) * BLOCK)
-
-    scale_rows = 2 * max(1, 2 * BLOCK // codec.block_size)
-    tiles_a_scale = max(1, codec.block_size // (2 * BLOCK))
-    _run_pipeline(
-        step,
-        store,
-        2 * steps_a_half,
-        [
-            _tiles((BLOCK, STEP), lambda k: (m, k), dy.dtype),
-            _tiles((STEP, 2 * BLOCK), lambda k: (k % steps_a_half, n), codes.dtype),
-            plgpu.BlockSpec((scale_rows, STEP), lambda k: (n // tiles_a_scale, k % steps_a_half), delay_release=1),
-        ],
-        (dy, codes, scales),
-    )
-
-
-def _decode(codes, shift, scales, codec: Codec, x, permutes: bool) -> jax.Array:
-    """[STEP, STEP] weights in x's dtype: 32 a thread, so that the registers beside the sums suffice."""
-    tile = plgpu.load(codes, layout=LAYOUT)
-    row_scales = plgpu.load(scales, layout=LAYOUT.reduce(1))
-    return decode(tile, shift, row_scales, codec.table, x.dtype, permutes)
-
-
-def _run_pipeline(step, store, steps: int, specs: list, arrays: tuple) -> None:
-    """Runs `step` over the sum in the computing warpgroups while the third copies ahead, then `store` with the sums."""
-
-    def compute(run):
-        pl.run_scoped(lambda sums: store(run(sums)), plgpu.ACC((BLOCK, BLOCK), jnp.float32))
-
-    plgpu.emit_pipeline_warp_specialized(
-        step,
-        grid=(steps,),
-        in_specs=specs,
-        max_concurrent_steps=min(STAGES, steps),
-        memory_registers=MEMORY_REGISTERS,
-        wg_axis="warpgroup",
-        num_compute_wgs=2,
-        compute_context=compute,
-    )(*arrays)
-
-
-def _store(sums, out, staging, m, first_column) -> None:
-    """Writes a warpgroup's sums to rows m * BLOCK and columns first_column of the result, STEP columns at a time."""
-    values = sums[...].astype(out.dtype)
-    for column in range(0, BLOCK, STEP):
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        staging[...] = values[:, column : column + STEP]
+        if operands is None:
+            fragments.store_dx(sums, staging.at[warpgroup])
+        else:
+            staging[warpgroup] = sums.astype(dy.dtype).T
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staging, out.at[pl.ds(m * BLOCK, BLOCK), pl.ds(first_column + column, STEP)])
-    plgpu.wait_smem_to_gmem(0)
+        target = out.at[rows, pl.ds(n * SIDE + warpgroup * STEP, STEP)]
+        plgpu.copy_smem_to_gmem(staging.at[warpgroup], target)
+
+    _run(warpgroup, half // 32, sources, multiply, store, table, tiles, ready, free, products=2)
 
 
-def _tiles(block: tuple[int, int], index, dtype) -> plgpu.BlockSpec:
-    """Tiles of a matrix, kept until the product after theirs is issued: that one's wait ends the product on them."""
-    return plgpu.BlockSpec(block, index, transforms=_swizzle(dtype), delay_release=1)
+def _run(warpgroup, steps: int, sources, multiply, store, table, tiles, ready, free, products: int) -> None:
+    """The steps of a program: the third warpgroup copies `sources` ahead, the first two `multiply` and then `store`.
+
+    Steps are written out STAGES at a time: buffers are then known when the program is compiled, and registers of
+    operands in flight are not those that the next step writes. `products`: groups of wgmma in a step.
+    """
+    rounds = steps // STAGES
+
+    def copy():
+        plgpu.set_max_registers(COPYING_REGISTERS, action="decrease")
+
+        def start(step, stage):
+            for number, (source, tile) in enumerate(zip(sources(step), tiles, strict=True)):
+                axes = "cluster" if number < products else None  # x or dy, the same in all of a cluster
+                plgpu.copy_gmem_to_smem(source, tile.at[stage], ready.at[stage], collective_axes=axes)
+
+        for stage in range(STAGES):
+            start(stage, stage)
+        plgpu.barrier_wait(free.at[STAGES - 1])  # of no step: what the first step hands back
+
+        @pl.loop(1, rounds)
+        def _(round):
+            for stage in range(STAGES):
+                plgpu.barrier_wait(free.at[stage])
+                start(round * STAGES + stage, stage)
+
+        for stage in range(STAGES - 1):
+            plgpu.barrier_wait(free.at[stage])
+
+    def compute():
+        plgpu.set_max_registers(COMPUTING_REGISTERS, action="increase")
+        words = [table[k] for k in range(8)]
+
+        def run(sums):
+            @pl.loop(0, rounds)
+            def _(_):
+                for stage in range(STAGES):
+                    plgpu.barrier_wait(ready.at[stage])
+                    multiply(sums, words, *[tile.at[stage] for tile in tiles])
+                    plgpu.wgmma_wait(products)  # the step before is done
+                    plgpu.barrier_arrive(free.at[(stage - 1) % STAGES])
+
+            return sums[...]
+
+        store(pl.run_scoped(run, plgpu.ACC((STEP, tiles[0].shape[1]), jnp.float32)))
+        plgpu.wait_smem_to_gmem(0)
+
+    jax.lax.cond(warpgroup == 2, copy, compute)
 
 
 def _shared(shape: tuple[int, ...], dtype) -> Any:
-    return plgpu.SMEM(shape, dtype, transforms=_swizzle(dtype))
-
-
-def _swizzle(dtype) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
-    """The order in shared memory of tiles 8 rows high and STEP values wide, as wgmma reads them in 16 bits."""
-    width = STEP * jnp.dtype(dtype).itemsize
-    return plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(width)  # type: ignore[abstract]
+    return plgpu.SMEM(shape, dtype, transforms=fragments.swizzle(dtype, shape[-1]))
