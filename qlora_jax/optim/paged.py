@@ -2,7 +2,7 @@
 
 Each page (optim/pages.py) has its own optax state and its own update. Those that stay on the device are updated by one
 call of one compiled program, those that travel by a program each. Both are the same pages' updates with nothing fused
-across pages, so where a page lives changes not one bit of the numbers.
+across pages, so where a page lives changes not one bit of the numbers (on GPUs: WORKSPACE.md).
 
     fetch 0 | update what stays | fetch 1 | update 0, leave 0 | fetch 2 | update 1, leave 1, wait for 0 | fetch 3 | ...
 

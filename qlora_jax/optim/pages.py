@@ -140,7 +140,7 @@ class Pages:
         """Of pages, one after the other: each reads its rows from the arrays it touches and writes them back in place.
 
         Between two pages stands a barrier that all of both passes: nothing is fused across it, so a page is computed as
-        in a program of its own, and temporaries are those of one page.
+        in a program of its own (bit for bit on CPUs), and temporaries are those of one page.
         """
         pages, touched = [self.pages[index] for index in indices], self.touched(indices)
 

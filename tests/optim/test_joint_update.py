@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qlora_jax.optim.eightbit import adamw8bit, lion8bit
@@ -13,7 +13,7 @@ from qlora_jax.optim.paged import PagedOptimizer
 from qlora_jax.optim.pages import Pages
 from tests.optim.transformations import TRANSFORMATIONS
 
-EVERY = {name: tx for name, (tx, _) in TRANSFORMATIONS.items()} | {
+EVERY = {name: tx for name, (tx, cut) in TRANSFORMATIONS.items() if cut != "whole"} | {
     "8-bit adamw": adamw8bit(1e-2, 0.9, 0.99, 1e-8, 0.1),
     "8-bit lion": lion8bit(1e-2, 0.9, 0.99, 0.1),
 }
@@ -25,12 +25,14 @@ def tree(seed: int) -> dict[str, jax.Array]:
     return {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in SHAPES.items()}
 
 
-@settings(deadline=None, max_examples=8)
-@given(st.sampled_from(sorted(EVERY)), st.sampled_from((1 << 13, 1 << 15, 1 << 17)), st.data())
+@settings(max_examples=8)
+@given(st.sampled_from(sorted(EVERY)), st.sampled_from((1 << 10, 1 << 13, 1 << 15)), st.data())
 def test_which_pages_stay_changes_no_bit(name, page_bytes, data):
     """Any of them, between any that travel."""
     pages = Pages(EVERY[name], tree(0), page_bytes)
-    some = tuple(data.draw(st.lists(st.booleans(), min_size=len(pages), max_size=len(pages)), label="stay"))
+    assume(len(pages) > 1)
+    stay = data.draw(st.sets(st.integers(0, len(pages) - 1), min_size=2), label="stay")
+    some = tuple(index in stay for index in range(len(pages)))
     whole = jax.tree.leaves(tree(0))
     rows = [[whole[piece.leaf][piece.start : piece.stop] for piece in page] for page in pages.pages]
     begun = [pages.tx.init(pages.tree(page, mine)) for page, mine in zip(pages.pages, rows, strict=True)]
