@@ -61,14 +61,14 @@ def test_many_pages_take_the_kernels_and_the_temporaries_of_one(tx, page_bytes):
 
 
 def kernels(text: str) -> list[str]:
-    """What each fusion of a program computes, values named in the order in which they come."""
+    """What each fusion of a program computes, values named as they come, whatever the order of its parameters."""
     bodies = computations(text)
     entry = next(lines for name, lines in bodies.items() if name.startswith(ENTRY))
     called = [match[1] for line in entry if (match := re.search(r" fusion\(.*calls=%?([\w.\-]+)", line))]
 
     def plain(name: str) -> str:
         names: dict[str, str] = {}
-        body = "\n".join(re.sub(r", metadata=\{.*?\}(?=$|,)", "", line) for line in bodies[name])
+        body = "\n".join(re.sub(r", metadata=\{.*?\}(?=$|,)|(?<= parameter)\(\d+\)", "", line) for line in bodies[name])
         return re.sub(r"%[\w.\-]+", lambda match: names.setdefault(match[0], f"%{len(names)}"), body)
 
     return [plain(name) for name in called]
