@@ -1,14 +1,16 @@
 """The paged optimizer: state of any optax transformation in host memory, on the device only page by page.
 
-Each page (optim/pages.py) has its own optax state and its own update. Pages that stay on the device run the same
-compiled programs as those that travel, so where a page lives changes not one bit of the numbers.
+Each page (optim/pages.py) has its own optax state and its own update. Those that stay on the device are updated by one
+call of one compiled program, those that travel by a program each. Both are the same pages' updates with nothing fused
+across pages, so where a page lives changes not one bit of the numbers (on GPUs: WORKSPACE.md).
 
-    fetch 0, fetch 1 | update 0, leave 0 | fetch 2 | update 1, leave 1, wait for 0 | fetch 3 | update 2, leave 2, ...
+    fetch 0 | update what stays | fetch 1 | update 0, leave 0 | fetch 2 | update 1, leave 1, wait for 0 | fetch 3 | ...
 
-Page i + 1 is on its way to the device and page i - 1 on its way back while page i is updated: at most three are on the
-device, and the host waits for none but the one that must have left before the next is fetched. Transfers are explicit
-`device_put`s between the memory kinds "pinned_host" and "device", never part of a program that donates (xla#29270).
-Step counts and other scalars stay on the device: one that moved would make a second program.
+Of those that travel, page i + 1 is on its way to the device and page i - 1 on its way back while page i is updated: at
+most three are on the device, and the host waits for none but the one that must have left before the next is fetched.
+The first arrives while what stays is updated. Transfers are explicit `device_put`s between the memory kinds
+"pinned_host" and "device", never part of a program that donates (xla#29270). Step counts and other scalars stay on the
+device: one that moved would make a second program.
 
 Pages in host memory are replaced and never written to, so whoever holds one (a checkpoint being written) may go on
 reading it.
@@ -44,6 +46,8 @@ class PagedOptimizer:
         self.resident = pages.resident(resident_bytes)
         self._placed = [_device_sharding(leaf) for leaf in jax.tree.leaves(params)]
         self._everywhere = _replicated(self._placed[0])
+        self._staying = [index for index, kept in enumerate(self.resident) if kept]
+        self._travelling = [index for index, kept in enumerate(self.resident) if not kept]
         starts = [np.asarray([piece.start for piece in page], np.int32) for page in self.pages.pages]
         self._starts = jax.device_put(starts, self._everywhere)
         self._on_device = [self._state_shardings(page) for page in self.pages.pages]
@@ -61,7 +65,7 @@ class PagedOptimizer:
 
     @property
     def programs_compiled(self) -> int:
-        """So far; pages that are alike share one."""
+        """So far; pages that travel and are alike share one."""
         return len(self._by_text)
 
     def init(self, params: Any) -> list[Any]:
@@ -101,32 +105,40 @@ class PagedOptimizer:
         grads = jax.device_put(jax.tree.leaves(gradients), self._placed)
         shape = leaves[0].shape[: self.pages.axis]
         factor = jax.device_put(jnp.broadcast_to(jnp.asarray(factor, jnp.float32), shape), self._everywhere)
-        new_states: list[Any] = []
-        arriving = self._fetch(0, states)
-        for index in range(len(self.pages)):
-            state = arriving
-            arriving = self._fetch(index + 1, states) if index + 1 < len(self.pages) else None
-            state = self._advance(index, leaves, grads, state, factor)
-            new_states.append(self._leave(index, state))
-            del state  # the page on the device goes when its copy is complete
-            if index > 0 and not self.resident[index - 1]:
-                self._wait(index - 1, new_states[index - 1])
+        new_states: list[Any] = [None] * len(self.pages)
+        arriving = [self._fetch(index, states) for index in self._travelling[:1]]
+        if self._staying:
+            kept = [_taken(index, states) for index in self._staying]
+            kept = self._advance(self._staying, leaves, grads, kept, factor)
+            for index, state in zip(self._staying, kept, strict=True):
+                new_states[index] = state
+        for number, index in enumerate(self._travelling):
+            here = arriving
+            arriving = [self._fetch(following, states) for following in self._travelling[number + 1 : number + 2]]
+            [state] = self._advance([index], leaves, grads, here, factor)
+            new_states[index] = self._leave(index, state)
+            del here, state  # the page on the device goes when its copy is complete
+            if number:
+                before = self._travelling[number - 1]
+                self._wait(before, new_states[before])
         return jax.tree.unflatten(treedef, leaves), new_states
 
     def _fetch(self, index: int, states: list[Any]) -> Any:
         """Takes a page out of `states` and sends it to the device."""
-        state, states[index] = states[index], None
-        return _put(state, self._on_device[index])
+        return _put(_taken(index, states), self._on_device[index])
 
-    def _advance(self, index: int, leaves: list[jax.Array], grads: list[jax.Array], state: Any, factor: Any) -> Any:
-        """Updates a page: its rows in `leaves`, and its state, which is returned."""
-        page = self.pages.pages[index]
-        old, state_def = jax.tree.flatten(state)
-        update = self._update_program(index)
-        touched, new = update(self._starts[index], _touched(page, leaves), _touched(page, grads), old, factor)
-        for piece, value in zip(page, touched, strict=True):
-            leaves[piece.leaf] = value
-        return jax.tree.unflatten(state_def, new)
+    def _advance(
+        self, indices: list[int], leaves: list[jax.Array], grads: list[jax.Array], states: list[Any], factor: Any
+    ) -> list[Any]:
+        """Updates pages by one program: their rows in `leaves`, and their states, which are returned."""
+        touched = self.pages.touched(indices)
+        arrays = [leaves[leaf] for leaf in touched], [grads[leaf] for leaf in touched]
+        old, state_defs = zip(*map(jax.tree.flatten, states), strict=True)
+        starts = [self._starts[index] for index in indices]
+        updated, new = self._update_program(indices)(starts, *arrays, list(old), factor)
+        for leaf, value in zip(touched, updated, strict=True):
+            leaves[leaf] = value
+        return [jax.tree.unflatten(*state) for state in zip(state_defs, new, strict=True)]
 
     def _leave(self, index: int, state: Any) -> Any:
         """Sends a page to where it lives."""
@@ -148,24 +160,23 @@ class PagedOptimizer:
                 self._starts[index], arrays
             )
 
-        return self._compiled("init", page, lower)
+        return self._compiled("init", [index], lower)
 
-    def _update_program(self, index: int) -> Any:
-        page = self.pages.pages[index]
-
+    def _update_program(self, indices: list[int]) -> Any:
         def lower() -> Any:
-            function, arguments, donated = self.pages.update_program(index)
-            arrays, state = _touched(page, self._placed), self._on_device[index]
-            shardings = (self._everywhere, arrays, arrays, state, self._everywhere)
-            placed = jax.tree.map(_placed_shapes, arguments, shardings, is_leaf=lambda x: isinstance(x, list))
-            outputs = (arrays, state)
+            function, arguments, donated = self.pages.update_program(indices)
+            arrays = [self._placed[leaf] for leaf in self.pages.touched(indices)]
+            states = [self._on_device[index] for index in indices]
+            shardings = ([self._everywhere] * len(indices), arrays, arrays, states, self._everywhere)
+            placed, outputs = _placed_shapes(arguments, shardings), (arrays, states)
             return jax.jit(function, donate_argnums=donated, out_shardings=outputs, keep_unused=True).lower(*placed)
 
-        return self._compiled("update", page, lower)
+        return self._compiled("update", indices, lower)
 
-    def _compiled(self, what: str, page: Page, lower: Callable[[], Any]) -> Any:
+    def _compiled(self, what: str, indices: list[int], lower: Callable[[], Any]) -> Any:
         """One program for all pages whose programs read the same, whichever arrays they are about."""
-        layout = (what, tuple((piece.leaf, piece.rows) for piece in page))
+        pages = [self.pages.pages[index] for index in indices]
+        layout = (what, tuple(tuple((piece.leaf, piece.rows) for piece in page) for page in pages))
         if layout not in self._by_layout:
             lowered = lower()
             text = (lowered.as_text(), lowered.in_tree)
@@ -198,6 +209,12 @@ class PagedOptimizer:
 
         state, _ = jax.tree_util.tree_flatten_with_path(self.pages.state_shapes(page))
         return [sharding_of(path, leaf) for path, leaf in state]
+
+
+def _taken(index: int, states: list[Any]) -> Any:
+    """A page's state, of which `states` is left without."""
+    state, states[index] = states[index], None
+    return state
 
 
 def _touched(page: Page, leaves: Sequence[Any]) -> list[Any]:

@@ -13,7 +13,7 @@ along the axis after it.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -47,10 +47,14 @@ class RowWise(optax.GradientTransformation):
 
 
 class UpdateProgram(NamedTuple):
-    """A page's update, to be jitted: function(*arguments) -> (parameters, state), both as in the arguments."""
+    """An update of pages, to be jitted: function(*arguments) -> (parameters, states), both as in the arguments.
+
+    The arguments: starts, int32 [pieces] of each page; parameters and gradients, the whole arrays that the pages touch;
+    state, the leaves of each page; factor.
+    """
 
     function: Any
-    arguments: tuple[Any, ...]  # starts int32 [pieces], parameters, gradients (whole arrays), state leaves, factor
+    arguments: tuple[Any, ...]
     donate_argnums: tuple[int, ...] = (1, 3)
 
 
@@ -77,6 +81,7 @@ class Pages:
         self.cut = separability(tx, jax.tree.unflatten(self.treedef, one))
         self.tx = _per_adapter(tx) if pack else tx
         self.pages = self._make(page_bytes)
+        self._updates: dict[Any, Any] = {}  # by what a page looks like
 
     def __len__(self) -> int:
         return len(self.pages)
@@ -86,10 +91,9 @@ class Pages:
         """State of each page."""
         return [state_bytes(self.tx, self.piece_shapes(page)) for page in self.pages]
 
-    @property
-    def largest(self) -> int:
-        """The page with the most state."""
-        return int(np.argmax(self.bytes))
+    def largest(self, indices: Iterable[int]) -> int:
+        """The page with the most state, of these."""
+        return max(indices, key=lambda index: self.bytes[index])
 
     def resident(self, resident_bytes: float) -> tuple[bool, ...]:
         """Which pages stay on the device when `resident_bytes` may: from the last one on, as many as fit.
@@ -105,9 +109,8 @@ class Pages:
 
     def in_flight_bytes(self, resident: Sequence[bool]) -> int:
         """State on the device during an update beyond the resident pages, at most: one page on its way in, one being
-        updated (in place), one on its way out."""
-        moving = [0 if kept else size for size, kept in zip(self.bytes, resident, strict=True)]
-        return max(sum(moving[max(index - 1, 0) : index + 2]) for index in range(len(self)))
+        updated (in place), one on its way out. No more if more pages are resident."""
+        return sum(sorted(size for size, kept in zip(self.bytes, resident, strict=True) if not kept)[-3:])
 
     def tree(self, page: Page, arrays: Sequence[Any]) -> Any:
         """One array a piece -> the parameters' tree, None where the page has nothing."""
@@ -129,11 +132,51 @@ class Pages:
             for i, (piece, array) in enumerate(zip(page, arrays, strict=True))
         ]
 
-    def update_program(self, index: int) -> UpdateProgram:
-        """Of a page: reads its rows from the arrays it touches and writes them back in place."""
-        page = self.pages[index]
-        state_leaves, state_def = jax.tree.flatten(self.state_shapes(page))
+    def touched(self, indices: Sequence[int]) -> list[int]:
+        """The arrays (their places among the tree's leaves) that these pages have rows of."""
+        return sorted({piece.leaf for index in indices for piece in self.pages[index]})
 
+    def update_program(self, indices: Sequence[int]) -> UpdateProgram:
+        """Of pages, one after the other: each reads its rows from the arrays it touches and writes them back in place.
+
+        Between two pages stands a barrier that all of both passes: nothing is fused across it, so a page is computed as
+        in a program of its own (bit for bit on CPUs), and temporaries are those of one page.
+        """
+        pages, touched = [self.pages[index] for index in indices], self.touched(indices)
+
+        def update(starts, params, grads, states, factor):
+            params, grads = (dict(zip(touched, arrays, strict=True)) for arrays in (params, grads))
+            states = list(states)
+            written: list[int] = []
+            for number, page in enumerate(pages):
+                mine = [piece.leaf for piece in page]
+                its_grads = [grads[leaf] for leaf in mine]
+                if number:
+                    both, pair = {leaf: params[leaf] for leaf in {*written, *mine}}, slice(number - 1, number + 1)
+                    passed = jax.lax.optimization_barrier((both, its_grads, states[pair], factor))
+                    both, its_grads, states[pair], factor = passed
+                    params |= both
+                arrays = [params[leaf] for leaf in mine]
+                new, states[number] = self._page_update(page)(starts[number], arrays, its_grads, states[number], factor)
+                params |= dict(zip(mine, new, strict=True))
+                written = mine
+            return list(params.values()), states
+
+        arrays = [self.shapes[leaf] for leaf in touched]
+        starts = [jax.ShapeDtypeStruct((len(page),), jnp.int32) for page in pages]
+        states = [jax.tree.leaves(self.state_shapes(page)) for page in pages]
+        factor = jax.ShapeDtypeStruct(arrays[0].shape[: self.axis], jnp.float32)
+        return UpdateProgram(update, (starts, arrays, arrays, states, factor))
+
+    def _page_update(self, page: Page) -> Any:
+        """(starts, parameters, gradients, state leaves, factor) -> (parameters, state leaves), of one page; the same
+        function for pages alike, which are traced once."""
+        layout = tuple((piece.leaf, piece.rows) for piece in page)
+        if layout in self._updates:
+            return self._updates[layout]
+        state_def = jax.tree.structure(self.state_shapes(page))
+
+        @jax.jit
         def update_page(starts, params, grads, state, factor):
             mine, its_grads = self.rows_of(page, starts, params), self.rows_of(page, starts, grads)
             scale = lambda g: (g * factor.reshape(factor.shape + (1,) * (g.ndim - factor.ndim))).astype(g.dtype)  # noqa: E731
@@ -147,10 +190,7 @@ class Pages:
             ]
             return params, jax.tree.leaves(state)
 
-        starts = jax.ShapeDtypeStruct((len(page),), jnp.int32)
-        touched = [self.shapes[piece.leaf] for piece in page]
-        factor = jax.ShapeDtypeStruct(touched[0].shape[: self.axis], jnp.float32)
-        return UpdateProgram(update_page, (starts, touched, touched, state_leaves, factor))
+        return self._updates.setdefault(layout, update_page)
 
     def _rows(self, leaf: int, rows: int) -> jax.ShapeDtypeStruct:
         shape = self.shapes[leaf].shape

@@ -4,7 +4,8 @@ A run has four phases, and its peak is the largest of theirs:
 
     loading     the quantized model, and one tensor in 16 bits with what quantizing it takes
     gradient    base, adapter, summed gradients, block inputs, temporaries; and optimizer state that stays on the device
-    update      base, adapter, summed gradients, resident state, the pages in flight, temporaries of a page's update
+    update      base, adapter, summed gradients, resident state, the pages in flight, temporaries of the update of
+                what is resident or of a page in flight
     evaluation  base, adapter, resident state, and the temporaries of a batch of held-out examples
 
 XLA gives arguments, results and temporaries of a program as totals; arguments and results are the arrays that a run
@@ -27,7 +28,7 @@ from qlora_jax.optim.pages import Pages
 from qlora_jax.optim.residency import decide
 from qlora_jax.planning.allocator import allocator_bytes
 from qlora_jax.planning.gpus import PlannedGpu
-from qlora_jax.planning.program import compile_evaluation, compile_gradient, compile_update
+from qlora_jax.planning.program import compile_evaluation, compile_gradient, compile_updates
 from qlora_jax.planning.topology import traced_for
 from qlora_jax.quant.tensor import QuantizedTensor
 from qlora_jax.train.backward import kept_bytes
@@ -159,7 +160,7 @@ def plan_memory(
     programs = max(sum(in_gradient.values()), sum(held.values()) + evaluation)
     resident = pages.resident(decide(paging, pages, usable_bytes(gpu), programs).resident_bytes)
     stays = sum(size for size, is_kept in zip(pages.bytes, resident, strict=True) if is_kept)
-    update = _temporaries(compile_update(gpu, pages))
+    update = max(map(_temporaries, compile_updates(gpu, pages, resident)))
     itemsize = jnp.dtype(spec.model.kept_dtype).itemsize
     loading = load_device_peak_bytes(spec.model.sizes, spec.model.quant, spec.form, itemsize, itemsize)
     loading -= _bytes(model.base)

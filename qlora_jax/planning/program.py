@@ -1,5 +1,6 @@
 """The train step's programs, compiled from shapes alone for a GPU."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -71,8 +72,14 @@ def _placed(gpu: PlannedGpu, model: AbstractModel, devices: Devices | None, inpu
     return (*states, *(on_gpu(gpu, x, jax.tree.map(devices.rows, x)) for x in inputs))
 
 
-def compile_update(gpu: PlannedGpu, pages: Pages) -> Any:
-    """The update of the page with the most state, compiled for `gpu`."""
-    program = pages.update_program(pages.largest)
-    arguments = on_gpu(gpu, program.arguments)
-    return compile_for(gpu, program.function, *arguments, donate_argnums=program.donate_argnums)
+def compile_updates(gpu: PlannedGpu, pages: Pages, resident: Sequence[bool]) -> list[Any]:
+    """The updates of an optimizer's state, compiled for `gpu`: of all pages that stay on the device together, and of
+    that with the most state of those that travel."""
+    staying = [index for index, kept in enumerate(resident) if kept]
+    travelling = [index for index, kept in enumerate(resident) if not kept]
+    compiled = []
+    for indices in ([staying] if staying else []) + ([[pages.largest(travelling)]] if travelling else []):
+        program = pages.update_program(indices)
+        arguments = on_gpu(gpu, program.arguments)
+        compiled.append(compile_for(gpu, program.function, *arguments, donate_argnums=program.donate_argnums))
+    return compiled

@@ -1,6 +1,7 @@
 """Where a page lives changes not one bit of the numbers; what is on the device is bounded; transfers come in time."""
 
 import math
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -99,22 +100,29 @@ def equal_rows(value: float) -> dict[str, jax.Array]:
     return {name: jnp.full(shape, value, jnp.float32) for name, shape in EQUAL_ROWS.items()}
 
 
-def test_one_program_for_pages_alike(monkeypatch):
-    """Rows of equal layers of any array share a compiled update, wherever they live."""
-    compiled, original = [], jax.stages.Lowered.compile
-
-    def counted(self, *arguments, **options):
-        compiled.append(self)
-        return original(self, *arguments, **options)
-
-    optimizer = make(optax.adam(1e-3), 2 * A_ROW + 8, 10 * A_ROW, equal_rows(0))
-    assert len(optimizer.pages) == 16 and 0 < sum(optimizer.resident) < 16
+@pytest.mark.parametrize(("resident", "kept"), [(0, 0), (10 * A_ROW, 4), (math.inf, 16)])
+def test_one_program_for_what_stays_and_one_for_pages_alike_that_travel(resident, kept, monkeypatch):
+    """Rows of equal layers of any array share a compiled update; what stays on the device takes one call."""
+    optimizer = make(optax.adam(1e-3), 2 * A_ROW + 8, resident, equal_rows(0))
+    assert len(optimizer.pages) == 16 and sum(optimizer.resident) == kept
     params = equal_rows(0)
     states = optimizer.init(params)
-    monkeypatch.setattr(jax.stages.Lowered, "compile", counted)
+    counts = Counter()
+
+    def count(owner: type, name: str) -> None:
+        original = getattr(owner, name)
+
+        def counted(self, *arguments, **options):
+            counts[name] += 1
+            return original(self, *arguments, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(jax.stages.Lowered, "compile")
+    count(jax.stages.Compiled, "__call__")
     for _ in range(3):
         params, states = optimizer.update(params, equal_rows(1), states)
-    assert len(compiled) == 1
+    assert counts == {"compile": (kept > 0) + (kept < 16), "__call__": 3 * ((kept > 0) + 16 - kept)}
 
 
 def test_pages_that_a_mask_tells_apart_have_programs_of_their_own():
@@ -151,10 +159,11 @@ class Logged(PagedOptimizer):
         self._note("fetch", index)
         return state
 
-    def _advance(self, index, *arguments):
-        state = super()._advance(index, *arguments)
-        self._note("update", index)
-        return state
+    def _advance(self, indices, *arguments):
+        states = super()._advance(indices, *arguments)
+        for index in indices:
+            self._note("update", index)
+        return states
 
     def _leave(self, index, state):
         state = super()._leave(index, state)
@@ -184,11 +193,12 @@ def test_transfers_overlap_and_a_state_of_any_size_keeps_to_three_pages(resident
     params, states = optimizer.update(params, grads, states)
 
     place = {event: number for number, event in enumerate(optimizer.log)}
-    assert len(place) == len(optimizer.log) == 4 * count - kept - (kept == 0)
+    assert len(place) == len(optimizer.log) == 4 * (count - kept) - 1 + kept
+    for i in range(count - kept, count):
+        assert place["fetch", 0] < place["update", i] < place["fetch", 1], "what stays is updated as the first arrives"
     for i in range(1, count - kept):
         assert place["fetch", i] < place["update", i - 1], "the next page is on its way before this one is updated"
-        if ("wait", i - 1) in place:
-            assert place["update", i] < place["wait", i - 1], "nothing waits for the page that was just updated"
+        assert place["update", i] < place["wait", i - 1], "nothing waits for the page that was just updated"
         if 2 <= i < count - 1 - kept:
             assert place["wait", i - 2] < place["fetch", i + 1], "a fourth page would be on the device"
     scalars = 4 * count + 4  # step counts, the factor

@@ -66,7 +66,7 @@ def test_pages_cover_every_row_once_and_keep_to_their_size(page_bytes):
         assert size <= page_bytes or sum(piece.rows for piece in page) == 1
         assert size == state_bytes(pages.tx, pages.piece_shapes(page))
     assert len(pages) == {1: 18, 1 << 20: 1}.get(page_bytes, len(pages))
-    assert pages.bytes[pages.largest] == max(pages.bytes)
+    assert pages.bytes[pages.largest(range(len(pages)))] == max(pages.bytes)
 
 
 def test_large_arrays_are_cut_evenly_and_small_ones_gathered():
@@ -97,10 +97,12 @@ def test_shapes_are_enough():
     for axis in (0, 1):
         given = jax.tree.map(lambda x, axis=axis: jax.ShapeDtypeStruct((4,) * axis + x.shape, x.dtype), shapes)
         pages = Pages(optax.adamw(1e-3), given, 3000, pack=bool(axis))
-        program = pages.update_program(pages.largest)
-        params, state = jax.eval_shape(program.function, *program.arguments)
-        assert (params, state) == (list(program.arguments[1]), list(program.arguments[3]))
-        assert sum(x.size * x.dtype.itemsize for x in state) == pages.bytes[pages.largest] <= 3000
+        for indices in (range(len(pages)), [pages.largest(range(len(pages)))]):
+            program = pages.update_program(indices)
+            params, states = jax.eval_shape(program.function, *program.arguments)
+            assert (params, states) == (program.arguments[1], program.arguments[3])
+            for index, state in zip(indices, states, strict=True):
+                assert sum(x.size * x.dtype.itemsize for x in state) == pages.bytes[index] <= 3000
 
 
 def test_what_stays_and_what_is_under_way():
@@ -110,6 +112,9 @@ def test_what_stays_and_what_is_under_way():
     kept = pages.resident(299)
     assert kept == (False, False, False, False, True, True)
     assert [pages.in_flight_bytes(x) for x in (kept, (True,) * 6, (False,) + (True,) * 5)] == [300, 0, 100]
+    uneven = Pages(optax.sgd(1e-3, momentum=0.9), [jnp.zeros((1, n)) for n in (25, 1, 25, 1, 25)], 100)
+    assert uneven.bytes == [100, 4, 100, 4, 100]
+    assert uneven.in_flight_bytes((False, True) * 2 + (False,)) == uneven.in_flight_bytes((False,) * 5) == 300
 
 
 @pytest.mark.parametrize(("pack", "wanted"), [(False, "[L, ...]"), (True, "[A, L, ...]")])
