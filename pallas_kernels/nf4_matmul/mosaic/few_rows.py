@@ -1,9 +1,10 @@
 """y = x W^T on Hopper for up to 16 rows of x, where reading the packed bytes is the bound.
 
 The kernel's work is one text of PTX (few_rows_ptx.py): Pallas' own operations reach neither a look-up in shared
-memory by lane nor a fragment of mma as it lies in global memory. Pallas gives it its grid, shared memory and arrays.
-Tests emulate the text, and compile it for an H200 (2.2 instructions a weight up to 8 rows, 2.5 up to 16). There its
-values were right, and it was the fastest form, but far from the memory's speed (results/).
+memory by lane nor a fragment of mma as it lies in global memory. Pallas gives it its grid, clusters, shared memory and
+arrays. Tests emulate the text, and compile it for an H200 (2.2 instructions a weight up to 8 rows, 2.5 up to 16). There
+its values were right, and it was the fastest form, but far from the memory's speed (results/), when a second kernel
+added the parts of a sum; clusters that add them here have not run on a GPU.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from pallas_kernels.nf4_matmul.mosaic.few_rows_ptx import GROUP, Program
 from pallas_kernels.nf4_matmul.operands import Codec, Packed
 
 WARPS = 16 * 132  # that run at once on an H200 by registers; each multiprocessor then has 64 KiB of codes under way
+SPLITS = (1, 2, 4, 8)  # a cluster's programs: 8 is the most that every Hopper card is sure to run together
 FULL = 0.9  # of their places in the last wave that programs should take
 
 
@@ -28,21 +30,21 @@ def forward(x: jax.Array, packed: Packed, codec: Codec, split: int | None = None
     Args:
       x: [M, I], 1 to 16 rows, bfloat16 or float16.
       packed, codec: a weight that hopper.unsupported takes.
-      split: programs that share one sum, at most I / 128; by default as many as fill a GPU.
+      split: programs that share one sum, one of SPLITS, at most I / 128; by default as many as fill a GPU.
     """
     program = make_program(x.shape[0], x.dtype, codec, packed.nested_absmax is not None, split)
     arrays = [x, packed.codes, *scale_arrays(packed, codec)]
-    out_type = (program.split, *x.shape[:1], codec.shape[0])
-    out = plgpu.kernel(
+    return plgpu.kernel(
         lambda *refs: _kernel(program, *refs),
-        out_type=jax.ShapeDtypeStruct(out_type, jnp.float32 if program.split > 1 else x.dtype),
-        grid=program.grid,
-        grid_names=("tile", "split"),
+        out_type=jax.ShapeDtypeStruct((x.shape[0], codec.shape[0]), x.dtype),
+        grid=(program.tiles,),
+        grid_names=("tile",),
+        cluster=(program.split,),
+        cluster_names=("split",),
         num_threads=program.warps // 4,
         thread_name="warpgroup",
         scratch_types=[plgpu.SMEM((program.shared_bytes,), jnp.uint8)],
     )(*[array.reshape(-1) for array in arrays])
-    return out.sum(0).astype(x.dtype)
 
 
 def scale_arrays(packed: Packed, codec: Codec) -> list[jax.Array]:
@@ -56,15 +58,18 @@ def make_program(rows: int, dtype: jnp.dtype, codec: Codec, nested: bool, split:
     """The program of a call; `split` as in `forward`. Raises ValueError for a number of rows that it is not for."""
     if not 1 <= rows <= 16:
         raise ValueError(f"x has {rows} rows, this kernel takes 1 to 16: call hopper.forward")
+    if split is not None and split not in SPLITS:
+        raise ValueError(f"split is {split}, expected one of {', '.join(map(str, SPLITS))}")
     program = Program(rows, codec.shape, codec.block_size, jnp.dtype(dtype).name, codec.table, nested, 1)
     return dataclasses.replace(program, split=split or _split(program))
 
 
 def _split(program: Program) -> int:
     """The least split with which the programs about fill the GPU, or else the one that fills it best; unmeasured."""
-    at_once, tiles = WARPS // program.warps, program.grid[0]
+    at_once, tiles = WARPS // program.warps, program.tiles
     largest = max(1, program.shape[1] // GROUP // program.warps)  # a group for every warp
-    fill = {split: tiles * split / (-(-tiles * split // at_once) * at_once) for split in range(1, largest + 1)}
+    splits = [split for split in SPLITS if split <= largest]
+    fill = {split: tiles * split / (-(-tiles * split // at_once) * at_once) for split in splits}
     return next((split for split in fill if fill[split] >= FULL), max(fill, key=fill.__getitem__))
 
 

@@ -15,7 +15,9 @@ Scales meet sums, not weights: four multiply-adds a thread for 16 rows of W and 
 
 A program takes BYTE_ROWS byte rows and a range of columns, of which each warp takes every eighth (or sixteenth) GROUP.
 Registers of codes are loaded anew as soon as they were used, so that a warp's next group comes in while it computes.
-The warps' sums are added through shared memory.
+The warps' sums are added through shared memory. Programs that share a tile's columns are one cluster: each sends what
+its warps make to the shared memory of the first, which adds these in order, so that results are the same on every run,
+and no second kernel follows.
 """
 
 import dataclasses
@@ -46,7 +48,7 @@ class Program:
     dtype: str  # of x: "bfloat16" or "float16"
     table: Sequence[float]  # 16 values
     nested: bool  # scales are stored in 8 bits
-    split: int  # programs that share one tile's columns; more than one write float32 [split, M, O]
+    split: int  # programs that share one tile's columns, a cluster
 
     @property
     def x_tiles(self) -> int:
@@ -64,14 +66,24 @@ class Program:
         return 4 * TILES * self.x_tiles
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Programs: tiles of byte rows, splits."""
-        return self.shape[0] // 2 // BYTE_ROWS, self.split
+    def tiles(self) -> int:
+        """Tiles of byte rows: each is a program's, or a cluster's."""
+        return self.shape[0] // 2 // BYTE_ROWS
+
+    @property
+    def received_at(self) -> int:
+        """Where in shared memory the first program of a cluster finds the others' results: behind every warp's sums."""
+        return TABLE_BYTES + MAP_BYTES + self.warps * self.sums * 32 * 4
+
+    @property
+    def sent_bytes(self) -> int:
+        """Of a program's results, float32 [rows, 2, 32]: a row of x, a half of W, byte rows."""
+        return self.rows * 2 * 32 * 4
 
     @property
     def shared_bytes(self) -> int:
-        """The table, the map of 8-bit scales, and every warp's sums."""
-        return TABLE_BYTES + MAP_BYTES + self.warps * self.sums * 32 * 4
+        """The table, the map of 8-bit scales, every warp's sums, and what the cluster's other programs send."""
+        return self.received_at + (self.split - 1) * self.sent_bytes
 
     def columns(self, split):
         """First column of a split, and the one after its last; of a whole number, Python's or traced."""
@@ -321,13 +333,12 @@ def _product(program: Program) -> str:
 
 
 def _store(program: Program) -> list[str]:
-    """Adds the warps' sums and writes the program's tile: rows of x, halves of W, byte rows.
+    """Adds the warps' sums and writes the tile: rows of x, halves of W, byte rows.
 
     mma leaves lane 4 g + t with rows 2 t and 2 t + 1 of x for row g (low nibbles), then for row g + 8 (high nibbles).
     Warp w writes row w of x: runs of 32 out-features, of either half.
     """
-    out_features, parts = program.shape[0], TABLE_BYTES + MAP_BYTES
-    size = 4 if program.split > 1 else 2  # of a result
+    parts = TABLE_BYTES + MAP_BYTES
     lines = [
         f"mad.lo.u32 at, warp, {program.sums * 32}, lane;",
         f"mad.lo.u32 at, at, 4, {SHARED};",
@@ -344,24 +355,58 @@ def _store(program: Program) -> list[str]:
         "mad.lo.u32 at, at, 4, row;",  # the lane that has it
         "mad.lo.u32 at, index, 32, at;",
         f"mad.lo.u32 at, at, 4, {SHARED};",
-        f"mad.lo.u32 cell, {TILE}, {BYTE_ROWS}, lane;",
-        f"mad.lo.u32 row, {SPLIT}, {program.rows}, warp;",
-        f"mad.lo.u32 index, row, {out_features}, cell;",
-        f"mad.wide.u32 global_at, index, {size}, {OUT};",
         f"setp.lt.u32 is_row, warp, {program.rows};",
     ]
-    for half in range(2):
-        lines.append("mov.f32 value, zero;")
+    for half, total in enumerate(("low_scale", "high_scale")):
+        lines.append(f"mov.f32 {total}, zero;")
         for warp in range(program.warps):
             offset = parts + 128 * (program.sums * warp + 2 * half)
-            lines += [f"ld.shared.f32 part0, [at+{offset}];", "add.rn.f32 value, value, part0;"]
-        offset = half * out_features // 2 * size
-        if program.split > 1:
-            lines.append(f"@is_row st.global.f32 [global_at+{offset}], value;")
-        else:
-            lines.append(f"cvt.rn.{_kind(program)}.f32 rounded, value;")
-            lines.append(f"@is_row st.global.b16 [global_at+{offset}], rounded;")
+            lines += [f"ld.shared.f32 part0, [at+{offset}];", f"add.rn.f32 {total}, {total}, part0;"]
+    return [*lines, *(_add_cluster(program) if program.split > 1 else []), *_write(program)]
+
+
+def _add_cluster(program: Program) -> list[str]:
+    """Program 0 of a cluster adds what the others send to its shared memory, in their order; the others end.
+
+    A program's shared memory may be written by others once it runs: Mosaic lets a cluster's programs wait for each
+    other at their start.
+    """
+    at = program.received_at
+    lines = [
+        "mad.lo.u32 cell, warp, 64, lane;",
+        f"mad.lo.u32 cell, cell, 4, {SHARED};",
+        f"mad.lo.u32 index, {SPLIT}, {program.sent_bytes}, cell;",
+        "mapa.shared::cluster.u32 address, index, 0;",  # the same place in program 0
+        f"setp.ne.u32 is_past, {SPLIT}, 0;",
+        "and.pred more, is_past, is_row;",
+    ]
+    for half, total in enumerate(("low_scale", "high_scale")):
+        offset = at - program.sent_bytes + 128 * half  # program 1 sends to where all begin
+        lines.append(f"@more st.shared::cluster.f32 [address+{offset}], {total};")
+    lines += [
+        "barrier.cluster.arrive.release.aligned;",
+        "barrier.cluster.wait.acquire.aligned;",
+        "@is_past bra end_of_program;",
+    ]
+    for half, total in enumerate(("low_scale", "high_scale")):
+        for other in range(program.split - 1):
+            offset = at + other * program.sent_bytes + 128 * half
+            lines += [f"@is_row ld.shared.f32 part0, [cell+{offset}];", f"add.rn.f32 {total}, {total}, part0;"]
     return lines
+
+
+def _write(program: Program) -> list[str]:
+    """Rounds this warp's row of the tile, if it has one."""
+    out_features = program.shape[0]
+    lines = [
+        f"mad.lo.u32 cell, {TILE}, {BYTE_ROWS}, lane;",
+        f"mad.lo.u32 index, warp, {out_features}, cell;",
+        f"mad.wide.u32 global_at, index, 2, {OUT};",
+    ]
+    for half, total in enumerate(("low_scale", "high_scale")):
+        lines.append(f"cvt.rn.{_kind(program)}.f32 rounded, {total};")
+        lines.append(f"@is_row st.global.b16 [global_at+{half * out_features}], rounded;")
+    return [*lines, "end_of_program:"]
 
 
 def _kind(program: Program) -> str:
