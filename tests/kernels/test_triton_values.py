@@ -23,7 +23,9 @@ CASES = {
     "rows and out-features that fill no tile": ((90, 64), 64, True, 11, PLAIN),
     "one row": ((64, 128), 64, True, 1, PLAIN),
     "several nested blocks": ((600, 64), 64, True, 3, replace(PLAIN, block_o=64)),
-    "split that does not divide the sum": ((320, 352), 32, True, 13, replace(PLAIN, split=3)),
+    "parts of two sizes": ((320, 352), 32, True, 13, replace(PLAIN, split=4)),
+    "more parts than tiles": ((64, 96), 32, False, 2, replace(PLAIN, split=8)),
+    "parts with several tiles in a block": ((64, 768), 256, True, 4, replace(PLAIN, split=2, block_i=64)),
     "blocks of 32": ((64, 96), 32, True, 5, PLAIN),
     "two tiles in a block": ((64, 256), 128, True, 16, replace(PLAIN, block_i=64)),
     "a tile as wide as a block of 128": ((64, 256), 128, True, 7, replace(PLAIN, block_i=128)),
@@ -40,9 +42,7 @@ def test_whole_numbers_come_out_exactly(case):
 
     found = interpreter.matmul(x, packed, codec, tiles)
 
-    expected = np.asarray(x, np.float32) @ w.T
-    if tiles.split == 1:  # else the parts are float32
-        expected = np.asarray(jnp.asarray(expected, jnp.bfloat16), np.float32)
+    expected = np.asarray(jnp.asarray(np.asarray(x, np.float32) @ w.T, jnp.bfloat16), np.float32)
     np.testing.assert_array_equal(found, expected)
 
 

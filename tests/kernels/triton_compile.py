@@ -45,7 +45,7 @@ def compile_forward(
         "codes": "*u8",
         "table": "*u32",
         **_scale_types(double_quant),
-        "out": POINTER[dtype] if tiles.split == 1 else "*fp32",
+        "out": POINTER[dtype],
         "rows": "i32",
     }
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}

@@ -51,15 +51,13 @@ def forward(x: jax.Array, packed: Packed, codec: Codec, tiles: Tiles | None = No
 
     gpu = current_gpu()
     tiles = tiles or config.choose(rows, shape, codec.block_size, gpu)
-    is_partial = tiles.split > 1
-    size = (tiles.split, rows, shape.out_features) if is_partial else (rows, shape.out_features)
-    out = jax_triton.triton_call(
+    return jax_triton.triton_call(
         x,
         *operands(packed, codec, x.dtype),
         rows=rows,
         kernel=forward_kernel,
-        out_type=jax.ShapeDtypeStruct(size, jnp.float32 if is_partial else x.dtype),
-        grid=(config.programs(shape, tiles), tiles.split),
+        out_type=jax.ShapeDtypeStruct((rows, shape.out_features), x.dtype),
+        grid=(config.programs(shape, tiles),),
         name="nf4_matmul_forward",
         compute_capability=gpu.compute_capability,
         num_warps=tiles.num_warps,
@@ -74,7 +72,6 @@ def forward(x: jax.Array, packed: Packed, codec: Codec, tiles: Tiles | None = No
         },
         **constants(codec, x.dtype, tiles),
     )
-    return out.sum(0).astype(x.dtype) if is_partial else out
 
 
 def operands(packed: Packed, codec: Codec, dtype: jnp.dtype) -> tuple[jax.Array | None, ...]:
