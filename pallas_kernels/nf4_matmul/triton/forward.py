@@ -41,6 +41,7 @@ def forward_kernel(
     part = tl.arange(0, SPLIT)
     m = tl.arange(0, BLOCK_M)
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    is_row = m[None, :, None] < rows
     o_loaded = tl.minimum(o, HALF - 1)  # rows past the edge repeat the last one and are not stored
     columns = part[:, None, None] * BLOCK_I + tl.arange(0, BLOCK_I)[None, None, :]
     x_tiles = x + m[None, :, None] * IN_FEATURES + columns
@@ -50,7 +51,7 @@ def forward_kernel(
     for first in range(0, TILES_I, SPLIT):
         tile = first + part
         is_there = (tile < TILES_I)[:, None, None]  # past the last tile x is zero
-        x_T = tl.trans(tl.load(x_tiles + first * BLOCK_I, mask=is_there & (m[None, :, None] < rows), other=0.0), 0, 2, 1)
+        x_T = tl.trans(tl.load(x_tiles + first * BLOCK_I, mask=is_there & is_row, other=0.0), 0, 2, 1)
         low, high = decode(tl.load(codes_tiles + first * BLOCK_I, mask=is_there, other=0), words, DTYPE)
         scale = o_loaded[None, :] * SCALES_PER_ROW + (tl.minimum(tile, TILES_I - 1) // TILES_A_SCALE)[:, None]
         low_scale = load_scales(scale, absmax, scale_map, nested_absmax, offset)[:, :, None]
