@@ -36,6 +36,15 @@ CHUNK = 16  # decoding steps of a device call when nobody watches; a stop is see
 _BROKEN = -2  # stands where a token would, had the logits been finite
 WIDTH = 16  # tokens that a program has room for, or a multiple: calls of other numbers of steps share it
 ROWS = 8  # a batch has a multiple of so many rows where its size allows
+# To XLA:GPU: all kernels of a token are one CUDA graph, where by itself it makes one of every layer. The loop over
+# layers is unrolled in it, since kernels take slices of stacked weights by their addresses; CUB's sort has no place in a
+# graph. Needs a driver for CUDA 12.9 or later.
+GRAPHS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+    "xla_gpu_command_buffer_unroll_loops": True,
+    "xla_gpu_graph_min_graph_size": 1,
+    "xla_gpu_enable_cub_radix_sort": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +199,7 @@ class Decoding:
       fill: rows to add that count as done, so that a smaller batch can use a larger one's program.
       earlier: a decoding of one row whose cache is taken over, so that what its row and the one prompt have in common
         is not read again. It cannot be used afterwards.
+      graphs: decode with GRAPHS, on a GPU; no GPU has run that yet.
     Attributes:
       tokens: new tokens of each row so far, end token left out.
       steps: passes through the model since the prompts were read, one a token of the longest answer.
@@ -206,7 +216,9 @@ class Decoding:
         room: int,
         fill: int = 0,
         earlier: "Decoding | None" = None,
+        graphs: bool = False,
     ):
+        self._program = _decode_in_graphs if graphs else _decode
         self._graph, self._state = _in_compute_dtype(model)
         self._sampling, self._eos_ids = sampling, frozenset(eos_ids)
         self._prompts = [list(prompt) for prompt in prompts]
@@ -252,7 +264,7 @@ class Decoding:
         Raises InputError where a row's logits are not finite: no token follows from them.
         """
         width = -(-steps // WIDTH) * WIDTH
-        self._rows, drawn, taken = _decode(self._graph, self._state, self._rows, self._settings, steps, width)
+        self._rows, drawn, taken = self._program(self._graph, self._state, self._rows, self._settings, steps, width)
         try:
             self.steps += int(taken)
         except KeyboardInterrupt:
@@ -337,8 +349,7 @@ def _read(
     return cache, jnp.where(((place >= 0) & (place < T))[:, None], last, hidden)
 
 
-@partial(jax.jit, static_argnames=("graph", "width"), donate_argnames="rows")
-def _decode(
+def draw_tokens(
     graph: Any, state: Any, rows: Rows, settings: Settings, steps: jax.Array | int, width: int
 ) -> tuple[Rows, jax.Array, jax.Array]:
     """Up to `steps` tokens a row: int32 [B, width], -1 where a row drew none, _BROKEN where its logits were not finite;
@@ -367,6 +378,12 @@ def _decode(
     drawn = jnp.full((rows.done.shape[0], width), -1, jnp.int32)
     taken, rows, drawn = jax.lax.while_loop(unfinished, draw, (jnp.int32(0), rows, drawn))
     return rows, drawn, taken
+
+
+_decode = jax.jit(draw_tokens, static_argnames=("graph", "width"), donate_argnames="rows")
+_decode_in_graphs = jax.jit(
+    draw_tokens, static_argnames=("graph", "width"), donate_argnames="rows", compiler_options=GRAPHS
+)
 
 
 def _grown(cache: Cache, room: int) -> Cache:

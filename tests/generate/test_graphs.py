@@ -1,0 +1,43 @@
+"""What decoding launches can be a CUDA graph, by a program compiled for a GPU that is not here.
+
+Whether XLA makes it one is decided where there is a driver: without one its pass leaves loops and calls out.
+"""
+
+import re
+
+import pytest
+
+from qlora_jax.generate.decode import CHUNK, Decoding, room_for
+from qlora_jax.generate.sampling import Sampling
+from qlora_jax.generate.seeds import Draws
+from qlora_jax.planning import topology
+from tests.generate.compiled_decode import thunks
+
+# what XLA's pass takes: kernels, copies on the device, loops and branches of these, calls that say that they may be
+# captured (both Mosaic's and jax-triton's do), and slices that such a call is given
+TAKEN = {
+    "kCustomKernel", "kKernel", "kCopy", "kWhile", "kConditional", "kCustomCall", "kDynamicSliceFusion", "kAsyncStart",
+    "kAsyncDone",
+}  # fmt: skip
+PRODUCTS = 7  # of a layer
+
+
+@pytest.mark.skipif(not topology.is_installed(), reason="needs XLA:GPU's compiler: pip install jax-cuda13-plugin")
+def test_a_token_takes_nothing_that_a_graph_cannot_have(tmp_path):
+    lines = thunks(tmp_path, "mosaic")
+    loop = next(number for number, line in enumerate(lines) if "kWhile" in line)
+    token = [match[1] for line in lines[loop:] if (match := re.match(r"\s*\d+: (k\w+)", line))]
+    assert set(token) <= TAKEN, set(token) - TAKEN
+    assert token.count("kWhile") == 2 and token.count("kConditional") == 1  # of layers; whether it is sampled
+    assert token.count("kCustomCall") == PRODUCTS
+
+
+def test_tokens_are_the_same(tiny_model):
+    """On a CPU, which knows the options and has no graphs: whether they change nothing else."""
+    sampling, prompt = Sampling(CHUNK, temperature=0.0), [5, 3, 8]
+    found = []
+    for graphs in (False, True):
+        room = room_for(tiny_model, len(prompt), CHUNK)
+        decoding = Decoding(tiny_model, [prompt], sampling, (), [Draws(0, 0)], room, graphs=graphs)
+        found.append(decoding.step(CHUNK))
+    assert found[0] == found[1] and len(found[0][0]) == CHUNK
