@@ -3,9 +3,9 @@
     python -m experiments.bench_generate --size=tiny --rows=1,2
 
 A random model of the named size decodes greedily with 1, 8 and 32 rows. On a GPU the packed forms are xla and the
-kernels; on a CPU xla alone. FORM+graphs decodes with a token's kernels as one CUDA graph. With --torch_python transformers' generate() runs first, in a process of its own, 4-bit
-(bitsandbytes) and dense. Every figure is a slope between few and many new tokens. A form that fails stands in the table
-with what it said.
+kernels; on a CPU xla alone. FORM+graphs decodes with the kernels of a token as one CUDA graph. With --torch_python
+transformers' generate() runs first, in a process of its own, 4-bit (bitsandbytes) and dense. Every figure is a slope
+between few and many new tokens. A form that fails stands in the table with what it said.
 """
 
 import math

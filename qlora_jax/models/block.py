@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from qlora_jax.models.attention import (
     Scoring,
@@ -33,6 +34,16 @@ class Cache(NamedTuple):
     k: jax.Array
     v: jax.Array
 
+    def begun(self, k: jax.Array, v: jax.Array, layer: jax.Array) -> "Cache":
+        """With keys and values [B, T, K, H] of a layer at the first places.
+
+        They are laid out as they stand: else attention's layout of them would be the whole cache's too, which XLA:GPU
+        turns around before the layers and after, with another cache in memory.
+        """
+        as_they_stand, at = Layout((0, 1, 2, 3)), (layer, 0, 0, 0, 0)
+        k, v = with_layout_constraint(k, as_they_stand), with_layout_constraint(v, as_they_stand)
+        return Cache(*(jax.lax.dynamic_update_slice(old, new[None], at) for old, new in zip(self, (k, v), strict=True)))
+
 
 class Context(NamedTuple):
     """What every layer of one forward pass shares."""
@@ -45,6 +56,7 @@ class Context(NamedTuple):
     balance: Balance | None = None  # of a mixture's routers; None: no auxiliary loss
     seen: jax.Array | None = None  # bool [B, 1 or T, T], which places each token sees; None: those up to its own
     first: jax.Array | None = None  # int32 [], the place of x's first token, of a device that has a part of each row
+    is_new: bool = False  # these tokens are their cache's first
 
 
 class Block(nnx.Module):
@@ -89,8 +101,10 @@ class Block(nnx.Module):
         elif context.first is not None:
             how = (context.implementation, self.starts(context), self.scoring, self.sinks)
             out = attention_to_all(q, k, v, context.first, *how)
-        elif cache is None:
+        elif cache is None or context.is_new:
             out = causal_attention(q, k, v, context.implementation, self.starts(context), self.scoring, self.sinks)
+            if cache is not None:
+                cache = cache.begun(k, v, layer)
         else:
             at = (layer, jnp.arange(B)[:, None], context.positions)
             cache = Cache(cache.k.at[at].set(k), cache.v.at[at].set(v))

@@ -1,17 +1,24 @@
-"""What decoding launches can be a CUDA graph, by a program compiled for a GPU that is not here.
+"""Decoding as it is compiled for a GPU that is not here: what can be a CUDA graph, and no second cache for prompts.
 
-Whether XLA makes it one is decided where there is a driver: without one its pass leaves loops and calls out.
+Whether XLA makes a graph is decided where there is a driver: without one its pass leaves loops and calls out.
 """
 
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from qlora_jax.generate.decode import CHUNK, Decoding, room_for
+from qlora_jax.generate.decode import CHUNK, Decoding, _read_whole, room_for
 from qlora_jax.generate.sampling import Sampling
 from qlora_jax.generate.seeds import Draws
 from qlora_jax.planning import topology
-from tests.generate.compiled_decode import thunks
+from qlora_jax.planning.gpus import GPUS
+from tests.generate.compiled_decode import empty_cache, small_model, thunks
+
+has_compiler = pytest.mark.skipif(
+    not topology.is_installed(), reason="needs XLA:GPU's compiler: pip install jax-cuda13-plugin"
+)
 
 # what XLA's pass takes: kernels, copies on the device, loops and branches of these, calls that say that they may be
 # captured (both Mosaic's and jax-triton's do), and slices that such a call is given
@@ -22,7 +29,7 @@ TAKEN = {
 PRODUCTS = 7  # of a layer
 
 
-@pytest.mark.skipif(not topology.is_installed(), reason="needs XLA:GPU's compiler: pip install jax-cuda13-plugin")
+@has_compiler
 def test_a_token_takes_nothing_that_a_graph_cannot_have(tmp_path):
     lines = thunks(tmp_path, "mosaic")
     loop = next(number for number, line in enumerate(lines) if "kWhile" in line)
@@ -30,6 +37,22 @@ def test_a_token_takes_nothing_that_a_graph_cannot_have(tmp_path):
     assert set(token) <= TAKEN, set(token) - TAKEN
     assert token.count("kWhile") == 2 and token.count("kConditional") == 1  # of layers; whether it is sampled
     assert token.count("kCustomCall") == PRODUCTS
+
+
+@has_compiler
+def test_prompts_that_are_read_at_once_take_no_second_cache():
+    """XLA would lay the whole cache out as attention likes it, and turn it around before and after."""
+    config, graph, state = small_model("xla", layers=8)
+    B, T, S = 16, 128, 1536
+    cache = empty_cache(config, B, S)
+    inputs = (cache, jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B,), jnp.int32))
+    compiled = topology.compile_for(
+        GPUS["h200"],
+        lambda *arguments: _read_whole.__wrapped__(graph, *arguments),
+        *topology.on_gpu(GPUS["h200"], (state, *inputs)),
+        donate_argnums=(1,),
+    )
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * cache.k.size / 4
 
 
 def test_tokens_are_the_same(tiny_model):
