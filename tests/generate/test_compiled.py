@@ -26,7 +26,7 @@ TAKEN = {
     "kCustomKernel", "kKernel", "kCopy", "kWhile", "kConditional", "kCustomCall", "kDynamicSliceFusion", "kAsyncStart",
     "kAsyncDone",
 }  # fmt: skip
-PRODUCTS = 7  # of a layer
+PRODUCTS = 4  # launches of a layer: q, k and v; o; gate and up; down
 
 
 @has_compiler

@@ -25,23 +25,31 @@ VALUES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
 Numbers = Sequence[np.ndarray | int]
 
 
-def run(text: str, arrays: Sequence[np.ndarray], blocks: Sequence[Numbers], warps: int, shared_bytes: int) -> None:
-    """Operands $0.. are addresses of arrays (read and written in place), shared memory's, then a block's numbers.
+def run(
+    text: str,
+    arrays: Sequence[np.ndarray],
+    clusters: np.ndarray | int,
+    blocks: Sequence[Numbers],
+    warps: int,
+    shared_bytes: int,
+) -> None:
+    """Operands $0.. are shared memory's address, a block's numbers, then those of arrays (read and written in place).
 
-    `blocks`: the numbers of each block of a cluster, in their order in it. A number is one for all programs, or an
-    array [programs] of one each.
+    `clusters`: their numbers, which run side by side. `blocks`: the numbers that each block of a cluster is given.
     """
     pointers = [np.uint64((k + 1) * ARRAY) for k in range(len(arrays))]
     memory = [array.reshape(-1).view(np.uint8) for array in arrays]
     assert all(np.shares_memory(array, view) for array, view in zip(arrays, memory, strict=True))
     statements, labels = _parse(text)
+    numbered = np.asarray(clusters, np.uint32).reshape(-1, 1)
     cluster: list[_Block] = []
-    for numbers in blocks:
-        numbers = [np.asarray(number, np.uint32).reshape(-1, 1) for number in numbers]
-        programs = max(number.shape[0] for number in numbers)
-        operands = {f"${k}": value for k, value in enumerate([*pointers, np.uint32(SHARED), *numbers])}
-        shared = np.zeros((programs, shared_bytes), np.uint8), np.zeros((programs, shared_bytes), np.uint8)
-        threads = [_Warp(operands, memory, cluster, len(cluster), warp, programs) for warp in range(warps)]
+    for rank, numbers in enumerate(blocks):
+        words = [np.asarray(number, np.uint32).reshape(-1, 1) for number in numbers]
+        operands = {f"${k}": value for k, value in enumerate([np.uint32(SHARED), *words, *pointers])}
+        operands |= {"%clusterid.x": numbered, "%cluster_ctarank": np.uint32(rank)}
+        operands["%ctaid.x"] = numbered * np.uint32(len(blocks)) + np.uint32(rank)
+        shared = tuple(np.zeros((len(numbered), shared_bytes), np.uint8) for _ in range(2))
+        threads = [_Warp(operands, memory, cluster, rank, warp, len(numbered)) for warp in range(warps)]
         cluster.append(_Block(shared, [warp.run(statements, labels) for warp in threads]))
     while any(block.warps for block in cluster):
         reached = {block.reach_others() for block in cluster if block.warps}
@@ -51,7 +59,7 @@ def run(text: str, arrays: Sequence[np.ndarray], blocks: Sequence[Numbers], warp
 class _Block:
     """A block's shared memory (bytes, and which were written), and what its warps have still to do."""
 
-    def __init__(self, shared: tuple[np.ndarray, np.ndarray], warps: list[Iterator[tuple[str, int]]]):
+    def __init__(self, shared: tuple[np.ndarray, ...], warps: list[Iterator[tuple[str, int]]]):
         self.shared, self.warps = shared, warps
 
     def reach_others(self) -> tuple[str, int] | None:
@@ -138,6 +146,8 @@ class _Warp:
         target, *sources = operands
         if op == "mma":
             self._product(kinds, operands)
+        elif op == "mov":
+            self._set(target, self._value(sources[0]))
         elif op == "cvt":
             assert kinds[0] == "rn"
             self._set(target, self._float(sources[0]).astype(VALUES[kinds[1]]).view(np.uint16))
@@ -146,7 +156,7 @@ class _Warp:
         elif op == "mapa":
             assert kinds == ["shared::cluster", "u32"]
             self._set(target, self._value(sources[0]) + np.uint32((int(sources[1]) + 1) * BLOCK))
-        elif kinds[-1] == "f32" and op != "mov":
+        elif kinds[-1] == "f32":
             values = [self._float(source) for source in sources]
             if op == "fma":  # the product of two float32 is exact in float64
                 found = (values[0].astype(np.float64) * values[1] + values[2]).astype(np.float32)
@@ -156,9 +166,17 @@ class _Warp:
         elif op == "setp":
             left, right = map(self._value, sources)
             self._set(target, {"lt": left < right, "ge": left >= right, "ne": left != right}[kinds[0]])
+        elif op == "selp":
+            one, other, condition = map(self._value, sources)
+            kind = {"b32": np.uint32, "b64": np.uint64}[kinds[0]]
+            self._set(target, np.where(condition, kind(one), kind(other)))
         elif kinds[-1] == "pred":
             assert op == "and"
             self._set(target, self._value(sources[0]) & self._value(sources[1]))
+        elif op == "sub":
+            left, right = map(self._value, sources)
+            assert np.all(left >= right), "overflow"
+            self._set(target, np.asarray(left - right, np.uint32))
         elif op in ("add", "mul", "mad", "min"):
             wide = [np.asarray(self._value(source), np.uint64) for source in sources]  # addresses are small
             found = {"add": np.add, "mul": np.multiply, "min": np.minimum}.get(op, lambda a, b, c: a * b + c)(*wide)
