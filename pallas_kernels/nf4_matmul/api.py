@@ -31,7 +31,7 @@ from pallas_kernels.nf4_matmul.shapes import Shape
 
 # backend -> its module, imported when it is chosen
 _KERNELS = {"triton": "triton.few_rows", "scratch": "triton.scratch", "mosaic": "mosaic.hopper"}
-_FEW_ROWS = {"mosaic": "mosaic.few_rows"}  # whose launch takes several weights, forward and for few rows
+_FEW_ROWS = {"triton": "triton.few_rows", "mosaic": "mosaic.few_rows"}  # whose launch takes several weights
 _PACKAGES = {"triton": "jax-triton", "scratch": "jax-triton"}  # what they need beside jax
 BACKENDS = ("auto", "xla", *_KERNELS)
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.gpu import current_gpu
 from pallas_kernels.nf4_matmul.mosaic.few_rows_ptx import GROUP, Program
-from pallas_kernels.nf4_matmul.operands import Codec, Packed
+from pallas_kernels.nf4_matmul.operands import Codec, Packed, are_alike
 
 WARPS = 16 * 132  # that run at once on an H200 by registers; each multiprocessor then has 64 KiB of codes under way
 SPLITS = (1, 2, 4, 8)  # a cluster's programs: 8 is the most that every Hopper card is sure to run together
@@ -61,11 +61,7 @@ def forward_joined(
 
 def may_join(packed: Sequence[Packed], codecs: Sequence[Codec]) -> bool:
     """Whether weights of one x can share a launch: what differs is out-features alone."""
-    kinds = {
-        (codec._replace(shape=(0, codec.shape[1])), one.nested_absmax is None)
-        for one, codec in zip(packed, codecs, strict=True)
-    }
-    return len(kinds) == 1
+    return are_alike(packed, codecs)
 
 
 def operands(x: jax.Array, packed: Sequence[Packed], codecs: Sequence[Codec]) -> list[jax.Array]:
