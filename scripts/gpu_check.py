@@ -78,7 +78,8 @@ def stages(folder: Path, tiny: Path | None) -> list[Stage]:
         graphs = [*generate, "--forms=xla"]
     else:
         new = ["-m", "gpu", "tests/kernels/test_attention_on_gpu.py", "tests/kernels/test_on_gpu.py"]
-        new, rest = [*new, "-k", "attention or training or down", *_workers()], ["-m", "gpu", *_workers()]
+        new += ["tests/generate/test_compiled.py", "-k", "attention or training or down or launch or graphs"]
+        new, rest = [*new, *_workers()], ["-m", "gpu", *_workers()]
         products = ["--shapes=llama-7b/down,llama-65b/attention", "--rows=1,16,576,2304,9216", "--repeats=3"]
         products.append("--minutes=1.2")
         attention = ["--tokens=576,2048", "--heads=32,32,128", "--heads=32,8,64", "--repeats=3", "--minutes=0.6"]

@@ -7,11 +7,13 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from qlora_jax.bench.generate import made
 from qlora_jax.generate.decode import CHUNK, Decoding, _read_whole, room_for
 from qlora_jax.generate.sampling import Sampling
-from qlora_jax.generate.seeds import Draws
+from qlora_jax.generate.seeds import Draws, draws_of_all
 from qlora_jax.planning import topology
 from qlora_jax.planning.gpus import GPUS
 from tests.generate.compiled_decode import empty_cache, small_model, thunks
@@ -64,3 +66,22 @@ def test_tokens_are_the_same(tiny_model):
         decoding = Decoding(tiny_model, [prompt], sampling, (), [Draws(0, 0)], room, graphs=graphs)
         found.append(decoding.step(CHUNK))
     assert found[0] == found[1] and len(found[0][0]) == CHUNK
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU: a CPU has no graphs")
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("kernel", ["xla", "triton", "mosaic"])
+def test_tokens_in_graphs_on_a_gpu(kernel, temperature):
+    """Over several calls of a program, whose graph is then used again."""
+    if kernel == "mosaic" and str(jax.devices()[0].compute_capability) != "9.0":
+        pytest.skip("the Mosaic kernels are for Hopper")
+    config, _, _ = small_model("xla")
+    model, sampling = made(config, kernel, rank=8, compute_dtype="bfloat16"), Sampling(3 * CHUNK, temperature)
+    prompts = np.random.default_rng(0).integers(0, config.V, (8, 100)).tolist()
+    found = []
+    for graphs in (False, True):
+        room = room_for(model, 100, 3 * CHUNK)
+        decoding = Decoding(model, prompts, sampling, (), draws_of_all(prompts, 0), room, graphs=graphs)
+        found.append([decoding.step(CHUNK) for _ in range(3)])
+    assert found[0] == found[1]
