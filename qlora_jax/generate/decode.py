@@ -34,7 +34,7 @@ from qlora_jax.models.decoder import Decoder
 
 PAD_TO = 64  # tokens; prompt lengths and cache sizes are multiples of it
 PREFILL = 256  # tokens of each prompt read at a time
-WHOLE = 2**15  # tokens of all prompts that a GPU reads in one piece: 0.7 GB of a 7B's feed-forward
+WHOLE = 2**13  # tokens of all prompts that a GPU reads in one piece: enough to fill it
 CHUNK = 16  # decoding steps of a device call when nobody watches; a stop is seen after it
 _BROKEN = -2  # stands where a token would, had the logits been finite
 WIDTH = 16  # tokens that a program has room for, or a multiple: calls of other numbers of steps share it

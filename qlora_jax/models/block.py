@@ -8,6 +8,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from pallas_kernels.nf4_matmul import is_for_cpu
 from qlora_jax.models.attention import (
     Scoring,
     alibi_slopes,
@@ -35,14 +36,22 @@ class Cache(NamedTuple):
     v: jax.Array
 
     def begun(self, k: jax.Array, v: jax.Array, layer: jax.Array) -> "Cache":
-        """With keys and values [B, T, K, H] of a layer at the first places.
+        """With keys and values [B, T, K, H] of a layer at the first places."""
+        at, new = (layer, 0, 0, 0, 0), (_laid_out(k), _laid_out(v))
+        return Cache(*(jax.lax.dynamic_update_slice(old, x[None], at) for old, x in zip(self, new, strict=True)))
 
-        They are laid out as they stand: else attention's layout of them would be the whole cache's too, which XLA:GPU
-        turns around before the layers and after, with another cache in memory.
-        """
-        as_they_stand, at = Layout((0, 1, 2, 3)), (layer, 0, 0, 0, 0)
-        k, v = with_layout_constraint(k, as_they_stand), with_layout_constraint(v, as_they_stand)
-        return Cache(*(jax.lax.dynamic_update_slice(old, new[None], at) for old, new in zip(self, (k, v), strict=True)))
+    def of_layer(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, S, K, H]."""
+        return _laid_out(self.k[layer]), _laid_out(self.v[layer])
+
+
+def _laid_out(x: jax.Array) -> jax.Array:
+    """x, which lies in memory as its axes stand.
+
+    Left free, attention's layout of keys and values becomes the whole cache's: XLA:GPU turns that around before the
+    layers and after, with another cache in memory.
+    """
+    return x if is_for_cpu() else with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 class Context(NamedTuple):
@@ -113,9 +122,8 @@ class Block(nnx.Module):
             if self.has_window:
                 first = window_starts(None, context.positions, self.window_size)
                 seen = seen & (places >= first[:, :, None])
-            out = masked_attention(
-                q, cache.k[layer], cache.v[layer], seen, context.positions, self.scoring, self.sinks
-            )
+            keys_values = cache.of_layer(layer)
+            out = masked_attention(q, *keys_values, seen, context.positions, self.scoring, self.sinks)
         out = out.reshape(B, T, self.N * self.H)
         attended = gradient_after(self.linear("o")(out, dropout), out)
         return self.join(x, entering, attended, context, dropout), cache
