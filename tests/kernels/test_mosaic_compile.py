@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pallas_kernels.nf4_matmul.mosaic.few_rows_ptx import BYTE_ROWS, GROUP, TILES
+from pallas_kernels.nf4_matmul.mosaic.few_rows_program import BYTE_ROWS, GROUP, TILES
 from qlora_jax.planning import topology
 from tests.kernels.mosaic_compile import Compiled, Product, compile_all
 

@@ -10,6 +10,7 @@ import pytest
 
 from pallas_kernels.nf4_matmul import Codec, Packed, api
 from pallas_kernels.nf4_matmul.mosaic import few_rows as mosaic_few_rows
+from pallas_kernels.nf4_matmul.mosaic import few_rows_ptx
 from pallas_kernels.nf4_matmul.mosaic import hopper as mosaic_hopper
 from pallas_kernels.nf4_matmul.shapes import SHAPES, Shape
 from tests.kernels import ptx_program
@@ -34,7 +35,7 @@ def emulate(
         columns = [program.columns(part) for part in range(program.split)]
         arrays = [x, absmax_map, out, *weights]
         numbers = np.arange(first, end)[tiles]
-        ptx_program.run(program.text(), arrays, numbers, columns, program.warps, program.shared_bytes)
+        ptx_program.run(few_rows_ptx.text(program), arrays, numbers, columns, program.warps, program.shared_bytes)
     return out.astype(np.float32)
 
 
@@ -195,7 +196,7 @@ def test_a_missing_barrier_is_seen(split, barrier):
     """
     packed, codec = whole_numbers((256, 512), 64, False, seed=0)
     program = mosaic_few_rows.make_program(1, jnp.bfloat16, [codec], False, split)
-    text = program.text()
+    text = few_rows_ptx.text(program)
     assert not re.search(r"\n(?:atom|red)\.", text)
     x, absmax_map, *weight = map(np.array, mosaic_few_rows.operands(jnp.ones(512, jnp.bfloat16), [packed], [codec]))
     arrays = [x, absmax_map, np.zeros(256, jnp.bfloat16), *weight]

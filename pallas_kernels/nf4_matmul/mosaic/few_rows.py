@@ -18,7 +18,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.gpu import current_gpu
-from pallas_kernels.nf4_matmul.mosaic.few_rows_ptx import GROUP, Program
+from pallas_kernels.nf4_matmul.mosaic import few_rows_ptx
+from pallas_kernels.nf4_matmul.mosaic.few_rows_program import GROUP, Program
 from pallas_kernels.nf4_matmul.operands import Codec, Packed, are_alike
 
 WARPS = 16 * 132  # that run at once on an H200 by registers; each multiprocessor then has 64 KiB of codes under way
@@ -113,6 +114,6 @@ def _kernel(program: Program, *refs) -> None:
         words = [number.registers.item() for number in operands[len(references) :]]
         shared = llvm.ptrtoint(ir.IntegerType.get_signless(32), shared)
         arguments = (shared, *words, x, absmax_map, out, *weights)
-        mgpu.utils.inline_ptx(program.text(), *arguments, has_side_effects=True, convergent=True)
+        mgpu.utils.inline_ptx(few_rows_ptx.text(program), *arguments, has_side_effects=True, convergent=True)
 
     run(*references, *numbers)
