@@ -3,9 +3,9 @@
     python -m experiments.bench_generate --size=tiny --rows=1,2
 
 A random model of the named size decodes greedily with 1, 8 and 32 rows. On a GPU the packed forms are xla and the
-kernels; on a CPU xla alone. With --torch_python transformers' generate() runs first, in a process of its own, 4-bit
-(bitsandbytes) and dense. Every figure is a slope between few and many new tokens. A form that fails stands in the table
-with what it said.
+kernels; on a CPU xla alone. FORM+graphs decodes with the kernels of a token as one CUDA graph. With --torch_python
+transformers' generate() runs first, in a process of its own, 4-bit (bitsandbytes) and dense. Every figure is a slope
+between few and many new tokens. A form that fails stands in the table with what it said.
 """
 
 import math
@@ -22,7 +22,9 @@ from experiments.support import cli
 
 SIZE = flags.DEFINE_string("size", None, "tiny, 7b, 13b, 65b or llama-3-8b. Without it: 7b on a GPU, tiny on a CPU.")
 ROWS = flags.DEFINE_list("rows", "1,8,32", "Answers that are decoded together.")
-FORMS = flags.DEFINE_list("forms", None, "auto, xla, scratch, triton, mosaic, dense. Without it: those that are here.")
+FORMS = flags.DEFINE_list(
+    "forms", None, "auto, xla, scratch, triton, mosaic, dense, each also with +graphs. Without it: those that are here."
+)
 RANK = flags.DEFINE_integer("rank", 0, "Of an adapter on all linear layers; 0 is none.", lower_bound=0)
 REPEATS = flags.DEFINE_integer("repeats", 3, "Turns, whose median counts.", lower_bound=1)
 TORCH_PYTHON = flags.DEFINE_string("torch_python", None, "A Python that has torch, transformers (and bitsandbytes).")
@@ -30,6 +32,7 @@ MINUTES = flags.DEFINE_float("minutes", None, "Begin nothing more after so long;
 OUT = flags.DEFINE_string("out", None, "JSON file to write.")
 
 KNOWN_FORMS = ("auto", "xla", "scratch", "triton", "mosaic", "dense")
+GRAPHS = "+graphs"
 
 
 def main() -> None:
@@ -39,8 +42,8 @@ def main() -> None:
     from qlora_jax.files import write_json
 
     rows = _counts(ROWS.value)
-    if unknown := set(FORMS.value or ()) - set(KNOWN_FORMS):
-        raise InputError(f"--forms={min(unknown)}: expected some of {', '.join(KNOWN_FORMS)}")
+    if unknown := {form for form in FORMS.value or () if form.removesuffix(GRAPHS) not in KNOWN_FORMS}:
+        raise InputError(f"--forms={min(unknown)}: expected some of {', '.join(KNOWN_FORMS)}, each also with {GRAPHS}")
     deadline = math.inf if MINUTES.value is None else time.monotonic() + 60 * MINUTES.value
     import jax
 
@@ -51,7 +54,7 @@ def main() -> None:
     name = SIZE.value or ("7b" if on_gpu else "tiny")
     config = generate.sizes(name)
     forms = FORMS.value or _forms(on_gpu)
-    if not on_gpu and (kernel := next((form for form in forms if form in ("scratch", "triton", "mosaic")), None)):
+    if not on_gpu and (kernel := next((form for form in forms if form not in ("auto", "xla", "dense")), None)):
         raise InputError(f"--forms={kernel} needs an NVIDIA GPU, this process computes on {device.device_kind}")
     dtype = "bfloat16" if on_gpu else "float32"
     print(f"bench_generate: {name}, {dtype}, {device.device_kind}, rows {', '.join(map(str, rows))}", flush=True)
@@ -82,11 +85,12 @@ def main() -> None:
         if time.monotonic() > deadline:
             report["left_out"].append(form)
             continue
-        if form == generate.DENSE:
+        kernel = form.removesuffix(GRAPHS)
+        if kernel == generate.DENSE:
             packed = None  # not both in memory
         elif packed is None:
             packed = generate.made(config, "xla", RANK.value, dtype)
-        model = generate.with_kernel(packed, form) if packed else generate.made(config, form, RANK.value, dtype)
+        model = generate.with_kernel(packed, kernel) if packed else generate.made(config, kernel, RANK.value, dtype)
         for count in rows:
             _time(report, model, form, count, on_gpu)
             write()
@@ -104,7 +108,7 @@ def _time(report: dict[str, Any], model: Any, form: str, rows: int, on_gpu: bool
     from qlora_jax.bench import generate
 
     try:
-        found = generate.token_seconds(model, rows, REPEATS.value)
+        found = generate.token_seconds(model, rows, REPEATS.value, graphs=form.endswith(GRAPHS))
         if found["token_seconds"] <= 0:
             raise ValueError("lost in the noise of this machine: take more --repeats")
     except Exception as error:  # whatever a compiler says of one form, the others can be timed

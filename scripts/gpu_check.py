@@ -75,15 +75,19 @@ def stages(folder: Path, tiny: Path | None) -> list[Stage]:
         products = ["--shapes=tinyllama-1b/attention", "--rows=1", "--repeats=1"]
         attention = ["--tokens=24", "--total=24", "--heads=2,1,16", "--repeats=1"]
         large, generate = [], ["--size=tiny", "--rows=1", "--repeats=1"]
+        graphs = [*generate, "--forms=xla"]
     else:
         new = ["-m", "gpu", "tests/kernels/test_attention_on_gpu.py", "tests/kernels/test_on_gpu.py"]
-        new, rest = [*new, "-k", "attention or training or down", *_workers()], ["-m", "gpu", *_workers()]
+        new += ["tests/generate/test_compiled.py", "-k", "attention or training or down or launch or graphs"]
+        new, rest = [*new, *_workers()], ["-m", "gpu", *_workers()]
         products = ["--shapes=llama-7b/down,llama-65b/attention", "--rows=1,16,576,2304,9216", "--repeats=3"]
         products.append("--minutes=1.2")
         attention = ["--tokens=576,2048", "--heads=32,32,128", "--heads=32,8,64", "--repeats=3", "--minutes=0.6"]
         attention.append("--write_table")
         large = ["--config.model.kernel=xla", "--gpu_bytes=48GiB"]
         generate = ["--size=7b", "--rows=1,8,32", "--rank=64", "--repeats=2", "--minutes=1"]
+        graphs = ["--size=7b", "--rows=1,8", "--rank=64", "--repeats=2", "--minutes=0.8"]
+        graphs.append("--forms=mosaic,mosaic+graphs,triton,triton+graphs")
     return [
         Stage("what is new is right", [*pytest, *new], 120),
         bench("ceilings and products", "bench_kernels", "bench_kernels.json", 100, *products),
@@ -98,6 +102,7 @@ def stages(folder: Path, tiny: Path | None) -> list[Stage]:
         bench("attention's forms", "bench_attention", "bench_attention.json", 60, *attention),
         train("65B, 4 rows, 48 GiB", "train_65b_4_rows_48gib.json", 95, 4, *large, size="65b"),
         bench("7B generates", "bench_generate", "bench_generate.json", 90, *generate),
+        bench("the same, a token as one CUDA graph", "bench_generate", "bench_generate_graphs.json", 75, *graphs),
         Stage("everything is right", [*pytest, *rest], 240),
     ]  # fmt: skip
 

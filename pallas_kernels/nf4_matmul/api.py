@@ -31,6 +31,7 @@ from pallas_kernels.nf4_matmul.shapes import Shape
 
 # backend -> its module, imported when it is chosen
 _KERNELS = {"triton": "triton.few_rows", "scratch": "triton.scratch", "mosaic": "mosaic.hopper"}
+_FEW_ROWS = {"triton": "triton.few_rows", "mosaic": "mosaic.few_rows"}  # whose launch takes several weights
 _PACKAGES = {"triton": "jax-triton", "scratch": "jax-triton"}  # what they need beside jax
 BACKENDS = ("auto", "xla", *_KERNELS)
 log = logging.getLogger(__name__)
@@ -88,7 +89,11 @@ def _is_installed(backend: str) -> bool:
 
 
 def _kernels(backend: str) -> ModuleType:
-    return importlib.import_module(f"pallas_kernels.nf4_matmul.{_KERNELS[backend]}")
+    return _module(_KERNELS[backend])
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"pallas_kernels.nf4_matmul.{name}")
 
 
 @functools.cache
@@ -161,6 +166,8 @@ def _by_path(op: config.Op, x: jax.Array, packed: tuple[Packed, ...], codecs: tu
     ways = [path(codec, x.dtype, op, x.shape[0]) for codec in codecs]
     if all(way == "xla" for way in ways):
         return dense_product(op, x, packed, codecs)
+    if op == "forward" and (joined := _in_one_launch(ways, x, packed, codecs)) is not None:
+        return joined
     parts = [x] * len(codecs) if op == "forward" else _parts(x, codecs)
     products: list[jax.Array] = []
     for way, part, arrays, codec in zip(ways, parts, packed, codecs, strict=True):
@@ -169,6 +176,16 @@ def _by_path(op: config.Op, x: jax.Array, packed: tuple[Packed, ...], codecs: tu
         one = partial(dense_product, op) if way == "xla" else _kernel_product(way, op)
         products.append(one(part, (arrays,), (codec,)))
     return jnp.concatenate(products, axis=-1) if op == "forward" else functools.reduce(jnp.add, products)
+
+
+def _in_one_launch(
+    ways: Sequence[str], x: jax.Array, packed: tuple[Packed, ...], codecs: tuple[Codec, ...]
+) -> jax.Array | None:
+    """The product of several weights by one kernel; None where they do not share one."""
+    if len(codecs) == 1 or len(set(ways)) > 1 or ways[0] not in _FEW_ROWS or not config.is_few("forward", x.shape[0]):
+        return None
+    kernel, weights = _module(_FEW_ROWS[ways[0]]), tuple(map(for_kernels, packed, codecs))
+    return kernel.forward_joined(x, weights, codecs) if kernel.may_join(weights, codecs) else None
 
 
 def _kernel_product(backend: str, op: config.Op) -> Callable[..., jax.Array]:

@@ -4,6 +4,7 @@ What makes a weight of its arrays is jitted: of all products of a program, forwa
 are traced and lowered once. Written out each time, that was half of what tracing a step took. The compiler inlines it.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -38,6 +39,15 @@ def scales(packed: Packed, codec: Codec) -> jax.Array:
     """float32 [C'], of each block."""
     absmax_map = np.asarray(codec.absmax_map, np.float32)
     return reference.dequantize_absmax(packed.absmax, packed.nested_absmax, packed.offset, absmax_map)
+
+
+def are_alike(packed: Sequence[Packed], codecs: Sequence[Codec]) -> bool:
+    """Whether weights differ in their out-features alone, so that one program can multiply x by any of them."""
+    kinds = {
+        (codec._replace(shape=(0, codec.shape[1])), one.nested_absmax is None)
+        for one, codec in zip(packed, codecs, strict=True)
+    }
+    return len(kinds) == 1
 
 
 def for_kernels(packed: Packed, codec: Codec) -> Packed:

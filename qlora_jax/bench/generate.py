@@ -88,8 +88,13 @@ def token_bytes(model: Decoder, rows: int) -> int:
     return blocks + config.V * config.D * itemsize + cache
 
 
-def token_seconds(model: Decoder, rows: int, repeats: int, seed: int = 0) -> dict[str, float]:
-    """{"token_seconds": of one token of all rows, the median slope; "first_seconds": of the first call, compiling}."""
+def token_seconds(
+    model: Decoder, rows: int, repeats: int, seed: int = 0, graphs: bool = False
+) -> dict[str, float]:
+    """{"token_seconds": of one token of all rows, the median slope; "first_seconds": of the first call, compiling}.
+
+    graphs: see Decoding.
+    """
     few, many = TOKENS
     rng = np.random.default_rng(seed)
     prompts = rng.integers(0, model.config.V, (rows, PROMPT)).tolist()
@@ -98,7 +103,7 @@ def token_seconds(model: Decoder, rows: int, repeats: int, seed: int = 0) -> dic
 
     def seconds(count: int) -> float:
         begun = time.perf_counter()
-        answer = Decoding(model, prompts, sampling, (), draws_of_all(prompts, seed), room)
+        answer = Decoding(model, prompts, sampling, (), draws_of_all(prompts, seed), room, graphs=graphs)
         for _ in range(count // CHUNK):
             answer.step(CHUNK)
         jax.block_until_ready(answer.tokens)

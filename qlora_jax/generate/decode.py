@@ -1,10 +1,11 @@
 """Decoding with a KV cache: prompts in, tokens out, a chunk of steps to a device call.
 
 Prompts are right-padded to a multiple of 64 and read into the cache in pieces of at most 256 tokens, so few programs
-are compiled and the scores of a long prompt never stand in memory at once. Decoding is one `lax.while_loop` a chunk,
-sampling included; it ends early when every row is done. What a padded position leaves in the cache is overwritten
-before any query can see it (a key is seen from its own position on): prompts of different lengths share a batch
-without left padding, and every position is the one of training. Model arrays are arguments of the programs, and
+are compiled and the scores of a long prompt never stand in memory at once. On a GPU, where small pieces leave most of
+it idle, prompts that are new are read in one piece, with attention as in training. Decoding is one `lax.while_loop` a
+chunk, sampling included; it ends early when every row is done. What a padded position leaves in the cache is
+overwritten before any query can see it (a key is seen from its own position on): prompts of different lengths share a
+batch without left padding, and every position is the one of training. Model arrays are arguments of the programs, and
 programs are kept between calls.
 
 A row's scores do not depend on what its neighbours hold. Between batches of different sizes they differ by rounding,
@@ -23,6 +24,7 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels.finite import largest_magnitude
+from pallas_kernels.nf4_matmul import is_for_cpu
 from qlora_jax.errors import InputError
 from qlora_jax.generate.pairs import begin
 from qlora_jax.generate.sampling import Sampling, next_tokens
@@ -32,10 +34,20 @@ from qlora_jax.models.decoder import Decoder
 
 PAD_TO = 64  # tokens; prompt lengths and cache sizes are multiples of it
 PREFILL = 256  # tokens of each prompt read at a time
+WHOLE = 2**13  # tokens of all prompts that a GPU reads in one piece: enough to fill it
 CHUNK = 16  # decoding steps of a device call when nobody watches; a stop is seen after it
 _BROKEN = -2  # stands where a token would, had the logits been finite
 WIDTH = 16  # tokens that a program has room for, or a multiple: calls of other numbers of steps share it
 ROWS = 8  # a batch has a multiple of so many rows where its size allows
+# To XLA:GPU: all kernels of a token are one CUDA graph, where by itself it makes one of every layer. The loop over
+# layers is unrolled in it, since kernels take slices of stacked weights by their addresses; CUB's sort has no place in
+# a graph. Needs a driver for CUDA 12.9 or later.
+GRAPHS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+    "xla_gpu_command_buffer_unroll_loops": True,
+    "xla_gpu_graph_min_graph_size": 1,
+    "xla_gpu_enable_cub_radix_sort": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +202,7 @@ class Decoding:
       fill: rows to add that count as done, so that a smaller batch can use a larger one's program.
       earlier: a decoding of one row whose cache is taken over, so that what its row and the one prompt have in common
         is not read again. It cannot be used afterwards.
+      graphs: decode with GRAPHS, on a GPU; no GPU has run that yet.
     Attributes:
       tokens: new tokens of each row so far, end token left out.
       steps: passes through the model since the prompts were read, one a token of the longest answer.
@@ -206,7 +219,9 @@ class Decoding:
         room: int,
         fill: int = 0,
         earlier: "Decoding | None" = None,
+        graphs: bool = False,
     ):
+        self._program = _decode_in_graphs if graphs else _decode
         self._graph, self._state = _in_compute_dtype(model)
         self._sampling, self._eos_ids = sampling, frozenset(eos_ids)
         self._prompts = [list(prompt) for prompt in prompts]
@@ -231,7 +246,11 @@ class Decoding:
         else:
             cache = model.new_cache(B, room) if cache is None else _grown(cache, room)
             hidden = jnp.zeros((B, model.config.head_width), model.compute_dtype)
-        for offset in range(0, 0 if is_pair else padded.shape[1], PREFILL):
+        is_whole = not (is_pair or start or is_for_cpu()) and _whole(padded.shape[1], room) * B <= WHOLE
+        if is_whole:
+            padded = np.pad(padded, ((0, 0), (0, _whole(padded.shape[1], room) - padded.shape[1])))
+            cache, hidden = _read_whole(self._graph, self._state, cache, padded, lengths)
+        for offset in range(0, 0 if is_pair or is_whole else padded.shape[1], PREFILL):
             piece = padded[:, offset : offset + PREFILL]
             cache, hidden = _read(self._graph, self._state, cache, hidden, piece, jnp.int32(start + offset), lengths)
         done = np.arange(B) >= len(prompts)
@@ -252,7 +271,7 @@ class Decoding:
         Raises InputError where a row's logits are not finite: no token follows from them.
         """
         width = -(-steps // WIDTH) * WIDTH
-        self._rows, drawn, taken = _decode(self._graph, self._state, self._rows, self._settings, steps, width)
+        self._rows, drawn, taken = self._program(self._graph, self._state, self._rows, self._settings, steps, width)
         try:
             self.steps += int(taken)
         except KeyboardInterrupt:
@@ -337,8 +356,24 @@ def _read(
     return cache, jnp.where(((place >= 0) & (place < T))[:, None], last, hidden)
 
 
-@partial(jax.jit, static_argnames=("graph", "width"), donate_argnames="rows")
-def _decode(
+@partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+def _read_whole(
+    graph: Any, state: Any, cache: Cache, tokens: jax.Array | np.ndarray, lengths: jax.Array | np.ndarray
+) -> tuple[Cache, jax.Array]:
+    """Reads prompts int32 [B, T] into an empty cache: it, and hidden [B, D] of each row's last token."""
+    model = nnx.merge(graph, state)
+    out, cache = model(tokens, cache=cache)
+    return cache, out[jnp.arange(tokens.shape[0]), lengths - 1]
+
+
+def _whole(length: int, room: int) -> int:
+    """What a piece of so many tokens is filled up to, where it is the whole prompt: one of few lengths, within the
+    room. A power of two, or the one and a half of one."""
+    power = 1 << (length - 1).bit_length()
+    return min(room, 3 * power // 4 if length <= 3 * power // 4 else power)
+
+
+def draw_tokens(
     graph: Any, state: Any, rows: Rows, settings: Settings, steps: jax.Array | int, width: int
 ) -> tuple[Rows, jax.Array, jax.Array]:
     """Up to `steps` tokens a row: int32 [B, width], -1 where a row drew none, _BROKEN where its logits were not finite;
@@ -367,6 +402,12 @@ def _decode(
     drawn = jnp.full((rows.done.shape[0], width), -1, jnp.int32)
     taken, rows, drawn = jax.lax.while_loop(unfinished, draw, (jnp.int32(0), rows, drawn))
     return rows, drawn, taken
+
+
+_decode = jax.jit(draw_tokens, static_argnames=("graph", "width"), donate_argnames="rows")
+_decode_in_graphs = jax.jit(
+    draw_tokens, static_argnames=("graph", "width"), donate_argnames="rows", compiler_options=GRAPHS
+)
 
 
 def _grown(cache: Cache, room: int) -> Cache:

@@ -24,6 +24,7 @@ from qlora_jax.models.chunks import chunk_size, in_chunks
 
 IMPLEMENTATIONS = ("auto", "xla", "chunked", "flash", "cudnn")
 LONGEST_WHOLE = 2048  # tokens: what "auto" still gives to "xla", which keeps all scores: 1 GB of float32 at 64 heads
+WHOLE_SCORES = 2**29  # bytes: of prompts, which memory for training was not planned for
 QUERY_CHUNK = 1024  # queries that "chunked" takes at a time
 SCORES = 1024 * 512  # of a head at a time: 134 MB of float32 at 64 heads
 
@@ -58,6 +59,13 @@ def chosen(implementation: str, T: int, N: int = 0, H: int = 0, dtype: Any = jnp
     if is_fastest(T, N, H, dtype):
         return "flash"
     return "xla" if T <= LONGEST_WHOLE else "chunked"
+
+
+def for_prompts(implementation: str, shape: tuple[int, int, int, int], dtype: Any) -> str:
+    """As `chosen`, for queries [B, T, N, H]: what "auto" gives to "xla" has at most WHOLE_SCORES bytes of scores."""
+    B, T, N, H = shape
+    found = chosen(implementation, T, N, H, dtype)
+    return "chunked" if implementation == "auto" and found == "xla" and 4 * B * N * T * T > WHOLE_SCORES else found
 
 
 def segment_starts(segments: jax.Array) -> jax.Array:

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
+from pallas_kernels.nf4_matmul import is_for_cpu
 from qlora_jax.models.attention import (
     Scoring,
     alibi_slopes,
@@ -33,6 +35,24 @@ class Cache(NamedTuple):
     k: jax.Array
     v: jax.Array
 
+    def begun(self, k: jax.Array, v: jax.Array, layer: jax.Array) -> "Cache":
+        """With keys and values [B, T, K, H] of a layer at the first places."""
+        at, new = (layer, 0, 0, 0, 0), (_laid_out(k), _laid_out(v))
+        return Cache(*(jax.lax.dynamic_update_slice(old, x[None], at) for old, x in zip(self, new, strict=True)))
+
+    def of_layer(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, S, K, H]."""
+        return _laid_out(self.k[layer]), _laid_out(self.v[layer])
+
+
+def _laid_out(x: jax.Array) -> jax.Array:
+    """x, which lies in memory as its axes stand.
+
+    Left free, attention's layout of keys and values becomes the whole cache's: XLA:GPU turns that around before the
+    layers and after, with another cache in memory.
+    """
+    return x if is_for_cpu() else with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
 
 class Context(NamedTuple):
     """What every layer of one forward pass shares."""
@@ -45,6 +65,7 @@ class Context(NamedTuple):
     balance: Balance | None = None  # of a mixture's routers; None: no auxiliary loss
     seen: jax.Array | None = None  # bool [B, 1 or T, T], which places each token sees; None: those up to its own
     first: jax.Array | None = None  # int32 [], the place of x's first token, of a device that has a part of each row
+    is_new: bool = False  # these tokens are their cache's first
 
 
 class Block(nnx.Module):
@@ -89,8 +110,10 @@ class Block(nnx.Module):
         elif context.first is not None:
             how = (context.implementation, self.starts(context), self.scoring, self.sinks)
             out = attention_to_all(q, k, v, context.first, *how)
-        elif cache is None:
+        elif cache is None or context.is_new:
             out = causal_attention(q, k, v, context.implementation, self.starts(context), self.scoring, self.sinks)
+            if cache is not None:
+                cache = cache.begun(k, v, layer)
         else:
             at = (layer, jnp.arange(B)[:, None], context.positions)
             cache = Cache(cache.k.at[at].set(k), cache.v.at[at].set(v))
@@ -99,9 +122,8 @@ class Block(nnx.Module):
             if self.has_window:
                 first = window_starts(None, context.positions, self.window_size)
                 seen = seen & (places >= first[:, :, None])
-            out = masked_attention(
-                q, cache.k[layer], cache.v[layer], seen, context.positions, self.scoring, self.sinks
-            )
+            keys_values = cache.of_layer(layer)
+            out = masked_attention(q, *keys_values, seen, context.positions, self.scoring, self.sinks)
         out = out.reshape(B, T, self.N * self.H)
         attended = gradient_after(self.linear("o")(out, dropout), out)
         return self.join(x, entering, attended, context, dropout), cache

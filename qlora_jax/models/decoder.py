@@ -12,7 +12,7 @@ from pallas_kernels.nf4_matmul import dense_matmul
 from qlora_jax.errors import InputError
 from qlora_jax.mesh import sequence
 from qlora_jax.mesh.shards import Shards
-from qlora_jax.models.attention import segment_starts
+from qlora_jax.models.attention import for_prompts, segment_starts
 from qlora_jax.models.block import Block, Cache, Context
 from qlora_jax.models.chunks import chunk_size, layer_in_chunks, not_shared
 from qlora_jax.models.config import ModelConfig
@@ -85,7 +85,8 @@ class Decoder(nnx.Module):
 
         Args:
           tokens: int32 [B, T]; padding stands at the right, where causality hides it.
-          positions: int32 [B, T]; 0..T-1 by default. With a cache, also the places that are written.
+          positions: int32 [B, T]; 0..T-1 by default. With a cache, also the places that are written; by default they
+            are its first, and attention is that of training.
           cache: keys and values of earlier calls; None attends to these T tokens alone.
           dropout_key: of LoRA dropout; None is no dropout. A DropoutKey says which rows of a step's batch these are.
           segments: int32 [B, T] ids of the examples packed into each row, equal ones side by side; a token sees its own
@@ -104,6 +105,10 @@ class Decoder(nnx.Module):
         else:
             lengths = jnp.full(tokens.shape[0], self.length_of_room(cache.k.shape[2]))
         context = self.context(tokens, positions, segments, lengths)
+        if positions is None and cache is not None:
+            B, config = tokens.shape[0], self.config
+            implementation = for_prompts(self.attention, (B, T, config.N, config.H), self.compute_dtype)
+            context = context._replace(is_new=True, implementation=implementation)
         block, *state = self.layers(nnx.LoRAParam, ...)
         apply_layer = partial(self.apply_layer, block, context, dropout_key)
 

@@ -93,6 +93,26 @@ def test_a_small_nucleus_is_greedy(tiny_model) -> None:
     assert narrow == greedy(tiny_model, prompts, 20)
 
 
+def test_prompts_that_are_read_at_once_are_answered_alike(tiny_model, monkeypatch) -> None:
+    """As on a GPU: of several lengths, one beyond a piece's, filled up within the cache's room."""
+    prompts = prompts_of([300, 3, 70], tiny_model.config.V)
+    expected = greedy(tiny_model, prompts, 5)
+    monkeypatch.setattr(decode, "is_for_cpu", lambda: False)
+    with monkeypatch.context() as patched:
+        patched.setattr(decode, "_read", None)
+        assert greedy(tiny_model, prompts, 5) == expected
+    monkeypatch.setattr(decode, "WHOLE", 8 * 320 - 1)  # what its rows have together
+    monkeypatch.setattr(decode, "_read_whole", None)
+    assert greedy(tiny_model, prompts, 5) == expected
+
+
+def test_prompts_that_are_read_at_once_have_few_lengths() -> None:
+    lengths = {length: decode._whole(length, 2**20) for length in range(64, 4096 + 1, 64)}
+    assert all(length <= whole <= 1.5 * length for length, whole in lengths.items())
+    assert len(set(lengths.values())) == 12
+    assert decode._whole(320, 320) == 320  # and never more than the room
+
+
 def test_an_end_token_ends_its_row_alone(tiny_model) -> None:
     prompts = prompts_of([9, 20], tiny_model.config.V)
     free = greedy(tiny_model, prompts, 30)

@@ -6,7 +6,7 @@ Added to it are inline assembly (ptx.py) and bfloat16: it has no dot products of
 import contextlib
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -19,7 +19,6 @@ from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
 from pallas_kernels.nf4_matmul import Codec, Packed, config
-from pallas_kernels.nf4_matmul.shapes import Shape
 from pallas_kernels.nf4_matmul.triton import few_rows, scratch
 from pallas_kernels.nf4_matmul.triton.dequantize import dequantize_kernel
 from pallas_kernels.nf4_matmul.triton.forward import forward_kernel
@@ -36,28 +35,29 @@ POINTERS = {
 }
 
 
-def matmul(x: jax.Array, packed: Packed, codec: Codec, tiles: config.Tiles) -> np.ndarray:
-    """y [M, O] as float32, computed as triton/few_rows.py launches it."""
-    shape, rows = Shape(*codec.shape), x.shape[0]
-    dtype = np.float32 if tiles.split > 1 else np.asarray(x).dtype
-    out = np.full((tiles.split, rows, shape.out_features), np.nan, dtype)
-    arguments = _named(few_rows.operands(packed, codec, x.dtype)) | {"x": np.array(x), "out": out, "rows": rows}
-    arguments |= few_rows.constants(codec, x.dtype, tiles)
+def matmul(x: jax.Array, packed: Sequence[Packed], codecs: Sequence[Codec], tiles: config.Tiles) -> np.ndarray:
+    """y [M, sum of O] as float32, computed as triton/few_rows.py launches it."""
+    rows = x.shape[0]
+    out = np.full((rows, sum(codec.shape[0] for codec in codecs)), np.nan, np.asarray(x).dtype)
+    table, scale_map, *weights = few_rows.operands(packed, codecs, x.dtype)
+    weight_names = [f"{name}_{k}" for k in range(few_rows.MOST) for name in ("codes", "absmax", "nested", "offset")]
+    arguments = _named(("table", "scale_map", *weight_names), (table, scale_map, *weights))
+    arguments |= {"x": np.array(x), "out": out, "rows": rows} | few_rows.constants(codecs, x.dtype, tiles)
     arguments["DTYPE"] = tl.constexpr(arguments["DTYPE"])
-    run(forward_kernel, (config.programs(shape, tiles), tiles.split), arguments)
-    return out.astype(np.float32).sum(0)
+    run(forward_kernel, (few_rows.programs(codecs, tiles),), arguments)
+    return out.astype(np.float32)
 
 
 def dequantize(packed: Packed, codec: Codec, dtype: str) -> np.ndarray:
     """W [O, I] in dtype, computed as triton/scratch.py launches it."""
     out = np.full(codec.shape, np.nan, jnp.dtype(dtype))
-    arguments = _named(scratch.operands(packed, codec)) | {"out": out} | scratch.constants(codec)
+    names = ("codes", "table", "absmax", "scale_map", "nested_absmax", "offset")
+    arguments = _named(names, scratch.operands(packed, codec)) | {"out": out} | scratch.constants(codec)
     run(dequantize_kernel, (scratch.programs(codec),), arguments)
     return out
 
 
-def _named(arrays: tuple[jax.Array | None, ...]) -> dict[str, Any]:
-    names = ("codes", "table", "absmax", "scale_map", "nested_absmax", "offset")
+def _named(names: Sequence[str], arrays: Sequence[jax.Array | None]) -> dict[str, Any]:
     return {name: None if a is None else np.array(a) for name, a in zip(names, arrays, strict=True)}
 
 

@@ -22,6 +22,7 @@ class Product(NamedTuple):
     block_size: int
     dtype: str
     nested: bool  # scales are stored in 8 bits
+    joined: int = 1  # weights of the shape that share a launch
 
 
 class Compiled(NamedTuple):
@@ -51,7 +52,7 @@ def _compile(product: Product) -> None:
     import jax.numpy as jnp
 
     from pallas_kernels.nf4_matmul import Codec, Packed
-    from pallas_kernels.nf4_matmul.mosaic import hopper
+    from pallas_kernels.nf4_matmul.mosaic import few_rows, hopper
     from qlora_jax.planning.gpus import GPUS
     from qlora_jax.planning.topology import compile_for, on_gpu
 
@@ -64,6 +65,11 @@ def _compile(product: Product) -> None:
         nested = array((scales // 256,), jnp.float32), array((), jnp.float32)
         packed = Packed(codes, array((scales,), jnp.uint8), *nested)
     x = array((product.rows, I if product.op == "forward" else O), product.dtype)
+    if product.joined > 1:
+        weights, codecs = product.joined * (packed,), product.joined * (codec,)
+        arguments = on_gpu(GPUS["h200"], (x, weights))
+        compile_for(GPUS["h200"], lambda x, weights: few_rows.forward_joined(x, weights, codecs), *arguments)
+        return
     kernel = getattr(hopper, product.op)
     compile_for(GPUS["h200"], lambda x, packed: kernel(x, packed, codec), *on_gpu(GPUS["h200"], (x, packed)))
 

@@ -1,9 +1,10 @@
-"""Runs a whole program of PTX, a block of threads, on numpy arrays: the text which the GPU gets is what is tested.
+"""Runs a whole program of PTX on numpy arrays, a cluster of blocks: the text which the GPU gets is what is tested.
 
 Registers are arrays [programs, 32] of one warp's lanes; programs that differ in data alone run side by side. Warps run
-one after another from barrier to barrier, so that a missing barrier shows as a read of what is not there yet. Asserted:
-registers and shared memory are written before they are read, whole-number arithmetic does not overflow, accesses are
-aligned and inside one array, and a branch goes one way for a warp. Nested scopes share their names here.
+one after another from barrier to barrier, and so do a cluster's blocks, the first of them first: a missing barrier
+shows as a read of what is not there yet. Asserted: registers and shared memory are written before they are read,
+whole-number arithmetic does not overflow, accesses are aligned and inside one array, no block writes to the memory of
+one that has ended, and a branch goes one way for a warp. Nested scopes share their names here.
 """
 
 import re
@@ -15,32 +16,62 @@ import numpy as np
 from tests.kernels import ptx
 
 SHARED = 1024  # where shared memory begins: not at 0, so that an address without it is seen
+BLOCK = 2**24  # as seen from its cluster, the shared memory of block k lies (k + 1) times so far on
 ARRAY = 2**36  # arrays lie this far apart
 STATEMENT = re.compile(r"(?:@(?P<not>!?)(?P<guard>\w+) )?(?P<op>[\w.:]+)(?: (?P<operands>.*))?")
 VALUES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
 
 
-def run(
-    text: str, arrays: Sequence[np.ndarray], numbers: Sequence[np.ndarray | int], warps: int, shared_bytes: int
-) -> None:
-    """Operands $0.. are addresses of arrays (read and written in place), shared memory's, then the numbers.
+Numbers = Sequence[np.ndarray | int]
 
-    A number is one for all programs, or an array [programs] of one each.
+
+def run(
+    text: str,
+    arrays: Sequence[np.ndarray],
+    clusters: np.ndarray | int,
+    blocks: Sequence[Numbers],
+    warps: int,
+    shared_bytes: int,
+) -> None:
+    """Operands $0.. are shared memory's address, a block's numbers, then those of arrays (read and written in place).
+
+    `clusters`: their numbers, which run side by side. `blocks`: the numbers that each block of a cluster is given.
     """
-    numbers = [np.asarray(number, np.uint32).reshape(-1, 1) for number in numbers]
-    programs = max(number.shape[0] for number in numbers)
     pointers = [np.uint64((k + 1) * ARRAY) for k in range(len(arrays))]
-    operands = {f"${k}": value for k, value in enumerate([*pointers, np.uint32(SHARED), *numbers])}
     memory = [array.reshape(-1).view(np.uint8) for array in arrays]
     assert all(np.shares_memory(array, view) for array, view in zip(arrays, memory, strict=True))
-    shared = np.zeros((programs, shared_bytes), np.uint8), np.zeros((programs, shared_bytes), np.uint8)
     statements, labels = _parse(text)
-    running = [_Warp(operands, memory, shared, warp, programs).run(statements, labels) for warp in range(warps)]
-    while running:
-        reached = [next(warp, None) for warp in running]
-        assert len(set(reached)) == 1, f"some warps wait at a barrier that others never reach: {reached}"
-        if reached[0] is None:
-            return
+    numbered = np.asarray(clusters, np.uint32).reshape(-1, 1)
+    cluster: list[_Block] = []
+    for rank, numbers in enumerate(blocks):
+        words = [np.asarray(number, np.uint32).reshape(-1, 1) for number in numbers]
+        operands = {f"${k}": value for k, value in enumerate([np.uint32(SHARED), *words, *pointers])}
+        operands |= {"%clusterid.x": numbered, "%cluster_ctarank": np.uint32(rank)}
+        operands["%ctaid.x"] = numbered * np.uint32(len(blocks)) + np.uint32(rank)
+        shared = tuple(np.zeros((len(numbered), shared_bytes), np.uint8) for _ in range(2))
+        threads = [_Warp(operands, memory, cluster, rank, warp, len(numbered)) for warp in range(warps)]
+        cluster.append(_Block(shared, [warp.run(statements, labels) for warp in threads]))
+    while any(block.warps for block in cluster):
+        reached = {block.reach_others() for block in cluster if block.warps}
+        assert len(reached) == 1, f"some blocks wait for others that never come: {reached}"
+
+
+class _Block:
+    """A block's shared memory (bytes, and which were written), and what its warps have still to do."""
+
+    def __init__(self, shared: tuple[np.ndarray, ...], warps: list[Iterator[tuple[str, int]]]):
+        self.shared, self.warps = shared, warps
+
+    def reach_others(self) -> tuple[str, int] | None:
+        """Runs its warps up to where they wait for the cluster, or to their end: None."""
+        while self.warps:
+            reached = [next(warp, None) for warp in self.warps]
+            assert len(set(reached)) == 1, f"some warps wait at a barrier that others never reach: {reached}"
+            if reached[0] is None:
+                self.warps = []
+            elif reached[0][0] == "cluster":
+                return reached[0]
+        return None
 
 
 def _parse(text: str) -> tuple[list[tuple], dict[str, int]]:
@@ -59,13 +90,17 @@ def _parse(text: str) -> tuple[list[tuple], dict[str, int]]:
 
 
 class _Warp:
-    def __init__(self, operands: Mapping, memory: list[np.ndarray], shared: tuple, warp: int, programs: int):
+    def __init__(
+        self, operands: Mapping, memory: list[np.ndarray], cluster: list["_Block"], block: int, warp: int, programs: int
+    ):
         lanes = np.broadcast_to(np.arange(32, dtype=np.uint32) + np.uint32(32 * warp), (programs, 32))
         self.registers = {**operands, "%tid.x": lanes}
-        self.memory, self.shared, self.shape = memory, shared, (programs, 32)
+        self.memory, self.cluster, self.block, self.shape = memory, cluster, block, (programs, 32)
         self.everyone = np.ones(self.shape, bool)
 
-    def run(self, statements: list[tuple], labels: Mapping[str, int]) -> Iterator[int]:
+    def run(self, statements: list[tuple], labels: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+        """Yields where it waits, for its block or for the cluster."""
+        has_arrived = False
         at = 0
         while at < len(statements):
             line, guard, negated, (op, *kinds), operands = statements[at]
@@ -76,7 +111,13 @@ class _Warp:
                     assert active.all() or not active.any(), "a branch that divides a warp"
                     at = labels[operands[0]] if active.all() else at
                 elif op == "bar":
-                    yield at
+                    yield "block", at
+                elif op == "barrier":
+                    step = ".".join(kinds)
+                    assert step == ("cluster.wait.acquire" if has_arrived else "cluster.arrive.release") + ".aligned"
+                    if has_arrived:
+                        yield "cluster", at
+                    has_arrived = not has_arrived
                 elif op in ("ld", "st"):
                     self._access(op, kinds, operands, active)
                 else:
@@ -105,12 +146,17 @@ class _Warp:
         target, *sources = operands
         if op == "mma":
             self._product(kinds, operands)
+        elif op == "mov":
+            self._set(target, self._value(sources[0]))
         elif op == "cvt":
             assert kinds[0] == "rn"
             self._set(target, self._float(sources[0]).astype(VALUES[kinds[1]]).view(np.uint16))
         elif op == "shfl":
             self._shuffle(operands)
-        elif kinds[-1] == "f32" and op != "mov":
+        elif op == "mapa":
+            assert kinds == ["shared::cluster", "u32"]
+            self._set(target, self._value(sources[0]) + np.uint32((int(sources[1]) + 1) * BLOCK))
+        elif kinds[-1] == "f32":
             values = [self._float(source) for source in sources]
             if op == "fma":  # the product of two float32 is exact in float64
                 found = (values[0].astype(np.float64) * values[1] + values[2]).astype(np.float32)
@@ -119,7 +165,18 @@ class _Warp:
             self._set(target, found.view(np.uint32))
         elif op == "setp":
             left, right = map(self._value, sources)
-            self._set(target, {"lt": left < right, "ge": left >= right}[kinds[0]])
+            self._set(target, {"lt": left < right, "ge": left >= right, "ne": left != right}[kinds[0]])
+        elif op == "selp":
+            one, other, condition = map(self._value, sources)
+            kind = {"b32": np.uint32, "b64": np.uint64}[kinds[0]]
+            self._set(target, np.where(condition, kind(one), kind(other)))
+        elif kinds[-1] == "pred":
+            assert op == "and"
+            self._set(target, self._value(sources[0]) & self._value(sources[1]))
+        elif op == "sub":
+            left, right = map(self._value, sources)
+            assert np.all(left >= right), "overflow"
+            self._set(target, np.asarray(left - right, np.uint32))
         elif op in ("add", "mul", "mad", "min"):
             wide = [np.asarray(self._value(source), np.uint64) for source in sources]  # addresses are small
             found = {"add": np.add, "mul": np.multiply, "min": np.minimum}.get(op, lambda a, b, c: a * b + c)(*wide)
@@ -140,8 +197,13 @@ class _Warp:
         if not first.size:
             return
         assert not np.any(first % (width * len(registers))), "not aligned"
-        if "shared" in kinds:
-            space, written = self.shared
+        if kinds[0] in ("shared", "shared::cluster"):
+            block = self.block
+            if kinds[0] == "shared::cluster":
+                (block,) = set((first // BLOCK - 1).tolist())
+                assert self.cluster[block].warps, "its block has ended"
+                first = first % BLOCK
+            space, written = self.cluster[block].shared
             program = np.nonzero(active)[0]
             first = first - SHARED
         else:

@@ -51,7 +51,7 @@ def launches(monkeypatch) -> list[tuple[str, tuple[int, ...]]]:
 
         def compute(x, packed):
             seen.append(("forward", x.shape))
-            return interpreter.matmul(x, Packed(*packed), codec, tiles)
+            return interpreter.matmul(x, [Packed(*packed)], [codec], tiles)
 
         out = jax.ShapeDtypeStruct((x.shape[0], codec.shape[0]), jnp.float32)
         return jax.pure_callback(compute, out, x, packed).astype(x.dtype)

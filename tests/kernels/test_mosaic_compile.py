@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pallas_kernels.nf4_matmul.mosaic.few_rows_ptx import BYTE_ROWS, GROUP, TILES
+from pallas_kernels.nf4_matmul.mosaic.few_rows_program import BYTE_ROWS, GROUP, TILES
 from qlora_jax.planning import topology
 from tests.kernels.mosaic_compile import Compiled, Product, compile_all
 
@@ -20,11 +20,13 @@ FEW_ROWS = {  # product -> instructions a weight, at most
     Product("forward", 8, DOWN, 64, "float16", False): 2.2,
     Product("forward", 16, DOWN, 64, "bfloat16", True): 2.5,
     Product("forward", 9, DOWN, 256, "float16", False): 2.5,
+    Product("forward", 1, (4096, 4096), 64, "bfloat16", True, joined=3): 2.2,
+    Product("forward", 16, (4096, 4096), 64, "bfloat16", True, joined=3): 2.5,
 }
 
 
 def name(product: Product) -> str:
-    return f"{product.op}-{product.rows}-{product.dtype}-{product.block_size}"
+    return f"{product.op}-{product.rows}-{product.dtype}-{product.block_size}-{product.joined}"
 
 
 @pytest.fixture(scope="module")

@@ -113,6 +113,23 @@ def test_a_pack_of_adapters_in_a_scan_over_layers(backend):
     np.testing.assert_allclose(gradient(codec), expected, rtol=0, atol=0.03 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("rows", [1, 8, 16])
+@pytest.mark.parametrize("backend", ["triton", "mosaic"])
+def test_weights_that_share_a_launch(backend, rows):
+    """Queries, keys and values, their sums in parts: right, and the same bits whatever order programs end in."""
+    weights = [quantized((out, 2048), seed=seed) for seed, out in enumerate((2048, 512, 512))]
+    codecs = tuple(codec_of(q, backend, "bfloat16") for q in weights)
+    packed = tuple(q.packed for q in weights)
+    x = jax.random.normal(jax.random.key(1), (rows, 2048), "bfloat16")
+    product = jax.jit(lambda x, packed: api.matmul_joined(x, packed, codecs))
+
+    y = product(x, packed)
+
+    check(y, x, jnp.concatenate([qj.dequantize(q, jnp.float32) for q in weights]), 1)
+    for _ in range(20):
+        np.testing.assert_array_equal(np.asarray(product(x, packed)), np.asarray(y))
+
+
 @pytest.mark.parametrize("dtype", UNIT_ROUNDOFF)
 @pytest.mark.parametrize("name", ["1 row", "fp4", "int4", "blocks of 256", "blocks that cross rows"])
 def test_the_scratch_is_exact_to_the_bit(name, dtype):

@@ -10,12 +10,12 @@ from pallas_kernels.nf4_matmul.shapes import Shape
 from pallas_kernels.nf4_matmul.triton import few_rows, scratch
 
 GPU = config.Gpu("a GPU", 80, 10)
-CODEC = Codec((64, 128), 64, tuple(k / 8 - 1 for k in range(16)), tuple(k / 255 for k in range(256)))
+CODEC = Codec((64, 512), 64, tuple(k / 8 - 1 for k in range(16)), tuple(k / 255 for k in range(256)))
 MOST = 40  # programs of one case
 
 
 def case(op: config.Op = "forward", rows: int = 3) -> measure.Case:
-    return measure.Case(op, Shape(64, 128), rows, block_size=64, dtype="bfloat16")
+    return measure.Case(op, Shape(64, 512), rows, block_size=64, dtype="bfloat16")
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_the_fastest_tiles_are_found(machine):
 
 def test_what_is_wrong_or_does_not_compile_is_never_ranked(machine):
     machine.time = lambda tiles: 1
-    start = config.heuristic(Shape(64, 128), 64, GPU)
+    start = config.heuristic(Shape(64, 512), 64, GPU)
     machine.wrong = {start}
     machine.broken = {"scratch"}
     said: list[str] = []

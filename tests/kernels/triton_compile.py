@@ -4,6 +4,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,18 +39,17 @@ class Machine(NamedTuple):
 
 
 def compile_forward(
-    codec: Codec, dtype: str, tiles: config.Tiles, compute_capability: int, double_quant: bool = True
+    codecs: Sequence[Codec], dtype: str, tiles: config.Tiles, compute_capability: int, double_quant: bool = True
 ) -> Machine:
-    types = {
-        "x": POINTER[dtype],
-        "codes": "*u8",
-        "table": "*u32",
-        **_scale_types(double_quant),
-        "out": POINTER[dtype] if tiles.split == 1 else "*fp32",
-        "rows": "i32",
-    }
+    types = {"x": POINTER[dtype], "table": "*u32"}
+    types["scale_map"], *nested = ["*fp32" if double_quant else "constexpr"] * 3
+    for k in range(few_rows.MOST):
+        kinds = ["*u8", "*u8" if double_quant else "*fp32", *nested] if k < len(codecs) else ["constexpr"] * 4
+        names = (f"{name}_{k}" for name in ("codes", "absmax", "nested", "offset"))
+        types |= dict(zip(names, kinds, strict=True))
+    types |= {"out": POINTER[dtype], "rows": "i32"}
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    constants = few_rows.constants(codec, jnp.dtype(dtype), tiles)
+    constants = few_rows.constants(codecs, jnp.dtype(dtype), tiles)
     options |= backend_options(compute_capability)
     return compile_kernel(forward_kernel, types, constants, options, compute_capability)
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.quick_compile
 def with_cache(graph, state, cache, tokens, first):
     """Logits [1, t, V] of tokens that stand at `first` onwards, and the cache with them."""
     model = nnx.merge(graph, state)
-    positions = first + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    positions = None if first is None else first + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     hidden, cache = model(tokens, positions, cache)
     return model.logits(hidden), cache
 
@@ -44,6 +44,22 @@ def test_logits(name):
             found.append(logits)
         found = np.concatenate(found, axis=1)
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["bloom_a", "gemma3_a", "gpt_oss_a", "llama_longrope_a"])
+def test_a_prompt_that_is_read_at_once(name):
+    """Two thirds as training reads them, the rest one by one: ALiBi, windows, sinks, a rope that turns by the room."""
+    with np.load(FOLDERS / name / "logits.npz") as file:
+        tokens, expected = file["tokens"], file["logits"]
+    graph, state = nnx.split(load_model(FOLDERS / name, compute_dtype=jnp.float32))
+    cache = nnx.merge(graph, state).new_cache(1, 128 if name == "llama_longrope_a" else 64)
+    prompt = 2 * tokens.shape[1] // 3
+    logits, cache = with_cache(graph, state, cache, tokens[:, :prompt], None)
+    found = [logits]
+    for first in range(prompt, tokens.shape[1]):
+        logits, cache = with_cache(graph, state, cache, tokens[:, first : first + 1], first)
+        found.append(logits)
+    np.testing.assert_allclose(np.concatenate(found, axis=1), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["bloom_a", "falcon_b", "gemma3_b", "gpt_oss_b"])

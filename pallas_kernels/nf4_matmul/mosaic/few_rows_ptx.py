@@ -13,98 +13,70 @@ a thread's four columns of one mma, and its x is the same 16 columns of row g of
 
 Scales meet sums, not weights: four multiply-adds a thread for 16 rows of W and 64 columns.
 
+Weights that meet one x may share a launch: tiles of all of them are numbered through, and a program takes the pointers
+of the weight that its tile is of.
+
 A program takes BYTE_ROWS byte rows and a range of columns, of which each warp takes every eighth (or sixteenth) GROUP.
 Registers of codes are loaded anew as soon as they were used, so that a warp's next group comes in while it computes.
-The warps' sums are added through shared memory.
+The warps' sums are added through shared memory. Programs that share a tile's columns are one cluster: each sends what
+its warps make to the shared memory of the first, which adds these in order, so that results are the same on every run,
+and no second kernel follows.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 from pallas_kernels.nf4_matmul.mosaic.decode import assembly
+from pallas_kernels.nf4_matmul.mosaic.few_rows_program import (
+    BYTE_ROWS,
+    CHUNK,
+    CHUNKS,
+    GROUP,
+    SUMS,
+    TABLE_BYTES,
+    TILES,
+    Program,
+)
 
-TILES = 4  # tiles of 8 byte rows that a warp multiplies by the same x
-BYTE_ROWS = 8 * TILES  # of a program: as many rows of W from either half
-CHUNK = 64  # columns that 16 bytes a lane hold: four mma, one scale
-GROUP = 128  # columns in flight in a warp: two chunks, whose scales of both halves are one for each of four lanes
-CHUNKS = GROUP // CHUNK
 BLOCK_TILES = 2  # tiles between two branches, see _multiply
 X_WORDS = 16  # registers of x: both chunks of one tile of x, or one chunk of two
-TABLE_BYTES = 256 * 256
-MAP_BYTES = 256 * 4
-# operands of the text, in this order: pointers, then 32-bit whole numbers
-X, CODES, ABSMAX, NESTED_ABSMAX, ABSMAX_MAP, OFFSET, OUT, SHARED, TILE, SPLIT, BEGIN, END = (f"${k}" for k in range(12))
+# operands of the text, in this order: 32-bit whole numbers, pointers, and four pointers of each weight
+SHARED, BEGIN, END, X, ABSMAX_MAP, OUT = (f"${k}" for k in range(6))
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What is fixed when the text is written."""
+def _pointers(weight: int) -> list[str]:
+    """Of a weight: codes, absmax, nested_absmax, offset."""
+    return [f"${6 + 4 * weight + k}" for k in range(4)]
 
-    rows: int  # M, 1 to 16
-    shape: tuple[int, int]  # (O, I)
-    block_size: int
-    dtype: str  # of x: "bfloat16" or "float16"
-    table: Sequence[float]  # 16 values
-    nested: bool  # scales are stored in 8 bits
-    split: int  # programs that share one tile's columns; more than one write float32 [split, M, O]
 
-    @property
-    def x_tiles(self) -> int:
-        """Tiles of 8 rows of x."""
-        return -(-self.rows // 8)
-
-    @property
-    def warps(self) -> int:
-        """8, or 16 for more than 8 rows: each adds up and writes one row of the result."""
-        return 8 * self.x_tiles
-
-    @property
-    def sums(self) -> int:
-        """Sums of a thread."""
-        return 4 * TILES * self.x_tiles
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Programs: tiles of byte rows, splits."""
-        return self.shape[0] // 2 // BYTE_ROWS, self.split
-
-    @property
-    def shared_bytes(self) -> int:
-        """The table, the map of 8-bit scales, and every warp's sums."""
-        return TABLE_BYTES + MAP_BYTES + self.warps * self.sums * 32 * 4
-
-    def columns(self, split):
-        """First column of a split, and the one after its last; of a whole number, Python's or traced."""
-        groups = self.shape[1] // GROUP
-        return split * groups // self.split * GROUP, (split + 1) * groups // self.split * GROUP
-
-    def text(self) -> str:
-        """The program, see the module's docstring; operands as listed above."""
-        lines = [
-            *_registers(self),
-            *_indices(self),
-            "setp.lt.u32 more, column, end;",
-            *_load_scales(self),
-            *[line for chunk in range(CHUNKS) for line in _load_codes(self, chunk)],
-            *[line for chunk in range(_x_chunks(self)) for line in _load_x(self, chunk)],
-            *_fill_shared(self),
-            "bar.sync 0;",
-            "@!more bra done;",
-            "loop:",
-            *_expand_scales(self),
-            "mov.u32 part_column, column;",
-            f"add.u32 column, column, {self.warps * GROUP};",
-            f"add.u32 scale_column, scale_column, {self.warps * GROUP};",
-            f"add.u64 codes_at, codes_at, {self.warps * GROUP};",
-            *[f"add.u64 x_at{n}, x_at{n}, {2 * self.warps * GROUP};" for n in range(self.x_tiles)],
-            "setp.lt.u32 more, column, end;",
-            *_load_scales(self),
-            *[line for chunk in range(CHUNKS) for line in _multiply(self, chunk)],
-            "@more bra loop;",
-            "done:",
-            *_store(self),
-        ]
-        return "\n".join(["{", *lines, "}"])
+def text(program: Program) -> str:
+    """The program, see the module's docstring; operands as listed above."""
+    lines = [
+        *_registers(program),
+        *_thread(program),
+        *_chosen_weight(program),
+        *_indices(program),
+        "setp.lt.u32 more, column, end;",
+        *_load_scales(program),
+        *[line for chunk in range(CHUNKS) for line in _load_codes(program, chunk)],
+        *[line for chunk in range(_x_chunks(program)) for line in _load_x(program, chunk)],
+        *_fill_shared(program),
+        "bar.sync 0;",
+        "@!more bra done;",
+        "loop:",
+        *_expand_scales(program),
+        "mov.u32 part_column, column;",
+        f"add.u32 column, column, {program.warps * GROUP};",
+        f"add.u32 scale_column, scale_column, {program.warps * GROUP};",
+        f"add.u64 codes_at, codes_at, {program.warps * GROUP};",
+        *[f"add.u64 x_at{n}, x_at{n}, {2 * program.warps * GROUP};" for n in range(program.x_tiles)],
+        "setp.lt.u32 more, column, end;",
+        *_load_scales(program),
+        *[line for chunk in range(CHUNKS) for line in _multiply(program, chunk)],
+        "@more bra loop;",
+        "done:",
+        *_store(program),
+    ]
+    return "\n".join(["{", *lines, "}"])
 
 
 def _x_chunks(program: Program) -> int:
@@ -118,29 +90,70 @@ def _registers(program: Program) -> list[str]:
         ".reg .b32 thread, lane, warp, row, quad, lane_bytes, column, part_column, end, byte_row, scale_column;",
         ".reg .b32 scale_row, cell, index, at, chunk, byte, pair, unused, shifted, low, high, address;",
         f".reg .b32 code<{4 * TILES * CHUNKS}>, x<{X_WORDS}>, scale_code<{TILES}>, a<4>;",
-        ".reg .b64 codes_at, global_at, x_at<2>;",
+        ".reg .b32 numbered, split, tile, half, first_out;",
+        ".reg .b64 codes, absmax, nested_absmax, offset_at, codes_at, global_at, x_at<2>;",
         f".reg .f32 zero, offset, value, part<8>, sum<{program.sums}>, low_scale, high_scale;",
         f".reg .f32 scale<{TILES}>, nested<{TILES}>;",
         ".reg .b16 rounded;",
     ]
 
 
-def _indices(program: Program) -> list[str]:
-    """Where a lane's first codes, x and scales are."""
-    in_features = program.shape[1]
+def _chosen_weight(program: Program) -> list[str]:
+    """The pointers of the weight that has this tile, and `_place`."""
+    pointers = zip(*[_pointers(k) for k in range(len(program.out_features))], strict=True)
+    names = ("codes", "absmax", "nested_absmax", "offset_at")
     lines = [
+        line for name, values in zip(names, pointers, strict=True) for line in _by_weight(program, "b64", name, values)
+    ]
+    return [*lines, *_place(program)]
+
+
+def _place(program: Program) -> list[str]:
+    """Byte rows of the weight that has this tile, its first out-feature, and the tile among its own.
+
+    Computed again behind the loop, over which registers are few.
+    """
+    outs = program.out_features
+    return [
+        *_by_weight(program, "b32", "half", [out // 2 for out in outs]),
+        *_by_weight(program, "b32", "first_out", [sum(outs[:k]) for k in range(len(outs))]),
+        *_by_weight(program, "b32", "tile", program.first_tiles[:-1]),
+        "sub.u32 tile, numbered, tile;",
+    ]
+
+
+def _thread(program: Program) -> list[str]:
+    """Who a thread is, the number of its tile among those of all weights, and its program's in the cluster."""
+    return [
         "mov.u32 thread, %tid.x;",
         "shr.u32 warp, thread, 5;",
         "and.b32 lane, thread, 31;",
+        f"mov.u32 numbered, {'%clusterid.x' if program.split > 1 else '%ctaid.x'};",
+        f"mov.u32 split, {'%cluster_ctarank' if program.split > 1 else '0'};",
+    ]
+
+
+def _by_weight(program: Program, kind: str, name: str, values: Sequence[object]) -> list[str]:
+    """A register that holds the value of the weight that has this tile."""
+    lines = [f"mov.{kind} {name}, {values[0]};"]
+    for first, value in zip(program.first_tiles[1:-1], values[1:], strict=True):
+        lines += [f"setp.ge.u32 more, numbered, {first};", f"selp.{kind} {name}, {value}, {name}, more;"]
+    return lines
+
+
+def _indices(program: Program) -> list[str]:
+    """Where a lane's first codes, x and scales are."""
+    in_features = program.in_features
+    lines = [
         "shl.b32 lane_bytes, lane, 2;",
         "shr.u32 row, lane, 2;",
         "and.b32 quad, lane, 3;",
         f"mov.u32 end, {END};",
         f"mad.lo.u32 column, warp, {GROUP}, {BEGIN};",
-        f"mad.lo.u32 byte_row, {TILE}, {BYTE_ROWS}, row;",
+        f"mad.lo.u32 byte_row, tile, {BYTE_ROWS}, row;",
         "mad.lo.u32 index, quad, 16, column;",
         f"mad.lo.u32 cell, byte_row, {in_features}, index;",
-        f"mad.wide.u32 codes_at, cell, 1, {CODES};",
+        "mad.wide.u32 codes_at, cell, 1, codes;",
     ]
     for n in range(program.x_tiles):  # rows past the last repeat it and are not stored
         lines += [
@@ -154,9 +167,9 @@ def _indices(program: Program) -> list[str]:
         "and.b32 cell, quad, 1;",
         f"mad.lo.u32 scale_column, cell, {CHUNK}, column;",
         "shr.u32 cell, quad, 1;",
-        f"mad.lo.u32 cell, cell, {program.shape[0] // 2}, byte_row;",
+        "mad.lo.u32 cell, cell, half, byte_row;",
         f"mul.lo.u32 scale_row, cell, {in_features // program.block_size};",
-        *([f"ld.global.nc.f32 offset, [{OFFSET}];"] if program.nested else []),
+        *(["ld.global.nc.f32 offset, [offset_at];"] if program.nested else []),
         "mov.f32 zero, 0f00000000;",
         *[f"mov.f32 sum{k}, zero;" for k in range(program.sums)],
     ]
@@ -167,7 +180,7 @@ def _load_codes(program: Program, chunk: int, tiles: Sequence[int] = range(TILES
     lines = []
     for tile in tiles:
         words = _names("code", 4 * (TILES * chunk + tile), 4)
-        offset = tile * 8 * program.shape[1] + chunk * CHUNK
+        offset = tile * 8 * program.in_features + chunk * CHUNK
         lines.append(f"@more ld.global.nc.L1::no_allocate.v4.b32 {words}, [codes_at+{offset}];")
     return lines
 
@@ -192,18 +205,18 @@ def _load_scales(program: Program) -> list[str]:
     """Lane 4 g + t takes of each tile, as it is stored, the scale of chunk t % 2 of row g of half t // 2."""
     lines = [f"shr.u32 at, scale_column, {program.block_size.bit_length() - 1};", "add.u32 at, at, scale_row;"]
     for tile in range(TILES):
-        lines.append(f"add.u32 index, at, {8 * tile * (program.shape[1] // program.block_size)};")
+        lines.append(f"add.u32 index, at, {8 * tile * (program.in_features // program.block_size)};")
         if program.nested:
             lines += [
-                f"mad.wide.u32 global_at, index, 1, {ABSMAX};",
+                "mad.wide.u32 global_at, index, 1, absmax;",
                 f"@more ld.global.nc.u8 scale_code{tile}, [global_at];",
                 "shr.u32 index, index, 8;",
-                f"mad.wide.u32 global_at, index, 4, {NESTED_ABSMAX};",
+                "mad.wide.u32 global_at, index, 4, nested_absmax;",
                 f"@more ld.global.nc.f32 nested{tile}, [global_at];",
             ]
         else:
             lines += [
-                f"mad.wide.u32 global_at, index, 4, {ABSMAX};",
+                "mad.wide.u32 global_at, index, 4, absmax;",
                 f"@more ld.global.nc.f32 nested{tile}, [global_at];",
             ]
     return lines
@@ -321,17 +334,16 @@ def _product(program: Program) -> str:
 
 
 def _store(program: Program) -> list[str]:
-    """Adds the warps' sums and writes the program's tile: rows of x, halves of W, byte rows.
+    """Adds the warps' sums and writes the tile: rows of x, halves of W, byte rows.
 
     mma leaves lane 4 g + t with rows 2 t and 2 t + 1 of x for row g (low nibbles), then for row g + 8 (high nibbles).
     Warp w writes row w of x: runs of 32 out-features, of either half.
     """
-    out_features, parts = program.shape[0], TABLE_BYTES + MAP_BYTES
-    size = 4 if program.split > 1 else 2  # of a result
     lines = [
+        *(_thread(program) if len(program.out_features) > 1 else []),  # as `_place`; of one, ptxas has enough
         f"mad.lo.u32 at, warp, {program.sums * 32}, lane;",
         f"mad.lo.u32 at, at, 4, {SHARED};",
-        *[f"st.shared.f32 [at+{parts + 128 * k}], sum{k};" for k in range(program.sums)],
+        *[f"st.shared.f32 [at+{SUMS + 128 * k}], sum{k};" for k in range(program.sums)],
         "bar.sync 0;",
         "shr.u32 at, lane, 3;",  # byte row 8 tile + g is this lane's
         "shr.u32 index, warp, 3;",
@@ -344,24 +356,62 @@ def _store(program: Program) -> list[str]:
         "mad.lo.u32 at, at, 4, row;",  # the lane that has it
         "mad.lo.u32 at, index, 32, at;",
         f"mad.lo.u32 at, at, 4, {SHARED};",
-        f"mad.lo.u32 cell, {TILE}, {BYTE_ROWS}, lane;",
-        f"mad.lo.u32 row, {SPLIT}, {program.rows}, warp;",
-        f"mad.lo.u32 index, row, {out_features}, cell;",
-        f"mad.wide.u32 global_at, index, {size}, {OUT};",
         f"setp.lt.u32 is_row, warp, {program.rows};",
     ]
-    for half in range(2):
-        lines.append("mov.f32 value, zero;")
+    for half, total in enumerate(("low_scale", "high_scale")):
+        lines.append(f"mov.f32 {total}, zero;")
         for warp in range(program.warps):
-            offset = parts + 128 * (program.sums * warp + 2 * half)
-            lines += [f"ld.shared.f32 part0, [at+{offset}];", "add.rn.f32 value, value, part0;"]
-        offset = half * out_features // 2 * size
-        if program.split > 1:
-            lines.append(f"@is_row st.global.f32 [global_at+{offset}], value;")
-        else:
-            lines.append(f"cvt.rn.{_kind(program)}.f32 rounded, value;")
-            lines.append(f"@is_row st.global.b16 [global_at+{offset}], rounded;")
+            offset = SUMS + 128 * (program.sums * warp + 2 * half)
+            lines += [f"ld.shared.f32 part0, [at+{offset}];", f"add.rn.f32 {total}, {total}, part0;"]
+    return [*lines, *(_add_cluster(program) if program.split > 1 else []), *_write(program)]
+
+
+def _add_cluster(program: Program) -> list[str]:
+    """Program 0 of a cluster adds what the others send to its shared memory, in their order; the others end.
+
+    A program's shared memory may be written by others once it runs: Mosaic lets a cluster's programs wait for each
+    other at their start.
+    """
+    at = program.received_at
+    lines = [
+        "mad.lo.u32 cell, warp, 64, lane;",
+        f"mad.lo.u32 cell, cell, 4, {SHARED};",
+        f"mad.lo.u32 index, split, {program.sent_bytes}, cell;",
+        "mapa.shared::cluster.u32 address, index, 0;",  # the same place in program 0
+        "setp.ne.u32 is_past, split, 0;",
+        "and.pred more, is_past, is_row;",
+    ]
+    for half, total in enumerate(("low_scale", "high_scale")):
+        offset = at - program.sent_bytes + 128 * half  # program 1 sends to where all begin
+        lines.append(f"@more st.shared::cluster.f32 [address+{offset}], {total};")
+    lines += [
+        "barrier.cluster.arrive.release.aligned;",
+        "barrier.cluster.wait.acquire.aligned;",
+        "@is_past bra end_of_program;",
+    ]
+    for half, total in enumerate(("low_scale", "high_scale")):
+        for other in range(program.split - 1):
+            offset = at + other * program.sent_bytes + 128 * half
+            lines += [f"@is_row ld.shared.f32 part0, [cell+{offset}];", f"add.rn.f32 {total}, {total}, part0;"]
     return lines
+
+
+def _write(program: Program) -> list[str]:
+    """Rounds this warp's row of the tile, if it has one."""
+    lines = [
+        *_place(program),
+        f"mad.lo.u32 cell, tile, {BYTE_ROWS}, lane;",
+        "add.u32 cell, cell, first_out;",
+        f"mad.lo.u32 index, warp, {sum(program.out_features)}, cell;",
+    ]
+    for total in ("low_scale", "high_scale"):
+        lines += [
+            f"mad.wide.u32 global_at, index, 2, {OUT};",
+            f"cvt.rn.{_kind(program)}.f32 rounded, {total};",
+            "@is_row st.global.b16 [global_at], rounded;",
+            "add.u32 index, index, half;",
+        ]
+    return [*lines, "end_of_program:"]
 
 
 def _kind(program: Program) -> str:
