@@ -15,9 +15,11 @@ unexport PYTHONHOME
 quickstart: venv
 	@$(PYTHON_IN_VENV) -m experiments.quickstart $(ARGS)
 
+# mypy is a test (tests/test_types.py): it takes one core, and the other need not wait for it.
 # A file's tests stay in one process, which then sets its fixtures up once. Files go in their order: xdist's own has those
 # with few tests last, which are the longest, and one process then waits for the other
-test: lint
+test: venv-dev
+	$(PYTHON_IN_VENV) -m ruff check .
 	$(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # On a machine with an NVIDIA GPU, after installing an extra (cuda13 or cuda12): right first, then how fast; 9 minutes.

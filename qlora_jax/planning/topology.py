@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,10 @@ def traced_for(gpu: PlannedGpu, devices: Mesh | None = None) -> Iterator[None]:
 # products fit no Ampere card, and XLA tries all their tilings before it gives up.)
 _UNRUN = {"xla_backend_optimization_level": 0, "xla_gpu_autotune_level": 0}
 
+KERNELS = "kernels_of_absent_gpus"  # a file in the folder of JAX's cache
+MOST_KEPT = 2**28  # bytes of it; a larger one is begun anew
+_DAMAGED = ("DATA_LOSS", "OUT_OF_RANGE")  # what XLA says of a file that it cannot read
+
 # XLA fuses a product with what makes its operand (a fused projection's gradient, joined from three) and tunes that on
 # the card; without one it has no setting for it at all. Not fused, the operand takes a buffer of its own.
 _UNTUNED = "No supported config found for HLO"
@@ -130,11 +135,37 @@ def compile_for(
         lowered = traced.lower(lowering_platforms=("cuda",))
         options = _UNRUN | (compiler_options or {})
         try:
-            return lowered.compile(compiler_options=options)
+            return _compile(lowered, options)
         except jax.errors.JaxRuntimeError as error:
             if _UNTUNED not in str(error):
                 raise
-            return lowered.compile(compiler_options=options | {"xla_gpu_enable_triton_gemm": False})
+            return _compile(lowered, options | {"xla_gpu_enable_triton_gemm": False})
+
+
+def _compile(lowered: Any, options: dict[str, Any]) -> Any:
+    """Compiled, with kernels of earlier programs, which are kept in the folder of JAX's cache if there is one.
+
+    JAX's cache cannot hold these programs (`_uncached`), but half of compiling one is its kernels: ptxas is called for
+    each. XLA writes the file in place, so it is given a copy, which replaces the kept one in one step.
+    """
+    kept = Path(jax.config.jax_compilation_cache_dir or "", KERNELS)
+    if not jax.config.jax_compilation_cache_dir or not kept.parent.is_dir():
+        return lowered.compile(compiler_options=options)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f"{KERNELS}-", dir=kept.parent) as folder:
+            copy = Path(folder, KERNELS)
+            if kept.exists() and kept.stat().st_size <= MOST_KEPT:
+                shutil.copyfile(kept, copy)
+            compiled = lowered.compile(compiler_options=options | {"xla_gpu_kernel_cache_file": str(copy)})
+            if copy.exists():
+                copy.replace(kept)
+            return compiled
+    except (OSError, jax.errors.JaxRuntimeError) as error:  # a damaged file, a full disk: a plan does without
+        if not isinstance(error, OSError) and not any(said in str(error) for said in (*_DAMAGED, KERNELS)):
+            raise
+        with contextlib.suppress(OSError):
+            kept.unlink(missing_ok=True)
+        return lowered.compile(compiler_options=options)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ from qlora_jax.io.merge import copy_adapter, merge_folder
 from qlora_jax.io.peft import load_adapter, matrix_shapes, read_matrices, write_adapter
 from qlora_jax.models.kind import LLAMA
 
+pytestmark = pytest.mark.quick_compile
+
 EMBEDDING, HEAD = "base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"
 CASES = {"modules_to_save": "llama1", "modules_to_save_tied": "llama3"}
 logits_of = jax.jit(lambda model, tokens: model.logits(model(tokens)[0]))

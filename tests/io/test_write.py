@@ -19,6 +19,8 @@ from qlora_jax.io import shards
 from qlora_jax.io.load import QuantSpec, load_config, load_model, stored_quant
 from qlora_jax.io.write import QUANTS, REPORT, choose_quant, quant_spec, quantize_folder
 
+pytestmark = pytest.mark.quick_compile
+
 GOLDEN_QUANT = {"nf4": "nf4", "fp4": "fp4", "nf4_dq": "nf4+dq"}  # folder of transformers' making -> our name
 
 

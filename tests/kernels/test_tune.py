@@ -9,6 +9,8 @@ from pallas_kernels.nf4_matmul import Codec, config, dense_matmul, dequantize, m
 from pallas_kernels.nf4_matmul.shapes import Shape
 from pallas_kernels.nf4_matmul.triton import few_rows, scratch
 
+pytestmark = pytest.mark.quick_compile
+
 GPU = config.Gpu("a GPU", 80, 10)
 CODEC = Codec((64, 512), 64, tuple(k / 8 - 1 for k in range(16)), tuple(k / 255 for k in range(256)))
 MOST = 40  # programs of one case

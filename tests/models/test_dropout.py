@@ -7,6 +7,8 @@ import pytest
 
 from qlora_jax.models.dropout import Dropout, DropoutKey, DropoutRate, random_bits
 
+pytestmark = pytest.mark.quick_compile
+
 SHAPE = (4, 128, 1024)
 SIGMAS = 5  # of a binomial count, or of a correlation of independent values
 

@@ -192,11 +192,13 @@ def assert_same_bits(a, b) -> None:
         assert np.asarray(x).dtype == np.asarray(y).dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
+@pytest.mark.quick_compile
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_may_be_cut_by_rows(name):
     assert separability(OPTIMIZERS[name]) == "rows"
 
 
+@pytest.mark.quick_compile
 @pytest.mark.parametrize("page_bytes", [1, 20_000, 1 << 20])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_paged_is_unpaged_bit_for_bit_and_optax(name, page_bytes):
@@ -216,6 +218,7 @@ def test_paged_is_unpaged_bit_for_bit_and_optax(name, page_bytes):
         assert np.mean(np.abs(x - y) > 1e-6 + 1e-6 * np.abs(y)) <= 1e-3  # a code beside a midpoint
 
 
+@pytest.mark.quick_compile
 @pytest.mark.parametrize(("name", "moments"), [("adamw", 2), ("lion", 1)])
 def test_bytes_of_state(name, moments):
     """One byte a moment and four for a block of 256; four below 4,096 values a row."""
@@ -225,6 +228,7 @@ def test_bytes_of_state(name, moments):
     assert (state_bytes(OPTIMIZERS[name], [small]) - scalars) / small.size == moments * 4
 
 
+@pytest.mark.quick_compile
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_checkpoint_goes_on_exactly(name, tmp_path):
     def optimizer():
@@ -242,6 +246,7 @@ def test_a_checkpoint_goes_on_exactly(name, tmp_path):
     assert_same_bits(run(fresh, 2, params, fresh.place(states), first=2), whole)
 
 
+@pytest.mark.quick_compile
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_gradients_of_zero_move_nothing(name):
     """LoRA's A has none at the first step: no division of zero by zero, and no sign out of a rounded moment."""

@@ -10,6 +10,8 @@ from qlora_jax.optim.pages import Pages, RowWise, separability, state_bytes
 from qlora_jax.optim.schedules import OPTIMIZERS, make_optimizer
 from tests.optim.transformations import TRANSFORMATIONS, tree
 
+pytestmark = pytest.mark.quick_compile
+
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_how_far_an_update_may_be_cut(name):

@@ -16,6 +16,8 @@ from qlora_jax.train.shapes import abstract_model
 from qlora_jax.train.spec import read_spec
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
+pytestmark = pytest.mark.quick_compile
+
 CPU = PlannedGpu("a CPU", (0, 0), 0, 2**40, 1e10, 1e11, 0, 0.0, is_here=True)
 V, D = 401, 32
 

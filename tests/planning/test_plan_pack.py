@@ -15,6 +15,8 @@ from qlora_jax.planning.pack import PackPlan, largest_pack, plan_pack, steps_pro
 from qlora_jax.train.shapes import abstract_model
 from qlora_jax.train.spec import read_spec
 
+pytestmark = pytest.mark.quick_compile
+
 CPU = PlannedGpu("a CPU", (0, 0), 0, 2**40, 1e10, 1e11, 0, 0.0, is_here=True)
 
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from qlora_jax.errors import InputError
 from qlora_jax.planning import topology
@@ -22,7 +23,7 @@ def asked(monkeypatch):
     compile = jax.stages.Lowered.compile
 
     def stand_in(self, compiler_options):
-        found.append(compiler_options)
+        found.append({name: value for name, value in compiler_options.items() if "cache" not in name})
         if len(found) == 1:
             raise jax.errors.JaxRuntimeError(stand_in.said)
         return compile(self, compiler_options)
@@ -30,6 +31,17 @@ def asked(monkeypatch):
     stand_in.said = "INTERNAL: No supported config found for HLO: %gemm_fusion_dot_general.78 = bf16[7680,16]{1,0} ..."
     monkeypatch.setattr(jax.stages.Lowered, "compile", stand_in)
     return found, stand_in
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """An empty folder for JAX's cache."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    yield tmp_path / "cache"
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
 
 
 def compiled():
@@ -63,3 +75,24 @@ def test_other_errors_are_said(asked):
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         compiled()
     assert len(asked[0]) == 1
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:100], lambda data: bytes(100), lambda data: data + b"more"])
+def test_kernels_are_kept_beside_jaxs_cache_and_a_damaged_file_costs_nothing(monkeypatch, cache, damage):
+    kept = cache / topology.KERNELS
+    first = compiled().memory_analysis().temp_size_in_bytes
+    whole = kept.read_bytes()
+    assert compiled().memory_analysis().temp_size_in_bytes == first and kept.read_bytes() == whole
+    kept.write_bytes(damage(whole))
+    assert compiled().memory_analysis().temp_size_in_bytes == first
+    compiled()
+    assert len(kept.read_bytes()) >= len(whole) and list(cache.iterdir()) == [kept]
+    monkeypatch.setattr(topology, "MOST_KEPT", 10)
+    compiled()
+    assert kept.read_bytes() == whole
+
+
+def test_no_folder_is_made_for_them(cache):
+    cache.rmdir()
+    compiled()
+    assert not cache.exists()
