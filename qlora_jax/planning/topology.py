@@ -146,19 +146,22 @@ def _compile(lowered: Any, options: dict[str, Any]) -> Any:
     """Compiled, with kernels of earlier programs, which are kept in the folder of JAX's cache if there is one.
 
     JAX's cache cannot hold these programs (`_uncached`), but half of compiling one is its kernels: ptxas is called for
-    each. XLA writes the file in place, so it is given a copy, which replaces the kept one in one step.
+    each. XLA writes the file in place, so it is given a copy in the system's temporary folder, where one that a killed
+    process left is not for ever; the kept one is replaced in one step.
     """
     kept = Path(jax.config.jax_compilation_cache_dir or "", KERNELS)
     if not jax.config.jax_compilation_cache_dir or not kept.parent.is_dir():
         return lowered.compile(compiler_options=options)
     try:
-        with tempfile.TemporaryDirectory(prefix=f"{KERNELS}-", dir=kept.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=f"{KERNELS}-") as folder:
             copy = Path(folder, KERNELS)
             if kept.exists() and kept.stat().st_size <= MOST_KEPT:
                 shutil.copyfile(kept, copy)
             compiled = lowered.compile(compiler_options=options | {"xla_gpu_kernel_cache_file": str(copy)})
             if copy.exists():
-                copy.replace(kept)
+                beside = kept.with_name(f"{KERNELS}-{os.getpid()}")
+                shutil.copyfile(copy, beside)
+                beside.replace(kept)
             return compiled
     except (OSError, jax.errors.JaxRuntimeError) as error:  # a damaged file, a full disk: a plan does without
         if not isinstance(error, OSError) and not any(said in str(error) for said in (*_DAMAGED, KERNELS)):
