@@ -3,7 +3,6 @@
 # GPU users, once, after either target: .venv/bin/pip install -c constraints.txt -e '.[cuda13]' (or cuda12)
 
 PYTHON_IN_VENV = .venv/bin/python
-PACKAGES = $(wildcard qlora_jax pallas_kernels experiments configs)
 ARGS =
 
 unexport PYTHONPATH
@@ -29,7 +28,7 @@ gpu-check: venv-dev
 
 lint: venv-dev
 	$(PYTHON_IN_VENV) -m ruff check .
-	$(PYTHON_IN_VENV) -m mypy $(PACKAGES)
+	$(PYTHON_IN_VENV) -m mypy
 
 venv:
 	@scripts/make_venv

@@ -159,9 +159,7 @@ def _compile(lowered: Any, options: dict[str, Any]) -> Any:
                 shutil.copyfile(kept, copy)
             compiled = lowered.compile(compiler_options=options | {"xla_gpu_kernel_cache_file": str(copy)})
             if copy.exists():
-                beside = kept.with_name(f"{KERNELS}-{os.getpid()}")
-                shutil.copyfile(copy, beside)
-                beside.replace(kept)
+                _replace(kept, copy)
             return compiled
     except (OSError, jax.errors.JaxRuntimeError) as error:  # a damaged file, a full disk: a plan does without
         if not isinstance(error, OSError) and not any(said in str(error) for said in (*_DAMAGED, KERNELS)):
@@ -169,6 +167,17 @@ def _compile(lowered: Any, options: dict[str, Any]) -> Any:
         with contextlib.suppress(OSError):
             kept.unlink(missing_ok=True)
         return lowered.compile(compiler_options=options)
+
+
+def _replace(kept: Path, copy: Path) -> None:
+    """Whole or not at all, also where the disk is full: a plan is no poorer for it."""
+    beside = kept.with_name(f"{KERNELS}-{os.getpid()}")
+    try:
+        shutil.copyfile(copy, beside)
+        beside.replace(kept)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

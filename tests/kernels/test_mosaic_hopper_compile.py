@@ -25,6 +25,7 @@ if not topology.is_installed():
 PRODUCTS = {  # product -> instructions a weight, at most
     Product("forward", 256, (1024, 1024), 64, "bfloat16", False): 5.2,
     Product("backward", 256, (1024, 1024), 64, "bfloat16", False): 5.1,
+    Product("forward", 576, (1024, 1024), 256, "float16", False): 5.2,
     Product("backward", 576, (1024, 1024), 512, "float16", False): 5.1,
 }
 WEIGHTS = 64 * 64 * STAGES // 128  # of a thread in one round of the loop
