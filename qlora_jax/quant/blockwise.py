@@ -20,6 +20,7 @@ from pallas_kernels.nf4_matmul import NESTED_BLOCK, Packed
 from qlora_jax.quant.codebooks import Codebook, absmax_map
 
 CHUNK = 2**22  # values of a large weight that are in work at a time, in 32 bits
+_LOOPED = 2**14  # so many scales and fewer are added up in a loop: levels one by one take longer to compile
 _TINY = 1e-38  # below the smallest normal number: XLA computes with it as with zero, but stores it
 
 
@@ -130,11 +131,16 @@ def _mean(values: jax.Array) -> jax.Array:
     n = values.shape[0]
     high = jnp.pad(values, (0, (1 << (n - 1).bit_length()) - n))
     low = jnp.zeros_like(high)
-    while high.shape[0] > 1:
-        (a, b), (low_a, low_b) = jnp.split(high, 2), jnp.split(low, 2)
-        high = a + b
-        b_seen = high - a
-        low = low_a + low_b + ((a - (high - b_seen)) + (b - b_seen))
+    while (size := high.shape[0]) > _LOOPED:
+        high, low = _pairs_added(*(half for part in (high, low) for half in jnp.split(part, 2)))
+
+    def level(done: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        half = size >> (done + 1)
+        others = (jax.lax.dynamic_slice(jnp.concatenate([part, part]), (half,), (size,)) for part in sums)
+        return _pairs_added(sums[0], next(others), sums[1], next(others))
+
+    # the level that leaves `half` sums adds at all places, of which those below `half` count from then on
+    high, low = jax.lax.fori_loop(0, size.bit_length() - 1, level, (high, low))
     high, low = high[0], low[0]
     quotient = high / n
     bits = jax.lax.bitcast_convert_type(quotient, jnp.uint32)
@@ -143,6 +149,13 @@ def _mean(values: jax.Array) -> jax.Array:
     n_coarse, n_fine = float(n & ~0xFFF), float(n & 0xFFF)
     remainder = (((high - coarse * n_coarse) - coarse * n_fine) - fine * n_coarse) - fine * n_fine
     return quotient + (remainder + low) / n
+
+
+def _pairs_added(a: jax.Array, b: jax.Array, low_a: jax.Array, low_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(a + low_a) + (b + low_b), element by element, as a rounded sum and what rounding lost of it."""
+    high = a + b
+    b_seen = high - a
+    return high, low_a + low_b + ((a - (high - b_seen)) + (b - b_seen))
 
 
 def _count_below(scaled: jax.Array, thresholds: np.ndarray) -> jax.Array:

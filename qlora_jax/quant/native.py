@@ -9,6 +9,7 @@ quantization_config {quant_method, layout, format, block_size, double_quant}; O 
 
 import dataclasses
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import jax
@@ -61,6 +62,7 @@ def read_settings(raw: dict[str, Any], where: str) -> tuple[str, int, bool]:
     return raw["format"], raw["block_size"], raw["double_quant"]
 
 
+@cache  # a model asks for each of its layers' weights, and every question is a trace
 def abstract(shape: tuple[int, ...], format: str, block_size: int, double_quant: bool) -> QuantizedTensor:
     """A quantized [O, I] with shapes and dtypes in place of arrays."""
     w = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
