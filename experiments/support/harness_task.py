@@ -11,7 +11,7 @@ from absl import flags
 from experiments.support.model_flags import ModelFlags
 
 if TYPE_CHECKING:
-    pass
+    from lm_eval.tasks import TaskManager
 
 # flags defined in here belong to the command that calls
 flags.disclaim_key_flags()
@@ -61,7 +61,7 @@ def measure(
     from qlora_jax.evaluate.harness import HarnessModel
     from qlora_jax.io.remote import name_of
 
-    tasks = load_tasks(own.tasks.value, own.include_path.value)
+    tasks, manager = load_tasks(own.tasks.value, own.include_path.value)
     folder = model.folder()
     tokenizer = model.tokenizer()
     loaded = model.load()
@@ -81,6 +81,7 @@ def measure(
         random_seed=seed,
         numpy_random_seed=seed,
         fewshot_random_seed=seed,
+        task_manager=manager,  # without one it reads all of the harness's own tasks, for nothing
     )
     kept = {key: found[key] for key in KEPT if key in found}
     result = {
@@ -127,8 +128,8 @@ def check_extra() -> None:
         ) from error
 
 
-def load_tasks(names: list[str], include_path: str | None) -> list[Any]:
-    """Tasks and groups of these names, with their data.
+def load_tasks(names: list[str], include_path: str | None) -> tuple[list[Any], "TaskManager"]:
+    """Tasks and groups of these names, with their data; and the harness's list of tasks that has them.
 
     Raises:
       InputError: an unknown name, a folder that is not there, or a task that cannot be loaded.
@@ -158,4 +159,4 @@ def load_tasks(names: list[str], include_path: str | None) -> list[Any]:
         raise InputError(f"--tasks={','.join(names)} cannot be loaded: {type(error).__name__}: {reason}") from error
     groups = [group for name, group in loaded.get("groups", {}).items() if name in names]
     inside = {task.task_name for group in groups for task in group.get_all_tasks()}
-    return groups + [task for name, task in loaded["tasks"].items() if name not in inside]
+    return groups + [task for name, task in loaded["tasks"].items() if name not in inside], manager

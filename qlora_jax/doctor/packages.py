@@ -17,7 +17,7 @@ EXTRAS = {
         ("jax-cuda13-plugin>=0.11.2,<0.12", "nvidia-cuda-nvcc>=13.0.48", "nvidia-nvvm>=13.0.48"),
     ),
     "triton": ("the kernels scratch and triton", ("jax-triton>=0.4.1,<0.5", "triton>=3.6,<3.10")),
-    "eval": ("EleutherAI's harness", ("lm_eval>=0.4.10,<0.5",)),
+    "eval": ("EleutherAI's harness", ("lm_eval>=0.4.12,<0.5",)),
     "sweep": ("sweeps over GPUs and machines", ("optuna", "ray[tune]")),
     "sentencepiece": ("tokenizer.model files", ("sentencepiece",)),
     "tensorboard": ("a logger", ("tensorboardX",)),

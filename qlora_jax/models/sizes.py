@@ -3,11 +3,9 @@
 import math
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
-
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.quant.tensor import quantize
+from qlora_jax.quant import native
+from qlora_jax.quant.tensor import check_format
 
 
 def linear_weights(config: ModelConfig) -> int:
@@ -40,6 +38,7 @@ def linear_bytes(
 
 
 def _bytes(shape: tuple[int, ...], format: str, block_size: int, double_quant: bool) -> int:
-    w = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    stored: Callable = lambda w: w if format == "none" else quantize(w, format, block_size, double_quant)  # noqa: E731
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(stored, w)))
+    if format == "none":
+        return 2 * math.prod(shape)
+    check_format(format)
+    return native.abstract(shape, format, block_size, double_quant).nbytes

@@ -8,6 +8,7 @@ quantization_config {quant_method, layout, format, block_size, double_quant}; O 
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -16,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.errors import InputError
-from qlora_jax.quant.tensor import FORMATS, QuantizedTensor, quantize
+from qlora_jax.quant import int8
+from qlora_jax.quant.tensor import QuantizedTensor, quantize
 
 METHOD = "qlora_jax"
 LAYOUT = 2  # of the arrays above; in layout 1 every layer had arrays of its own
@@ -65,10 +67,14 @@ def read_settings(raw: dict[str, Any], where: str) -> tuple[str, int, bool]:
 @cache  # a model asks for each of its layers' weights, and every question is a trace
 def abstract(shape: tuple[int, ...], format: str, block_size: int, double_quant: bool) -> QuantizedTensor:
     """A quantized [O, I] with shapes and dtypes in place of arrays."""
+    made = int8.FORMAT if format == int8.FORMAT else "nf4"  # parts are the same whatever the table
+    return dataclasses.replace(_traced(shape, made, block_size, double_quant), format=format)
+
+
+@functools.cache  # 40 ms each; plans and grids ask again for every model of the same sizes
+def _traced(shape: tuple[int, ...], format: str, block_size: int, double_quant: bool) -> QuantizedTensor:
     w = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    made = format if format in FORMATS else "nf4"  # parts are the same whatever the table
-    q = jax.eval_shape(lambda w: quantize(w, made, block_size, double_quant), w)
-    return dataclasses.replace(q, format=format)
+    return jax.eval_shape(lambda w: quantize(w, format, block_size, double_quant), w)
 
 
 def filled(q: QuantizedTensor, arrays: Mapping[str, jax.Array]) -> QuantizedTensor:

@@ -23,7 +23,6 @@ import functools
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -35,7 +34,7 @@ from qlora_jax.optim.schedules import OPTIMIZERS
 from qlora_jax.planning.gpus import PlannedGpu
 from qlora_jax.planning.roofline import roofline
 from qlora_jax.sweep.grid import Point
-from qlora_jax.train.cut import Choice, Cut, choose, cuts, temporary_bytes, unasked
+from qlora_jax.train.cut import Choice, Cut, ToCut, choose, cuts, temporary_bytes, unasked
 from qlora_jax.train.memory import host_memory_bytes
 from qlora_jax.train.shapes import BatchShape
 from qlora_jax.train.spec import RunSpec, read_spec
@@ -55,7 +54,7 @@ _SIZELESS = {
 _ORDER_ALONE = ("seed", "group_by_length")  # of data, where it is the data set that says how long rows are
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # one for each text below: itself is what it is known by
 class _Shape:
     """Of a config, without its adapter."""
 
@@ -63,6 +62,15 @@ class _Shape:
     base_bytes: int
     packed_bytes: int  # codes and scales of the linear layers
     weights: int  # of the linear layers
+
+    @functools.cached_property
+    def to_cut(self) -> ToCut:
+        return unasked(self.spec.to_cut)
+
+    @functools.cached_property
+    def least_cut(self) -> Cut:
+        """The one that takes least memory."""
+        return min(cuts(self.to_cut), key=lambda cut: temporary_bytes(self.to_cut, cut))
 
 
 @functools.cache
@@ -87,7 +95,9 @@ _NEUTRAL = {
 }  # fmt: skip
 
 
-def _of(plain: dict[str, Any]) -> _Shape:
+@functools.cache  # packing asks for each point many times
+def _of(point: Point) -> _Shape:
+    plain = point.config
     data = plain["data"]
     has_length = data["batches"] or (data["max_source_len"] and data["max_target_len"])
     sizeless = _SIZELESS if has_length else _SIZELESS | {"data": _ORDER_ALONE}
@@ -105,49 +115,45 @@ def _adapter_width(shape: _Shape, targets: tuple[str, ...]) -> int:
     return sum(rank_one_parameters(config, name) for name in select_targets(targets, config))
 
 
-def adapter_params(plain: dict[str, Any], rank: int | None = None) -> int:
-    lora = plain["lora"]
-    return (rank or lora["rank"]) * _adapter_width(_of(plain), tuple(lora["targets"]))
+def _adapter_params(point: Point, rank: int) -> int:
+    return rank * _adapter_width(_of(point), tuple(point.config["lora"]["targets"]))
 
 
 def pack_cut(points: Sequence[Point], limit: int | None) -> Choice:
     """How each member's rows are cut (packs/run.py); `limit` as of train/cut.choose: None on CPUs."""
-    to_cut = unasked(_longest(points).spec.to_cut)
-    return choose(to_cut, _held_bytes(points), limit, members=len(points))
+    return choose(_longest(points).to_cut, _held_bytes(points), limit, members=len(points))
 
 
 def pack_bytes(points: Sequence[Point], cut: Cut | None = None) -> int:
     """Device bytes of a pack at its peak, see above; without a cut by the one that takes least."""
-    to_cut = unasked(_longest(points).spec.to_cut)
-    if cut is None:
-        cut = min(cuts(to_cut), key=lambda cut: temporary_bytes(to_cut, cut))
-    return _held_bytes(points) + temporary_bytes(to_cut, cut, len(points))
+    longest = _longest(points)
+    return _held_bytes(points) + temporary_bytes(longest.to_cut, cut or longest.least_cut, len(points))
 
 
 def _longest(points: Sequence[Point]) -> _Shape:
     """Of the member with the longest rows: all are padded to it."""
-    return max((_of(point.config) for point in points), key=lambda shape: shape.spec.batch.T)
+    return max((_of(point) for point in points), key=lambda shape: shape.spec.batch.T)
 
 
 def _held_bytes(points: Sequence[Point]) -> int:
     """What stands there in every cut."""
     rank = max(point.config["lora"]["rank"] for point in points)
     stacked = _STACKED if len(points) > 1 else 0
-    total = float(_of(points[0].config).base_bytes)
+    total = float(_of(points[0]).base_bytes)
     for point in points:
         name = point.config["optimizer"]["name"].removeprefix("paged_")
         if name not in _STATE:
             raise InputError(f"optimizer.name is {name!r}; known: {', '.join(OPTIMIZERS)}")
-        total += (8 + stacked + _STATE[name]) * adapter_params(point.config, rank)
+        total += (8 + stacked + _STATE[name]) * _adapter_params(point, rank)
     return math.ceil(total)
 
 
 def pack_seconds(points: Sequence[Point], gpu: PlannedGpu, cut: Cut | None = None) -> float:
     """Least seconds of a pack's steps on `gpu`: of its longest member, at its largest rank, all members throughout.
     `cut`: of each member's rows; None is that of read_spec."""
-    shape = _of(points[0].config)
+    shape = _of(points[0])
     rank = max(point.config["lora"]["rank"] for point in points)
-    params = max(adapter_params(point.config, rank) for point in points)
+    params = max(_adapter_params(point, rank) for point in points)
     steps = max(point.config["train"]["steps"] for point in points)
     spec = shape.spec if cut is None else shape.spec.with_cut(cut)
     batch = spec.batch

@@ -105,6 +105,9 @@ class Point:
     axes: dict[str, Any]  # the value here of each key that takes several values in the sweep
     groups: tuple[str, ...]
 
+    def __hash__(self) -> int:
+        return hash(self.hash)
+
 
 @dataclasses.dataclass(frozen=True)
 class Points:

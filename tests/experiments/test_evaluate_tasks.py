@@ -84,6 +84,7 @@ def results(folder, run_commands, tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
     patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.setattr("lm_eval.evaluator.TaskManager", None)  # all tasks are in the folder: the harness's own are not read
     mmlu, harness = ["--task=mmlu", f"--mmlu_data={folder}/mmlu"], ["--task=lm-eval", f"--include_path={folder}/yaml"]
     out = f"--out={folder}/out"
     commands = {

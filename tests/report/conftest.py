@@ -9,8 +9,15 @@ from tests.report import synthetic
 
 
 @pytest.fixture(scope="session")
-def running(tmp_path_factory) -> Path:
-    """Workdir of a sweep of 93 points under way, with its report."""
+def report(tmp_path_factory) -> Report:
+    """Of a sweep of 93 points under way; built once."""
     workdir = synthetic.write(tmp_path_factory.mktemp("sweeps") / "grid & <b>", synthetic.grid(3), done=70)
-    Report(workdir, workdir, "final_eval_loss").build(reload_seconds=30)
-    return workdir
+    made = Report(workdir, workdir, "final_eval_loss")
+    made.build(reload_seconds=30)
+    return made
+
+
+@pytest.fixture(scope="session")
+def running(report) -> Path:
+    """Workdir of that sweep, with its report."""
+    return report.workdir

@@ -19,7 +19,7 @@ METRIC = "final_eval_loss"
 def runs_of(group: str, repetitions: int = 4) -> list[Run]:
     points = [point for point in synthetic.grid(repetitions).points if group in point.groups]
     return [
-        Run(point.hash, "done", flatten(point.config), point.groups, {METRIC: synthetic.loss(point.config, 20)})
+        Run(point.hash, "done", flatten(point.config), point.groups, {METRIC: synthetic.losses(point.config, [20])[0]})
         for point in points
     ]
 

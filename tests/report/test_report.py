@@ -113,12 +113,10 @@ def test_read_while_a_driver_writes(tmp_path):
     ledger.close()
 
 
-def test_nothing_is_drawn_twice(running, tmp_path):
-    report = Report(running, tmp_path, "final_eval_loss")
-    report.build()
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "figures").iterdir()}
-    report.build()
-    assert before and before == {path: path.stat().st_mtime_ns for path in (tmp_path / "figures").iterdir()}
+def test_nothing_is_drawn_twice(report, running):
+    before = {path: path.stat().st_mtime_ns for path in (running / "figures").iterdir()}
+    report.build(reload_seconds=30)
+    assert before and before == {path: path.stat().st_mtime_ns for path in (running / "figures").iterdir()}
 
 
 def test_another_metric(running, tmp_path):

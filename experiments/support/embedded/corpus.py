@@ -182,7 +182,7 @@ def stdlib_documents(limit_bytes: int = 1_100_000, seed: int = 0) -> list[str]:
         Documents of at most some 1,500 characters. The exact text depends on the Python version.
     """
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    sources = sorted(path for path in root.rglob("*.py") if not _SKIPPED & set(path.relative_to(root).parts))
+    sources = sorted(_sources(root))
     random.Random(seed).shuffle(sources)
     found: list[str] = []
     total = 0
@@ -192,6 +192,12 @@ def stdlib_documents(limit_bytes: int = 1_100_000, seed: int = 0) -> list[str]:
             break
         found.append(text)
     return found
+
+
+def _sources(root: pathlib.Path) -> Iterator[pathlib.Path]:
+    for folder, folders, files in root.walk():
+        folders[:] = set(folders) - _SKIPPED  # not walked: site-packages may be large
+        yield from (folder / name for name in files if name.endswith(".py"))
 
 
 def _stdlib_texts(root: pathlib.Path, sources: list[pathlib.Path]) -> Iterator[str]:

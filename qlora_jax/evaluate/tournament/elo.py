@@ -80,13 +80,16 @@ def last_ratings(
     check_settings(k, orderings, start)
     table = np.stack([games.first, games.second, games.outcome], axis=1)
     kinds, sequence = np.unique(table, axis=0, return_inverse=True)
-    sequence = sequence.ravel().astype(np.min_scalar_type(len(kinds)))
-    together = max(1, min(TOGETHER, SEQUENCE_BYTES // sequence.nbytes))
+    sequence = sequence.ravel().astype(np.intp)  # NumPy shuffles no other size as fast
+    small = np.min_scalar_type(len(kinds))
+    together = max(1, min(TOGETHER, SEQUENCE_BYTES // (len(sequence) * small.itemsize)))
     generator = np.random.default_rng(seed)
     last = np.empty((orderings, len(games.systems)))
     for begin in range(0, orderings, together):
         n = min(together, orderings - begin)
-        shuffled = generator.permuted(np.broadcast_to(sequence, (n, len(sequence))), axis=1)
+        shuffled = np.empty((n, len(sequence)), small)
+        for row in shuffled:
+            row[:] = generator.permutation(sequence)
         last[begin : begin + n] = _play(kinds, np.ascontiguousarray(shuffled.T), len(games.systems), k, start)
         progress(n)
     return last
@@ -97,16 +100,21 @@ def _play(kinds: np.ndarray, sequences: np.ndarray, S: int, k: float, start: flo
     n = sequences.shape[1]
     ratings = np.full(S * n, float(start))  # system s of ordering j at s * n + j
     lanes = np.arange(n)
-    first, second, outcome = kinds[:, 0].astype(np.int64) * n, kinds[:, 1].astype(np.int64) * n, kinds[:, 2]
+    first, second = kinds[:, 0].astype(np.int64) * n, kinds[:, 1].astype(np.int64) * n
+    won = k * kinds[:, 2]
     for kind in sequences:
-        a, b = first[kind] + lanes, second[kind] + lanes
-        change = ratings[b] - ratings[a]
+        a, b = first.take(kind), second.take(kind)
+        a += lanes
+        b += lanes
+        of_a, change = ratings.take(a), ratings.take(b)
+        change -= of_a
         change /= SCALE
         # over 700 the odds are beyond float64, and the expected outcome is 0 in it either way
         np.exp(np.minimum(change, 700, out=change), out=change)
         change += 1
         np.divide(-k, change, out=change)
-        change += k * outcome[kind]
-        ratings[a] += change
+        change += won.take(kind)
+        of_a += change
+        ratings[a] = of_a
         ratings[b] -= change
     return ratings.reshape(S, n).T

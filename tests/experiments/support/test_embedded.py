@@ -89,10 +89,18 @@ def test_items_join_what_asks_the_same_thing():
 
 def test_every_held_out_fact_is_stated_often_in_the_corpus(generated):
     """Counts plain statements and questions with their answers, whole and in the relation's own words."""
-    text = "\n".join(generated).lower()
+    parts = ["\n".join(generated[place::8]).lower() for place in range(8)]
     for fact in instructions.held_out_facts():
-        stated = sum(text.count(fill(wording, fact).lower()) for wording in set(fact.relation.statements))
-        asked = sum(text.count(fill(wording, fact).lower()) for wording in set(fact.relation.questions))
+        statements, questions = (
+            [fill(wording, fact).lower() for wording in set(wordings)]
+            for wordings in (fact.relation.statements, fact.relation.questions)
+        )
+        stated = asked = 0
+        for part in parts:  # until it is often enough
+            stated += sum(map(part.count, statements))
+            asked += sum(map(part.count, questions))
+            if stated >= 10 and stated + asked >= 20:
+                break
         assert stated >= 10, (fact.relation.name, fact.key, stated)
         assert stated + asked >= 20, (fact.relation.name, fact.key, stated, asked)
 
@@ -102,8 +110,8 @@ def test_corpus_never_has_the_instruction_form(generated, rows):
     for part in ("### Instruction", "### Input", "### Response", "Below is an instruction"):
         assert part not in text
     generated_text = "\n".join(generated)
-    for row in rows["train"] + rows["heldout"]:
-        assert row["instruction"] not in generated_text
+    for asked in {row["instruction"] for row in rows["train"] + rows["heldout"]}:
+        assert asked not in generated_text
 
 
 def test_every_relation_has_rows_in_both_splits():
