@@ -10,7 +10,6 @@ quantization_config {quant_method, layout, format, block_size, double_quant}; O 
 import dataclasses
 import functools
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import jax
@@ -64,7 +63,6 @@ def read_settings(raw: dict[str, Any], where: str) -> tuple[str, int, bool]:
     return raw["format"], raw["block_size"], raw["double_quant"]
 
 
-@cache  # a model asks for each of its layers' weights, and every question is a trace
 def abstract(shape: tuple[int, ...], format: str, block_size: int, double_quant: bool) -> QuantizedTensor:
     """A quantized [O, I] with shapes and dtypes in place of arrays."""
     made = int8.FORMAT if format == int8.FORMAT else "nf4"  # parts are the same whatever the table
