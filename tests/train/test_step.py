@@ -13,7 +13,7 @@ from qlora_jax.io import peft
 from qlora_jax.io.load import QuantSpec, load_model
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.optim.paged import PagedOptimizer
-from qlora_jax.optim.pages import Pages
+from qlora_jax.optim.pages import Pages, RowWise
 from qlora_jax.train.step import make_evaluation, make_gradient
 from tests.random_arrays import random_normal
 
@@ -38,7 +38,7 @@ def test_six_steps_of_torch(golden, batches, tmp_path, variant):
     options = FAST if variant == "base32_seldom_clipped" else None
     max_norm = float(expected["max_norm"])
     gradient = jax.jit(make_gradient(graph, loss_chunk=13, max_grad_norm=max_norm), compiler_options=options)
-    pages = Pages(optax.adamw(1e-2, weight_decay=0.0), adapter, page_bytes=1 << 20)
+    pages = Pages(RowWise(*optax.adamw(1e-2, weight_decay=0.0)), adapter, page_bytes=1 << 20)
     optimizer = PagedOptimizer(pages, adapter, resident_bytes=0)
     states, losses, norms = optimizer.init(adapter), [], []
     for tokens, mask in zip(*batches, strict=True):
