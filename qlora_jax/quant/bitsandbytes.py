@@ -115,7 +115,9 @@ def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str = "weight") -
             _check_scales(np.asarray([offset], np.float32), f"nested_offset of {name}")
         _check_table(tensors, f"{name}.nested_quant_map", absmax_map())
     return QuantizedTensor(
-        *jax.device_put((_halves(codes, n), absmax, nested_absmax)),
+        jax.device_put(_halves(codes, n)),
+        jax.device_put(absmax),
+        jax.device_put(nested_absmax),
         None if offset is None else jnp.float32(offset),
         shape=(out_features, in_features),
         format=format,

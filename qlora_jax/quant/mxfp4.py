@@ -44,7 +44,8 @@ def read(blocks: np.ndarray, scales: np.ndarray, name: str) -> QuantizedTensor:
     packed[::2] = (low & 0xF) | (high << 4)
     packed[1::2] = (low >> 4) | (high & 0xF0)
     return QuantizedTensor(
-        *jax.device_put((packed, scales.reshape(-1))),
+        jax.device_put(packed),
+        jax.device_put(scales.reshape(-1)),
         jnp.ones(-(-scales.size // NESTED_BLOCK), jnp.float32),
         jnp.float32(0),
         shape=(blocks.shape[0], blocks.shape[1] * BLOCK),
