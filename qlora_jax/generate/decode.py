@@ -254,11 +254,11 @@ class Decoding:
             piece = padded[:, offset : offset + PREFILL]
             cache, hidden = _read(self._graph, self._state, cache, hidden, piece, jnp.int32(start + offset), lengths)
         done = np.arange(B) >= len(prompts)
-        self._rows = Rows(cache, hidden, jnp.asarray(lengths), jnp.zeros(B, jnp.int32), jnp.asarray(done))
+        self._rows = Rows(cache, hidden, *jax.device_put((lengths, np.zeros(B, np.int32), done)))
         self._settings = Settings(
-            limits=jnp.asarray([*self._limits, *[0] * fill], jnp.int32),
+            limits=jax.device_put(np.asarray([*self._limits, *[0] * fill], np.int32)),
             keys=row_keys(draws, fill),
-            eos_ids=jnp.asarray(sorted(self._eos_ids), jnp.int32),
+            eos_ids=jax.device_put(np.asarray(sorted(self._eos_ids), np.int32)),
             temperature=jnp.float32(sampling.temperature),
             top_p=jnp.float32(sampling.top_p),
             top_k=jnp.int32(sampling.top_k),

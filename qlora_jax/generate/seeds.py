@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -47,5 +46,10 @@ def draws_of_all(
 
 def row_keys(draws: Sequence[Draws], fill: int = 0) -> jax.Array:
     """Keys [B] of the rows of a batch; `fill` rows that draw nothing are added."""
-    seeds, numbers = (jnp.asarray([*column, *[0] * fill], jnp.uint32) for column in zip(*draws, strict=True))
-    return jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(seeds, numbers)
+    return _keys(*(np.asarray([*column, *[0] * fill], np.uint32) for column in zip(*draws, strict=True)))
+
+
+@jax.jit
+@jax.vmap
+def _keys(seed: jax.Array, number: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), number)

@@ -19,7 +19,7 @@ from qlora_jax import checksums
 from qlora_jax.errors import InputError
 from qlora_jax.io import fused
 from qlora_jax.io.folder import TensorFiles, are_equal, has_weights, signature
-from qlora_jax.io.place import anywhere, as_read, of_weight, stacked, to_device
+from qlora_jax.io.place import anywhere, as_read, kept_dtype, of_weight, stacked, to_device, vectors
 from qlora_jax.io.remote import name_of
 from qlora_jax.mesh.processes import merged
 from qlora_jax.models.config import ModelConfig, parse_config, read_json
@@ -328,7 +328,7 @@ def load_model(
 
     def array(key: str, dtype: Any = None, sharding: Any = None) -> jax.Array:
         count()
-        return to_device(files, key, dtype or _kept_dtype(files.dtypes[key], compute_dtype), sharding)
+        return to_device(files, key, dtype or kept_dtype(files.dtypes[key], compute_dtype), sharding)
 
     def linear(name: str, as_array: bool, key: str, slot: tuple[int, ...]) -> QuantizedTensor | jax.Array:
         if quant_of(config, name, quant).format == "none" or key in skipped:
@@ -364,7 +364,7 @@ def load_model(
             count(len(slots))
         else:
             first, as_array = next(iter(slots)), name in mixed
-            dtype = compute_dtype if as_array else _kept_dtype(files.dtypes.get(first, "float32"), compute_dtype)
+            dtype = compute_dtype if as_array else kept_dtype(files.dtypes.get(first, "float32"), compute_dtype)
             like: Any = None if as_array or first in skipped else abstract_weight(config, name, quant)
             like = jax.eval_shape(partial(arrange, name), like or jax.ShapeDtypeStruct(config.linears[name], dtype))
             made = lambda key, slot: arrange(name, linear(name, as_array, key, slot))  # noqa: B023, E731
@@ -375,7 +375,12 @@ def load_model(
     for name, shape in config.vectors.items():
         dtype = None if name in config.sixteen_bit else jnp.float32
         pieces = [piece for index in range(config.depth(name)) for piece in config.pieces(index, name).items()]
-        rows = jnp.stack([other(key, piece, dtype) for key, piece in pieces])
+        if len(pieces[0][1]) == 1:
+            like = jax.ShapeDtypeStruct((len(pieces), *pieces[0][1]), jnp.float32)
+            rows = vectors(files, [key for key, _ in pieces], dtype, compute_dtype, place("", like))
+            count(len(pieces))
+        else:
+            rows = jnp.stack([other(key, piece, dtype) for key, piece in pieces])
         weights["layers"][name] = rows.reshape(config.depth(name), *shape)
     progress(total, total)
     take_checksum(checksums.of(*(f"{key} {checksum}" for key, checksum in sorted(merged(files.checksums).items()))))
@@ -387,11 +392,6 @@ def _mixed(config: ModelConfig, skipped: Container[str]) -> list[str]:
     slots = {name: config.slots(name) for name in config.linears}
     counts = {name: sum(key in skipped for key in keys) for name, keys in slots.items()}
     return [name for name, count in counts.items() if 0 < count < len(slots[name])]
-
-
-def _kept_dtype(stored: str, compute_dtype: Any) -> Any:
-    """16-bit values stay what they are; 32-bit ones are kept only for a float32 computation."""
-    return jnp.dtype(stored) if stored != "float32" else jnp.dtype(compute_dtype)
 
 
 def _read_stack(
@@ -423,7 +423,7 @@ def read_quantized(
     """
     if is_native(files):
         assert (q := abstract_weight(config, name, quant)) is not None
-        arrays = {part: jnp.asarray(files.read(native.stack_key(name, part), place)) for part in native.parts(q)}
+        arrays = {part: jax.device_put(files.read(native.stack_key(name, part), place)) for part in native.parts(q)}
         return native.filled(q, arrays)
     key = config.key(place[0], config.units(name)[place[-1] if len(place) > 1 else 0])
     return read_packed(files, key, quant, config.linears[name])

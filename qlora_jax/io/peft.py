@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax import lora
@@ -316,7 +315,7 @@ def _stack(
                 b[place] *= np.float32(own_scale / config.scale)
     if not np.isfinite(b).all():
         raise InputError(f"{tensors.path}: lora_B of {name} overflows float32 with the alphas of {CONFIG}")
-    return jnp.asarray(a), jnp.asarray(b)
+    return jax.device_put((a, b))
 
 
 def read_matrices(model: Decoder, folder: Path) -> dict[str, np.ndarray]:
@@ -380,10 +379,10 @@ def load_adapter(
             lora.drop_adapter(model, name)
     for name, matrix in matrices.items():
         attribute = "embedding" if model.head is None else lora.MODULES[name]
-        setattr(model, attribute, Frozen(jnp.asarray(matrix).astype(model.compute_dtype)))
+        setattr(model, attribute, Frozen(jax.device_put(matrix).astype(model.compute_dtype)))
         set_rows(model, len(matrix))
     if isinstance(model, Encoder):
-        model.set_head({name: jnp.asarray(value) for name, value in head.items()}, trains=False)
+        model.set_head(jax.device_put(head), trains=False)
     return config
 
 

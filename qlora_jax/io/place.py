@@ -3,7 +3,7 @@
 Of several devices each holds its part of a tensor, where the caller says how it is divided.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -47,13 +47,31 @@ def to_device(files: TensorFiles, key: str, dtype: Any = None, sharding: Any = N
     buffer: Any = None
     for corner, piece in pieces:
         if piece.shape == shape:
-            whole = jnp.asarray(piece).astype(dtype)
+            whole = jnp.asarray(piece).astype(dtype)  # a copy: with device_put the piece would live on beside the next
             return jax.block_until_ready(whole if sharding is None else everywhere(whole, sharding))
         if buffer is None:
             buffer = jnp.zeros(shape, dtype, device=sharding)
-        buffer = jax.block_until_ready(_write(buffer, own(jnp.asarray(piece)), corner, sharding))
+        buffer = jax.block_until_ready(_write(buffer, piece, corner, sharding))
         del piece
     return buffer
+
+
+def kept_dtype(stored: str, compute_dtype: Any) -> Any:
+    """16-bit values stay what they are; 32-bit ones are kept only for a float32 computation."""
+    return jnp.dtype(stored) if stored != "float32" else jnp.dtype(compute_dtype)
+
+
+def vectors(
+    files: TensorFiles, keys: Sequence[str], dtype: Any, compute_dtype: Any, sharding: Any = None
+) -> jax.Array:
+    """Vectors of one length, [len(keys), length] in dtype, None being the one that they are kept in.
+
+    They are put together on the host: they are few bytes, and the device would need programs for it.
+    """
+    dtype = dtype or jnp.result_type(*{kept_dtype(files.dtypes[key], compute_dtype) for key in keys})
+    with np.errstate(over="ignore"):  # 16 bits may not hold all of 32, on the device neither
+        whole = np.stack([files.read(key).astype(dtype) for key in keys])
+    return jax.device_put(whole) if sharding is None else everywhere(whole, sharding)
 
 
 def stacked(

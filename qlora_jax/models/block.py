@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -92,9 +93,9 @@ class Block(nnx.Module):
         for name in dict.fromkeys(kind.norm_of.values()):
             place(self, name, Norm(weights[name], config.norm_eps, kind.norm, weights.get(f"{name}.bias")))
         if len(set(kind.windows)) > 1:
-            self.window = Setting(jnp.asarray(kind.windows, jnp.int32))
+            self.window = Setting(jax.device_put(np.asarray(kind.windows, np.int32)))
         if len(set(kind.layer_ropes)) > 1:
-            self.rope = Setting(jnp.asarray(kind.layer_ropes, jnp.int32))
+            self.rope = Setting(jax.device_put(np.asarray(kind.layer_ropes, np.int32)))
 
     def __call__(self, x: jax.Array, context: Context, cache: Cache | None, layer: jax.Array, dropout: Dropout):
         """x [B, T, D] -> [B, T, D], and the cache with these T positions of this layer written, in place."""

@@ -176,6 +176,8 @@ class Decoder(nnx.Module):
 
     def turns_alike(self, S: int, room: int) -> bool:
         """Whether keys of a cache with room for S tokens stand in one with other room as they were turned."""
+        if not self._turns_by_length():
+            return True
         lengths = [jnp.asarray([self.length_of_room(size)]) for size in (S, max(S, room))]
         before, after = (self.rotation(length) for length in lengths)
         return before is None or after is None or bool(jnp.array_equal(before.inverse, after.inverse))
@@ -202,12 +204,15 @@ class Decoder(nnx.Module):
         turn = None if rotation is None else rotation.at(positions)
         return Context(positions, turn, self.attention, starts, first=first)
 
+    def _turns_by_length(self) -> bool:
+        return depends_on_length(((self.config.rope_theta, self.config.rope_scaling), self.config.kind.local_rope))
+
     def rotation(self, lengths: jax.Array | None) -> Rotation | None:
         config, kind = self.config, self.config.kind
         if not kind.rotary:
             return None
         own = (config.rope_theta, config.rope_scaling)
-        lengths = lengths if depends_on_length((own, kind.local_rope)) else None
+        lengths = lengths if self._turns_by_length() else None
         return rotation(own, kind.local_rope, kind.layer_ropes, kind.rotary_width or config.H, lengths)
 
     def check_attention(self, T: int) -> None:

@@ -81,7 +81,8 @@ class Pages:
         self.cut = separability(tx, jax.tree.unflatten(self.treedef, one))
         self.tx = _per_adapter(tx) if pack else tx
         self.pages = self._make(page_bytes)
-        self._updates: dict[Any, Any] = {}  # by what a page looks like
+        self._updates: dict[Any, Any] = {}  # by what a page looks like, as the next
+        self._states: dict[Any, Any] = {}
 
     def __len__(self) -> int:
         return len(self.pages)
@@ -89,7 +90,7 @@ class Pages:
     @cached_property
     def bytes(self) -> list[int]:
         """State of each page."""
-        return [state_bytes(self.tx, self.piece_shapes(page)) for page in self.pages]
+        return [_bytes_of(self.state_shapes(page)) for page in self.pages]
 
     def largest(self, indices: Iterable[int]) -> int:
         """The page with the most state, of these."""
@@ -122,8 +123,11 @@ class Pages:
         return self.tree(page, [self._rows(piece.leaf, piece.rows) for piece in page])
 
     def state_shapes(self, page: Page) -> Any:
-        """Shapes of a page's optax state."""
-        return jax.eval_shape(self.tx.init, self.piece_shapes(page))
+        """Shapes of a page's optax state; traced once for pages alike."""
+        layout = _layout(page)
+        if layout not in self._states:
+            self._states[layout] = jax.eval_shape(self.tx.init, self.piece_shapes(page))
+        return self._states[layout]
 
     def rows_of(self, page: Page, starts: jax.Array, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """A page's rows out of the arrays that it touches; traced, `starts` int32 [pieces]."""
@@ -171,7 +175,7 @@ class Pages:
     def _page_update(self, page: Page) -> Any:
         """(starts, parameters, gradients, state leaves, factor) -> (parameters, state leaves), of one page; the same
         function for pages alike, which are traced once."""
-        layout = tuple((piece.leaf, piece.rows) for piece in page)
+        layout = _layout(page)
         if layout in self._updates:
             return self._updates[layout]
         state_def = jax.tree.structure(self.state_shapes(page))
@@ -230,7 +234,16 @@ def _even(rows: int, most: int) -> int:
 
 def state_bytes(tx: optax.GradientTransformation, params: Any) -> int:
     """Bytes of optimizer state for a tree of parameters, or of their shapes."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(tx.init, params)))
+    return _bytes_of(jax.eval_shape(tx.init, params))
+
+
+def _bytes_of(shapes: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+
+def _layout(page: Page) -> tuple[tuple[int, int], ...]:
+    """What pages alike have in common: arrays, and how many rows of each."""
+    return tuple((piece.leaf, piece.rows) for piece in page)
 
 
 def _per_adapter(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -306,9 +319,9 @@ def _probe(tx: optax.GradientTransformation, treedef: Any, arrays: tuple[tuple[t
                         return False
         return True
 
-    if not agrees([slice(0, 2)]):
-        return "whole"
-    return "rows" if agrees([slice(0, 1), slice(1, 2)]) else "leaves"
+    if agrees([slice(0, 1), slice(1, 2)]):  # so does each array, then
+        return "rows"
+    return "leaves" if agrees([slice(0, 2)]) else "whole"
 
 
 def _probed_row(ndim: int, matrix: tuple[int, int]) -> tuple[int, ...]:

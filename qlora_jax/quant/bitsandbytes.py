@@ -9,6 +9,7 @@ blocksize, dtype, shape, nested_blocksize, nested_dtype, nested_offset}. int8.py
 import json
 from collections.abc import Container, Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -114,9 +115,9 @@ def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str = "weight") -
             _check_scales(np.asarray([offset], np.float32), f"nested_offset of {name}")
         _check_table(tensors, f"{name}.nested_quant_map", absmax_map())
     return QuantizedTensor(
-        jnp.asarray(_halves(codes, n)),
-        jnp.asarray(absmax),
-        None if nested_absmax is None else jnp.asarray(nested_absmax),
+        jax.device_put(_halves(codes, n)),
+        jax.device_put(absmax),
+        jax.device_put(nested_absmax),
         None if offset is None else jnp.float32(offset),
         shape=(out_features, in_features),
         format=format,

@@ -100,4 +100,4 @@ def from_file(tensors: Mapping[str, np.ndarray], key: str) -> int8_matmul.Packed
     scales = scales.reshape(-1)
     if not (np.isfinite(scales).all() and (scales >= 0).all()):
         raise InputError(f"{scales_key} holds NaN, infinity or a negative number; a scale must be finite")
-    return int8_matmul.Packed(jnp.asarray(codes), jnp.asarray(scales))
+    return int8_matmul.Packed(*jax.device_put((codes, scales)))

@@ -10,6 +10,7 @@ nested scales of 1 and an offset of 0: so whatever takes double quantization tak
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -43,8 +44,8 @@ def read(blocks: np.ndarray, scales: np.ndarray, name: str) -> QuantizedTensor:
     packed[::2] = (low & 0xF) | (high << 4)
     packed[1::2] = (low >> 4) | (high & 0xF0)
     return QuantizedTensor(
-        jnp.asarray(packed),
-        jnp.asarray(scales.reshape(-1)),
+        jax.device_put(packed),
+        jax.device_put(scales.reshape(-1)),
         jnp.ones(-(-scales.size // NESTED_BLOCK), jnp.float32),
         jnp.float32(0),
         shape=(blocks.shape[0], blocks.shape[1] * BLOCK),

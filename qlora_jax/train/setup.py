@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -227,9 +226,9 @@ def prepare(
         for name, (a, b) in start.arrays.items():
             lora.set_adapter(model, name, a, b, lora_config.scale)
         for name, matrix in start.matrices.items():
-            lora.train_whole(model, name, jnp.asarray(matrix))
+            lora.train_whole(model, name, jax.device_put(matrix))
         if start.head:
-            lora.train_head(model, {name: jnp.asarray(value) for name, value in start.head.items()})
+            lora.train_head(model, jax.device_put(dict(start.head)))
     graph, adapter, frozen = lora.split(model)
     devices = None
     if mesh is not None:

@@ -8,7 +8,7 @@ import pytest
 
 from qlora_jax.bench import train as benchmark
 from qlora_jax.errors import InputError
-from qlora_jax.optim.pages import Pages
+from qlora_jax.optim.pages import Pages, RowWise
 from qlora_jax.train import loop
 from qlora_jax.train.setup import prepare
 from qlora_jax.train.spec import read_spec
@@ -16,7 +16,8 @@ from qlora_jax.train.spec import read_spec
 pytestmark = pytest.mark.quick_compile
 
 MIB = 2**20
-PAGES = Pages(optax.sgd(1.0, momentum=0.9), [jax.ShapeDtypeStruct((10, MIB // 4), jnp.float32)], MIB)  # ten of 1 MiB
+SGD = RowWise(*optax.sgd(1.0, momentum=0.9))
+PAGES = Pages(SGD, [jax.ShapeDtypeStruct((10, MIB // 4), jnp.float32)], MIB)  # ten of 1 MiB
 
 
 @pytest.mark.parametrize(

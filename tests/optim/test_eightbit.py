@@ -1,6 +1,7 @@
 """8-bit moments are bitsandbytes' bit for bit, cut where pages cut, and never become worse than their map allows."""
 
 import math
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,16 @@ from hypothesis.extra import numpy as hnp
 
 from qlora_jax.optim.eightbit import BLOCK, Quantized, _nearest, adamw8bit, dequantize, lion8bit, quantize
 from qlora_jax.optim.paged import PagedOptimizer
-from qlora_jax.optim.pages import Pages, separability, state_bytes
+from qlora_jax.optim.pages import Pages, RowWise, separability, state_bytes
 from qlora_jax.quant.codebooks import dynamic_map
 from qlora_jax.train.checkpoints import Checkpoints
 from tests.not_finite import every_pattern, finite_by_definition
 
 RATE, DECAY = 1e-2, 0.1  # as the golden file
-OPTIMIZERS = {"adamw": adamw8bit(RATE, 0.9, 0.999, 1e-8, DECAY), "lion": lion8bit(RATE, 0.9, 0.99, DECAY)}
+OPTIMIZERS = {  # that they are RowWise: test_may_be_cut_by_rows
+    "adamw": RowWise(*adamw8bit(RATE, 0.9, 0.999, 1e-8, DECAY)),
+    "lion": RowWise(*lion8bit(RATE, 0.9, 0.99, DECAY)),
+}
 MAPS = {"signed": True, "unsigned": False}
 UPDATES = 3
 SMALLEST = np.finfo(np.float32).tiny  # normal number
@@ -178,6 +182,12 @@ def tree(seed: int) -> dict[str, jax.Array]:
     return {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
 
 
+@cache
+def pages_of(name: str, page_bytes: int) -> Pages:
+    """Of `tree`, shared by optimizers: the updates of its pages are traced once."""
+    return Pages(OPTIMIZERS[name], tree(0), page_bytes)
+
+
 def run(optimizer: PagedOptimizer, updates: int = UPDATES, params=None, states=None, first: int = 0):
     params = tree(0) if params is None else params
     states = optimizer.init(params) if states is None else states
@@ -195,7 +205,7 @@ def assert_same_bits(a, b) -> None:
 @pytest.mark.quick_compile
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_may_be_cut_by_rows(name):
-    assert separability(OPTIMIZERS[name]) == "rows"
+    assert separability(optax.GradientTransformation(*OPTIMIZERS[name])) == "rows"
 
 
 @pytest.mark.quick_compile
@@ -204,7 +214,7 @@ def test_may_be_cut_by_rows(name):
 def test_paged_is_unpaged_bit_for_bit_and_optax(name, page_bytes):
     tx = OPTIMIZERS[name]
     (params, states), unpaged = (
-        run(PagedOptimizer(Pages(tx, tree(0), page_bytes), tree(0), resident)) for resident in (0, math.inf)
+        run(PagedOptimizer(pages_of(name, page_bytes), tree(0), resident)) for resident in (0, math.inf)
     )
     assert_same_bits((params, states), unpaged)
     arrays = [leaf for leaf in jax.tree.leaves(states) if leaf.ndim]
@@ -232,7 +242,7 @@ def test_bytes_of_state(name, moments):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_checkpoint_goes_on_exactly(name, tmp_path):
     def optimizer():
-        return PagedOptimizer(Pages(OPTIMIZERS[name], tree(0), 20_000), tree(0), 0)
+        return PagedOptimizer(pages_of(name, 20_000), tree(0), 0)
 
     whole = run(optimizer(), updates=4)
     params, states = run(optimizer(), updates=2)

@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 
 from qlora_jax.optim.eightbit import adamw8bit, lion8bit
 from qlora_jax.optim.paged import PagedOptimizer
-from qlora_jax.optim.pages import Pages
-from tests.optim.transformations import TRANSFORMATIONS
+from qlora_jax.optim.pages import Pages, RowWise
+from tests.optim.transformations import KNOWN, TRANSFORMATIONS
 
-OPTAX = {name: tx for name, (tx, cut) in TRANSFORMATIONS.items() if cut != "whole"}
-EIGHT_BIT = {"adamw": adamw8bit(1e-2, 0.9, 0.99, 1e-8, 0.1), "lion": lion8bit(1e-2, 0.9, 0.99, 0.1)}
+OPTAX = {name: KNOWN[name] for name, (_, cut) in TRANSFORMATIONS.items() if cut != "whole"}
+EIGHT_BIT = {
+    "adamw": RowWise(*adamw8bit(1e-2, 0.9, 0.99, 1e-8, 0.1)),
+    "lion": RowWise(*lion8bit(1e-2, 0.9, 0.99, 0.1)),
+}
 SHAPES = {"a": (4, 64, 65), "b": (2, 16, 17), "c": (4, 64, 65), "d": (5, 3, 2)}  # a and c: 8-bit, some in short blocks
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +11,23 @@ import optax
 import pytest
 
 from qlora_jax.optim.paged import PagedOptimizer
-from qlora_jax.optim.pages import Pages
-from tests.optim.transformations import TRANSFORMATIONS, tree
+from qlora_jax.optim.pages import Pages, RowWise
+from tests.optim.transformations import KNOWN, tree
 
 pytestmark = pytest.mark.quick_compile
 
 UPDATES = 3
+ADAM = RowWise(*optax.adam(1e-3))
 
 
-def make(tx, page_bytes: int, resident_bytes: float, params=None) -> PagedOptimizer:
-    params = tree(0) if params is None else params
-    return PagedOptimizer(Pages(tx, params, page_bytes), params, resident_bytes)
+@cache
+def pages_of(tx, page_bytes: int) -> Pages:
+    """Of `tree`, shared by optimizers: the updates of its pages are traced once."""
+    return Pages(tx, tree(0), page_bytes)
+
+
+def make(tx, page_bytes: int, resident_bytes: float) -> PagedOptimizer:
+    return PagedOptimizer(pages_of(tx, page_bytes), tree(0), resident_bytes)
 
 
 def run(optimizer: PagedOptimizer, updates: int = UPDATES, params=None, states=None, first: int = 0):
@@ -42,10 +49,10 @@ def kinds(states) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "page_bytes"), [*((name, 700) for name in TRANSFORMATIONS), ("adamw", 1), ("adamw", 1 << 20), ("lamb", 1)]
+    ("name", "page_bytes"), [*((name, 700) for name in KNOWN), ("adamw", 1), ("adamw", 1 << 20), ("lamb", 1)]
 )
 def test_paged_is_unpaged_is_partly_resident_bit_for_bit_and_optax(name, page_bytes):
-    tx, _ = TRANSFORMATIONS[name]
+    tx = KNOWN[name]
     half = [800] if name == "adamw" else []  # its pages have the programs of the others
     optimizers = [make(tx, page_bytes, resident) for resident in (0, *half, math.inf)]
     results = [run(optimizer) for optimizer in optimizers]
@@ -67,7 +74,7 @@ def test_paged_is_unpaged_is_partly_resident_bit_for_bit_and_optax(name, page_by
 @pytest.mark.parametrize("resident", [0, 800, math.inf])
 def test_states_of_a_checkpoint_go_on_exactly(resident):
     """Through host arrays, as a checkpoint holds them, also from a run whose pages lived elsewhere."""
-    tx = TRANSFORMATIONS["adamw"][0]
+    tx = KNOWN["adamw"]
     whole = run(make(tx, 700, resident), updates=4)
     params, states = run(make(tx, 700, 1500), updates=2)
     stored = jax.tree.map(np.array, (params, states))
@@ -78,7 +85,7 @@ def test_states_of_a_checkpoint_go_on_exactly(resident):
 
 
 def test_pages_are_placed_without_passing_through_the_device(monkeypatch):
-    tx = TRANSFORMATIONS["adamw"][0]
+    tx = KNOWN["adamw"]
     stored = jax.tree.map(np.array, make(tx, 700, 0).init(tree(0)))
     optimizer, original, moved = make(tx, 700, 0), jax.device_put, []
 
@@ -100,10 +107,14 @@ def equal_rows(value: float) -> dict[str, jax.Array]:
     return {name: jnp.full(shape, value, jnp.float32) for name, shape in EQUAL_ROWS.items()}
 
 
+def of_equal_rows(tx, resident_bytes: float) -> PagedOptimizer:
+    return PagedOptimizer(Pages(tx, equal_rows(0), 2 * A_ROW + 8), equal_rows(0), resident_bytes)
+
+
 @pytest.mark.parametrize(("resident", "kept"), [(0, 0), (10 * A_ROW, 4), (math.inf, 16)])
 def test_one_program_for_what_stays_and_one_for_pages_alike_that_travel(resident, kept, monkeypatch):
     """Rows of equal layers of any array share a compiled update; what stays on the device takes one call."""
-    optimizer = make(optax.adam(1e-3), 2 * A_ROW + 8, resident, equal_rows(0))
+    optimizer = of_equal_rows(ADAM, resident)
     assert len(optimizer.pages) == 16 and sum(optimizer.resident) == kept
     params = equal_rows(0)
     states = optimizer.init(params)
@@ -126,8 +137,8 @@ def test_one_program_for_what_stays_and_one_for_pages_alike_that_travel(resident
 
 
 def test_pages_that_a_mask_tells_apart_have_programs_of_their_own():
-    tx = optax.masked(optax.adam(1e-3), {"a": True, "b": False})
-    optimizer = make(tx, 2 * A_ROW + 8, 0, equal_rows(0))
+    tx = RowWise(*optax.masked(optax.adam(1e-3), {"a": True, "b": False}))
+    optimizer = of_equal_rows(tx, 0)
     params, _ = optimizer.update(equal_rows(0), equal_rows(1), optimizer.init(equal_rows(0)))
     np.testing.assert_allclose(params["a"], -1e-3, rtol=1e-3)
     np.testing.assert_array_equal(params["b"], 1)  # outside the mask gradients pass unchanged
@@ -179,7 +190,7 @@ class Logged(PagedOptimizer):
 def test_transfers_overlap_and_a_state_of_any_size_keeps_to_three_pages(resident_rows):
     """The state is 5 times what may be on the device during an update."""
     params, grads = jax.device_put((equal_rows(0), equal_rows(1)), jax.devices()[0])  # bound to it: not moved again
-    optimizer = Logged(Pages(optax.adam(1e-3), params, 2 * A_ROW + 8), params, resident_rows * A_ROW)
+    optimizer = Logged(Pages(ADAM, params, 2 * A_ROW + 8), params, resident_rows * A_ROW)
     count, page = len(optimizer.pages), 2 * A_ROW + 4
     in_flight = optimizer.pages.in_flight_bytes(optimizer.resident)
     assert in_flight == 3 * page and sum(optimizer.pages.bytes) > 5 * in_flight
@@ -208,7 +219,7 @@ def test_transfers_overlap_and_a_state_of_any_size_keeps_to_three_pages(resident
 
 def test_host_memory_holds_each_page_once():
     params = equal_rows(0)
-    optimizer = make(optax.adam(1e-3), 2 * A_ROW + 8, 0, params)
+    optimizer = of_equal_rows(ADAM, 0)
     before, most, original = live_bytes("pinned_host"), 0, optimizer._advance
     states = optimizer.init(params)
 
@@ -230,13 +241,14 @@ def pack_of(seeds) -> dict[str, jax.Array]:
 @pytest.mark.parametrize("name", ["adam with injected rate", "8-bit momentum", "lamb", "accumulating adam"])
 def test_a_pack_is_its_adapters_one_by_one(name):
     """Each with its own factor and, where it is injected, its own learning rate."""
-    tx, _ = TRANSFORMATIONS[name]
+    tx = KNOWN[name]
     rates, factors, results = [1e-2, 3e-3, 1e-3], [1.0, 0.5, 0.25], []
     injected = name == "adam with injected rate"
+    pages = Pages(tx, pack_of((0, 10, 20)), 700, pack=True)
+    assert len(pages) > 3
     for resident in (0, 4000, math.inf):
         params = pack_of((0, 10, 20))
-        optimizer = PagedOptimizer(Pages(tx, params, 700, pack=True), params, resident)
-        assert len(optimizer.pages) > 3
+        optimizer = PagedOptimizer(pages, params, resident)
         states = optimizer.init(params)
         states = optimizer.set(states, learning_rate=np.asarray(rates)) if injected else states
         for k in range(UPDATES):
@@ -250,7 +262,7 @@ def test_a_pack_is_its_adapters_one_by_one(name):
     assert_same_bits(results[1], results[2])
     for place, (rate, factor) in enumerate(zip(rates, factors, strict=True)):
         params = tree(10 * place)
-        single = make(tx, 700, 0, params)
+        single = make(tx, 700, 0)
         states = single.init(params)
         states = single.set(states, learning_rate=rate) if injected else states
         for k in range(UPDATES):

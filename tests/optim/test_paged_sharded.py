@@ -14,8 +14,8 @@ import math
 import jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import NamedSharding, PartitionSpec as P
 from qlora_jax.optim.paged import PagedOptimizer
-from qlora_jax.optim.pages import Pages
-from tests.optim.transformations import TRANSFORMATIONS
+from qlora_jax.optim.pages import Pages, RowWise
+from tests.optim.transformations import KNOWN
 
 mesh = jax.make_mesh((2, 2), ("data", "model"))
 specs = {"a": P(None, "model"), "b": P(), "c": P(None, ("data", "model"))}
@@ -39,7 +39,7 @@ def same(a, b):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 for name in ("adamw", "8-bit momentum", "lamb"):
-    tx, _ = TRANSFORMATIONS[name]
+    tx = KNOWN[name]
     results = {resident: run(tx, resident) for resident in (0, 1000, math.inf)}
     for optimizer, params, states in results.values():
         for key, x in params.items():
@@ -64,14 +64,15 @@ for name in ("adamw", "8-bit momentum", "lamb"):
     for x, y in zip(jax.tree.leaves(optimizer.place(stored)), jax.tree.leaves(states), strict=True):
         assert x.sharding == y.sharding
 
+adam = RowWise(*optax.adam(1.0))
 rows = {"a": jax.device_put(jnp.zeros((6, 4)), NamedSharding(mesh, P("data")))}
 try:
-    PagedOptimizer(Pages(optax.adam(1.0), rows, 108), rows, 0)
+    PagedOptimizer(Pages(adam, rows, 108), rows, 0)
 except ValueError as error:
     assert "shard another axis than the layers'" in str(error), error
 else:
     raise AssertionError("three rows over two devices")
-PagedOptimizer(Pages(optax.adam(1.0), rows, 72), rows, 0)
+PagedOptimizer(Pages(adam, rows, 72), rows, 0)
 print("passed")
 """
 

@@ -12,6 +12,8 @@ from tests.optim.transformations import TRANSFORMATIONS, tree
 
 pytestmark = pytest.mark.quick_compile
 
+SGD = RowWise(*optax.sgd(1.0, momentum=0.9))  # where the probe is not what is asked for
+
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_how_far_an_update_may_be_cut(name):
@@ -61,7 +63,7 @@ def test_states_in_blocks_are_cut_only_between_whole_blocks():
 @pytest.mark.parametrize("page_bytes", [1, 100, 700, 1500, 1 << 20])
 def test_pages_cover_every_row_once_and_keep_to_their_size(page_bytes):
     """Or are one row, where that takes more."""
-    pages = Pages(optax.adam(1e-3), tree(0), page_bytes)
+    pages = Pages(RowWise(*optax.adam(1e-3)), tree(0), page_bytes)
     covered = [(piece.leaf, row) for page in pages.pages for piece in page for row in range(piece.start, piece.stop)]
     assert sorted(covered) == [(leaf, row) for leaf, x in enumerate(pages.shapes) for row in range(x.shape[0])]
     for page, size in zip(pages.pages, pages.bytes, strict=True):
@@ -76,12 +78,12 @@ def test_large_arrays_are_cut_evenly_and_small_ones_gathered():
     shapes = {"a": (80, 10), "b": (4, 10), "c": (80, 10), "d": (3, 10), "e": (7, 10), "f": (4, 10)}
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
     for rows, of_80, gathered in ((15, 10, ["bde", "f"]), (7, 5, ["bd", "e", "f"]), (11, 10, ["bd", "ef"])):
-        pages = Pages(optax.sgd(1.0, momentum=0.9), params, 40 * rows)
+        pages = Pages(SGD, params, 40 * rows)
         found = [(["abcdef"[piece.leaf] for piece in page], [piece.rows for piece in page]) for page in pages.pages]
         for name in "ac":
             assert [rows for names, rows in found if names == [name]] == [[of_80]] * (80 // of_80)
         assert ["".join(names) for names, _ in found if names not in (["a"], ["c"])] == gathered
-    pages = Pages(optax.sgd(1.0, momentum=0.9), params, 40 * 6)
+    pages = Pages(SGD, params, 40 * 6)
     assert [[piece.rows for piece in page] for page in pages.pages if page[0].leaf == 4] == [[6], [1]]
 
 
@@ -98,7 +100,7 @@ def test_shapes_are_enough():
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree(0))
     for axis in (0, 1):
         given = jax.tree.map(lambda x, axis=axis: jax.ShapeDtypeStruct((4,) * axis + x.shape, x.dtype), shapes)
-        pages = Pages(optax.adamw(1e-3), given, 3000, pack=bool(axis))
+        pages = Pages(RowWise(*optax.adamw(1e-3)), given, 3000, pack=bool(axis))
         for indices in (range(len(pages)), [pages.largest(range(len(pages)))]):
             program = pages.update_program(indices)
             params, states = jax.eval_shape(program.function, *program.arguments)
@@ -108,13 +110,13 @@ def test_shapes_are_enough():
 
 
 def test_what_stays_and_what_is_under_way():
-    pages = Pages(optax.sgd(1e-3, momentum=0.9), [jnp.zeros((6, 25))], 100)
+    pages = Pages(SGD, [jnp.zeros((6, 25))], 100)
     assert pages.bytes == [100] * 6
     assert pages.resident(float("inf")) == (True,) * 6 and pages.resident(0) == (False,) * 6
     kept = pages.resident(299)
     assert kept == (False, False, False, False, True, True)
     assert [pages.in_flight_bytes(x) for x in (kept, (True,) * 6, (False,) + (True,) * 5)] == [300, 0, 100]
-    uneven = Pages(optax.sgd(1e-3, momentum=0.9), [jnp.zeros((1, n)) for n in (25, 1, 25, 1, 25)], 100)
+    uneven = Pages(SGD, [jnp.zeros((1, n)) for n in (25, 1, 25, 1, 25)], 100)
     assert uneven.bytes == [100, 4, 100, 4, 100]
     assert uneven.in_flight_bytes((False, True) * 2 + (False,)) == uneven.in_flight_bytes((False,) * 5) == 300
 

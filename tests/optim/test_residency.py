@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from qlora_jax.optim.pages import Pages
+from qlora_jax.optim.pages import Pages, RowWise
 from qlora_jax.optim.residency import decide
 
 MIB = 2**20
-PAGES = Pages(optax.sgd(1.0, momentum=0.9), [jax.ShapeDtypeStruct((10, MIB // 4), jnp.float32)], MIB)  # ten of 1 MiB
+SGD = RowWise(*optax.sgd(1.0, momentum=0.9))
+PAGES = Pages(SGD, [jax.ShapeDtypeStruct((10, MIB // 4), jnp.float32)], MIB)  # ten of 1 MiB
 
 
 @pytest.mark.parametrize(

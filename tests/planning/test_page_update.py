@@ -9,7 +9,7 @@ import pytest
 
 from qlora_jax.mesh.wire import ENTRY, computations
 from qlora_jax.optim.eightbit import adamw8bit
-from qlora_jax.optim.pages import Pages
+from qlora_jax.optim.pages import Pages, RowWise
 from qlora_jax.planning import topology
 from qlora_jax.planning.gpus import GPUS
 from qlora_jax.planning.program import compile_updates
@@ -25,7 +25,7 @@ ADAPTER = {  # of a 7B's four attention projections and its MLP, r 64
 PARAMETERS = sum(x.size * 4 for x in ADAPTER.values())
 
 
-@pytest.mark.parametrize("tx", [optax.adamw(2e-4), optax.lion(2e-4)], ids=["adamw", "lion"])
+@pytest.mark.parametrize("tx", [RowWise(*optax.adamw(2e-4)), RowWise(*optax.lion(2e-4))], ids=["adamw", "lion"])
 def test_an_update_takes_its_pages_and_nothing_like_its_parameters(tx):
     """Of what stays on the device, by one program, and of a page that travels."""
     pages = Pages(tx, ADAPTER, page_bytes=64 << 20)
@@ -46,7 +46,10 @@ def test_an_update_takes_its_pages_and_nothing_like_its_parameters(tx):
 
 @pytest.mark.parametrize(
     ("tx", "page_bytes"),
-    [(optax.adamw(2e-4, weight_decay=0.0), 16 << 20), (adamw8bit(2e-4, 0.9, 0.999, 1e-8, 0.0), 4 << 20)],
+    [
+        (RowWise(*optax.adamw(2e-4, weight_decay=0.0)), 16 << 20),
+        (RowWise(*adamw8bit(2e-4, 0.9, 0.999, 1e-8, 0.0)), 4 << 20),
+    ],
     ids=["adamw", "8-bit"],
 )
 def test_many_pages_take_the_kernels_and_the_temporaries_of_one(tx, page_bytes):

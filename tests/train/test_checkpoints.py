@@ -18,7 +18,7 @@ from orbax.checkpoint import type_handlers
 
 from qlora_jax.errors import InputError
 from qlora_jax.optim.paged import PagedOptimizer
-from qlora_jax.optim.pages import Pages
+from qlora_jax.optim.pages import Pages, RowWise
 from qlora_jax.train import checkpoints as module
 from qlora_jax.train.checkpoints import Checkpoints
 
@@ -34,7 +34,7 @@ def tree(seed: int) -> dict[str, jax.Array]:
 
 def start(resident: float):
     params = tree(0)
-    optimizer = PagedOptimizer(Pages(optax.adam(1e-2), params, 900), params, resident)
+    optimizer = PagedOptimizer(Pages(RowWise(*optax.adam(1e-2)), params, 900), params, resident)
     return optimizer, *optimizer.update(params, tree(1), optimizer.init(params))
 
 
