@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.linalg import eigh
 
 from qlora_jax.errors import InputError
 from qlora_jax.quant.tensor import QuantizedTensor, dequantize, quantize
@@ -66,6 +65,8 @@ def residual(w: Any, init: str, rank: int, scale: float, name: str) -> Any:
 
 def _singular_part(w: np.ndarray, rank: int) -> np.ndarray:
     """U_R S_R V_R^T of float64 W [O, I]: its projection on the largest eigenvectors of the smaller of W W^T, W^T W."""
+    from scipy.linalg import eigh  # 0.3 s of importing, which who has another initialisation does without
+
     O, I = w.shape
     gram = w @ w.T if O <= I else w.T @ w
     vectors = eigh(gram, subset_by_index=(len(gram) - rank, len(gram) - 1), overwrite_a=True, check_finite=False)[1]

@@ -241,8 +241,8 @@ def test_a_chat_at_a_terminal(tmp_path) -> None:
     One Ctrl-C may have to be pressed again: of 40,000 sent to Python's input() alone as its prompt appeared, 3 had no
     answer.
     """
-    model = write_tiny_checkpoint(tmp_path / "model", context=2**17)  # an answer of minutes
-    command = [sys.executable, "-m", "experiments.generate", f"--model={model}", "--max_new_tokens=100000"]
+    model = write_tiny_checkpoint(tmp_path / "model", context=2**14)  # an answer of minutes
+    command = [sys.executable, "-m", "experiments.generate", f"--model={model}", "--max_new_tokens=16000"]
     at_terminal = (
         "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
     )

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +18,10 @@ from qlora_jax.io.load import QuantSpec, load_model
 from qlora_jax.io.shards import new_folder
 from qlora_jax.io.write import quantize_folder
 from qlora_jax.quant.native import stack_key
+from tests import forked
 
 pytestmark = pytest.mark.quick_compile
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 KILL_AT_TENSOR = """
 import os, signal, sys
 from pathlib import Path
@@ -61,9 +60,7 @@ except InputError as error:
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess:
-    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
+    return forked.run(script, *arguments, JAX_ENABLE_COMPILATION_CACHE="false")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,11 +1,8 @@
 """Losses and gradients of a step on eight CPU devices, against those of one: every way to divide."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests import forked
 
 pytestmark = pytest.mark.quick_compile
 
@@ -111,9 +108,6 @@ check(GPT_OSS, "nf4", "block", True, [(2, 1, 2, 1, 2)], ("q_proj", "gate_up_proj
 
 
 def test_every_mesh_gives_one_devices_losses_and_gradients():
-    repository = Path(__file__).resolve().parents[2]
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"  # what quick_compile asks for, too
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repository)}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    done = forked.run(SCRIPT, devices=8)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(done.stdout.splitlines()) == 4

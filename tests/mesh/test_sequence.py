@@ -1,16 +1,13 @@
 """Rows whose tokens several devices divide: gradients and a run as of one device."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests import forked
+
 pytestmark = pytest.mark.quick_compile
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 # of small functions, since a step's program takes seconds to compile; whole steps: tests/mesh/test_gradient.py
 PARTS = """
@@ -129,17 +126,10 @@ train("many")
 """
 
 
-def on_devices(script: str, *arguments: str) -> str:
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-c", script, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def test_parts_and_a_run_are_those_of_one_device(golden, tmp_path):
-    said = on_devices(PARTS + RUNS, str(tmp_path), str(golden))  # one process: it starts in four seconds
+    done = forked.run(PARTS + RUNS, tmp_path, golden, devices=4)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = done.stdout
     assert all(part in said for part in ("attention xla", "attention chunked", "chunks", "tokens"))
     assert "attention = xla for the longest sequences, of 55 tokens" in said
     one, many = (

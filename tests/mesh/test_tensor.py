@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +16,9 @@ from qlora_jax.mesh.tensor import Split, arranged
 from qlora_jax.models.divided.splits import splits_of
 from qlora_jax.quant import native
 from qlora_jax.quant.tensor import QuantizedTensor, dequantize
+from tests import forked
 
 pytestmark = pytest.mark.quick_compile
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def columns_or_rows(w: np.ndarray, split: Split, ways: int, part: int) -> np.ndarray:
@@ -167,10 +163,7 @@ assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(one[1]))
 
 
 def test_a_run_has_the_gradients_of_one_device_and_goes_on_with_others(golden, tmp_path):
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-c", RUNS, str(tmp_path), str(golden)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = forked.run(RUNS, tmp_path, golden, devices=4)
     assert done.returncode == 0, done.stderr[-3000:]
     one, many = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

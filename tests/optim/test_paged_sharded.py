@@ -1,11 +1,8 @@
 """Over a mesh of four devices: states lie as their parameters do, in the host memory of each device."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests import forked
 
 pytestmark = pytest.mark.quick_compile
 
@@ -78,12 +75,7 @@ print("passed")
 
 
 def test_states_lie_as_their_parameters_do():
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-    }
-    result = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    result = forked.run(SCRIPT, devices=4)
     if result.returncode:
         pytest.fail(result.stderr[-3000:])
     assert result.stdout.splitlines()[-1] == "passed"

@@ -17,8 +17,8 @@ def key(plain: dict) -> str:
     return plain["quant"]["format"]
 
 
-def runner(seconds: float = 0.0, trouble: dict[str, str] | None = None) -> Callable[[], RunPack]:
-    """Makes runners whose steps take `seconds`.
+def runner(seconds: float = 0.0, trouble: dict[str, str] | None = None, until: str = "") -> Callable[[], RunPack]:
+    """Makes runners whose steps take `seconds`, and no time once the file `until` is there.
 
     `trouble`: what happens to a pack with a member of this train.seed (as text): "memory", "error", "input", "nan"
     (to that member alone), "once FILE" and "exit FILE" (an error, the process's end; unless FILE is there, which it
@@ -37,7 +37,7 @@ def runner(seconds: float = 0.0, trouble: dict[str, str] | None = None) -> Calla
             seeds = [config["train"]["seed"] for config in configs]
             happens = {(trouble or {}).get(str(seed), "") for seed in seeds}
             for step in range(configs[0]["train"]["steps"]):
-                time.sleep(seconds)
+                time.sleep(0 if until and os.path.exists(until) else seconds)
                 for member, config in enumerate(configs):
                     loss = config["optimizer"]["learning_rate"] / (1 + step + seeds[member])
                     on_row(member, {"step": step + 1, "loss": loss, "tokens": 100, "seconds": time.monotonic()})

@@ -77,12 +77,15 @@ def test_a_node_is_killed_while_it_trains(nodes, tmp_path, capfd, monkeypatch):
     ledger.add(points)
     cluster.connect(nodes.address, 1)
     trouble = {"7": f"exit {tmp_path / 'mark'}", "9": "input"}
-    executor = cluster.RayExecutor(fake.runner(0.05, trouble), workers=2)
+    hurry = tmp_path / "hurry"
+    executor = cluster.RayExecutor(fake.runner(0.05, trouble, str(hurry)), workers=2)
     assert executor.devices() == ("CPU", 2)
     killed = []
 
     def show(state) -> None:
-        """Kills the second node while a pack trains there."""
+        """Kills the second node while a pack trains there; once its process is gone, none is to be caught again."""
+        if killed and all(actor.node_id != nodes.doomed.node_id for actor in executor._actors):
+            hurry.touch()
         for name, running in state.running.items():
             actor = next((actor for actor in executor._actors if actor.worker and actor.worker.name == name), None)
             if not killed and actor and actor.node_id == nodes.doomed.node_id and running.step > 0:

@@ -1,9 +1,6 @@
 """Training of mixtures: torch's gradients with and without the auxiliary loss, and ten steps of a run."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +20,7 @@ from qlora_jax.packs.pack import PackRunner, train_pack
 from qlora_jax.settings import resolved
 from qlora_jax.train.loop import finetune
 from qlora_jax.train.step import make_gradient
+from tests import forked
 from tests.conftest import TESTS
 from tests.families import FAST, FOLDERS
 
@@ -162,10 +160,7 @@ for mesh in ({"expert": 2, "fsdp": 1}, {"expert": 1, "fsdp": 2}):
 def test_experts_on_two_devices_that_a_divided_model_goes_on_from(config, one, tmp_path):
     """Losses, the auxiliary one among them, and gradients' norms of ten steps are those of one device."""
     wanted = {name: dict(config[name]) for name in ("model", "quant", "lora", "data", "optimizer", "train")}
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(TESTS.parent)}
-    command = [sys.executable, "-c", MESHES, str(tmp_path / "run"), json.dumps(wanted)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = forked.run(MESHES, tmp_path / "run", json.dumps(wanted), devices=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "stopped by SIGTERM after step 5 of 10" in done.stdout and "resumed" in done.stdout, done.stdout
     found, alone = rows(tmp_path / "run"), rows(one[0])
