@@ -10,8 +10,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["qlora_jax.train.loop", "qlora_jax.io.write"])
@@ -24,6 +26,8 @@ def run(script: str, *arguments: object, devices: int = 1, **environment: str) -
         settings["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         settings["JAX_PLATFORMS"] = "cpu"
     argv = ["-c", *map(str, arguments)]
+    with patch.dict(os.environ, OPENBLAS_NUM_THREADS="1"):  # a thread could hold a lock while it forks
+        forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("out", "err")]
         process: Any = _context.Process(target=_run, args=(script, argv, settings, files))
