@@ -68,9 +68,9 @@ def test_one_model_by_two_processes(golden, tmp_path):
     _, said = two[1].communicate(timeout=60)
     assert two[1].returncode == 1 and two[0].wait() == -signal.SIGKILL
     lines = [line for line in said.splitlines() if line and not line.startswith(("training:", "loading:"))]
-    assert [line[:72] for line in lines] == [
-        "error: another process of this run ended or cannot be reached (JAX's coo"
-    ], said[-2000:]
+    # on a busy machine the exchange between devices may say so before JAX's coordination service does
+    lost = "error: another process of this run ended or cannot be reached ("
+    assert len(lines) == 1 and lines[0].startswith(lost), said[-2000:]
     assert len(rows(tmp_path)) < STEPS
 
     np.save(tmp_path / "others.npy", np.zeros((STEPS, 4, 12), np.int32))
