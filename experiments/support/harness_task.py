@@ -145,8 +145,8 @@ def load_tasks(names: list[str], include_path: str | None) -> tuple[list[Any], "
     manager = None
     if include_path is not None:
         manager = TaskManager(include_path=Path(include_path).expanduser(), include_defaults=False)
-    if manager is None or not set(names) <= set(manager.all_tasks):
-        # the harness's own tasks are thousands of files: read where they are needed
+    if manager is None or not set(names) <= set(manager.all_tasks) - set(manager.all_groups):
+        # the harness's own tasks are thousands of files: read where a name, or a group's member, may be one of them
         manager = TaskManager(include_path=None if include_path is None else Path(include_path).expanduser())
     for name in names:
         if name not in manager.all_tasks:

@@ -176,6 +176,26 @@ def test_unknown_tasks(folder, monkeypatch):
         load_tasks(["rolling", "choices"], str(folder / "yaml"))
 
 
+def test_a_group_of_ones_own_may_have_members_of_the_harness(tmp_path, monkeypatch):
+    """So the harness's own tasks are read for it, and for no task that stands alone."""
+    import lm_eval.tasks
+
+    (tmp_path / "group.yaml").write_text("group: mine\ntask:\n  - arc_easy\n")
+    (tmp_path / "task.yaml").write_text("task: alone\n")
+    manager, read = lm_eval.tasks.TaskManager, []
+
+    def own(include_path, include_defaults=True):
+        read.append(include_defaults)
+        return manager(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", own)
+    for name, expected in (("mine", [False, True]), ("alone", [False])):
+        read.clear()
+        with pytest.raises(InputError, match=f"--tasks={name} cannot be loaded"):
+            load_tasks([name], str(tmp_path))
+        assert read == expected
+
+
 def test_the_quickstarts_task_asks_what_the_adapter_learned():
     task = yaml.safe_load((REPOSITORY / "assets" / "lm_eval" / "embedded_instructions.yaml").read_text())
     file = REPOSITORY / task["dataset_kwargs"]["data_files"]["test"]
