@@ -39,7 +39,7 @@ def run(script: str, *arguments: object, devices: int = 1, **environment: str) -
 
 def _run(script: str, argv: list[str], environment: Mapping[str, str], files: list[Path]) -> None:
     for number, file in enumerate(files, 1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), number)
     os.environ.clear()
     os.environ.update(environment)
     import jax

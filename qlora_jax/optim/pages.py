@@ -81,8 +81,8 @@ class Pages:
         self.cut = separability(tx, jax.tree.unflatten(self.treedef, one))
         self.tx = _per_adapter(tx) if pack else tx
         self.pages = self._make(page_bytes)
-        self._updates: dict[Any, Any] = {}  # by what a page looks like, as the next
-        self._states: dict[Any, Any] = {}
+        self._updates: dict[Any, Any] = {}  # by a page's layout
+        self._states: dict[Any, Any] = {}  # by a page's layout
 
     def __len__(self) -> int:
         return len(self.pages)

@@ -106,7 +106,7 @@ class Point:
     groups: tuple[str, ...]
 
     def __hash__(self) -> int:
-        return hash(self.hash)
+        return hash(self.hash)  # its config and its axes are dicts, which have none
 
 
 @dataclasses.dataclass(frozen=True)
