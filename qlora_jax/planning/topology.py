@@ -9,7 +9,9 @@ import functools
 import importlib.util
 import os
 import re
+import shlex
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,10 +36,22 @@ def missing() -> str | None:
         importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (13, 12)
     ):
         return "XLA's compiler for GPUs"
-    roots = [Path(root) for root in (cuda_path, *_CUDA_ROOTS.findall(os.environ.get("XLA_FLAGS", "")), *_USUAL) if root]
-    if not any((root / "bin" / "ptxas").is_file() for root in roots) and shutil.which("ptxas") is None:
+    if _ptxas() is None:
         return "CUDA's ptxas"
-    return None if any((root / _LIBDEVICE).is_file() for root in roots) else "CUDA's libdevice"
+    return None if _libdevice() is not None else "CUDA's libdevice"
+
+
+def _ptxas() -> Path | None:
+    found = next((path for root in _roots() if (path := root / "bin" / "ptxas").is_file()), shutil.which("ptxas"))
+    return None if found is None else Path(found)
+
+
+def _libdevice() -> Path | None:
+    return next((path for root in _roots() if (path := root / _LIBDEVICE).is_file()), None)
+
+
+def _roots() -> list[Path]:
+    return [Path(root) for root in (cuda_path, *_CUDA_ROOTS.findall(os.environ.get("XLA_FLAGS", "")), *_USUAL) if root]
 
 
 _CUDA_ROOTS = re.compile(r"--xla_gpu_cuda_data_dir=(\S+)")
@@ -99,8 +113,7 @@ def traced_for(gpu: PlannedGpu, devices: Mesh | None = None) -> Iterator[None]:
 
 
 # Nothing runs these programs, and buffers are assigned before machine code is made: it need not be good, and there is
-# no card to tune products on. The bytes are the same, in a fifth less of the time. (Without ptxas' optimizations some
-# products fit no Ampere card, and XLA tries all their tilings before it gives up.)
+# no card to tune products on. The bytes are the same, in a fifth less of the time.
 _UNRUN = {"xla_backend_optimization_level": 0, "xla_gpu_autotune_level": 0}
 
 KERNELS = "kernels_of_absent_gpus"  # a file in the folder of JAX's cache
@@ -119,10 +132,12 @@ def compile_for(
     compiler_options: dict[str, str] | None = None,
     donate_argnums: tuple[int, ...] = (),
     devices: Mesh | None = None,
+    assembled: bool = False,
 ) -> Any:
     """`function` jitted, lowered and compiled for shapes that `on_gpu` placed: a jax.stages.Compiled.
 
-    `devices`: described ones, of a program for several.
+    `devices`: described ones, of a program for several. `assembled`: with machine code, also for a GPU that is not
+    here: XLA's answers are the same without, but an assembler would refuse a kernel that it cannot make.
     """
     jitted = jax.jit(function, donate_argnums=donate_argnums)
     if gpu.is_here:
@@ -135,32 +150,91 @@ def compile_for(
         lowered = traced.lower(lowering_platforms=("cuda",))
         options = _UNRUN | (compiler_options or {})
         try:
-            return _compile(lowered, options)
+            return _compile(lowered, options, assembled)
         except jax.errors.JaxRuntimeError as error:
             if _UNTUNED not in str(error):
                 raise
-            return _compile(lowered, options | {"xla_gpu_enable_triton_gemm": False})
+            return _compile(lowered, options | {"xla_gpu_enable_triton_gemm": False}, assembled)
 
 
-def _compile(lowered: Any, options: dict[str, Any]) -> Any:
+def _compile(lowered: Any, options: dict[str, Any], assembled: bool) -> Any:
+    with _temporary_folder() as folder:
+        if assembled:
+            return lowered.compile(compiler_options=options)
+        return _compile_with_kept(lowered, options | _without_assembler(folder), folder)
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """Where there is room: XLA writes files beside it, and ends the process by a signal where it cannot."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="qlora_jax_plan_")
+        try:
+            room = Path(folder.name, "room")
+            room.write_bytes(bytes(_ROOM))
+            room.unlink()
+        except BaseException:
+            folder.cleanup()
+            raise
+    except OSError as error:
+        raise InputError(
+            f"planning for a GPU writes some MB into the temporary folder, {tempfile.gettempdir()}: {error.strerror} "
+            "(TMPDIR names another)"
+        ) from error
+    with folder:
+        yield Path(folder.name)
+
+
+_ROOM = 2**23  # bytes, several times what was seen
+
+
+def _without_assembler(root: Path) -> dict[str, str]:
+    """The option for XLA to find, in place of CUDA's ptxas, a script in `root` that assembles nothing.
+
+    Some 300 processes of ptxas are two fifths of compiling a step, and no plan asks for what they write.
+    """
+    ptxas, libdevice = _ptxas(), _libdevice()
+    assert ptxas is not None and libdevice is not None, "as `missing` found"
+    script, linked = root / "bin" / "ptxas", root / _LIBDEVICE
+    for made in (script, linked):
+        made.parent.mkdir(parents=True)
+    linked.symlink_to(libdevice.absolute())
+    script.write_text(_ASSEMBLES_NOTHING.format(ptxas=shlex.quote(str(ptxas.absolute()))))
+    script.chmod(0o700)
+    try:
+        subprocess.run([script, "-o", root / "tried"], check=True)
+    except (OSError, subprocess.CalledProcessError):  # a folder whose files may not be executed
+        return {}
+    return {"xla_gpu_cuda_data_dir": str(root)}
+
+
+# asked for its version it lets ptxas answer: XLA writes PTX as that version reads it
+_ASSEMBLES_NOTHING = """#!/bin/sh
+for argument in "$@"; do
+    if [ "$last" = -o ]; then echo nothing > "$argument"; exit; fi
+    last=$argument
+done
+exec {ptxas} "$@"
+"""
+
+
+def _compile_with_kept(lowered: Any, options: dict[str, Any], folder: Path) -> Any:
     """Compiled, with kernels of earlier programs, which are kept in the folder of JAX's cache if there is one.
 
-    JAX's cache cannot hold these programs (`_uncached`), but half of compiling one is its kernels: ptxas is called for
-    each. XLA writes the file in place, so it is given a copy in the system's temporary folder, where one that a killed
-    process left is not for ever; the kept one is replaced in one step.
+    JAX's cache cannot hold these programs (`_uncached`), but a third of compiling one is its kernels. XLA writes the
+    file in place, so it is given a copy in `folder`; the kept one is replaced in one step.
     """
     kept = Path(jax.config.jax_compilation_cache_dir or "", KERNELS)
     if not jax.config.jax_compilation_cache_dir or not kept.parent.is_dir():
         return lowered.compile(compiler_options=options)
     try:
-        with tempfile.TemporaryDirectory(prefix=f"{KERNELS}-") as folder:
-            copy = Path(folder, KERNELS)
-            if kept.exists() and kept.stat().st_size <= MOST_KEPT:
-                shutil.copyfile(kept, copy)
-            compiled = lowered.compile(compiler_options=options | {"xla_gpu_kernel_cache_file": str(copy)})
-            if copy.exists():
-                _replace(kept, copy)
-            return compiled
+        copy = folder / KERNELS
+        if kept.exists() and kept.stat().st_size <= MOST_KEPT:
+            shutil.copyfile(kept, copy)
+        compiled = lowered.compile(compiler_options=options | {"xla_gpu_kernel_cache_file": str(copy)})
+        if copy.exists():
+            _replace(kept, copy)
+        return compiled
     except (OSError, jax.errors.JaxRuntimeError) as error:  # a damaged file, a full disk: a plan does without
         if not isinstance(error, OSError) and not any(said in str(error) for said in (*_DAMAGED, KERNELS)):
             raise

@@ -67,11 +67,11 @@ def _compile(product: Product) -> None:
     x = array((product.rows, I if product.op == "forward" else O), product.dtype)
     if product.joined > 1:
         weights, codecs = product.joined * (packed,), product.joined * (codec,)
-        arguments = on_gpu(GPUS["h200"], (x, weights))
-        compile_for(GPUS["h200"], lambda x, weights: few_rows.forward_joined(x, weights, codecs), *arguments)
-        return
-    kernel = getattr(hopper, product.op)
-    compile_for(GPUS["h200"], lambda x, packed: kernel(x, packed, codec), *on_gpu(GPUS["h200"], (x, packed)))
+        function, operand = (lambda x, weights: few_rows.forward_joined(x, weights, codecs)), weights
+    else:
+        kernel = getattr(hopper, product.op)
+        function, operand = (lambda x, packed: kernel(x, packed, codec)), packed
+    compile_for(GPUS["h200"], function, *on_gpu(GPUS["h200"], (x, operand)), assembled=True)
 
 
 if __name__ == "__main__":

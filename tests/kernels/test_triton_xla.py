@@ -36,7 +36,7 @@ def test_one_layer_s_weight_is_all_that_the_scratch_takes(backend, rows, forward
         return jnp.sum(jax.lax.scan(layer, x, packed)[0].astype(jnp.float32) ** 2)
 
     arguments = topology.on_gpu(GPUS["h200"], (array((rows, I), jnp.bfloat16), packed))
-    compiled = topology.compile_for(GPUS["h200"], jax.grad(loss), *arguments)
+    compiled = topology.compile_for(GPUS["h200"], jax.grad(loss), *arguments, assembled=True)
     text = compiled.as_text()
     assert text.count("triton_kernel_call_ffi") == 3  # forward, again for the backward pass, and backward
     kept = L * rows * I * 2  # every layer's x

@@ -1,5 +1,7 @@
 """Compiling for a GPU that is not here, where XLA would want to try things on it."""
 
+import tempfile
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -23,7 +25,8 @@ def asked(monkeypatch):
     compile = jax.stages.Lowered.compile
 
     def stand_in(self, compiler_options):
-        found.append({name: value for name, value in compiler_options.items() if "cache" not in name})
+        folders = ("cache", "cuda_data_dir")  # of this try
+        found.append({name: value for name, value in compiler_options.items() if not any(x in name for x in folders)})
         if len(found) == 1:
             raise jax.errors.JaxRuntimeError(stand_in.said)
         return compile(self, compiler_options)
@@ -44,9 +47,13 @@ def cache(tmp_path):
     compilation_cache.reset_cache()
 
 
-def compiled():
-    x = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
-    return topology.compile_for(GPU, lambda x: x @ x, *topology.on_gpu(GPU, (x,)), compiler_options={"xla_dump_to": ""})
+def compiled(assembled=False, **options):
+    """A product and a fusion."""
+    arguments = topology.on_gpu(GPU, (jax.ShapeDtypeStruct((64, 64), jnp.bfloat16),))
+    options = {"xla_dump_to": ""} | options
+    return topology.compile_for(
+        GPU, lambda x: jnp.sin(x) @ x, *arguments, compiler_options=options, assembled=assembled
+    )
 
 
 @pytest.mark.parametrize("what", ["ptxas", "libdevice"])
@@ -75,6 +82,30 @@ def test_other_errors_are_said(asked):
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         compiled()
     assert len(asked[0]) == 1
+
+
+def test_without_machine_code_all_that_is_asked_of_a_program_is_the_same():
+    made, unmade = [compiled(assembled=assembled) for assembled in (True, False)]
+    assert unmade.as_text() == made.as_text()
+    assert str(unmade.memory_analysis()) == str(made.memory_analysis())
+    assert unmade.cost_analysis() == made.cost_analysis()
+
+
+def test_machine_code_is_made_where_it_is_asked_for_or_where_no_script_can_run(monkeypatch):
+    refused = {"xla_gpu_ptx_compiler_extra_flags": "--no-such-option"}  # XLA hands it to ptxas
+    compiled(**refused)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="ptxas"):
+        compiled(assembled=True, **refused)
+    monkeypatch.setattr(topology, "_ASSEMBLES_NOTHING", "#!/nowhere/sh {ptxas}")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="ptxas"):
+        compiled(**refused)
+
+
+def test_a_temporary_folder_that_cannot_be_written_is_said(monkeypatch, tmp_path):
+    """XLA would end the process by a signal."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(InputError, match=f"temporary folder, {tmp_path}/none: No such file .*TMPDIR names another"):
+        compiled()
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:100], lambda data: bytes(100), lambda data: data + b"more"])
