@@ -148,10 +148,7 @@ def load_tasks(names: list[str], include_path: str | None) -> tuple[list[Any], "
     if manager is None or not set(names) <= set(manager.all_tasks) - set(manager.all_groups):
         # the harness's own tasks are thousands of files: read where a name, or a group's member, may be one of them
         manager = TaskManager(include_path=None if include_path is None else Path(include_path).expanduser())
-    for name in names:
-        if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            raise InputError(f"unknown task {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    _check_known(names, manager)
     try:
         loaded = manager.load(names)
     except Exception as error:  # of task files and data that are not ours
@@ -160,3 +157,24 @@ def load_tasks(names: list[str], include_path: str | None) -> tuple[list[Any], "
     groups = [group for name, group in loaded.get("groups", {}).items() if name in names]
     inside = {task.task_name for group in groups for task in group.get_all_tasks()}
     return groups + [task for name, task in loaded["tasks"].items() if name not in inside], manager
+
+
+def _check_known(names: list[str], manager: "TaskManager") -> None:
+    """Raises InputError for a name, or a member of a group, that the manager does not have.
+
+    The harness takes such a member for the whole config of a task, and fails at what that lacks.
+    """
+    from qlora_jax.errors import InputError
+
+    asked, seen = [(name, "") for name in names], set()
+    for name, where in asked:  # members of its groups are added on the way
+        if name in seen:
+            continue
+        seen.add(name)
+        if name not in manager.task_index:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise InputError(f"unknown task {name!r}{where}{hint}")
+        members = (manager.task_index[name].cfg or {}).get("task")
+        if isinstance(members, list):
+            asked += [(member, f" in the group {name!r}") for member in members if isinstance(member, str)]
