@@ -7,6 +7,8 @@ ARGS =
 
 unexport PYTHONPATH
 unexport PYTHONHOME
+# a process would compile all modules again, and pytest rewrite all tests; `make clean` takes what is kept
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test gpu-check lint constraints clean venv venv-dev
 
