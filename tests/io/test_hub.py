@@ -11,7 +11,6 @@ from tests import forked
 from tests.hub_server import SHA, TOKEN, HubHandler, serving
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
-
 pytestmark = pytest.mark.quick_compile
 
 
