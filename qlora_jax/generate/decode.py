@@ -37,7 +37,9 @@ PREFILL = 256  # tokens of each prompt read at a time
 WHOLE = 2**13  # tokens of all prompts that a GPU reads in one piece: enough to fill it
 CHUNK = 16  # decoding steps of a device call when nobody watches; a stop is seen after it
 _BROKEN = -2  # stands where a token would, had the logits been finite
+_NO_TOKEN = -1
 WIDTH = 16  # tokens that a program has room for, or a multiple: calls of other numbers of steps share it
+ENDS = 4  # end tokens that a program has room for, or a multiple
 ROWS = 8  # a batch has a multiple of so many rows where its size allows
 # To XLA:GPU: all kernels of a token are one CUDA graph, where by itself it makes one of every layer. The loop over
 # layers is unrolled in it, since kernels take slices of stacked weights by their addresses; CUB's sort has no place in
@@ -245,25 +247,28 @@ class Decoding:
             cache, hidden, lengths = begin(self._graph, self._state, padded, lengths, room)
         else:
             cache = model.new_cache(B, room) if cache is None else _grown(cache, room)
-            hidden = jnp.zeros((B, model.config.head_width), model.compute_dtype)
+            hidden = jax.device_put(np.zeros((B, model.config.head_width), model.compute_dtype))
         is_whole = not (is_pair or start or is_for_cpu()) and _whole(padded.shape[1], room) * B <= WHOLE
         if is_whole:
             padded = np.pad(padded, ((0, 0), (0, _whole(padded.shape[1], room) - padded.shape[1])))
             cache, hidden = _read_whole(self._graph, self._state, cache, padded, lengths)
         for offset in range(0, 0 if is_pair or is_whole else padded.shape[1], PREFILL):
             piece = padded[:, offset : offset + PREFILL]
-            cache, hidden = _read(self._graph, self._state, cache, hidden, piece, jnp.int32(start + offset), lengths)
+            cache, hidden = _read(self._graph, self._state, cache, hidden, piece, np.int32(start + offset), lengths)
         done = np.arange(B) >= len(prompts)
         self._rows = Rows(cache, hidden, *jax.device_put((lengths, np.zeros(B, np.int32), done)))
-        self._settings = Settings(
-            limits=jax.device_put(np.asarray([*self._limits, *[0] * fill], np.int32)),
+        ends = np.full(max(1, -(-len(self._eos_ids) // ENDS)) * ENDS, _NO_TOKEN, np.int32)
+        ends[: len(self._eos_ids)] = sorted(self._eos_ids)
+        settings = Settings(
+            limits=np.asarray([*self._limits, *[0] * fill], np.int32),
             keys=row_keys(draws, fill),
-            eos_ids=jax.device_put(np.asarray(sorted(self._eos_ids), np.int32)),
-            temperature=jnp.float32(sampling.temperature),
-            top_p=jnp.float32(sampling.top_p),
-            top_k=jnp.int32(sampling.top_k),
-            min_p=jnp.float32(sampling.min_p),
+            eos_ids=ends,
+            temperature=np.float32(sampling.temperature),
+            top_p=np.float32(sampling.top_p),
+            top_k=np.int32(sampling.top_k),
+            min_p=np.float32(sampling.min_p),
         )
+        self._settings = jax.device_put(settings)  # a transfer each, where jnp would compile programs
 
     def step(self, steps: int) -> list[list[int]]:
         """Decodes up to `steps` tokens a row and returns the new ones, [] for rows that are done.
@@ -299,7 +304,9 @@ class Decoding:
     def finish(self, row: int, reason: str) -> None:
         """Ends a row."""
         self._reasons[row] = reason
-        self._rows = self._rows._replace(done=self._rows.done.at[row].set(True))
+        done = np.array(self._rows.done)
+        done[row] = True
+        self._rows = self._rows._replace(done=jax.device_put(done))
 
     def unfinished(self) -> list[int]:
         return [row for row, reason in enumerate(self._reasons) if reason is None]
@@ -320,15 +327,15 @@ class Decoding:
 
 
 class Settings(NamedTuple):
-    """What stays the same while a batch is decoded."""
+    """What stays the same while a batch is decoded: arrays, on the device once decoding begins."""
 
-    limits: jax.Array  # int32 [B], tokens a row may draw
-    keys: jax.Array  # [B], into which a row's counts are folded
-    eos_ids: jax.Array  # int32 [E]
-    temperature: jax.Array  # float32 []
-    top_p: jax.Array  # float32 []
-    top_k: jax.Array  # int32 []
-    min_p: jax.Array  # float32 []
+    limits: Any  # int32 [B], tokens a row may draw
+    keys: Any  # [B], into which a row's counts are folded
+    eos_ids: Any  # int32 [E], _NO_TOKEN where there are fewer
+    temperature: Any  # float32 []
+    top_p: Any  # float32 []
+    top_k: Any  # int32 []
+    min_p: Any  # float32 []
 
 
 def _in_compute_dtype(model: Decoder) -> tuple[Any, Any]:
@@ -390,7 +397,7 @@ def draw_tokens(
         logits = model.logits(rows.hidden)
         tokens = next_tokens(logits, keys, settings.temperature, settings.top_p, settings.top_k, settings.min_p)
         broken = largest_magnitude(logits, axis=-1) == jnp.inf
-        drawn = drawn.at[:, step].set(jnp.where(rows.done, -1, jnp.where(broken, _BROKEN, tokens)))
+        drawn = drawn.at[:, step].set(jnp.where(rows.done, _NO_TOKEN, jnp.where(broken, _BROKEN, tokens)))
         ended = jnp.any(tokens[:, None] == settings.eos_ids, axis=1)
         out, cache = model(tokens[:, None], rows.lengths[:, None], rows.cache)
         # a row that is done keeps its length: what it still writes lands past its end, where nothing looks
@@ -399,7 +406,7 @@ def draw_tokens(
         done = rows.done | ended | broken | (counts >= settings.limits)
         return step + 1, Rows(cache, out[:, 0], lengths, counts, done), drawn
 
-    drawn = jnp.full((rows.done.shape[0], width), -1, jnp.int32)
+    drawn = jnp.full((rows.done.shape[0], width), _NO_TOKEN, jnp.int32)
     taken, rows, drawn = jax.lax.while_loop(unfinished, draw, (jnp.int32(0), rows, drawn))
     return rows, drawn, taken
 

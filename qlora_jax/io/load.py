@@ -326,9 +326,9 @@ def load_model(
         done += tensors
         progress(done, total)
 
-    def array(key: str, dtype: Any = None, sharding: Any = None) -> jax.Array:
+    def array(key: str, dtype: Any = None, sharding: Any = None, is_kept: bool = False) -> jax.Array:
         count()
-        return to_device(files, key, dtype or kept_dtype(files.dtypes[key], compute_dtype), sharding)
+        return to_device(files, key, dtype or kept_dtype(files.dtypes[key], compute_dtype), sharding, is_kept)
 
     def linear(name: str, as_array: bool, key: str, slot: tuple[int, ...]) -> QuantizedTensor | jax.Array:
         if quant_of(config, name, quant).format == "none" or key in skipped:
@@ -345,7 +345,7 @@ def load_model(
         if is_packed(files, key):
             count()
             return _values(read_packed(files, key, quant, shape), jnp.dtype(compute_dtype))
-        return array(key, dtype, place(name, jax.ShapeDtypeStruct(shape, jnp.float32)))
+        return array(key, dtype, place(name, jax.ShapeDtypeStruct(shape, jnp.float32)), is_kept=True)
 
     if mixed := _mixed(config, skipped):
         log.warning(
@@ -402,7 +402,8 @@ def _read_stack(
     keys = {part: native.stack_key(name, part) for part in native.parts(q)}
     stacks = {part: jax.ShapeDtypeStruct(files.shapes[key], jnp.dtype(files.dtypes[key])) for part, key in keys.items()}
     at = {part: of_weight(place, name)(f".{part}", stack) for part, stack in stacks.items()}
-    return native.filled(q, {part: to_device(files, key, sharding=at[part]) for part, key in keys.items()})
+    arrays = {part: to_device(files, key, sharding=at[part], is_kept=True) for part, key in keys.items()}
+    return native.filled(q, arrays)
 
 
 def pack(files: TensorFiles, config: ModelConfig, name: str, key: str, quant: QuantSpec, where: str) -> QuantizedTensor:

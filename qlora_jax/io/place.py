@@ -33,10 +33,13 @@ def of_weight(place: Callable[[str, Any], Any], name: str) -> Callable[[str, Any
     return anywhere if place is anywhere else lambda part, leaf: place(f"blocks.{name}.weight{part}", leaf)
 
 
-def to_device(files: TensorFiles, key: str, dtype: Any = None, sharding: Any = None) -> jax.Array:
+def to_device(
+    files: TensorFiles, key: str, dtype: Any = None, sharding: Any = None, is_kept: bool = False
+) -> jax.Array:
     """A tensor in its own shape, in dtype (its own by default), rounded on the device where they differ.
 
-    `sharding`: how several devices hold it; None is one.
+    `sharding`: how several devices hold it; None is one. `is_kept`: whether the array is the model's, and not gone
+    before the next tensor is read.
     """
     shape, dtype = files.shapes[key], jnp.dtype(dtype or files.dtypes[key])
     if sharding is not None and are_several() and len(shape) > 1:  # vectors, which are few bytes, each reads itself
@@ -47,7 +50,9 @@ def to_device(files: TensorFiles, key: str, dtype: Any = None, sharding: Any = N
     buffer: Any = None
     for corner, piece in pieces:
         if piece.shape == shape:
-            whole = jnp.asarray(piece).astype(dtype)  # a copy: with device_put the piece would live on beside the next
+            # A copy, by a program of its shape: with device_put the piece would live on beside the next one. What is
+            # kept may be the piece itself, on a CPU: there is no other that would be read into it.
+            whole = jax.device_put(piece) if is_kept and piece.dtype == dtype else jnp.asarray(piece).astype(dtype)
             return jax.block_until_ready(whole if sharding is None else everywhere(whole, sharding))
         if buffer is None:
             buffer = jnp.zeros(shape, dtype, device=sharding)

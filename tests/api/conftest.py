@@ -19,4 +19,4 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model", context=256)
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model", context=192)

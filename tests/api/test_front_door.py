@@ -56,7 +56,7 @@ def test_the_model_answers_as_it_was_trained(made, at_home):
     assert "template 'alpaca'" in repr(model) and "nf4 + double quantization" in repr(model)
     answer = model.generate("Say hi.", **GREEDY)
     assert isinstance(answer, str)
-    asked = [{"instruction": "Say hi."}, "Say ho."]
+    asked = [{"instruction": "Say hi."}, 8 * "Say ho. "]  # as long as the notebook's
     assert model.generate(asked, **GREEDY)[0] == answer
     assert model.generate(asked[0], **GREEDY) == answer
 
@@ -78,8 +78,10 @@ def test_the_saved_adapter_is_the_model(made, at_home, checkpoint, run_commands,
     with pytest.raises(qj.InputError, match="not empty"):
         model.save_adapter(folder)
     command = ["experiments.generate", f"--model={checkpoint}", "--quant=nf4+dq", f"--adapter={folder}"]
-    command += ["--prompt=Say hi.", "--temperature=0", "--max_new_tokens=6"]
-    asked, plain = run_commands([[*command, "--template=alpaca"], command])
+    command += ["--temperature=0", "--max_new_tokens=6"]
+    as_long = 10 * "Say hi. "  # as the template makes the other, so that both are one program
+    other = [*command, f"--prompt={as_long}"]
+    asked, plain = run_commands([[*command, "--prompt=Say hi.", "--template=alpaca"], other])
     assert asked["out"] == expected + "\n"
     assert "trained with the template alpaca" in plain["err"] and "trained with" not in asked["err"]
 

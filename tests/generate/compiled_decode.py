@@ -1,11 +1,5 @@
-"""Compiles a step of decoding for an H200 that is not here, and reads what XLA would launch: its sequence of thunks.
+"""Compiles a step of decoding for an H200 that is not here, and reads what XLA would launch: its sequence of thunks."""
 
-XLA writes that into a folder that its flags name, which it reads once in a process: hence a child.
-"""
-
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +19,7 @@ from qlora_jax.train.shapes import ModelSpec, abstract_model
 
 def thunks(folder: Path, kernel: str) -> list[str]:
     """The sequence's lines, before XLA looks for what can be a CUDA graph; loops' and branches' are indented."""
-    flags = {"XLA_FLAGS": f"--xla_dump_to={folder}", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", __name__, kernel]
-    child = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr
+    compile_step(kernel, decode.GRAPHS | {"xla_dump_to": str(folder)})
     (file,) = folder.glob("*.thunk_sequence.txt")
     return file.read_text().splitlines()
 
@@ -48,22 +39,18 @@ def empty_cache(config: ModelConfig, B: int, S: int) -> Cache:
     return Cache(array, array)
 
 
-def main(kernel: str) -> None:
+def compile_step(kernel: str, options: dict[str, Any]) -> None:
     config, graph, state = small_model(kernel)
     array, B = jax.ShapeDtypeStruct, 8
     whole, real, flags = array((B,), jnp.int32), array((), jnp.float32), array((B,), jnp.bool_)
     rows = decode.Rows(empty_cache(config, B, 128), array((B, config.D), jnp.bfloat16), whole, whole, flags)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
     number = array((), jnp.int32)
-    settings = decode.Settings(whole, keys, array((1,), jnp.int32), real, real, number, real)
+    settings = decode.Settings(whole, keys, array((decode.ENDS,), jnp.int32), real, real, number, real)
     compile_for(
         GPUS["h200"],
         lambda *arguments: decode.draw_tokens(graph, *arguments, decode.WIDTH),
         *on_gpu(GPUS["h200"], (state, rows, settings, number)),
-        compiler_options=decode.GRAPHS,
+        compiler_options=options,
         donate_argnums=(1,),
     )
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

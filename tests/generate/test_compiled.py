@@ -61,6 +61,7 @@ def test_prompts_take_no_second_cache(way):
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * cache.k.size
 
 
+@pytest.mark.quick_compile
 def test_tokens_are_the_same(tiny_model):
     """On a CPU, which knows the options and has no graphs: whether they change nothing else."""
     sampling, prompt = Sampling(CHUNK, temperature=0.0), [5, 3, 8]

@@ -9,6 +9,7 @@ from qlora_jax.generate.sampling import Sampling
 from qlora_jax.io.load import load_model
 from tests.t5 import FOLDERS, golden
 
+pytestmark = pytest.mark.quick_compile
 NEW = 12
 
 

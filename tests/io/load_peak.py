@@ -1,6 +1,6 @@
 """Run by test_peaks.py in a process of its own: memory that loading a folder takes beyond what stood there before.
 
-python load_peak.py SMALL FOLDER: SMALL holds one layer of the same sizes and compiles most programs beforehand.
+Its arguments are SMALL and FOLDER: SMALL holds one layer of the same sizes and compiles most programs beforehand.
 """
 
 import json

@@ -17,6 +17,7 @@ from qlora_jax.io.peft import read_adapter, write_arrays
 from qlora_jax.io.write import quant_spec, quantize_folder
 from qlora_jax.lora import LoRAConfig
 
+pytestmark = pytest.mark.quick_compile
 
 @pytest.fixture(scope="module")
 def base(golden) -> Path:

@@ -13,6 +13,7 @@ from qlora_jax.files import atomic_folder, write_json
 from qlora_jax.io.export import write_checkpoint
 from qlora_jax.io.load import QuantSpec, load_model
 
+pytestmark = pytest.mark.quick_compile
 UNQUANTIZED = QuantSpec("none")
 
 

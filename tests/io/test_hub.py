@@ -3,18 +3,23 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.hub_server import SHA, TOKEN, HubHandler, serving
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
+pytestmark = pytest.mark.quick_compile
+
 
 @pytest.fixture
-def hub(tmp_path):
+def hub(tmp_path, monkeypatch):
     """Address of a server that has one model, owner/tiny, and the list of what it was asked for."""
+    for name in os.environ:
+        if "proxy" in name.lower():
+            monkeypatch.delenv(name)
     folder = tmp_path / "served"
     write_tiny_checkpoint(folder)
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
@@ -41,10 +46,10 @@ def hub(tmp_path):
 
 
 def generate(model: str, address: str, cache: Path) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
-    environment |= {"HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_TOKEN": TOKEN}
-    command = [sys.executable, "-m", "experiments.generate", f"--model={model}", "--prompt=a", "--max_new_tokens=2"]
-    return subprocess.run([*command, "--temperature=0"], capture_output=True, text=True, env=environment)
+    """In a process of its own: huggingface_hub reads its settings once."""
+    script = "import runpy; runpy.run_module('experiments.generate', run_name='__main__', alter_sys=True)"
+    arguments = [f"--model={model}", "--prompt=a", "--max_new_tokens=2", "--temperature=0"]
+    return forked.run(script, *arguments, HF_ENDPOINT=address, HF_HOME=str(cache), HF_TOKEN=TOKEN)
 
 
 def test_a_model_comes_from_the_hub_without_pickles_or_code(hub, tmp_path):

@@ -21,6 +21,7 @@ from qlora_jax.train.spec import read_spec
 from tests import tiny_run
 from tests.llama_names import EMBEDDING, HEAD
 
+pytestmark = pytest.mark.quick_compile
 logits_of = jax.jit(lambda model, tokens: model.logits(model(tokens)[0]))
 
 

@@ -1,8 +1,6 @@
 """What loading is said to take holds: against the memory of a real load, and against what the compiler takes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -10,7 +8,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import save_file
 
 from qlora_jax.errors import InputError
@@ -22,6 +19,7 @@ from qlora_jax.planning import topology
 from qlora_jax.planning.gpus import GPUS
 from qlora_jax.quant.blockwise import CHUNK, quantize_packed, temporary_bytes
 from qlora_jax.quant.codebooks import codebook
+from tests import forked
 from tests.llama_names import EMBEDDING
 
 UNRUN = {"xla_backend_optimization_level": 0}  # buffers are assigned before LLVM begins
@@ -52,10 +50,7 @@ def write_checkpoint(folder: Path, L: int) -> Path:
 def test_a_16_bit_model_never_sits_in_memory(tmp_path: Path) -> None:
     """Memory of a real load of 302 MB, quantized on its way: on a CPU host and device are one."""
     small, folder = write_checkpoint(tmp_path / "small", 1), write_checkpoint(tmp_path / "model", 10)
-    script = Path(__file__).with_name("load_peak.py")
-    result = subprocess.run(
-        [sys.executable, script, small, folder], capture_output=True, text=True, cwd=script.parents[2]
-    )
+    result = forked.run(Path(__file__).with_name("load_peak.py").read_text(), small, folder)
     assert result.returncode == 0, result.stderr
     measured, config = json.loads(result.stdout), load_config(folder)
     promised = load_host_peak_bytes(config) + load_device_peak_bytes(config, QuantSpec())
@@ -64,6 +59,7 @@ def test_a_16_bit_model_never_sits_in_memory(tmp_path: Path) -> None:
     assert model_bytes(config, QuantSpec()) - SLACK < measured["peak"] < promised + SLACK
 
 
+@pytest.mark.quick_compile  # what is counted are arrays that stay
 @pytest.mark.parametrize("quant", [QuantSpec(), QuantSpec("fp4", 32, False), QuantSpec("none")])
 @pytest.mark.parametrize("name", ["llama1", "llama2", "llama3"])  # llama1: float32; llama3: tied
 def test_bytes_of_a_model_are_those_of_its_arrays(golden: Path, name: str, quant: QuantSpec) -> None:
@@ -94,11 +90,7 @@ def test_quantizing_takes_what_is_said_on_a_gpu() -> None:
         pytest.skip("needs XLA:GPU's compiler: pip install jax-cuda13-plugin")
     for shape in ((4096, 4096), (22016, 8192)):
         w = topology.on_gpu(GPUS["h200"], jax.ShapeDtypeStruct(shape, "bfloat16"))
-        compilation_cache.reset_cache()  # it remembers that it is in use, and cannot read such programs again
-        with topology._uncached():
-            traced = quantize_packed.trace(w, codebook("nf4"), 64, True)
-            compiled = traced.lower(lowering_platforms=("cuda",)).compile()
-        compilation_cache.reset_cache()
+        compiled = topology.compile_for(GPUS["h200"], lambda w: quantize_packed(w, codebook("nf4"), 64, True), w)
         assert compiled.memory_analysis().temp_size_in_bytes <= temporary_bytes(shape[0] * shape[1], 64)
 
 

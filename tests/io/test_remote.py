@@ -18,6 +18,7 @@ from qlora_jax.io.folder import TensorFiles, resolve
 from qlora_jax.io.load import QuantSpec, load_model, stored_quant
 from qlora_jax.io.write import quantize_folder
 
+pytestmark = pytest.mark.quick_compile
 
 class Ranges(http.server.BaseHTTPRequestHandler):
     """Files of `folder` under /, by byte ranges as object stores answer them; notes what was asked for."""

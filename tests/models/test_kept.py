@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from qlora_jax.models.kept import joined, taken_apart
 
+pytestmark = pytest.mark.quick_compile
 
 def test_values_that_differ_in_their_first_axis_alone_share_an_array():
     kept = {

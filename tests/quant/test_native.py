@@ -7,6 +7,7 @@ import pytest
 import qlora_jax as qj
 from qlora_jax.quant import native
 
+pytestmark = pytest.mark.quick_compile
 
 @pytest.mark.parametrize("format", ["nf4", "int4"])
 @pytest.mark.parametrize("double_quant", [True, False])

@@ -10,6 +10,7 @@ from qlora_jax.evaluate.glue.predict import logits_of
 from qlora_jax.io.load import load_model
 from tests.roberta import FOLDERS, golden
 
+pytestmark = pytest.mark.quick_compile
 
 def test_logits_are_those_of_each_row():
     rows = golden("regression")
