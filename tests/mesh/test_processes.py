@@ -1,11 +1,8 @@
 """One model trained by two processes: the run of one device, whoever is killed on the way."""
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +12,17 @@ import pytest
 
 from qlora_jax.settings import resolved
 from qlora_jax.train.loop import finetune
+from tests.forked import Started
 from tests.tiny_run import tiny_config
 
 pytestmark = pytest.mark.quick_compile
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 6
+# as `python -m` does it; forks of a process that has imported what most of their start is
+COMMAND = """import runpy; runpy.run_module("tests.mesh.counted", run_name="__main__", alter_sys=True)"""
 
 
-def start(golden: Path, folder: Path, by_slurm: bool = False, own: Sequence[str] = ()) -> list[subprocess.Popen]:
+def start(golden: Path, folder: Path, by_slurm: bool = False, own: Sequence[str] = ()) -> list[Started]:
     """Two processes of one device each on the run of `folder`, which they divide; `own`: a flag of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -34,9 +34,8 @@ def start(golden: Path, folder: Path, by_slurm: bool = False, own: Sequence[str]
         "train.steps": STEPS, "train.batch_size": 4, "train.grad_accum": 2, "train.checkpoint_every": 1,
         "mesh.devices": 2,
     }  # fmt: skip
-    command = [sys.executable, "-m", "tests.mesh.counted", f"--config={REPOSITORY}/configs/base.py"]
-    command += [f"--config.{key}={value}" for key, value in keys.items()] + [f"--workdir={folder / 'run'}"]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "COUNTED": str(folder / "counted")}
+    command = [f"--config={REPOSITORY}/configs/base.py", f"--workdir={folder / 'run'}"]
+    command += [f"--config.{key}={value}" for key, value in keys.items()]
     started = []
     for index in range(2):
         if by_slurm:  # as srun sets it, but for the port, which follows from the job's number
@@ -46,11 +45,7 @@ def start(golden: Path, folder: Path, by_slurm: bool = False, own: Sequence[str]
         else:
             given, flags = {}, [f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process={index}"]
         flags += [flag for flag in own[index : index + 1] if flag]
-        started.append(
-            subprocess.Popen(
-                [*command, *flags], env=environment | given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
+        started.append(Started(COMMAND, [*command, *flags], given | {"COUNTED": str(folder / "counted")}))
     return started
 
 
@@ -62,27 +57,27 @@ def rows(folder: Path) -> list[dict]:
 def test_one_model_by_two_processes(golden, tmp_path):
     """The first is killed: the other says so and ends. Then one reads other data: both say so. Then the run of one."""
     two = start(golden, tmp_path)
-    while len(rows(tmp_path)) < 2 and all(process.poll() is None for process in two):
+    while len(rows(tmp_path)) < 2 and all(one.process.is_alive() for one in two):
         time.sleep(0.05)
-    two[0].send_signal(signal.SIGKILL)
-    _, said = two[1].communicate(timeout=60)
-    assert two[1].returncode == 1 and two[0].wait() == -signal.SIGKILL
-    lines = [line for line in said.splitlines() if line and not line.startswith(("training:", "loading:"))]
+    two[0].process.kill()
+    killed, other = (one.ended(timeout=60) for one in two)
+    assert other.returncode == 1 and killed.returncode == -signal.SIGKILL
+    lines = [line for line in other.stderr.splitlines() if line and not line.startswith(("training:", "loading:"))]
     # on a busy machine the exchange between devices may say so before JAX's coordination service does
     lost = "error: another process of this run ended or cannot be reached ("
-    assert len(lines) == 1 and lines[0].startswith(lost), said[-2000:]
+    assert len(lines) == 1 and lines[0].startswith(lost), other.stderr[-2000:]
     assert len(rows(tmp_path)) < STEPS
 
     np.save(tmp_path / "others.npy", np.zeros((STEPS, 4, 12), np.int32))
-    other = start(golden, tmp_path, own=("", f"--config.data.batches={tmp_path / 'others.npy'}"))
-    ended = [(process.communicate(timeout=60)[1].splitlines()[-1], process.returncode) for process in other]
-    assert ended == 2 * [("error: process 1 reads another data.batches than process 0: give all the same files", 2)]
+    two = start(golden, tmp_path, own=("", f"--config.data.batches={tmp_path / 'others.npy'}"))
+    ended = [one.ended(timeout=60) for one in two]
+    said = "error: process 1 reads another data.batches than process 0: give all the same files"
+    assert [(one.stderr.splitlines()[-1], one.returncode) for one in ended] == 2 * [(said, 2)]
 
     (tmp_path / "counted").unlink(missing_ok=True)
-    started = start(golden, tmp_path, by_slurm=True)
-    ended = [process.communicate(timeout=300) for process in started]
-    assert [process.returncode for process in started] == [0, 0], ended
-    assert "resumed" in ended[0][0] and not ended[1][0].replace("[Gloo]", "").count("run:"), ended
+    ended = [one.ended(timeout=300) for one in start(golden, tmp_path, by_slurm=True)]
+    assert [one.returncode for one in ended] == [0, 0], ended
+    assert "resumed" in ended[0].stdout and not ended[1].stdout.replace("[Gloo]", "").count("run:"), ended
     c = tiny_config(golden, tmp_path)
     c.train.steps, c.lora.dropout = STEPS, 0.1
     finetune(c, resolved(c), tmp_path / "one", lambda line: None)

@@ -1,12 +1,9 @@
 """What processes read in turns ends where one process puts it, on eight CPU devices; and whose turn it is."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from qlora_jax.mesh.turns import Turns
+from tests import forked
 
 pytestmark = pytest.mark.quick_compile
 
@@ -66,10 +63,7 @@ for stored, kept in ((table, jnp.bfloat16), (table, jnp.float32), ((table * 9).a
 
 
 def test_what_is_read_in_turns_is_where_it_belongs():
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    ended = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True
-    )
+    ended = forked.run(SCRIPT, devices=8)
     assert ended.returncode == 0, ended.stderr[-3000:]
 
 

@@ -188,6 +188,13 @@ def pages_of(name: str, page_bytes: int) -> Pages:
     return Pages(OPTIMIZERS[name], tree(0), page_bytes)
 
 
+def make(name: str, page_bytes: int, resident_bytes: float) -> PagedOptimizer:
+    return PagedOptimizer(pages_of(name, page_bytes), tree(0), resident_bytes)
+
+
+shared = cache(make)  # with the programs that it compiled: what a run begins with is not in it
+
+
 def run(optimizer: PagedOptimizer, updates: int = UPDATES, params=None, states=None, first: int = 0):
     params = tree(0) if params is None else params
     states = optimizer.init(params) if states is None else states
@@ -213,9 +220,7 @@ def test_may_be_cut_by_rows(name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_paged_is_unpaged_bit_for_bit_and_optax(name, page_bytes):
     tx = OPTIMIZERS[name]
-    (params, states), unpaged = (
-        run(PagedOptimizer(pages_of(name, page_bytes), tree(0), resident)) for resident in (0, math.inf)
-    )
+    (params, states), unpaged = (run(shared(name, page_bytes, resident)) for resident in (0, math.inf))
     assert_same_bits((params, states), unpaged)
     arrays = [leaf for leaf in jax.tree.leaves(states) if leaf.ndim]
     assert {leaf.sharding.memory_kind for leaf in arrays} == {"pinned_host"}
@@ -241,15 +246,12 @@ def test_bytes_of_state(name, moments):
 @pytest.mark.quick_compile
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_checkpoint_goes_on_exactly(name, tmp_path):
-    def optimizer():
-        return PagedOptimizer(pages_of(name, 20_000), tree(0), 0)
-
-    whole = run(optimizer(), updates=4)
-    params, states = run(optimizer(), updates=2)
+    whole = run(shared(name, 20_000, 0), updates=4)
+    params, states = run(shared(name, 20_000, 0), updates=2)
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(2, params, states, wait=True)
     checkpoints.close()
-    again, fresh = Checkpoints(tmp_path, keep=1), optimizer()
+    again, fresh = Checkpoints(tmp_path, keep=1), make(name, 20_000, 0)
     _, params, states = again.restore(tree(0), fresh.init(tree(0)))
     again.close()
     assert any(leaf.dtype == np.uint8 for leaf in jax.tree.leaves(states))

@@ -1,6 +1,6 @@
 """Optax transformations of every kind that pages must bear, with how far their updates may be cut."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,8 @@ def eight_bit_momentum(rate: float) -> optax.GradientTransformation:
         absmax = jnp.abs(m).max(-1, keepdims=True)
         return Eight(jnp.round(m / jnp.where(absmax == 0, 1, absmax) * 127 + 128).astype(jnp.uint8), absmax)
 
-    def init(params):
-        return jax.tree.map(lambda p: store(jnp.zeros_like(p)), params)
+    def init(params):  # zeros, stored
+        return jax.tree.map(lambda p: Eight(jnp.full(p.shape, 128, jnp.uint8), jnp.zeros((*p.shape[:-1], 1))), params)
 
     def update(grads, state, params=None):
         m = jax.tree.map(lambda g, s: 0.9 * load(s) + g, grads, state)
@@ -67,6 +67,11 @@ TRANSFORMATIONS = {
 # for tests of something else: the probe that finds how far an update may be cut takes longer than most of them, and
 # that it finds "rows" of each of these is held once (tests/optim/test_pages.py)
 KNOWN = {name: RowWise(*tx) if cut == "rows" else tx for name, (tx, cut) in TRANSFORMATIONS.items()}
+
+
+def known_cut(tx: optax.GradientTransformation, params: Any = None) -> str:
+    """In place of pages.separability, of KNOWN."""
+    return next(cut for known, cut in TRANSFORMATIONS.values() if known.update is tx.update)
 
 
 def tree(seed: int) -> dict[str, jax.Array]:

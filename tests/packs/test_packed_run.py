@@ -27,7 +27,7 @@ def config(tmp_path_factory):
     c = base.get_config()
     c.model.path = str(write_tiny_checkpoint(folder / "model"))
     c.model.compute_dtype = "float32"
-    c.lora.rank, c.lora.dropout = 2, 0.0
+    c.lora.rank, c.lora.dropout, c.lora.targets = 2, 0.0, ("q_proj", "down_proj")
     c.data.path, c.data.format = str(folder / "rows.jsonl"), "input-output"
     c.data.max_source_len, c.data.max_target_len, c.data.pad_to_multiple_of = 20, 20, 8
     c.data.packing, c.data.eval_examples = True, 7

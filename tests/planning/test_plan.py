@@ -32,6 +32,7 @@ CPU = PlannedGpu("a CPU", (0, 0), 0, 2**40, 1e10, 1e11, 0, 0.0, is_here=True)
 def quickstart():
     config = importlib.import_module("configs.quickstart").get_config()
     config.model.remat = "block"
+    config.lora.targets = ("q_proj", "down_proj")  # compiles in two thirds of the time of all seven
     return config
 
 

@@ -26,7 +26,7 @@ def config(golden, tmp_path):
     c = base.get_config()
     c.model.path = str(golden / "llama" / "llama1")
     c.model.compute_dtype, c.model.remat = "float32", "none"
-    c.lora.update(rank=2, dropout=0.0)
+    c.lora.update(rank=2, dropout=0.0, targets=("q_proj", "down_proj"))  # compiles in half the time of all seven
     c.data.batches = str(tmp_path / "batches.npy")
     c.train.update(steps=1, batch_size=2, grad_accum=1)
     return c

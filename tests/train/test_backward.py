@@ -23,11 +23,11 @@ FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
 G, B, T = 2, 2, 37
 
 
-def parts(golden, remat="block", sequence_chunk=0, dropout=0.2, dtype=jnp.float32, quant="none"):
-    """Grouped-query attention, an adapter with B not zero on all layers: graph, adapter, base."""
+def parts(golden, remat="block", sequence_chunk=0, dropout=0.2, dtype=jnp.float32, quant="none", names=LINEARS):
+    """Grouped-query attention, an adapter with B not zero on these layers: graph, adapter, base."""
     model = load_model(golden / "llama" / "llama2", QuantSpec(quant), dtype, remat, sequence_chunk=sequence_chunk)
-    lora.attach(model, LoRAConfig(rank=2, dropout=dropout), jax.random.key(0))
-    for place, name in enumerate(LINEARS):
+    lora.attach(model, LoRAConfig(rank=2, dropout=dropout, targets=tuple(names)), jax.random.key(0))
+    for place, name in enumerate(names):
         layer = lora.linear(model, name)
         shape = layer.lora_b.get_value().shape
         layer.lora_b.set_value(0.1 * random_normal(place, shape))
@@ -87,7 +87,8 @@ def test_offloaded_inputs_come_back_in_order_on_a_gpu(golden):
 
 def test_a_pack_of_adapters_is_each_for_itself(golden):
     """In chunks too. Whole sequences: tests/packs."""
-    graph, adapter, base = parts(golden, "block+offload", sequence_chunk=16)
+    few = [name for name in LINEARS if name.endswith(("k_proj", "down_proj"))]  # compile in two thirds of the time
+    graph, adapter, base = parts(golden, "block+offload", sequence_chunk=16, names=few)
     other = jax.tree.map(lambda leaf: leaf * 1.5, adapter)
     pack = jax.tree.map(lambda *leaves: jnp.stack(leaves), adapter, other)
     keys = jax.random.split(jax.random.key(1), 2)
