@@ -20,7 +20,6 @@ from qlora_jax.io.write import quantize_folder
 from tests.llama_names import EMBEDDING, FINAL_NORM, HEAD, LAYER
 from tests.not_finite import DTYPES, not_finite
 
-pytestmark = pytest.mark.quick_compile
 DOWN, NORM = LAYER.format(1, "mlp.down_proj"), LAYER.format(1, "input_layernorm")
 
 

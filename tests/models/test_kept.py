@@ -9,6 +9,7 @@ from qlora_jax.models.kept import joined, taken_apart
 
 pytestmark = pytest.mark.quick_compile
 
+
 def test_values_that_differ_in_their_first_axis_alone_share_an_array():
     kept = {
         "x": jnp.arange(24.0).reshape(2, 3, 4),
