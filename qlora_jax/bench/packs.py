@@ -13,7 +13,16 @@ import numpy as np
 from qlora_jax.bench.synthetic import random_model
 from qlora_jax.errors import InputError
 from qlora_jax.models.dropout import DropoutRate
-from qlora_jax.packs.step import Member, MemberState, Steps, initial_optimizer, make_steps, over_members
+from qlora_jax.packs.run import STEPS_A_CALL
+from qlora_jax.packs.step import (
+    Member,
+    MemberState,
+    Optimizer,
+    Steps,
+    initial_optimizer,
+    over_members,
+    steps_of,
+)
 from qlora_jax.train.backward import compiler_options
 from qlora_jax.train.memory import Program, out_of_memory_said, peak_device_bytes
 from qlora_jax.train.spec import RunSpec
@@ -54,7 +63,7 @@ def measure_pack(
         del adapter
         has_dropout = spec.model.lora.dropout > 0
         program = Program(
-            make_steps(model.graph, config.optimizer, config.train.loss_chunk, has_dropout, over),
+            steps_of(model.graph, Optimizer.of(config.optimizer), config.train.loss_chunk, has_dropout, over),
             compiler_options(spec.model.remat),
             donate_argnums=(0,),
         )
@@ -91,10 +100,11 @@ def _settings(config: Any, spec: RunSpec, A: int, steps: int) -> Member:
 
 
 def _one_step(config: Any, spec: RunSpec, A: int, step: int, seed: int) -> Steps:
-    """A call of one step, every token a target."""
+    """A run's call, of which one step is to be taken, every token a target."""
     batch = spec.batch
-    shape = (A, 1, batch.G, batch.B, batch.T)
+    shape = (A, STEPS_A_CALL, batch.G, batch.B, batch.T)
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(step,)))
-    tokens = rng.integers(0, spec.model.sizes.V, shape, np.int32)
+    tokens = np.zeros(shape, np.int32)
+    tokens[:, :1] = rng.integers(0, spec.model.sizes.V, (A, 1, *shape[2:]), np.int32)
     rates = np.full(shape[:2], config.optimizer.learning_rate, np.float32)
     return Steps(rates, tokens, np.ones(shape, bool), None, np.int32(step), np.int32(1))

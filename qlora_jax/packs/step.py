@@ -10,6 +10,7 @@ layer that is not targeted.
 A member takes no step after its last, nor after one whose loss or gradient is not finite: its bits stay.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -70,12 +71,24 @@ class Taken(NamedTuple):
     target_tokens: jax.Array
 
 
-def make_steps(graph: Any, optimizer: Any, loss_chunk: int, has_dropout: bool, over: str) -> Callable[..., Any]:
+class Optimizer(NamedTuple):
+    """What members share of the config's section; the rest of it is theirs."""
+
+    name: str
+    beta1: float
+    beta2: float
+    eps: float
+
+    @classmethod
+    def of(cls, section: Any) -> "Optimizer":
+        return cls(section.name, section.beta1, section.beta2, section.eps)
+
+
+def make_steps(graph: Any, optimizer: Optimizer, loss_chunk: int, has_dropout: bool, over: str) -> Callable[..., Any]:
     """The function to jit.
 
     Args:
       graph: of lora.split, with adapters on every layer that any member targets.
-      optimizer: the config's section; its learning rate, schedule and weight decay are not read.
       loss_chunk: see summed_loss.
       has_dropout: whether any member drops out.
       over: one of OVER_MEMBERS.
@@ -182,3 +195,8 @@ def _scaled(model: Decoder, scale: jax.Array) -> Decoder:
         if layer.lora_a is not None:
             layer.lora_scale = nnx.data(jnp.broadcast_to(scale, (model.config.depth(name),)))
     return model
+
+
+# One function for one model, as train/step.gradient_of
+steps_of = functools.lru_cache(maxsize=8)(make_steps)
+pack_evaluation_of = functools.lru_cache(maxsize=8)(make_pack_evaluation)

@@ -15,7 +15,7 @@ from qlora_jax.feed.load import LoadedData, load_data
 from qlora_jax.io.folder import resolve
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.packs.step import make_pack_evaluation, make_steps, over_members
+from qlora_jax.packs.step import Optimizer, over_members, pack_evaluation_of, steps_of
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.backward import compiler_options
 from qlora_jax.train.memory import Program, memory_limit
@@ -97,16 +97,15 @@ class Warm:
           graph: of lora.split, of a model that keeps what `remat` says.
           config: of a member; what its members share is read.
         """
-        o, chunk = config.optimizer, config.train.loss_chunk
+        optimizer, chunk = Optimizer.of(config.optimizer), config.train.loss_chunk
 
         def steps() -> Program:
-            function = make_steps(graph, o, chunk, has_dropout, self.over)
+            function = steps_of(graph, optimizer, chunk, has_dropout, self.over)
             return Program(function, compiler_options(remat), donate_argnums=(0,))
 
         def evaluation() -> Program:
-            return Program(make_pack_evaluation(graph, chunk, self.over))
+            return Program(pack_evaluation_of(graph, chunk, self.over))
 
-        optimizer = (o.name, o.beta1, o.beta2, o.eps)
         training = self._programs.get(("steps", structure, remat, chunk, optimizer, has_dropout), steps)
         return training, self._programs.get(("evaluation", structure, chunk), evaluation)
 

@@ -19,10 +19,11 @@ from qlora_jax.packs.run import STEPS_A_CALL
 from qlora_jax.packs.step import (
     Member,
     MemberState,
+    Optimizer,
     Steps,
     initial_optimizer,
-    make_pack_evaluation,
-    make_steps,
+    pack_evaluation_of,
+    steps_of,
 )
 from qlora_jax.planning.gpus import PlannedGpu
 from qlora_jax.planning.memory import base_bytes, usable_bytes
@@ -103,7 +104,8 @@ def steps_program(config: Any, spec: RunSpec, model: AbstractModel, A: int, over
     segments = tokens if batch.packed else None
     of = Steps(_shape(shape[:2], jnp.float32), tokens, _shape(shape, jnp.bool_), segments, count, count)
     has_dropout = spec.model.lora.dropout > 0
-    function = make_steps(model.graph, config.optimizer, config.train.loss_chunk, has_dropout, over)
+    optimizer_kind = Optimizer.of(config.optimizer)
+    function = steps_of(model.graph, optimizer_kind, config.train.loss_chunk, has_dropout, over)
     return function, (state, model.base, member, of)
 
 
@@ -117,7 +119,7 @@ def _compile_evaluation(config: Any, spec: RunSpec, model: AbstractModel, gpu: P
     assert spec.evaluation is not None
     shape = (spec.evaluation.B, spec.evaluation.T)
     tokens = _shape(shape, jnp.int32)
-    function = make_pack_evaluation(model.graph, config.train.loss_chunk, over)
+    function = pack_evaluation_of(model.graph, config.train.loss_chunk, over)
     arguments = (
         _stacked(model.adapter, A), model.base, _shape((A,), jnp.float32), _shape((A,), jnp.bool_),
         tokens, _shape(shape, jnp.bool_), tokens if spec.evaluation.packed else None,

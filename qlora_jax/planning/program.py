@@ -12,7 +12,7 @@ from qlora_jax.planning.gpus import PlannedGpu
 from qlora_jax.planning.topology import compile_for, described_devices, on_gpu
 from qlora_jax.train.backward import compiler_options as remat_options
 from qlora_jax.train.shapes import AbstractModel, BatchShape
-from qlora_jax.train.step import make_evaluation, make_gradient
+from qlora_jax.train.step import evaluation_of, gradient_of
 
 
 def compile_gradient(
@@ -24,30 +24,30 @@ def compile_gradient(
     max_grad_norm: float = 0.3,
     extra_options: dict[str, str] | None = None,
 ) -> Any:
-    """`train/step.make_gradient`, as the loop calls it, compiled for `gpu`: a jax.stages.Compiled.
+    """`train/step.gradient_of`, as the loop calls it, compiled for `gpu`: a jax.stages.Compiled.
 
     Of its memory_analysis() host_temp_size_in_bytes is pinned host memory (block inputs where remat offloads them), not
     part of temp_size_in_bytes. `extra_options` are the compiler's, beside those of the loop.
     """
     devices = devices_of(gpu, model)
-    gradient = make_gradient(model.graph, loss_chunk, max_grad_norm, devices=devices)
+    gradient = gradient_of(model.graph, loss_chunk, max_grad_norm, devices=devices)
     shape = (batch.G, batch.B * parts_of(model), batch.T)
     tokens, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
     key = jax.eval_shape(lambda: jax.random.key(0)) if dropout else None
-    segments = tokens if batch.packed else None
-    arguments = _placed(gpu, model, devices, (tokens, mask, key, segments))
+    segments = (tokens,) if batch.packed else ()  # a run calls it without where there are none
+    arguments = _placed(gpu, model, devices, (tokens, mask, key, *segments))
     options = remat_options(model.merged().remat) | (extra_options or {})
     return compile_for(gpu, gradient, *arguments, compiler_options=options, devices=devices and devices.mesh)
 
 
 def compile_evaluation(gpu: PlannedGpu, model: AbstractModel, batch: BatchShape, loss_chunk: int = 1024) -> Any:
-    """`train/step.make_evaluation` of one batch [B, T], compiled for `gpu`."""
+    """`train/step.evaluation_of` of one batch [B, T], compiled for `gpu`."""
     shape = (batch.B * parts_of(model), batch.T)
     tokens, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
-    segments = tokens if batch.packed else None
+    segments = (tokens,) if batch.packed else ()
     devices = devices_of(gpu, model)
-    arguments = _placed(gpu, model, devices, (tokens, mask, segments))
-    evaluation = make_evaluation(model.graph, loss_chunk, devices)
+    arguments = _placed(gpu, model, devices, (tokens, mask, *segments))
+    evaluation = evaluation_of(model.graph, loss_chunk, devices)
     return compile_for(gpu, evaluation, *arguments, devices=devices and devices.mesh)
 
 

@@ -139,9 +139,10 @@ def compile_for(
     `devices`: described ones, of a program for several. `assembled`: with machine code, also for a GPU that is not
     here: XLA's answers are the same without, but an assembler would refuse a kernel that it cannot make.
     """
+    if gpu.is_here:  # jitted as train/memory.Program does it: what a run of this process compiled is found again
+        jitted = jax.jit(function, compiler_options=compiler_options, donate_argnums=donate_argnums)
+        return jitted.lower(*arguments).compile()
     jitted = jax.jit(function, donate_argnums=donate_argnums)
-    if gpu.is_here:
-        return jitted.lower(*arguments).compile(compiler_options=compiler_options)
     with traced_for(gpu, devices), _uncached():
         try:
             traced = jitted.trace(*arguments)

@@ -8,16 +8,18 @@ quantization_config {quant_method, layout, format, block_size, double_quant}; O 
 """
 
 import dataclasses
-import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import int8_matmul
+from pallas_kernels.nf4_matmul import NESTED_BLOCK
 from qlora_jax.errors import InputError
 from qlora_jax.quant import int8
-from qlora_jax.quant.tensor import QuantizedTensor, quantize
+from qlora_jax.quant.tensor import QuantizedTensor, check_block_size, in_8_bits
 
 METHOD = "qlora_jax"
 LAYOUT = 2  # of the arrays above; in layout 1 every layer had arrays of its own
@@ -64,15 +66,23 @@ def read_settings(raw: dict[str, Any], where: str) -> tuple[str, int, bool]:
 
 
 def abstract(shape: tuple[int, ...], format: str, block_size: int, double_quant: bool) -> QuantizedTensor:
-    """A quantized [O, I] with shapes and dtypes in place of arrays."""
-    made = int8.FORMAT if format == int8.FORMAT else "nf4"  # parts are the same whatever the table
-    return dataclasses.replace(_traced(shape, made, block_size, double_quant), format=format)
+    """A quantized [O, I] with shapes and dtypes in place of arrays, as `quantize` would make it.
 
-
-@functools.cache  # 40 ms each; plans and grids ask again for every model of the same sizes
-def _traced(shape: tuple[int, ...], format: str, block_size: int, double_quant: bool) -> QuantizedTensor:
-    w = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    return jax.eval_shape(lambda w: quantize(w, format, block_size, double_quant), w)
+    Said here, not traced: tracing takes 40 ms a shape, of which a plan of many models has hundreds. Raises InputError
+    for a block size that there is not.
+    """
+    array: Any = jax.ShapeDtypeStruct
+    if format == int8.FORMAT:
+        return in_8_bits(int8_matmul.Packed(array(shape, jnp.int8), array(shape[:1], jnp.float32)))
+    check_block_size(block_size)
+    weights = math.prod(shape)
+    scales = -(-weights // block_size)
+    codes, absmax = array((-(-weights // 2),), jnp.uint8), array((scales,), jnp.float32)
+    nested: tuple[Any, Any] = (None, None)
+    if double_quant:
+        absmax = array((scales,), jnp.uint8)
+        nested = (array((-(-scales // NESTED_BLOCK),), jnp.float32), array((), jnp.float32))
+    return QuantizedTensor(codes, absmax, *nested, shape=(shape[0], shape[1]), format=format, block_size=block_size)
 
 
 def filled(q: QuantizedTensor, arrays: Mapping[str, jax.Array]) -> QuantizedTensor:

@@ -165,6 +165,16 @@ def arrays_of(batch: Mapping[str, np.ndarray], parts: int = 1) -> list[np.ndarra
 
 
 # One function for one model: JAX finds what it traced and compiled by the function, so that a second run of a model in
-# one process starts where the first one ended.
-gradient_of = functools.lru_cache(maxsize=8)(make_gradient)
-evaluation_of = functools.lru_cache(maxsize=8)(make_evaluation)
+# one process starts where the first one ended, and a plan of it too.
+_gradient_of = functools.lru_cache(maxsize=8)(make_gradient)
+_evaluation_of = functools.lru_cache(maxsize=8)(make_evaluation)
+
+
+def gradient_of(graph: Any, loss_chunk: int, max_grad_norm: float, devices: Devices | None = None) -> Callable:
+    """make_gradient's, the same for the same arguments."""
+    return _gradient_of(graph, loss_chunk, max_grad_norm, devices=devices)
+
+
+def evaluation_of(graph: Any, loss_chunk: int, devices: Devices | None = None) -> Callable:
+    """make_evaluation's, the same for the same arguments."""
+    return _evaluation_of(graph, loss_chunk, devices)

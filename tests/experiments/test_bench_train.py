@@ -140,8 +140,7 @@ def test_a_pack_is_held_against_single_runs(results):
     assert (pack["members"], pack["over"], len(pack["every_step_seconds"])) == (3, "map", 2)
     assert pack["tokens_per_second"] == pytest.approx(3 * 128 / pack["step_seconds"])
     assert pack["speed_to_single_runs"] == pack["tokens_per_second"] / found["tokens_per_second"]
-    # 16 steps' tokens wait in the plan's program, one step's in this one
-    assert pack["planned_device_bytes"] == pytest.approx(pack["peak_device_bytes"], rel=0.02)
+    assert pack["planned_device_bytes"] == pack["peak_device_bytes"]  # of one program, which the plan finds again
     assert pack["losses"] == pytest.approx(3 * [found["losses"][-1]], rel=0.05) and len(set(pack["losses"])) == 3
     assert "pack of 3 (map): " in results["never"]["out"]
 

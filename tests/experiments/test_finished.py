@@ -30,8 +30,8 @@ def folder(tmp_path_factory) -> Path:
 def trained(folder, run_commands) -> dict:
     settings = {
         "model.path": folder / "base", "model.compute_dtype": "float32", "data.path": folder / "rows.jsonl",
-        "data.eval_examples": 2, "lora.rank": 2, "train.steps": 3, "train.batch_size": 2, "train.grad_accum": 1,
-        "eval.every": 2, "quant.block_size": 32,
+        "data.eval_examples": 2, "lora.rank": 2, "lora.targets": "q_proj,down_proj", "train.steps": 3,
+        "train.batch_size": 2, "train.grad_accum": 1, "eval.every": 2, "quant.block_size": 32,
     }  # fmt: skip
     config = ["--config=configs/base.py", *(f"--config.{key}={value}" for key, value in settings.items())]
     (result,) = run_commands([["experiments.train", *config, f"--workdir={folder / 'run'}"]])

@@ -217,20 +217,13 @@ def test_mistakes_are_one_line(results, name, named, assert_one_line_error) -> N
     assert_one_line_error(results[name], named)
 
 
-def test_a_piped_chat(folder) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "experiments.generate",
-        f"--model={folder}",
-        "--temperature=2",
-        "--max_new_tokens=4",
-    ]
-    chat = [*command, "--template=plain"]
-    done = subprocess.run(chat, input="Hi\nHi\n\n/reset\nHi", capture_output=True, text=True, cwd=REPOSITORY)
+def test_a_piped_chat(folder, run_commands) -> None:
+    flags = [f"--model={folder}", "--temperature=2", "--max_new_tokens=4", "--template=plain"]
+    (again,) = run_commands([["experiments.generate", *flags, "--prompt=Hi"]])
+    command = [sys.executable, "-m", "experiments.generate", *flags]
+    done = subprocess.run(command, input="Hi\nHi\n\n/reset\nHi", capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
-    again = subprocess.run([*chat, "--prompt=Hi"], capture_output=True, text=True, cwd=REPOSITORY)
-    first = again.stdout.removeprefix("Hi")
+    first = again["out"].removeprefix("Hi")
     assert done.stdout.startswith(first) and done.stdout.endswith(first) and len(done.stdout) > 2 * len(first)
     assert "(conversation forgotten)" in done.stderr
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from configs.sweeps import paper
-from qlora_jax.packs.pack import pack_key
+from qlora_jax.packs.pack import PackRunner, pack_key
 from qlora_jax.settings import flatten
 from qlora_jax.sweep import compare
 from qlora_jax.sweep.grid import axis, expand
@@ -144,9 +144,19 @@ def test_packs_are_compared_with_processes(monkeypatch):
     assert "this sweep, all included: 1e+09 models a minute" in lines[3]
 
 
-def test_a_sample_trains(results, tmp_path, capsys):
+def test_a_sample_trains(results, tmp_path, capsys, monkeypatch):
+    """A pack for real, whose program the sweep above has compiled; single runs are the same calls, one a member."""
     with reading(results["out"] / "run" / FILE) as db:
-        configs = [json.loads(row[0]) for row in db.execute("SELECT config FROM points WHERE pack NOT NULL LIMIT 1")]
+        found = db.execute("SELECT config, pack FROM points WHERE pack NOT NULL ORDER BY pack").fetchall()
+    configs = [json.loads(config) for config, pack in found if pack == found[0][1]]
+    assert len(configs) == 2
     (tmp_path / "configs.json").write_text(json.dumps(configs))
-    compare._main("loop", tmp_path)
+    compare._main("pack", tmp_path)
     assert float(capsys.readouterr().out) > 0
+
+    taken = []
+    train = lambda runner, pack, workdir, *_: taken.append(([one.to_dict() for one in pack], workdir))  # noqa: E731
+    monkeypatch.setattr(PackRunner, "train", train)
+    compare._main("loop", tmp_path)
+    assert taken == [([config], None) for config in configs] * 2  # once to compile, once for the clock
+    assert float(capsys.readouterr().out) >= 0

@@ -14,6 +14,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src import callback
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 from pallas_kernels import nf4_matmul
@@ -32,13 +33,24 @@ CASES = {
 
 
 @pytest.fixture
-def interpreter():
+def interpreter(monkeypatch):
     """Its state outlives a failure and is cleared first; what it saw of races counts."""
+    monkeypatch.setattr(callback, "io_callback_impl", call_at_once)
     interpret_pallas_call.reset_gpu_interpret_mode_state()
     yield
     assert not interpret_pallas_call.get_races().races_found
 
 
+def call_at_once(*arguments, callback, **_):
+    """JAX puts each argument on its device first, whence the interpreter takes it back: half of the time of a test."""
+    return jax.tree.map(np.asarray, callback(*[int(x) if is_whole(x) else x for x in arguments]))
+
+
+def is_whole(x) -> bool:
+    return np.ndim(x) == 0 and np.issubdtype(x.dtype, np.integer)
+
+
+@pytest.mark.quick_compile  # nothing is rounded
 @pytest.mark.parametrize("op", config.OPS)
 @pytest.mark.parametrize("case", CASES)
 def test_whole_numbers_come_out_exactly(case, op, interpreter):

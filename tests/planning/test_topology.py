@@ -91,7 +91,7 @@ def test_without_machine_code_all_that_is_asked_of_a_program_is_the_same():
     assert unmade.cost_analysis() == made.cost_analysis()
 
 
-def test_machine_code_is_made_where_it_is_asked_for_or_where_no_script_can_run(monkeypatch):
+def test_machine_code_is_made_where_it_is_asked_for_or_where_no_script_can_run(monkeypatch, cache):
     refused = {"xla_gpu_ptx_compiler_extra_flags": "--no-such-option"}  # XLA hands it to ptxas
     monkeypatch.setattr(topology, "MOST_KEPT", 0)  # else ptxas has nothing to do
     compiled(**refused)

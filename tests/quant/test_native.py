@@ -1,5 +1,7 @@
 """Our own form on disk: names, shapes and settings of the arrays."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -9,9 +11,10 @@ from qlora_jax.quant import native
 
 pytestmark = pytest.mark.quick_compile
 
-@pytest.mark.parametrize("format", ["nf4", "int4"])
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("shape", [(7, 33), (8, 64)])
+@pytest.mark.parametrize(
+    ("format", "double_quant"), [*itertools.product(("nf4", "int4"), (True, False)), ("int8", False)]
+)
+@pytest.mark.parametrize("shape", [(7, 33), (8, 64), (96, 100)])  # the last has 300 scales, of two nested blocks
 def test_what_is_promised_is_what_quantizing_gives(shape, format, double_quant):
     w = jax.numpy.asarray(np.random.default_rng(0).standard_normal(shape), "float32")
     q = qj.quantize(w, format, 32, double_quant)
