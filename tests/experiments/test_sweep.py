@@ -145,13 +145,18 @@ def test_packs_are_compared_with_processes(monkeypatch):
 
 
 def test_a_sample_trains(results, tmp_path, capsys, monkeypatch):
-    """A pack for real, whose program the sweep above has compiled; single runs are the same calls, one a member."""
+    """A pack, whose program the sweep above has compiled, and a run by itself; of several runs each is a call."""
     with reading(results["out"] / "run" / FILE) as db:
         found = db.execute("SELECT config, pack FROM points WHERE pack NOT NULL ORDER BY pack").fetchall()
     configs = [json.loads(config) for config, pack in found if pack == found[0][1]]
     assert len(configs) == 2
     (tmp_path / "configs.json").write_text(json.dumps(configs))
     compare._main("pack", tmp_path)
+    assert float(capsys.readouterr().out) > 0
+
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "configs.json").write_text(json.dumps(configs[:1]))
+    compare._main("loop", tmp_path / "one")
     assert float(capsys.readouterr().out) > 0
 
     taken = []
