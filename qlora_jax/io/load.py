@@ -402,8 +402,7 @@ def _read_stack(
     keys = {part: native.stack_key(name, part) for part in native.parts(q)}
     stacks = {part: jax.ShapeDtypeStruct(files.shapes[key], jnp.dtype(files.dtypes[key])) for part, key in keys.items()}
     at = {part: of_weight(place, name)(f".{part}", stack) for part, stack in stacks.items()}
-    arrays = {part: to_device(files, key, sharding=at[part], is_kept=True) for part, key in keys.items()}
-    return native.filled(q, arrays)
+    return native.filled(q, {part: to_device(files, key, None, at[part], is_kept=True) for part, key in keys.items()})
 
 
 def pack(files: TensorFiles, config: ModelConfig, name: str, key: str, quant: QuantSpec, where: str) -> QuantizedTensor:
