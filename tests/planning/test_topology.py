@@ -51,9 +51,20 @@ def compiled(assembled=False, **options):
     """A product and a fusion."""
     arguments = topology.on_gpu(GPU, (jax.ShapeDtypeStruct((64, 64), jnp.bfloat16),))
     options = {"xla_dump_to": ""} | options
-    return topology.compile_for(
-        GPU, lambda x: (x + 1) @ x, *arguments, compiler_options=options, assembled=assembled
-    )
+    return topology.compile_for(GPU, lambda x: (x + 1) @ x, *arguments, compiler_options=options, assembled=assembled)
+
+
+def test_one_function_is_traced_for_each_gpu_by_itself():
+    """Kernels are chosen while tracing, and JAX keeps what it traced by the function, which plans share."""
+    kinds = []
+
+    def function(x):
+        kinds.append(jax.sharding.get_abstract_mesh().abstract_device.device_kind)
+        return x + 1
+
+    for gpu in (GPUS["rtx4090"], GPUS["h100"]):
+        topology.compile_for(gpu, function, *topology.on_gpu(gpu, (jax.ShapeDtypeStruct((4,), jnp.float32),)))
+    assert kinds == [GPUS["rtx4090"].device_kind, GPUS["h100"].device_kind]
 
 
 @pytest.mark.parametrize("what", ["ptxas", "libdevice"])

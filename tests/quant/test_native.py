@@ -11,6 +11,7 @@ from qlora_jax.quant import native
 
 pytestmark = pytest.mark.quick_compile
 
+
 @pytest.mark.parametrize(
     ("format", "double_quant"), [*itertools.product(("nf4", "int4"), (True, False)), ("int8", False)]
 )

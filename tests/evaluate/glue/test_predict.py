@@ -12,6 +12,7 @@ from tests.roberta import FOLDERS, golden
 
 pytestmark = pytest.mark.quick_compile
 
+
 def test_logits_are_those_of_each_row():
     rows = golden("regression")
     model = load_model(FOLDERS / "regression", compute_dtype=jnp.float32)
